@@ -1,0 +1,87 @@
+"""What a model costs: parameters, floating-point operations, bytes. Counted from the config, without building it.
+
+Hand count, per layer, with D hidden, K = kv_heads * head_dim, F feed-forward::
+
+    q, o: 2 * D*D      k, v: 2 * D*K      gate, up, down: 3 * D*F      norms: 2 * D (+ D + F with sub-norms)
+
+FLOPs count a multiply and an add as two. Training is three times the forward pass: the backward pass multiplies
+each matrix twice, once for the input's gradient and once for its own (PaLM, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bitnet_lit.config import ModelConfig, QuantConfig
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Counts of one model.
+
+    Attributes:
+        embedding: parameters of embed_tokens, plus lm_head when it is not tied.
+        projections: parameters of the seven projections of all layers: what b158 and b1 quantize.
+        norms: parameters of all norms.
+        forward_flops_per_token: at a given sequence length, causal attention counted at its mean span.
+        bits_per_weight: stored bits of a projection weight: log2(3), 1 or 32.
+    """
+
+    embedding: int
+    projections: int
+    norms: int
+    forward_flops_per_token: float
+    bits_per_weight: float
+
+    @property
+    def parameters(self) -> int:
+        """All trainable parameters, a tied matrix counted once."""
+        return self.embedding + self.projections + self.norms
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Forward and backward."""
+        return 3 * self.forward_flops_per_token
+
+    @property
+    def latent_bytes(self) -> int:
+        """The model folder as training writes it: float32."""
+        return 4 * self.parameters
+
+    @property
+    def ideal_bytes(self) -> float:
+        """Projections at their information content, everything else at 16 bits."""
+        return self.projections * self.bits_per_weight / 8 + 2 * (self.embedding + self.norms)
+
+    def training_bytes(self, optimizer_states_per_parameter: float = 2.0) -> float:
+        """Float32 weights, gradients and optimizer states; activations come on top."""
+        return 4 * self.parameters * (2 + optimizer_states_per_parameter)
+
+
+BITS_PER_WEIGHT = {"b158": math.log2(3), "b1": 1.0, "none": 32.0}
+
+
+def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None = None) -> Accounting:
+    """Count the model that `build_model(config, quant)` would build.
+
+    Args:
+        sequence_length: tokens of a sequence, for the attention FLOPs; null: the whole context.
+    """
+    assert config.vocab_size is not None and config.num_key_value_heads is not None
+    hidden, layers, length = config.hidden_size, config.num_hidden_layers, sequence_length
+    length = length or config.max_position_embeddings
+    kv_size = config.num_key_value_heads * config.head_dim
+    head = config.vocab_size * hidden
+    projections = layers * (2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size)
+    sub_norms = hidden + config.intermediate_size if config.sub_norm else 0
+    # Scores and their sum over values: two products of head_dim per head for each of the (length + 1) / 2 visible
+    # positions that a causal token sees on average.
+    attention_flops = layers * 2 * 2 * hidden * (length + 1) / 2
+    return Accounting(
+        embedding=head * (1 if config.tie_word_embeddings else 2),
+        projections=projections,
+        norms=layers * (2 * hidden + sub_norms) + hidden,
+        forward_flops_per_token=2 * (projections + head) + attention_flops,
+        bits_per_weight=BITS_PER_WEIGHT[quant.name],
+    )

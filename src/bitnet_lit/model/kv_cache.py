@@ -1,0 +1,59 @@
+"""The key/value cache: what attention has already seen, so that a new token costs one step.
+
+Keys are stored after rotation, so their positions are baked in and the cache is just "the past".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitnet_lit.config import ModelConfig
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, filled from position 0.
+
+    Attributes:
+        keys, values: (layers, batch, kv_heads, max_length, head_dim).
+        length: positions filled so far.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        assert config.num_key_value_heads is not None
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def max_length(self) -> int:
+        """Positions there is room for."""
+        return self.keys.shape[3]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new positions of one layer; (B, kv_heads, T, head_dim) in, (B, kv_heads, length + T, head_dim) out.
+
+        `length` moves on only with `advance`, after the last layer.
+        """
+        end = self.length + key.shape[2]
+        assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, num_positions: int) -> None:
+        """Count T positions as filled, once every layer has appended them."""
+        self.length += num_positions
+
+    def truncate(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length

@@ -1,0 +1,134 @@
+"""The parts of one decoder layer, dense as written: quantization is a pass over the finished network.
+
+One layer (BitNet b1.58 2B4T's order, which Hugging Face and llama.cpp run)::
+
+    x -> input_layernorm -> q, k, v -> rotary -> causal attention -> attn_sub_norm -> o_proj -> + x
+      -> post_attention_layernorm -> act(gate) * up -> ffn_sub_norm -> down_proj -> + x
+
+Every projection has a norm right before it: int8 activations have one scale per token, and a norm keeps a token's
+largest value from drowning the others. Without the two sub-norms this is a Llama layer.
+
+Axis letters: B batch, T time, D hidden, H attention heads, K key/value heads, P head_dim, F feed-forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet_lit.config import ModelConfig
+from bitnet_lit.model.kv_cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x**2) + eps) * weight, computed in float32, returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, float32 (max_position_embeddings, P), in Hugging Face's half-rotated layout."""
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    inverse_frequency = 1.0 / config.rope_theta**exponents
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), inverse_frequency)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + P/2) of each head by its position's angle; x (B, H, T, P), cos and sin (T, P)."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries; x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        assert config.num_key_value_heads is not None
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        length = x_BTD.shape[1]
+        q_BHTP = apply_rotary(self._heads(self.q_proj(x_BTD)), cos, sin)
+        k_BKTP = apply_rotary(self._heads(self.k_proj(x_BTD)), cos, sin)
+        v_BKTP = self._heads(self.v_proj(x_BTD))
+        mask, is_causal = None, length > 1
+        if cache is not None:
+            past = cache.length
+            k_BKTP, v_BKTP = cache.append(self.layer_index, k_BKTP, v_BKTP)
+            if past and length > 1:  # several new positions after a past: row t sees the past and itself
+                mask = torch.ones(length, past + length, dtype=torch.bool, device=x_BTD.device).tril(past)
+                is_causal = False
+        y_BHTP = F.scaled_dot_product_attention(
+            q_BHTP,
+            k_BKTP,
+            v_BKTP,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            enable_gqa=q_BHTP.shape[1] != k_BKTP.shape[1],
+        )
+        y_BTD = y_BHTP.transpose(1, 2).flatten(-2)
+        return self.o_proj(self.attn_sub_norm(y_BTD))
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)**2, the activation of BitNet b1.58 2B4T."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"silu": F.silu, "relu2": relu2}
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer; x (B, T, D) -> (B, T, D) through width F."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.ffn_sub_norm = (
+            RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+        )
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTF = self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        return self.down_proj(self.ffn_sub_norm(y_BTF))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each added to its own input."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache))
+        return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))

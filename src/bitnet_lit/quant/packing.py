@@ -1,0 +1,83 @@
+"""Packed weights: four ternary codes in a byte, and the layer that runs on them.
+
+The layout is Hugging Face's (`integrations/bitnet.py`), so one tensor serves both: a matrix of O rows becomes O/4
+rows of bytes, and byte row r holds the rows r, r + O/4, r + 2*O/4, r + 3*O/4 in its bit pairs, lowest first. A pair
+stores code + 1::
+
+    bits   7 6         5 4         3 2       1 0
+    row    r+3*O/4     r+2*O/4     r+O/4     r
+
+Packing takes the codes and the scale that training used; it never derives a scale from already rounded values
+(absmean of a ternary matrix is not its scale: it would shrink by the share of zeros).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.quant.bit_linear import BitLinear
+from bitnet_lit.quant.functional import quantize_activations, quantize_weight
+
+CODES_PER_BYTE = 4
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """(O, I) codes in {-1, 0, +1}, any dtype -> uint8 (O / 4, I).
+
+    Raises:
+        UserError: O is no multiple of 4.
+    """
+    rows = codes.shape[0]
+    if rows % CODES_PER_BYTE:
+        raise UserError(f"a matrix of {rows} rows cannot be packed: out_features must be a multiple of {CODES_PER_BYTE}")
+    pairs = (codes.to(torch.int8) + 1).to(torch.uint8).view(CODES_PER_BYTE, rows // CODES_PER_BYTE, -1)
+    return pairs[0] | pairs[1] << 2 | pairs[2] << 4 | pairs[3] << 6
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """uint8 (O / 4, I) -> int8 (O, I) codes; the inverse of `pack_codes`."""
+    pairs = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
+    return pairs.to(torch.int8) - 1
+
+
+class PackedBitLinear(nn.Module):
+    """A BitLinear frozen to codes and a scale: runs, does not train.
+
+    Buffers:
+        weight: packed codes, uint8 (O / 4, I).
+        weight_scale: float32 (1,); multiplies (Hugging Face's packed layer divides by its own: the border converts).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    codes: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, quant: QuantConfig) -> None:
+        super().__init__()
+        self.quant = quant
+        self.out_features, self.in_features = weight.shape[0] * CODES_PER_BYTE, weight.shape[1]
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale.detach().float().reshape(1))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        # Unpacked once, in the dtype the product runs in: unpacking at every token would cost more than the product.
+        self.register_buffer("codes", unpack_codes(weight).float(), persistent=False)
+
+    @classmethod
+    def from_bit_linear(cls, layer: BitLinear) -> PackedBitLinear:
+        """Freeze a trained layer: the same integers, the same scale."""
+        with torch.no_grad():
+            codes, weight_scale = quantize_weight(layer.weight, layer.quant)
+            return cls(pack_codes(codes), weight_scale, layer.bias, layer.quant)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x_codes, x_scale = quantize_activations(input, self.quant.activation_bits)
+        y = (F.linear(x_codes, self.codes) * (x_scale * self.weight_scale)).to(input.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, quant={self.quant.name}"
