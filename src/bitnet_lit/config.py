@@ -155,3 +155,76 @@ class PrepareConfig:
                 "size of a new one"
             )
         _positive("prepare", vocab_size=self.vocab_size, num_workers=self.num_workers, num_stories=self.num_stories)
+
+
+@dataclass
+class InferConfig:
+    """`python -m bitnet_lit.infer`: a model folder tells a story."""
+
+    prompt: str = "Once upon a time"
+    """The text to go on from. Empty: the model starts a story by itself."""
+    checkpoint: str | None = None
+    """Run folder, model folder, or a file in one. null: the newest run below outputs/."""
+    max_new_tokens: int = 256
+    """At most; the context ends a text too."""
+    temperature: float = 0.8
+    """0 always takes the likeliest token; 1 samples from the model's own distribution."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens. 0: from all."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that together have this probability. 1: from all."""
+    min_p: float = 0.0
+    """Leave out tokens below this share of the likeliest one's probability."""
+    repeat_penalty: float = 1.0
+    """Divide (multiply, if negative) the logits of recent tokens by this. 1: off."""
+    repeat_last_n: int = 64
+    """How many recent tokens repeat_penalty looks at."""
+    seed: int | None = None
+    """Of the sampling; the same seed gives the same text. null: another text each time."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a sample; they are not printed."""
+    num_samples: int = 1
+    """Texts to generate from the prompt."""
+    interactive: bool = False
+    """Ask for prompts until an empty line or end of input."""
+    quiet: bool = False
+    """Print nothing but the text, on a terminal too."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "infer",
+            max_new_tokens=self.max_new_tokens,
+            num_samples=self.num_samples,
+            repeat_penalty=self.repeat_penalty,
+        )
+        _one_of("device", self.device, ("cpu", "cuda", "mps"))
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: must lie in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"min_p={self.min_p}: must lie in [0, 1)")
+        if self.top_k < 0 or self.repeat_last_n < 0:
+            raise UserError(f"top_k={self.top_k}, repeat_last_n={self.repeat_last_n}: must be 0 (off) or more")
+
+
+@dataclass
+class EvaluateConfig:
+    """`python -m bitnet_lit.evaluate`: a deterministic pass over a validation split."""
+
+    checkpoint: str | None = None
+    """Run folder, model folder, or a file in one. null: the newest run below outputs/."""
+    data_dir: str | None = None
+    """Shards to evaluate on. null: those the model was trained on."""
+    batch_size: int = 32
+    """Sequences per forward pass; changes speed, and the result only by float rounding."""
+    sequence_length: int | None = None
+    """Tokens of a sequence. null: as in training."""
+    accelerator: str = "auto"
+    """auto, cpu, gpu or mps."""
+
+    def __post_init__(self) -> None:
+        _positive("evaluate", batch_size=self.batch_size, sequence_length=self.sequence_length)
+        _one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))

@@ -31,7 +31,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        cos, sin = rotary_tables(config)
+        self.config = config
+        self.reset_rotary()
+
+    def reset_rotary(self) -> None:
+        """Compute the position tables: they are no part of the state dict, so loading asks for them again."""
+        cos, sin = rotary_tables(self.config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -62,7 +67,11 @@ class CausalLM(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make lm_head and embed_tokens one parameter where the config says so."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_parameters(self) -> None:
