@@ -10,3 +10,11 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """What is wrong, the value seen, the remedy: in one line."""
+
+
+class TrainingStopped(RuntimeError):
+    """A run that ended early on purpose: diverged, or asked to stop by a signal. Carries the exit status."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status

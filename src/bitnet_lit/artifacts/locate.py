@@ -36,7 +36,11 @@ def find_model_folder(checkpoint: str | Path | None) -> Path:
     for folder in (path, path / "model"):
         if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
             return folder
-    hint = "give the run folder it lies in" if path.suffix == ".ckpt" else "a run that was stopped before its first export has none"
+    hint = (
+        "give the run folder it lies in"
+        if path.suffix == ".ckpt"
+        else "a run that was stopped before its first export has none"
+    )
     raise UserError(
         f"checkpoint={checkpoint}: no model there ({CONFIG_NAME} and {WEIGHTS_NAME}, directly or in model/): {hint}"
     )

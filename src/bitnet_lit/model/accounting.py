@@ -68,12 +68,14 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     Args:
         sequence_length: tokens of a sequence, for the attention FLOPs; null: the whole context.
     """
-    assert config.vocab_size is not None and config.num_key_value_heads is not None
+    assert config.vocab_size is not None
     hidden, layers, length = config.hidden_size, config.num_hidden_layers, sequence_length
     length = length or config.max_position_embeddings
-    kv_size = config.num_key_value_heads * config.head_dim
+    kv_size = config.num_kv_heads * config.head_dim
     head = config.vocab_size * hidden
-    projections = layers * (2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size)
+    projections = layers * (
+        2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size
+    )
     sub_norms = hidden + config.intermediate_size if config.sub_norm else 0
     # Scores and their sum over values: two products of head_dim per head for each of the (length + 1) / 2 visible
     # positions that a causal token sees on average.

@@ -53,15 +53,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
-        assert config.num_key_value_heads is not None
         self.layer_index = layer_index
         self.head_dim = config.head_dim
         self.dropout = config.dropout
-        kv_size = config.num_key_value_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+        self.attn_sub_norm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+        )
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ def pack_codes(codes: Tensor) -> Tensor:
     """
     rows = codes.shape[0]
     if rows % CODES_PER_BYTE:
-        raise UserError(f"a matrix of {rows} rows cannot be packed: out_features must be a multiple of {CODES_PER_BYTE}")
+        raise UserError(
+            f"a matrix of {rows} rows cannot be packed: out_features must be a multiple of {CODES_PER_BYTE}"
+        )
     pairs = (codes.to(torch.int8) + 1).to(torch.uint8).view(CODES_PER_BYTE, rows // CODES_PER_BYTE, -1)
     return pairs[0] | pairs[1] << 2 | pairs[2] << 4 | pairs[3] << 6
 

@@ -1,0 +1,42 @@
+# make help lists the targets. Everything lives in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## Create .venv and install the package with the pinned versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install ## Demo corpus, dense twin, b1 and BitNet trained and compared, curves drawn, a story told (minutes)
+	rm -rf outputs/demo
+	$(PY) -m bitnet_lit.prepare source=demo
+	$(PY) -m bitnet_lit.train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
+	$(PY) -m bitnet_lit.plot runs=outputs/demo out=outputs/demo/curves.png
+	$(PY) -m bitnet_lit.evaluate checkpoint=outputs/demo/2
+	$(PY) -m bitnet_lit.infer checkpoint=outputs/demo/2 prompt="Once upon a time" seed=1
+
+test: install lint ## Lint, types and the whole test suite
+	$(BIN)/pytest
+
+lint: install ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## Let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv, outputs and caches
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,0 +1,157 @@
+"""The LightningDataModule: wires shards, order and loaders, and keeps the one number that is state.
+
+Training batch m of a run that starts at sample s: rank r of W takes the global samples
+[s + (m * W + r) * B, ... + B). Which tokens a sample holds is a pure function of (seed, sample), so the order does
+not depend on ranks, on workers, or on where the run was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bitnet_lit.config import DataConfig
+from bitnet_lit.data.order import SampleOrder
+from bitnet_lit.data.shards import ShardDirectory, TokenSplit
+
+
+class TrainBatches(Dataset):
+    """Batch `start` (its first global sample) to token ids."""
+
+    def __init__(self, split: TokenSplit, order: SampleOrder, batch_size: int) -> None:
+        self.split, self.order, self.batch_size = split, order, batch_size
+
+    def __getitem__(self, start: int) -> Tensor:
+        """int64 (B, T + 1)."""
+        samples = np.arange(start, start + self.batch_size, dtype=np.int64)
+        return torch.from_numpy(self.split.gather(self.order(samples)))
+
+
+class Starts(Sampler[int]):
+    """First samples of this rank's batches, without end: the trainer knows when to stop."""
+
+    def __init__(self, first: int, rank: int, world_size: int, batch_size: int) -> None:
+        self.first = first + rank * batch_size
+        self.stride = world_size * batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.first
+        while True:
+            yield start
+            start += self.stride
+
+
+class ValidationOrder(Sampler[int]):
+    """Batches of a validation: the first `limit`, or all of them when the run is at its end.
+
+    It has no length, so that the trainer asks it anew each time instead of counting once.
+    """
+
+    def __init__(self, num_batches: int, limit: int | None, trainer: L.Trainer) -> None:
+        self.num_batches, self.limit, self.trainer = num_batches, limit, trainer
+
+    def __iter__(self) -> Iterator[int]:
+        trainer = self.trainer
+        at_end = trainer.should_stop or trainer.global_step >= trainer.max_steps
+        return iter(
+            range(self.num_batches if at_end else min(self.num_batches, self.limit or self.num_batches))
+        )
+
+
+class ValidationBatches(Dataset):
+    """Batch m of this rank: sequences in order, every rank the same number of batches."""
+
+    def __init__(self, split: TokenSplit, batch_size: int, rank: int, world_size: int) -> None:
+        self.split, self.batch_size = split, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.split.num_sequences // (self.batch_size * self.world_size))
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, int]:
+        """(int64 (B', T + 1), number of rows that count); a rank beyond the end repeats a sequence that does not."""
+        start = (batch * self.world_size + self.rank) * self.batch_size
+        stop = min(start + self.batch_size, self.split.num_sequences)
+        indices = np.arange(start, stop) if start < stop else np.zeros(1, dtype=np.int64)
+        return torch.from_numpy(self.split.gather(indices)), max(0, stop - start)
+
+
+class BitNetDataModule(L.LightningDataModule):
+    """Loaders over a folder of shards.
+
+    Args:
+        shards: the opened folder.
+        sequence_length: tokens a sequence predicts (T).
+        samples_per_step: sequences that all ranks consume in an optimizer step.
+        limit_val_batches: batches of a validation inside the run; None: all.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        shards: ShardDirectory,
+        sequence_length: int,
+        samples_per_step: int,
+        limit_val_batches: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.limit_val_batches = limit_val_batches
+        self.samples_per_step = samples_per_step
+        self.train_split = shards.train(sequence_length)
+        self.validation_split = shards.validation(sequence_length)
+        num_sequences = min(self.train_split.num_sequences, config.max_train_sequences or 2**62)
+        self.order = SampleOrder(num_sequences, seed)
+        self.resumed = {"consumed_samples": 0, "step": 0}
+
+    def _loader(self, dataset: Dataset, sampler: Sampler[int]) -> DataLoader:
+        assert self.trainer is not None
+        return DataLoader(
+            dataset,
+            batch_size=None,  # a batch is gathered at once
+            sampler=sampler,
+            num_workers=self.config.num_workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            # A forked copy of a process that has run OpenMP loops can hang in its first one.
+            multiprocessing_context="spawn" if self.config.num_workers else None,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the first sample that has not been consumed yet."""
+        assert self.trainer is not None
+        starts = Starts(
+            self.resumed["consumed_samples"],
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            self.config.batch_size,
+        )
+        return self._loader(TrainBatches(self.train_split, self.order, self.config.batch_size), starts)
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation split in order; see `ValidationOrder` for how much of it."""
+        assert self.trainer is not None
+        batches = ValidationBatches(
+            self.validation_split, self.config.batch_size, self.trainer.global_rank, self.trainer.world_size
+        )
+        return self._loader(batches, ValidationOrder(len(batches), self.limit_val_batches, self.trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many samples the run has consumed, and the optimizer step that it counts from."""
+        assert self.trainer is not None
+        steps = self.trainer.global_step - self.resumed["step"]
+        return {
+            "consumed_samples": self.resumed["consumed_samples"] + steps * self.samples_per_step,
+            "step": self.trainer.global_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the last consumed sample."""
+        self.resumed = dict(state_dict)

@@ -1,0 +1,27 @@
+"""python -m bitnet_lit.evaluate: loss, perplexity, bits per byte and accuracy on a validation split."""
+
+from __future__ import annotations
+
+from bitnet_lit.cli import run_door
+from bitnet_lit.config import EvaluateConfig
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    from rich.console import Console
+
+    from bitnet_lit.inference.evaluation import evaluate
+
+    console = Console(highlight=False)
+    for name, value in evaluate(config).items():
+        console.print(
+            f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}", soft_wrap=True
+        )
+
+
+def main() -> None:
+    """Entry point."""
+    run_door("evaluate", _evaluate)
+
+
+if __name__ == "__main__":
+    main()

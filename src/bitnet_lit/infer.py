@@ -1,0 +1,21 @@
+"""python -m bitnet_lit.infer: a model folder tells a story."""
+
+from __future__ import annotations
+
+from bitnet_lit.cli import run_door
+from bitnet_lit.config import InferConfig
+
+
+def _infer(config: InferConfig) -> None:
+    from bitnet_lit.inference.run import infer
+
+    infer(config)
+
+
+def main() -> None:
+    """Entry point."""
+    run_door("infer", _infer)
+
+
+if __name__ == "__main__":
+    main()

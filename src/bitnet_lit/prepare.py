@@ -1,0 +1,21 @@
+"""python -m bitnet_lit.prepare: text to llama2.c shards."""
+
+from __future__ import annotations
+
+from bitnet_lit.cli import run_door
+from bitnet_lit.config import PrepareConfig
+
+
+def _prepare(config: PrepareConfig) -> None:
+    from bitnet_lit.data.prepare import prepare
+
+    prepare(config)
+
+
+def main() -> None:
+    """Entry point."""
+    run_door("prepare", _prepare)
+
+
+if __name__ == "__main__":
+    main()

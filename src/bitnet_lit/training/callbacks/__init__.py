@@ -1,0 +1,48 @@
+"""What watches a run, one idea a file; `build_callbacks` puts together those that the config asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from bitnet_lit.config import TrainConfig
+from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.callbacks.export import ExportModelFolder
+from bitnet_lit.training.callbacks.profile import Profile
+from bitnet_lit.training.callbacks.progress import RichBar
+from bitnet_lit.training.callbacks.samples import SampleStories
+from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
+from bitnet_lit.training.callbacks.throughput import Throughput
+from bitnet_lit.training.plan import Plan
+
+
+def build_callbacks(
+    config: TrainConfig, plan: Plan, run_dir: Path, tokenizer: Tokenizer | None, facts: dict[str, Any]
+) -> list[Callback]:
+    """The callbacks of a run, in the order they are called.
+
+    Args:
+        facts: plain data that the model folder keeps (see `ExportModelFolder`).
+    """
+    wanted = config.callbacks
+    checkpoints = Checkpoints(run_dir / "checkpoints", wanted.checkpoint_every_n_steps)
+    callbacks: list[Callback] = [
+        checkpoints,
+        ExportModelFolder(run_dir, config, tokenizer, facts, checkpoints),
+    ]
+    if wanted.ternary_health and config.quant.name != "none":
+        callbacks.append(TernaryHealth(run_dir))
+    if wanted.throughput:
+        callbacks.append(Throughput(plan, config.trainer.precision))
+    if wanted.sample_prompts and tokenizer is not None:
+        callbacks.append(
+            SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens)
+        )
+    if wanted.profile_steps:
+        callbacks.append(Profile(run_dir, wanted.profile_steps))
+    if wanted.progress_bar:
+        callbacks.append(RichBar(plan))
+    return callbacks

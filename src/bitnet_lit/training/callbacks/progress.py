@@ -1,0 +1,98 @@
+"""The progress bar: step, loss, learning rate, tokens/s and the time left; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from bitnet_lit.training.plan import Plan
+
+LINE_SECONDS = 10.0  # between lines of a log file
+
+
+class RichBar(ProgressBar):
+    """One bar for the whole run, counted in optimizer steps."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._enabled = True
+        self._last_line = 0.0
+        self._clock = (0, 0.0)  # step and time of the last speed reading
+        self._tokens_per_s = 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._clock = (trainer.global_step, time.perf_counter())
+        if not self._enabled or not trainer.is_global_zero or not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("train", total=self.plan.steps, figures="")
+        self._progress.update(self._task, completed=trainer.global_step)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not self._enabled or not trainer.is_global_zero or step == self._clock[0]:
+            return
+        if step % trainer.log_every_n_steps and step != self.plan.steps:
+            return
+        now = time.perf_counter()
+        self._tokens_per_s = (step - self._clock[0]) * self.plan.tokens_per_step / (now - self._clock[1])
+        self._clock = (step, now)
+        figures = self._figures(trainer)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, figures=figures)
+        elif now - self._last_line > LINE_SECONDS or step == self.plan.steps:
+            self._last_line = now
+            left = (self.plan.steps - step) * self.plan.tokens_per_step / self._tokens_per_s
+            self._console.print(f"step {step}/{self.plan.steps} {figures} {left:.0f} s left", highlight=False)
+
+    def _figures(self, trainer: L.Trainer) -> str:
+        metrics = trainer.callback_metrics
+        parts = []
+        if "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss']:.3f}")
+        if "val/loss" in metrics:
+            parts.append(f"val {metrics['val/loss']:.3f}")
+        parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2e}")
+        parts.append(f"{self._tokens_per_s:,.0f} tokens/s")
+        return "  ".join(parts)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._clock = (trainer.global_step, time.perf_counter())
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()

@@ -1,0 +1,123 @@
+"""The LightningModule: how a batch becomes a loss, a gradient and a step. The network itself is plain PyTorch.
+
+Everything that would make a resumed run differ from an unbroken one is a function of the step: the learning rate,
+the warm-up of the quantization, and the random numbers of dropout, which are seeded anew for every batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from bitnet_lit.config import TrainConfig
+from bitnet_lit.errors import TrainingStopped
+from bitnet_lit.inference.evaluation import LossSums, TextBytes
+from bitnet_lit.model import CausalLM, next_token_loss
+from bitnet_lit.quant.bit_linear import set_strength
+from bitnet_lit.training.diagnose import first_nonfinite_output, last_nonfinite_gradient
+from bitnet_lit.training.optimizers import build_optimizer
+from bitnet_lit.training.plan import Plan
+from bitnet_lit.training.schedule import Schedule
+
+# An odd multiplier spreads (seed, batch, rank) over 63 bits; any would do (this one: splitmix64's, Steele 2014).
+_MIX = 0x9E3779B97F4A7C15
+
+
+class BitNetModule(L.LightningModule):
+    """Trains a `CausalLM` on batches of token ids.
+
+    Batches: int64 (B, T + 1) for training; (ids, number of valid rows) for validation.
+    """
+
+    def __init__(
+        self, model: CausalLM, config: TrainConfig, plan: Plan, text_bytes: TextBytes | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.plan = plan
+        self.text_bytes = text_bytes
+        self.validation_sums = LossSums()
+        self._step_loss = 0.0
+        self._strength: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of int64 ids (B, T)."""
+        return self.model(ids)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and its schedule stepped once per optimizer step."""
+        optimizer = build_optimizer(self.model, self.config.optim)
+        schedule = Schedule(optimizer, self.config.schedule, self.plan.warmup_steps, self.plan.schedule_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        if self.config.quant.lambda_warmup_steps > self.global_step:
+            self._strength = torch.zeros((), device=self.device)
+            set_strength(self.model, self._strength)
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if self.config.model.dropout:
+            counter = (batch_idx * self.trainer.world_size + self.global_rank) * 1_000_003 + self.config.seed
+            torch.manual_seed(counter * _MIX % 2**63)
+        if self._strength is not None:
+            strength = self.global_step / self.config.quant.lambda_warmup_steps
+            if strength < 1:
+                self._strength.fill_(strength)
+            else:
+                self._strength = None
+                set_strength(self.model, None)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean next-token loss of the batch, in nats."""
+        loss = next_token_loss(self.model(batch[:, :-1]), batch[:, 1:])
+        self._batch = batch
+        self._step_loss = self._step_loss + loss.detach() / self.trainer.accumulate_grad_batches
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, log, and stop at the first number that is none; runs once per optimizer step."""
+        limit = self.config.trainer.gradient_clip_val or float("inf")
+        wrapped = self.trainer.strategy.model
+        if hasattr(wrapped, "clip_grad_norm_"):  # FSDP: a norm over shards
+            norm = wrapped.clip_grad_norm_(limit)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not torch.isfinite(norm):
+            self._stop_diverged(norm)
+        self.log("train/loss", self._step_loss, sync_dist=True)
+        self.log("train/grad_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self._step_loss = 0.0
+
+    def _stop_diverged(self, norm: Tensor) -> None:
+        layer = first_nonfinite_output(self.model, self._batch[:, :-1])
+        what = f"the output of {layer}" if layer else f"the gradient of {last_nonfinite_gradient(self.model)}"
+        raise TrainingStopped(
+            f"step {self.global_step}: {what} is not finite (loss {float(self._step_loss):.4g}, gradient norm "
+            f"{float(norm):.4g}); the last checkpoint is kept: lower optim.learning_rate and resume, or start again"
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_sums = LossSums()
+
+    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
+        """Add a batch to the sums; rows beyond the valid ones only keep the ranks in step."""
+        ids, num_valid = batch
+        logits = self.model(ids[:, :-1])
+        self.validation_sums.add(logits[:num_valid], ids[:num_valid], self.text_bytes)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            sums = self.validation_sums.as_tensor().to(self.device)
+            self.validation_sums = LossSums.from_tensor(self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        for name, value in self.validation_sums.metrics().items():
+            self.log(f"val/{name}", value, rank_zero_only=False)
