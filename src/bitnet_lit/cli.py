@@ -64,9 +64,7 @@ def to_object(cfg: DictConfig) -> Any:
         fields = {field.name for field in dataclasses.fields(OmegaConf.get_type(node))}  # type: ignore[arg-type]
         for key in node:
             if key not in fields:
-                raise UserError(
-                    f"unknown key '{prefix}{key}': nothing reads it; leave out +{prefix}{key}=..."
-                )
+                raise UserError(f"unknown key '{prefix}{key}': nothing reads it; leave out +{prefix}{key}=...")
             if isinstance(child := node._get_node(key), DictConfig):
                 check(child, f"{prefix}{key}.")
 
@@ -112,9 +110,7 @@ ALIASES = {
 
 def _nearest_key(door: str, key: str, overrides: Sequence[str]) -> str:
     """The known key most like `key`, in the config that the groups among `overrides` give."""
-    groups = [
-        item for item in overrides if re.fullmatch(r"[a-z_]+=[\w.]+", item) and not item.startswith(key + "=")
-    ]
+    groups = [item for item in overrides if re.fullmatch(r"[a-z_]+=[\w.]+", item) and not item.startswith(key + "=")]
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
             cfg = hydra.compose(door, groups)
@@ -124,11 +120,7 @@ def _nearest_key(door: str, key: str, overrides: Sequence[str]) -> str:
     *path, leaf = key.split(".")
     leaf = ALIASES.get(leaf, leaf)
     same_leaf = [name for name in known if name.split(".")[-1] == leaf]
-    return (
-        same_leaf[0]
-        if same_leaf
-        else difflib.get_close_matches(".".join([*path, leaf]), known, n=1, cutoff=0.0)[0]
-    )
+    return same_leaf[0] if same_leaf else difflib.get_close_matches(".".join([*path, leaf]), known, n=1, cutoff=0.0)[0]
 
 
 def _explain(door: str, error: Exception, overrides: Sequence[str]) -> str:
@@ -136,9 +128,7 @@ def _explain(door: str, error: Exception, overrides: Sequence[str]) -> str:
     text = " ".join(str(error).split())
     cause = " ".join(str(error.__cause__ or error).split())
     cause = re.sub(r" (full_key|object_type|reference_type): .*", "", cause)
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(
-        r"Key '([^']+)' (?:is )?not in", text
-    )
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
     if unknown:
         key = unknown.group(1)
         return f"unknown key '{key}': did you mean '{_nearest_key(door, key, overrides)}'?"

@@ -344,9 +344,7 @@ class TrainConfig:
         self.compile = str(self.compile).lower()
         _one_of("compile", self.compile, ("auto", "true", "false"))
         if self.quant.name == "none" and self.quant.lambda_warmup_steps:
-            raise UserError(
-                "quant.lambda_warmup_steps needs quant=b158 or b1: the dense twin has nothing to warm up"
-            )
+            raise UserError("quant.lambda_warmup_steps needs quant=b158 or b1: the dense twin has nothing to warm up")
         if self.optim.name == "muon" and self.trainer.strategy == "fsdp":
             raise UserError(
                 "optim=muon with trainer.strategy=fsdp: Muon needs whole matrices: take trainer=ddp or optim=adamw"
@@ -380,9 +378,7 @@ class PrepareConfig:
                 f"tokenizer={self.tokenizer} and vocab_size={self.vocab_size}: give one, an existing tokenizer or the "
                 "size of a new one"
             )
-        _positive(
-            "prepare", vocab_size=self.vocab_size, num_workers=self.num_workers, num_stories=self.num_stories
-        )
+        _positive("prepare", vocab_size=self.vocab_size, num_workers=self.num_workers, num_stories=self.num_stories)
 
 
 @dataclass
@@ -435,9 +431,7 @@ class InferConfig:
         if not 0 <= self.min_p < 1:
             raise UserError(f"min_p={self.min_p}: must lie in [0, 1)")
         if self.top_k < 0 or self.repeat_last_n < 0:
-            raise UserError(
-                f"top_k={self.top_k}, repeat_last_n={self.repeat_last_n}: must be 0 (off) or more"
-            )
+            raise UserError(f"top_k={self.top_k}, repeat_last_n={self.repeat_last_n}: must be 0 (off) or more")
 
 
 @dataclass

@@ -13,9 +13,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
     console = Console(highlight=False)
     for name, value in evaluate(config).items():
-        console.print(
-            f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}", soft_wrap=True
-        )
+        console.print(f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}", soft_wrap=True)
 
 
 def main() -> None:

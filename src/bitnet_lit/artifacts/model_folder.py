@@ -83,9 +83,7 @@ def transformers_runs(quant: QuantConfig) -> bool:
     )
 
 
-def _describe(
-    config: ModelConfig, quant: QuantConfig, tokenizer: Tokenizer | None, info: dict[str, Any]
-) -> dict:
+def _describe(config: ModelConfig, quant: QuantConfig, tokenizer: Tokenizer | None, info: dict[str, Any]) -> dict:
     """config.json as a dictionary."""
     described: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -162,9 +160,7 @@ def save_model_folder(
     with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         (temporary / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        (temporary / "generation_config.json").write_text(
-            json.dumps(generation, indent=2) + "\n", encoding="utf-8"
-        )
+        (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             shutil.copyfile(tokenizer.path, temporary / TOKENIZER_NAME)
 
@@ -230,13 +226,9 @@ def _load_weights(model: CausalLM, path: Path) -> None:
                 )
             state = {name: file.get_tensor(name).float() for name in found}
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error}): is this a model folder?"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): is this a model folder?") from None
     except SafetensorError as error:
-        raise UserError(
-            f"{path}: damaged or not a safetensors file ({error}): copy or export it again"
-        ) from None
+        raise UserError(f"{path}: damaged or not a safetensors file ({error}): copy or export it again") from None
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)

@@ -59,9 +59,7 @@ class ValidationOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         trainer = self.trainer
         at_end = trainer.should_stop or trainer.global_step >= trainer.max_steps
-        return iter(
-            range(self.num_batches if at_end else min(self.num_batches, self.limit or self.num_batches))
-        )
+        return iter(range(self.num_batches if at_end else min(self.num_batches, self.limit or self.num_batches)))
 
 
 class ValidationBatches(Dataset):

@@ -107,18 +107,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     folder = load_model_folder(find_model_folder(config.checkpoint))
     data_dir = config.data_dir or folder.info.get("data_dir")
     if data_dir is None:
-        raise UserError(
-            f"{folder.path}: does not say what it was trained on: give data_dir=<folder of shards>"
-        )
+        raise UserError(f"{folder.path}: does not say what it was trained on: give data_dir=<folder of shards>")
     shards = open_shards(Path(data_dir), folder.tokenizer.path if folder.tokenizer else None)
     if shards.vocab_size != folder.config.vocab_size:
         raise UserError(
             f"data_dir={data_dir}: shards of {shards.vocab_size} tokens, but the model knows "
             f"{folder.config.vocab_size}: prepare the text with {folder.path}/tokenizer.model"
         )
-    length = (
-        config.sequence_length or folder.info.get("sequence_length") or folder.config.max_position_embeddings
-    )
+    length = config.sequence_length or folder.info.get("sequence_length") or folder.config.max_position_embeddings
     split = shards.validation(length)
     device = torch.device(_device(config.accelerator))
     model = folder.model.to(device)

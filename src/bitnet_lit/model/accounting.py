@@ -73,9 +73,7 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     length = length or config.max_position_embeddings
     kv_size = config.num_kv_heads * config.head_dim
     head = config.vocab_size * hidden
-    projections = layers * (
-        2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size
-    )
+    projections = layers * (2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size)
     sub_norms = hidden + config.intermediate_size if config.sub_norm else 0
     # Scores and their sum over values: two products of head_dim per head for each of the (length + 1) / 2 visible
     # positions that a causal token sees on average.

@@ -60,9 +60,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.attn_sub_norm = (
-            RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
-        )
+        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
@@ -108,9 +106,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.ffn_sub_norm = (
-            RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
-        )
+        self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACTIVATIONS[config.hidden_act]
 

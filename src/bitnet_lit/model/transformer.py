@@ -85,9 +85,7 @@ class CausalLM(nn.Module):
             if parameter.ndim < 2:
                 continue  # norm weights start at one
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(
-                parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std
-            )
+            nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of every position.
@@ -110,9 +108,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") ->
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
-def build_model(
-    config: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None
-) -> CausalLM:
+def build_model(config: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None) -> CausalLM:
     """The network of `config` with the quantization pass `quant` applied.
 
     Args:

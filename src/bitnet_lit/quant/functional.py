@@ -60,9 +60,7 @@ def quantize_weight(weight: Tensor, quant: QuantConfig) -> tuple[Tensor, Tensor]
     """
     weight = weight.float()
     magnitude = weight.abs()
-    scale = (magnitude.median() if quant.weight_scale == "absmedian" else magnitude.mean()).clamp(
-        min=SCALE_MIN
-    )
+    scale = (magnitude.median() if quant.weight_scale == "absmedian" else magnitude.mean()).clamp(min=SCALE_MIN)
     if quant.name == "b158":
         # Multiplying by the reciprocal, not dividing, is what Microsoft and Hugging Face do: it decides ties.
         return (weight * (1.0 / scale)).round().clamp(-1, 1), scale

@@ -43,9 +43,7 @@ def plot_curves(config: PlotConfig) -> Path:
         points = [(int(row["step"]), float(row[config.metric])) for row in rows if config.metric in row]
         if not points:
             known = sorted({name for row in rows for name in row} - {"step"})
-            raise UserError(
-                f"metric={config.metric}: not in {folder / CSV_NAME}, which has {', '.join(known)}"
-            )
+            raise UserError(f"metric={config.metric}: not in {folder / CSV_NAME}, which has {', '.join(known)}")
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, marker=".", label=f"{_label(folder, config.label)}: {values[-1]:.3f}")
     axes.set_xlabel("optimizer step")

@@ -36,9 +36,5 @@ def last_nonfinite_gradient(model: nn.Module) -> str | None:
 
     The backward pass runs from the end to the start, so the last one is where it went wrong first.
     """
-    names = [
-        name
-        for name, p in model.named_parameters()
-        if p.grad is not None and not p.grad.isfinite().all().item()
-    ]
+    names = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()]
     return names[-1] if names else None

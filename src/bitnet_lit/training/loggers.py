@@ -101,9 +101,7 @@ def build_loggers(config: TrainConfig, run_dir: Path, resume_step: int) -> list[
         try:
             loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
         except ModuleNotFoundError:
-            raise UserError(
-                "logger=tensorboard: not installed: pip install 'bitnet-lit[tensorboard]'"
-            ) from None
+            raise UserError("logger=tensorboard: not installed: pip install 'bitnet-lit[tensorboard]'") from None
     if config.logger.wandb:
         offline = os.environ.get("WANDB_MODE") == "offline" or not _wandb_logged_in()
         loggers.append(

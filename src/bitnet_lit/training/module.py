@@ -32,9 +32,7 @@ class BitNetModule(L.LightningModule):
     Batches: int64 (B, T + 1) for training; (ids, number of valid rows) for validation.
     """
 
-    def __init__(
-        self, model: CausalLM, config: TrainConfig, plan: Plan, text_bytes: TextBytes | None
-    ) -> None:
+    def __init__(self, model: CausalLM, config: TrainConfig, plan: Plan, text_bytes: TextBytes | None) -> None:
         super().__init__()
         self.model = model
         self.config = config

@@ -41,9 +41,7 @@ def resume_config(run_dir: str, overrides: Sequence[str] = ()) -> TrainConfig:
     folder = Path(run_dir)
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(
-            f"resume={run_dir}: no run folder ({CONFIG_NAME} is missing): give the folder train wrote"
-        )
+        raise UserError(f"resume={run_dir}: no run folder ({CONFIG_NAME} is missing): give the folder train wrote")
     if not (folder / "checkpoints" / LAST).is_file():
         raise UserError(
             f"resume={run_dir}: no checkpoint in it (it was stopped before its first one): start again without resume"
@@ -54,9 +52,7 @@ def resume_config(run_dir: str, overrides: Sequence[str] = ()) -> TrainConfig:
         cfg = OmegaConf.merge(OmegaConf.structured(schema), saved)
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
-            if OmegaConf.select(cfg, key, default=None) is not None and OmegaConf.is_config(
-                OmegaConf.select(cfg, key)
-            ):
+            if OmegaConf.select(cfg, key, default=None) is not None and OmegaConf.is_config(OmegaConf.select(cfg, key)):
                 raise UserError(
                     f"resume={run_dir} with {override}: a resumed run keeps its {key}; override single values "
                     f"({key}.<name>=...), or start another run with init_from={run_dir}"
@@ -89,6 +85,4 @@ def checkpoint_step(run_dir: Path) -> int:
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
     except Exception as error:  # torch raises a different type for each way a file can be broken
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}): resume from a copy of it"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}): resume from a copy of it") from None

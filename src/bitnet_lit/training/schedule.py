@@ -26,9 +26,7 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig, warmup_steps: int,
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     final = schedule.final_factor
-    progress = min(
-        1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    )  # of what follows the warm-up
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # of what follows the warm-up
     if schedule.name == "cosine":
         return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
     if schedule.name == "two_stage":
@@ -47,14 +45,10 @@ def weight_decay_factor(step: int, schedule: ScheduleConfig, total_steps: int) -
 class Schedule(LambdaLR):
     """Applies both factors to every parameter group after each optimizer step."""
 
-    def __init__(
-        self, optimizer: Optimizer, schedule: ScheduleConfig, warmup_steps: int, total_steps: int
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, schedule: ScheduleConfig, warmup_steps: int, total_steps: int) -> None:
         self._schedule, self._total_steps = schedule, total_steps
         self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
-        super().__init__(
-            optimizer, lambda step: learning_rate_factor(step, schedule, warmup_steps, total_steps)
-        )
+        super().__init__(optimizer, lambda step: learning_rate_factor(step, schedule, warmup_steps, total_steps))
 
     def step(self, epoch: int | None = None) -> None:
         """Move to the next step, or to step `epoch`."""

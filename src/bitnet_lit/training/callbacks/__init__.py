@@ -38,9 +38,7 @@ def build_callbacks(
     if wanted.throughput:
         callbacks.append(Throughput(plan, config.trainer.precision))
     if wanted.sample_prompts and tokenizer is not None:
-        callbacks.append(
-            SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens)
-        )
+        callbacks.append(SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens))
     if wanted.profile_steps:
         callbacks.append(Profile(run_dir, wanted.profile_steps))
     if wanted.progress_bar:

@@ -101,9 +101,7 @@ class Checkpoints(Callback):
     def _keep_as_best(self) -> None:
         temporary = self.folder / f".{BEST}.tmp"
         temporary.unlink(missing_ok=True)
-        os.link(
-            self.folder / LAST, temporary
-        )  # the same bytes under a second name: last.ckpt is replaced, not changed
+        os.link(self.folder / LAST, temporary)  # the same bytes under a second name: last.ckpt is replaced, not changed
         os.replace(temporary, self.folder / BEST)
 
     def state_dict(self) -> dict[str, Any]:

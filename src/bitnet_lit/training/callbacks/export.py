@@ -52,8 +52,6 @@ class ExportModelFolder(Callback):
         if not trainer.is_global_zero:
             return
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        metrics = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
-        }
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         info = {**self.facts, "step": trainer.global_step, "metrics": metrics}
         save_model_folder(folder, pl_module.model, self.config.quant, self.tokenizer, info, state)

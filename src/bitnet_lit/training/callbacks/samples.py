@@ -28,15 +28,12 @@ class SampleStories(Callback):
             return
         generator = Generator(TorchEngine(pl_module.model, pack=False), self.tokenizer)
         stories = [
-            generator.generate(prompt, max_new_tokens=self.max_new_tokens, temperature=0.0)
-            for prompt in self.prompts
+            generator.generate(prompt, max_new_tokens=self.max_new_tokens, temperature=0.0) for prompt in self.prompts
         ]
         with self.path.open("a", encoding="utf-8") as file:
             for story in stories:
                 file.write(f"--- step {trainer.global_step}\n{story}\n\n")
-        Console(stderr=True).print(
-            f"[dim]step {trainer.global_step}:[/dim] {stories[0]}", highlight=False, markup=True
-        )
+        Console(stderr=True).print(f"[dim]step {trainer.global_step}:[/dim] {stories[0]}", highlight=False, markup=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", "\n\n".join(stories), trainer.global_step)

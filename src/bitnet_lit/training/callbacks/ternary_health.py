@@ -45,9 +45,7 @@ class TernaryHealth(Callback):
             rows.append((trainer.global_step, name, *shares, flip_rate, weight_scale.item()))
         if not rows:
             return
-        means = {
-            column: sum(row[i] for row in rows) / len(rows) for i, column in enumerate(COLUMNS) if i >= 2
-        }
+        means = {column: sum(row[i] for row in rows) / len(rows) for i, column in enumerate(COLUMNS) if i >= 2}
         pl_module.log_dict({f"ternary/{key}": value for key, value in means.items() if value == value})
         if trainer.is_global_zero:
             is_new = not self.path.exists()

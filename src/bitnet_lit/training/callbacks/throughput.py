@@ -79,9 +79,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        self._data_seconds += (
-            now - self._since
-        )  # since the end of the last batch: reading and moving this one
+        self._data_seconds += now - self._since  # since the end of the last batch: reading and moving this one
         self._seconds += now - self._since
         self._since = now
 

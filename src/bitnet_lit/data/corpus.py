@@ -1,0 +1,194 @@
+"""Sources of text, cut into shards.
+
+A shard is a list of segments, a segment is a part of a source that can be read by itself (a whole JSON file, a byte
+range of a large .jsonl or .txt file, a range of demo stories). So every process reads its own text, and no process
+ever holds more than a shard's.
+
+    .json    llama2.c's form: a list of {"story": ...}; one file is one shard, as llama2.c does it
+    .jsonl   an object with "story" or "text" on each line
+    .txt     documents separated by a line <|endoftext|>, as in TinyStories' own files; else the file is one document
+
+Small .jsonl and .txt files share a shard, large ones are cut at document borders, at about SHARD_TEXT_BYTES.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitnet_lit.data.demo import demo_story
+from bitnet_lit.errors import UserError
+
+SHARD_TEXT_BYTES = 64 * 2**20
+SEPARATOR = "<|endoftext|>"
+SUFFIXES = (".json", ".jsonl", ".txt")
+DEMO_VALIDATION_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Something to read stories from: bytes [start, stop) of a file, or demo stories [start, stop) of a seed."""
+
+    path: Path | None
+    start: int
+    stop: int
+    seed: int = 0
+
+    def fingerprint(self) -> str:
+        """Changes when what would be read changes (for a file: its place, size and time)."""
+        if self.path is None:
+            return f"demo/{self.seed}/{self.start}-{self.stop}"
+        status = self.path.stat()
+        return f"{self.path.absolute()}/{status.st_size}/{status.st_mtime_ns}/{self.start}-{self.stop}"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to write: its file name and where its text comes from."""
+
+    name: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text it is, for a progress bar."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+
+def demo_shards(num_stories: int, seed: int) -> list[ShardPlan]:
+    """Two shards of the demo corpus: the first twentieth for validation."""
+    validation = max(1, int(num_stories * DEMO_VALIDATION_SHARE))
+    if num_stories < 2:
+        raise UserError(f"num_stories={num_stories}: at least 2, one for validation and one for training")
+    ranges = [(0, validation), (validation, num_stories)]
+    return [ShardPlan(f"data{i:02d}.bin", (Segment(None, *r, seed=seed),)) for i, r in enumerate(ranges)]
+
+
+def find_files(source: str) -> list[Path]:
+    """The text files that a path or a glob means, sorted.
+
+    Raises:
+        UserError: nothing there, or nothing that can be read as text.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not found:
+            raise UserError(f"source={source}: no {', '.join(SUFFIXES)} files in this folder")
+        return found
+    found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(source, recursive=True))
+    if not found:
+        raise UserError(f"source={source}: no such file, folder or glob (or name a built-in source: demo, tinystories)")
+    for file in found:
+        if file.suffix not in SUFFIXES:
+            raise UserError(f"{file}: cannot read '{file.suffix}' files: give {', '.join(SUFFIXES)}")
+    return found
+
+
+def _document_ends(path: Path, every: int) -> list[int]:
+    """Byte offsets behind a document, about `every` bytes apart; the last is the end of the file."""
+    size = path.stat().st_size
+    marker = b"\n" if path.suffix == ".jsonl" else b"\n" + SEPARATOR.encode() + b"\n"
+    ends = []
+    if size > every:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            position = every
+            while (found := data.find(marker, position)) >= 0 and found + len(marker) < size:
+                ends.append(found + len(marker))
+                position = ends[-1] + every
+    return [*ends, size]
+
+
+def file_shards(files: list[Path]) -> list[ShardPlan]:
+    """Shards of text files: each .json file its own, the others grouped and cut (see the module)."""
+    groups: list[list[Segment]] = []
+    open_bytes = SHARD_TEXT_BYTES  # of the group that small files still join; full: the next one begins
+    for path in files:
+        if path.suffix == ".json":
+            groups.append([Segment(path, 0, path.stat().st_size)])
+            open_bytes = SHARD_TEXT_BYTES
+            continue
+        start = 0
+        for stop in _document_ends(path, SHARD_TEXT_BYTES):
+            if open_bytes >= SHARD_TEXT_BYTES:
+                groups.append([])
+                open_bytes = 0
+            groups[-1].append(Segment(path, start, stop))
+            open_bytes += stop - start
+            start = stop
+    named = [re.fullmatch(r"data\d+", group[0].path.stem) for group in groups if group[0].path]
+    if len(files) == len(groups) and all(named):  # llama2.c's names are kept
+        return [ShardPlan(f"{path.stem}.bin", tuple(group)) for path, group in zip(files, groups, strict=True)]
+    width = max(2, len(str(len(groups) - 1)))
+    return [ShardPlan(f"data{i:0{width}d}.bin", tuple(group)) for i, group in enumerate(groups)]
+
+
+def read_stories(segment: Segment) -> Iterator[str]:
+    """The stories of a segment, stripped; empty ones are left out.
+
+    Raises:
+        UserError: a file that does not hold what its name promises; names the file and the record.
+    """
+    if segment.path is None:
+        yield from (demo_story(segment.seed, index) for index in range(segment.start, segment.stop))
+        return
+    try:
+        with segment.path.open("rb") as file:
+            file.seek(segment.start)
+            content = file.read(segment.stop - segment.start).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{segment.path}: not UTF-8 at byte {segment.start + error.start}: convert it (iconv -t utf-8)"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{segment.path}: cannot be read ({error.strerror})") from None
+    readers = {".json": _json_stories, ".jsonl": _jsonl_stories, ".txt": _txt_stories}
+    for story in readers[segment.path.suffix](segment.path, content):
+        story = _without_surrogates(story.strip())
+        if story:
+            yield story
+
+
+def _json_stories(path: Path, content: str) -> Iterator[str]:
+    try:
+        records = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(records, list):
+        raise UserError(f"{path}: holds a {type(records).__name__}, not a list of {{'story': ...}}")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("story"), str):
+            raise UserError(f"{path}: record {number} has no text under 'story'")
+        yield record["story"]
+
+
+def _jsonl_stories(path: Path, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error})") from None
+        text = record.get("story", record.get("text")) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{path}: line {number} has no text under 'story' or 'text'")
+        yield text
+
+
+def _txt_stories(path: Path, content: str) -> Iterator[str]:
+    yield from re.split(rf"^{re.escape(SEPARATOR)}\s*$", content, flags=re.MULTILINE)
+
+
+def _without_surrogates(text: str) -> str:
+    """JSON can escape half of a character pair, which no encoding can hold: it becomes U+FFFD."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,60 @@
+"""Which sample comes when: a shuffle without a table.
+
+Global sample i lies in epoch i // N at place i % N, and a keyed permutation of 0..N-1 says which sequence stands at
+that place. The permutation is a Feistel network (Luby and Rackoff 1988): a number is cut into two halves, and each
+round adds to one half a hash of the other, which can be undone whatever the hash is. So it is a bijection by
+construction, costs a few integer operations per sample, and takes no memory however large the corpus. Numbers beyond
+N - 1 (the network works on a power of four) are sent through again until they fall inside: "cycle walking".
+
+The order of a whole run is then a pure function of (seed, i): workers, ranks and resuming cannot change it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUNDS = 6  # four make a good permutation of a large domain; small ones need more
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finalizer (Steele, Lea, Flood 2014): every input bit changes every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class SampleOrder:
+    """Maps global sample indices to sequences.
+
+    Args:
+        num_samples: sequences in the corpus, N >= 1.
+        seed: of the whole run.
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        assert num_samples >= 1, num_samples
+        self.num_samples = num_samples
+        self.seed = seed
+        half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+        self._half_bits = np.uint64(half_bits)
+        self._mask = np.uint64((1 << half_bits) - 1)
+
+    def __call__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 (B,) global sample indices, 0 or more, to int64 (B,) sequences in 0..N-1."""
+        epochs, places = np.divmod(indices.astype(np.uint64), np.uint64(self.num_samples))
+        keys = _mix(_mix(np.full_like(epochs, self.seed % 2**64)) + epochs)
+        values = self._permute(places, keys)
+        outside = np.flatnonzero(values >= self.num_samples)
+        while outside.size:
+            values[outside] = self._permute(values[outside], keys[outside])
+            outside = outside[values[outside] >= self.num_samples]
+        return values.astype(np.int64)
+
+    def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """A bijection of 0..4**half_bits - 1 for each key."""
+        left, right = values >> self._half_bits, values & self._mask
+        for round_number in range(ROUNDS):
+            hashed = _mix(_mix(keys + np.uint64(round_number)) + right)
+            left, right = right, left ^ (hashed & self._mask)
+        return (left << self._half_bits) | right

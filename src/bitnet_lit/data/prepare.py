@@ -1,0 +1,233 @@
+"""Text to llama2.c shards: what `python -m bitnet_lit.prepare` does.
+
+The bytes are those of llama2.c's `tinystories.py pretokenize`: for each story, stripped, a BOS and its tokens. Every
+shard is written by one process and appears at once; `meta.json` notes it then. So an interrupted call leaves whole
+shards, and the same call again skips them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bitnet_lit.atomic import atomic_file
+from bitnet_lit.config import PrepareConfig
+from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards, find_files, read_stories
+from bitnet_lit.data.download import fetch_tinystories
+from bitnet_lit.data.fast_encoder import FastEncoder
+from bitnet_lit.data.shards import META_NAME, TOKENIZER_NAME, dtype_for
+from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet_lit.errors import UserError
+
+META_VERSION = 1
+TOKENIZER_TEXT_BYTES = 100 * 2**20  # llama2.c trains on its first ten shards; more text hardly changes a vocabulary
+DEMO_VOCAB_SIZE, DEFAULT_VOCAB_SIZE = 512, 4096
+
+_encoder: FastEncoder | None = None  # of a worker process: its cache of words lasts from shard to shard
+
+
+def _start_worker(tokenizer_path: Path) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _encoder = _make_encoder(tokenizer_path)
+
+
+def _make_encoder(tokenizer_path: Path) -> FastEncoder:
+    tokenizer = Tokenizer(tokenizer_path)
+    return FastEncoder(tokenizer, dtype_for(tokenizer.vocab_size))
+
+
+def _write_in_worker(plan: ShardPlan, out: Path, bos_id: int) -> dict[str, Any]:
+    assert _encoder is not None
+    return write_shard(plan, out, _encoder, bos_id)
+
+
+def write_shard(plan: ShardPlan, out: Path, encoder: FastEncoder, bos_id: int) -> dict[str, Any]:
+    """Encode one shard and write it; returns its entry in meta.json."""
+    bos = np.array([bos_id], dtype=encoder.dtype).tobytes()
+    stories = text_bytes = 0
+    with atomic_file(out / plan.name) as temporary, temporary.open("wb") as file:
+        for segment in plan.segments:
+            for story in read_stories(segment):
+                file.write(bos + encoder.encode(story))
+                stories += 1
+                text_bytes += len(story.encode())
+        tokens = file.tell() // encoder.dtype.itemsize
+    return {"tokens": tokens, "stories": stories, "text_bytes": text_bytes, "fingerprint": _fingerprint([plan])}
+
+
+def _fingerprint(plans: list[ShardPlan]) -> str:
+    parts = [segment.fingerprint() for plan in plans for segment in plan.segments]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _shard_plans(config: PrepareConfig) -> list[ShardPlan]:
+    if config.source == "demo":
+        return demo_shards(config.num_stories, config.seed)
+    if config.source == "tinystories":
+        return file_shards(fetch_tinystories(Path(config.download_dir)))
+    return file_shards(find_files(config.source))
+
+
+def _training_text(plans: list[ShardPlan]) -> Iterator[str]:
+    """Stories to train a tokenizer on: those of the training shards (all of a single shard's)."""
+    size = 0
+    for plan in plans[1:] or plans:
+        for segment in plan.segments:
+            for story in read_stories(segment):
+                yield story
+                size += len(story)
+                if size > TOKENIZER_TEXT_BYTES:
+                    return
+
+
+def _read_meta(out: Path) -> dict[str, Any]:
+    path = out / META_NAME
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): delete the folder and prepare it again") from None
+
+
+def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], meta: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of `out`: copied, trained, or the one that an earlier call left there."""
+    path = out / TOKENIZER_NAME
+    origin = f"copied/{Tokenizer(config.tokenizer).sha256}" if config.tokenizer else None
+    if origin is None:
+        default = DEMO_VOCAB_SIZE if config.source == "demo" else DEFAULT_VOCAB_SIZE
+        origin = f"trained/{config.vocab_size or default}/{_fingerprint(plans)}"
+    if meta and meta.get("tokenizer_origin") != origin:
+        raise UserError(
+            f"out={out}: holds shards of another tokenizer or source: choose another out=, or delete the folder"
+        )
+    if meta and path.exists():
+        return Tokenizer(path)
+    if config.tokenizer:
+        with atomic_file(path) as temporary:
+            shutil.copyfile(config.tokenizer, temporary)
+        tokenizer = Tokenizer(path)
+    else:
+        tokenizer = train_tokenizer(_training_text(plans), int(origin.split("/")[1]), path)
+    meta |= {
+        "format_version": META_VERSION,
+        "dtype": dtype_for(tokenizer.vocab_size).name,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.sha256,
+        "tokenizer_origin": origin,
+        "complete": False,
+        "shards": {},
+    }
+    _write_meta(out, meta)
+    return tokenizer
+
+
+def _write_meta(out: Path, meta: dict[str, Any]) -> None:
+    with atomic_file(out / META_NAME) as temporary:
+        temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"out={out}: {error.strerror}: whole shards are kept, the same command goes on") from None
+        raise
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Write a folder of shards, or finish one.
+
+    Returns:
+        shards, stories, tokens, text_bytes, and seconds of this call.
+
+    Raises:
+        UserError: text, tokenizer or folder that cannot be used; whole shards stay, nothing half-written does.
+    """
+    out = Path(config.out)
+    with _disk_errors(out):
+        plans = _shard_plans(config)
+        out.mkdir(parents=True, exist_ok=True)
+        meta = _read_meta(out)
+        start = time.perf_counter()
+        tokenizer = _ensure_tokenizer(config, out, plans, meta)
+        todo = [plan for plan in plans if not _is_done(plan, out, meta)]
+        _write_all(config, out, plans, todo, tokenizer, meta)
+        if todo or not meta["complete"]:
+            meta["complete"] = True
+            _write_meta(out, meta)
+    entries = meta["shards"].values()
+    summary = {key: sum(entry[key] for entry in entries) for key in ("stories", "tokens", "text_bytes")}
+    summary |= {"shards": len(entries), "vocab_size": tokenizer.vocab_size, "seconds": time.perf_counter() - start}
+    if todo:
+        Console(stderr=True).print(
+            f"{out}: {summary['shards']} shards, {summary['stories']:,} stories, {summary['tokens']:,} tokens of "
+            f"{tokenizer.vocab_size:,}, {summary['text_bytes'] / max(1, summary['tokens']):.3f} bytes a token, "
+            f"{summary['seconds']:.1f} s",
+            highlight=False,
+        )
+    return summary
+
+
+def _is_done(plan: ShardPlan, out: Path, meta: dict[str, Any]) -> bool:
+    entry = meta["shards"].get(plan.name)
+    path = out / plan.name
+    if entry is None or entry["fingerprint"] != _fingerprint([plan]) or not path.is_file():
+        return False
+    return path.stat().st_size == entry["tokens"] * np.dtype(meta["dtype"]).itemsize
+
+
+def _write_all(
+    config: PrepareConfig,
+    out: Path,
+    plans: list[ShardPlan],
+    todo: list[ShardPlan],
+    tokenizer: Tokenizer,
+    meta: dict[str, Any],
+) -> None:
+    """Write the shards in `todo`, on several processes where there are several shards."""
+    workers = min(config.num_workers or os.cpu_count() or 1, len(todo))
+    columns = (TextColumn("encoding"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not todo) as progress:
+        task = progress.add_task("encode", total=sum(plan.text_bytes for plan in plans))
+        progress.advance(task, sum(plan.text_bytes for plan in plans if plan not in todo))
+
+        def done(plan: ShardPlan, entry: dict[str, Any]) -> None:
+            meta["shards"][plan.name] = entry
+            _write_meta(out, meta)
+            progress.advance(task, plan.text_bytes)
+
+        if workers <= 1:
+            encoder = _make_encoder(tokenizer.path)
+            for plan in todo:
+                done(plan, write_shard(plan, out, encoder, tokenizer.bos_id))
+            return
+        context = multiprocessing.get_context("spawn")  # fork copies locks that other threads hold
+        with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
+            futures = {pool.submit(_write_in_worker, plan, out, tokenizer.bos_id): plan for plan in todo}
+            try:
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
