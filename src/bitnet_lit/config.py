@@ -362,7 +362,7 @@ class PrepareConfig:
     tokenizer: str | None = None
     """An existing SentencePiece model. null: train one with vocab_size entries."""
     vocab_size: int | None = None
-    """Entries of the tokenizer to train. null: 512 for the demo corpus, 4096 otherwise; with `tokenizer`, unused."""
+    """Entries of the tokenizer to train. null: 1024 for the demo corpus, 4096 otherwise; with `tokenizer`, unused."""
     num_workers: int | None = None
     """Processes that encode. null: all cores."""
     seed: int = 0

@@ -27,7 +27,7 @@ from bitnet_lit.errors import UserError
 SHARD_TEXT_BYTES = 64 * 2**20
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".json", ".jsonl", ".txt")
-DEMO_VALIDATION_SHARE = 0.05
+DEMO_VALIDATION_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ShardPlan:
 
 
 def demo_shards(num_stories: int, seed: int) -> list[ShardPlan]:
-    """Two shards of the demo corpus: the first twentieth for validation."""
+    """Two shards of the demo corpus: the first fiftieth for validation."""
     validation = max(1, int(num_stories * DEMO_VALIDATION_SHARE))
     if num_stories < 2:
         raise UserError(f"num_stories={num_stories}: at least 2, one for validation and one for training")

@@ -36,7 +36,8 @@ from bitnet_lit.errors import UserError
 
 META_VERSION = 1
 TOKENIZER_TEXT_BYTES = 100 * 2**20  # llama2.c trains on its first ten shards; more text hardly changes a vocabulary
-DEMO_VOCAB_SIZE, DEFAULT_VOCAB_SIZE = 512, 4096
+# The demo's few hundred words fit as one token each, so that a story fits a short context.
+DEMO_VOCAB_SIZE, DEFAULT_VOCAB_SIZE = 1024, 4096
 
 _encoder: FastEncoder | None = None  # of a worker process: its cache of words lasts from shard to shard
 

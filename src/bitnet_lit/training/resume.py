@@ -61,17 +61,13 @@ def resume_config(run_dir: str, overrides: Sequence[str] = ()) -> TrainConfig:
         config: Any = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"resume={run_dir}: {' '.join(str(error).split())}") from None
-    planned = saved.schedule.total_steps
-    if planned is None and (config.trainer.max_steps, config.trainer.max_tokens) != (
-        saved.trainer.max_steps,
-        saved.trainer.max_tokens,
-    ):
-        if config.schedule.total_steps is None:
-            raise UserError(
-                f"resume={run_dir} with another length ({saved.trainer.max_steps} steps before): it would move the "
-                f"learning rate's curve: add schedule.total_steps={saved.trainer.max_steps} to keep the curve, or "
-                "the new length to stretch it"
-            )
+    was, now = ((c.trainer.max_steps, c.trainer.max_tokens) for c in (saved, config))
+    if was != now and config.schedule.total_steps is None:
+        raise UserError(
+            f"resume={run_dir} with another length than trainer.max_steps={saved.trainer.max_steps}: it would move the "
+            f"learning rate's curve: add schedule.total_steps={saved.trainer.max_steps} to keep the curve, or the new "
+            "length to stretch it"
+        )
     return replace(config, resume=run_dir, run_dir=run_dir)
 
 

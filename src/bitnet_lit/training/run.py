@@ -12,8 +12,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,19 @@ def _build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any)
         raise UserError(f"trainer.accelerator={options.accelerator}: {error}") from None
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks instead of giving them back to the system after every tensor.
+
+    Each step allocates the same sizes again; fresh pages must be zeroed at every fault, which cost 13 % of a BitNet
+    step (192 hidden, 4 layers, 8 x 256 tokens) on two CPU cores. Other C libraries do not know the call.
+    """
+    library = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(library, "mallopt"):
+        trim_threshold, mmap_threshold, most = -1, -3, 2**30  # malloc.h
+        library.mallopt(mmap_threshold, most)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
 def _quieten() -> None:
     """Lightning's hints that do not fit: our loader needs no workers, our logger needs no hint."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -149,6 +164,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         TrainingStopped: it diverged, or a signal asked it to stop; the folder can be resumed.
     """
     _quieten()
+    _keep_freed_memory()
     run_dir = Path(config.run_dir)
     resume_step = checkpoint_step(run_dir) if config.resume else 0
     shards = _open_data(config)
