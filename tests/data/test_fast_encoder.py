@@ -1,0 +1,79 @@
+"""Encoding by words gives SentencePiece's ids, on any text and any model."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.fast_encoder import FastEncoder
+from bitnet_lit.data.tokenizer import Tokenizer
+from tests.support import TINYSTORIES, needs_tinystories
+
+TEXT = st.one_of(
+    st.text(),
+    st.text(alphabet=" ab"),
+    st.text(alphabet=" ab\n\t\r\0\u2581\u00a0\u200bé😀.,1 2"),
+)
+
+
+def fast(encoder, text):
+    return np.frombuffer(encoder.encode(text), encoder.dtype).tolist()
+
+
+def check_equal(tokenizer):
+    encoder = FastEncoder(tokenizer, np.dtype(np.uint16))
+
+    @settings(max_examples=600, deadline=None)
+    @given(TEXT)
+    def equal(text):
+        assert fast(encoder, text) == tokenizer.encode(text, bos=False)
+
+    equal()
+    return encoder
+
+
+def test_equal_for_a_model_with_llama2cs_options(tokenizer):
+    assert check_equal(tokenizer).by_words
+
+
+@needs_tinystories
+def test_equal_for_llama2s_model():
+    tokenizer = Tokenizer(TINYSTORIES / "llama2_tokenizer.model")
+    encoder = check_equal(tokenizer)
+    assert encoder.by_words
+    for entry in json.loads((TINYSTORIES / "data00.json").read_text())[:300]:
+        assert fast(encoder, entry["story"]) == tokenizer.encode(entry["story"], bos=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram"},
+        {"split_by_whitespace": False},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"byte_fallback": False},
+        {"treat_whitespace_as_suffix": True},
+        {"user_defined_symbols": ["a b"]},
+        {"add_dummy_prefix": False},
+    ],
+    ids=str,
+)
+def test_models_that_do_not_allow_it_are_encoded_whole(tmp_path, options):
+    model = io.BytesIO()
+    defaults = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(demo_stories(60)).split("\n")),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{**defaults, **options},
+    )
+    path = tmp_path / "other.model"
+    path.write_bytes(model.getvalue())
+    assert not check_equal(Tokenizer(path)).by_words

@@ -1,0 +1,126 @@
+"""Reading shards: what is in a sequence, whose folders are understood, and what is refused."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from bitnet_lit.data.shards import open_shards
+from bitnet_lit.errors import UserError
+from tests.support import TINYSTORIES, needs_tinystories
+
+
+def write(path, tokens, dtype=np.uint16):
+    np.asarray(tokens, dtype=dtype).tofile(path)
+
+
+def test_sequences_are_consecutive_windows_over_all_training_shards(tmp_path):
+    write(tmp_path / "data00.bin", np.arange(50))
+    write(tmp_path / "data01.bin", np.arange(100, 141))  # 41 tokens: 4 sequences of 10, one target to spare
+    write(tmp_path / "data02.bin", np.arange(200, 230))  # 30 tokens: 2 sequences
+    split = open_shards(tmp_path).train(10)
+    assert split.num_sequences == 6
+    gathered = split.gather(np.array([5, 0, 3, 4]))
+    assert gathered.dtype == np.int64
+    assert gathered[:, 0].tolist() == [210, 100, 130, 200]
+    assert (np.diff(gathered, axis=1) == 1).all() and gathered.shape == (4, 11)
+    assert open_shards(tmp_path).validation(10).num_sequences == 4
+
+
+def test_a_single_shard_is_split_inside_itself(tmp_path):
+    write(tmp_path / "data00.bin", np.arange(1001))
+    shards = open_shards(tmp_path)
+    validation, train = shards.validation(10), shards.train(10)
+    assert (validation.num_sequences, train.num_sequences) == (10, 90)
+    seen = [split.gather(np.arange(split.num_sequences))[:, :-1] for split in (validation, train)]
+    assert np.concatenate([part.ravel() for part in seen]).tolist() == list(range(1000))
+
+
+def test_uint32_shards(tmp_path):
+    write(tmp_path / "data00.bin", np.arange(70_000, 70_100), np.uint32)
+    (tmp_path / "meta.json").write_text(json.dumps({"dtype": "uint32", "vocab_size": 100_000}))
+    assert open_shards(tmp_path).train(8).gather(np.array([0]))[0, 0] > 70_000
+
+
+def test_a_split_travels_to_a_worker_without_its_data(tmp_path):
+    write(tmp_path / "data00.bin", np.arange(60_000))
+    split = open_shards(_vocab(tmp_path, 60_000)).train(10)
+    split.gather(np.array([0]))
+    travelled = pickle.dumps(split)
+    assert len(travelled) < 2000
+    assert np.array_equal(pickle.loads(travelled).gather(np.array([3])), split.gather(np.array([3])))
+
+
+def _vocab(folder, size):
+    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": size}))
+    return folder
+
+
+@needs_tinystories
+def test_llama2cs_own_folders(tmp_path, tokenizer):
+    everything = tmp_path / "TinyStories_all_data"
+    everything.mkdir()
+    write(everything / "data00.bin", [31999] * 100)
+    (everything / "data00.json").write_text("[]")
+    assert open_shards(everything).vocab_size == 32000
+    with_tokenizer = open_shards(everything, TINYSTORIES / "llama2_tokenizer.model")
+    assert with_tokenizer.tokenizer_path == TINYSTORIES / "llama2_tokenizer.model"
+    tok = tmp_path / "tok512"
+    tok.mkdir()
+    write(tok / "data00.bin", [511] * 100)
+    assert open_shards(tok).vocab_size == 512
+    shutil.copy(tokenizer.path, tmp_path / "tok512.model")
+    assert open_shards(tok).tokenizer_path == tmp_path / "tok512.model"
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: f.rmdir(), "no such folder.*bitnet_lit.prepare"),
+        (lambda f: None, "no .bin shards.*bitnet_lit.prepare"),
+        (lambda f: (f / "data00.bin").write_bytes(b"123"), "3 bytes are no whole number of uint16"),
+        (lambda f: (f / "data00.bin").write_bytes(b""), "0 bytes"),
+        (lambda f: (f / "data00.bin").mkdir(), "cannot be read"),
+        (lambda f: write(f / "data00.bin", [5, 40_000, 5]), "token id 40000 lies beyond the vocabulary of 32000"),
+        (lambda f: (write(f / "d.bin", [1] * 9), (f / "meta.json").write_text("{")), "meta.json: cannot be used"),
+        (lambda f: (write(f / "d.bin", [1] * 9), (f / "meta.json").write_text('{"dtype":"int8"}')), "cannot be used"),
+    ],
+)
+def test_bad_folders_are_refused_in_one_line(tmp_path, make, message):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(UserError, match=message) as error:
+        open_shards(folder)
+    assert one_line(error)
+
+
+def test_a_shard_that_changed_size_is_refused(shards, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(shards, folder)
+    content = (folder / "data01.bin").read_bytes()
+    (folder / "data01.bin").write_bytes(content[:-2])
+    with pytest.raises(UserError, match=r"data01.bin: \d+ tokens, but meta.json says"):
+        open_shards(folder)
+
+
+def test_a_tokenizer_that_did_not_write_the_shards_is_refused(shards, tmp_path):
+    from bitnet_lit.data.demo import demo_stories
+    from bitnet_lit.data.tokenizer import train_tokenizer
+
+    train_tokenizer(demo_stories(100, seed=5), 400, tmp_path / "other.model")
+    with pytest.raises(UserError, match="not the one that wrote"):
+        open_shards(shards, tmp_path / "other.model")
+
+
+@pytest.mark.parametrize(("tokens", "message"), [(10, "10 tokens, but a sequence takes 17"), (20, "too short to split")])
+def test_too_short_for_a_sequence(tmp_path, tokens, message):
+    write(tmp_path / "data00.bin", [1] * tokens)
+    with pytest.raises(UserError, match=message):
+        open_shards(tmp_path).train(16)

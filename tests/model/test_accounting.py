@@ -1,0 +1,51 @@
+"""Counts against the built model and against a hand count."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitnet_lit.cli import CONF_DIR, compose
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.model import build_model
+from bitnet_lit.model.accounting import account
+from tests.support import tiny_config, tiny_model
+
+SIZES = sorted(path.stem for path in Path(CONF_DIR, "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_counts_what_it_builds(size):
+    config = compose("train", [f"model={size}", "run_dir=unused"]).model
+    config.vocab_size = 32000
+    model = build_model(config, QuantConfig(), device="meta")
+    counted = account(config, QuantConfig())
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_sizes_asked_for_are_there():
+    asked = "demo 15m 42m 110m 700m 1.3b 3b 2b4t bitnet_rs llama2c_15m llama2c_42m".split()
+    assert set(asked) <= set(SIZES)
+
+
+def test_hand_count():
+    # hidden 32, kv 16, ffn 64, 2 layers, vocabulary 512, sub-norms
+    counted = account(tiny_config(num_key_value_heads=2), QuantConfig(), sequence_length=64)
+    assert counted.projections == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3)
+    assert counted.embedding == 512 * 32
+    assert counted.norms == 2 * (32 + 32 + 32 + 64) + 32
+    assert counted.forward_flops_per_token == 2 * (counted.projections + 512 * 32) + 2 * (4 * 32 * 65 / 2)
+    assert counted.latent_bytes == 4 * counted.parameters
+
+
+def test_matrix_flops_agree_with_torchs_counter():
+    model = tiny_model("none")
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    counts = counter.get_flop_counts()["Global"]
+    matrices = sum(flops for operation, flops in counts.items() if "mm" in str(operation))
+    counted = account(model.config, QuantConfig(name="none"), 64)
+    attention = 2 * (4 * 32 * 65 / 2)
+    assert matrices == 64 * (counted.forward_flops_per_token - attention)

@@ -1,0 +1,81 @@
+"""The fast layer against the reference, gradients included; the integers it stands on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.quant import BitLinear
+from bitnet_lit.quant.bit_linear import set_strength
+from bitnet_lit.quant.functional import bit_linear_reference, quantize_activations, quantize_weight
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "quant",
+    [QuantConfig(), QuantConfig(weight_scale="absmedian"), QuantConfig(name="b1"), QuantConfig(activation_bits=4)],
+    ids=str,
+)
+def test_layer_equals_reference_forward_and_gradient(quant, bias):
+    torch.manual_seed(0)
+    layer = BitLinear(24, 12, bias=bias, quant=quant)
+    x = torch.randn(2, 5, 24)
+    results = []
+    for forward in (layer, lambda x: bit_linear_reference(x, layer.weight, layer.bias, quant)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = forward(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *[p.grad for p in layer.parameters()]])
+    for ours, reference in zip(*results, strict=True):
+        # Scales enter after the product here, before it there: float32 rounding of 24 terms.
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), inputs=st.integers(1, 300), outputs=st.integers(1, 9))
+def test_float_accumulators_are_the_integer_ones(seed, rows, inputs, outputs):
+    generator = torch.Generator().manual_seed(seed)
+    x, w = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+    x_codes, x_scale = quantize_activations(x)
+    w_codes, w_scale = quantize_weight(w, QuantConfig())
+    integers = x_codes.to(torch.int64) @ w_codes.to(torch.int64).T
+    layer = BitLinear(inputs, outputs, quant=QuantConfig())
+    with torch.no_grad():
+        layer.weight.copy_(w)
+        assert torch.equal(layer(x), integers.float() * (x_scale * w_scale))
+
+
+def test_dense_quant_is_a_plain_linear():
+    layer = BitLinear(8, 4, bias=True, quant=QuantConfig(name="none"))
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_bfloat16_autocast_keeps_codes_exact():
+    torch.manual_seed(0)
+    layer = BitLinear(64, 32, quant=QuantConfig())
+    x = torch.randn(4, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.weight.grad.dtype == torch.float32
+    # The accumulator and the scaled result each round once to bfloat16's 8 bits: 2 * 2**-9 relative.
+    torch.testing.assert_close(y.float(), layer(x), rtol=2**-7, atol=1e-6)
+
+
+def test_warm_up_strength_is_shared_and_ends():
+    model = nn.Sequential(BitLinear(8, 8, quant=QuantConfig()), BitLinear(8, 8, quant=QuantConfig()))
+    x = torch.randn(2, 8)
+    strength = torch.zeros(())
+    set_strength(model, strength)
+    dense = nn.functional.linear(nn.functional.linear(x, model[0].weight), model[1].weight)
+    torch.testing.assert_close(model(x), dense)
+    strength.fill_(1.0)
+    almost = model(x)
+    set_strength(model, None)
+    # (x + (q - x)) rounds where q alone does not; the codes are the same
+    torch.testing.assert_close(almost, model(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,72 @@
+"""Small configs and models, and the doors as a user opens them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.model import CausalLM, build_model
+
+REPOSITORY = Path(__file__).parents[1]
+TINYSTORIES = REPOSITORY.parent / "shared" / "tinystories"
+needs_tinystories = pytest.mark.skipif(
+    not TINYSTORIES.is_dir(), reason=f"the TinyStories sample is not at {TINYSTORIES}"
+)
+
+TINY_MODEL = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=64",
+    "model.max_position_embeddings=32",
+]
+"""Overrides that make a run take seconds."""
+
+TINY_RUN = [
+    *TINY_MODEL,
+    "data.batch_size=4",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=8",
+    "trainer.val_check_interval=4",
+    "trainer.limit_val_batches=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.sample_max_new_tokens=5",
+]
+
+
+def tiny_config(**sizes: object) -> ModelConfig:
+    defaults: dict = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 512,
+        "max_position_embeddings": 64,
+    }
+    return ModelConfig(**{**defaults, **sizes})
+
+
+def tiny_model(quant: str = "b158", seed: int = 0, **sizes: object) -> CausalLM:
+    """A random model; weights ten times the usual spread, so that its logits differ clearly from token to token."""
+    torch.manual_seed(seed)
+    return build_model(tiny_config(initializer_range=0.2, **sizes), QuantConfig(name=quant)).eval()
+
+
+def run_door(door: str, *arguments: str, cwd: Path, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """`python -m bitnet_lit.<door> <arguments>` in a process of its own, as a user types it."""
+    result = subprocess.run(
+        [sys.executable, "-m", f"bitnet_lit.{door}", *arguments],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=240,
+        **options,
+    )
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
