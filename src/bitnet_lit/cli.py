@@ -64,7 +64,7 @@ def to_object(cfg: DictConfig) -> Any:
         fields = {field.name for field in dataclasses.fields(OmegaConf.get_type(node))}  # type: ignore[arg-type]
         for key in node:
             if key not in fields:
-                raise UserError(f"unknown key '{prefix}{key}': nothing reads it; leave out +{prefix}{key}=...")
+                raise UserError(f"unknown key '{prefix}{key!s}': nothing reads it; leave out +{prefix}{key!s}=...")
             if isinstance(child := node._get_node(key), DictConfig):
                 check(child, f"{prefix}{key}.")
 

@@ -119,7 +119,9 @@ def test_a_tokenizer_that_did_not_write_the_shards_is_refused(shards, tmp_path):
         open_shards(shards, tmp_path / "other.model")
 
 
-@pytest.mark.parametrize(("tokens", "message"), [(10, "10 tokens, but a sequence takes 17"), (20, "too short to split")])
+@pytest.mark.parametrize(
+    ("tokens", "message"), [(10, "10 tokens, but a sequence takes 17"), (20, "too short to split")]
+)
 def test_too_short_for_a_sequence(tmp_path, tokens, message):
     write(tmp_path / "data00.bin", [1] * tokens)
     with pytest.raises(UserError, match=message):

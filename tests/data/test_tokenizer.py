@@ -35,7 +35,9 @@ def test_missing_file(tmp_path):
 
 
 def test_vocabulary_too_large_says_what_is_reachable(tmp_path):
-    with pytest.raises(UserError, match=r"vocab_size=30000 is too large for this text: it supports at most (\d+)") as error:
+    with pytest.raises(
+        UserError, match=r"vocab_size=30000 is too large for this text: it supports at most (\d+)"
+    ) as error:
         train_tokenizer(demo_stories(50), 30000, tmp_path / "t.model")
     reachable = int(str(error.value).rsplit(" ", 1)[1])
     assert train_tokenizer(demo_stories(50), reachable, tmp_path / "t.model").vocab_size == reachable

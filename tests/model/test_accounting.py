@@ -25,7 +25,7 @@ def test_every_size_counts_what_it_builds(size):
 
 
 def test_the_sizes_asked_for_are_there():
-    asked = "demo 15m 42m 110m 700m 1.3b 3b 2b4t bitnet_rs llama2c_15m llama2c_42m".split()
+    asked = ["demo", "15m", "42m", "110m", "700m", "1.3b", "3b", "2b4t", "bitnet_rs", "llama2c_15m", "llama2c_42m"]
     assert set(asked) <= set(SIZES)
 
 

@@ -110,16 +110,17 @@ class BitNetDataModule(L.LightningDataModule):
         self.order = SampleOrder(num_sequences, seed)
         self.resumed = {"consumed_samples": 0, "step": 0}
 
-    def _loader(self, dataset: Dataset, sampler: Sampler[int]) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: Sampler[int], num_workers: int) -> DataLoader:
         assert self.trainer is not None
         return DataLoader(
             dataset,
             batch_size=None,  # a batch is gathered at once
             sampler=sampler,
-            num_workers=self.config.num_workers,
+            num_workers=num_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             # A forked copy of a process that has run OpenMP loops can hang in its first one.
-            multiprocessing_context="spawn" if self.config.num_workers else None,
+            multiprocessing_context="spawn" if num_workers else None,
+            persistent_workers=num_workers > 0,
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -131,7 +132,9 @@ class BitNetDataModule(L.LightningDataModule):
             self.trainer.world_size,
             self.config.batch_size,
         )
-        return self._loader(TrainBatches(self.train_split, self.order, self.config.batch_size), starts)
+        return self._loader(
+            TrainBatches(self.train_split, self.order, self.config.batch_size), starts, self.config.num_workers
+        )
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order; see `ValidationOrder` for how much of it."""
@@ -139,7 +142,7 @@ class BitNetDataModule(L.LightningDataModule):
         batches = ValidationBatches(
             self.validation_split, self.config.batch_size, self.trainer.global_rank, self.trainer.world_size
         )
-        return self._loader(batches, ValidationOrder(len(batches), self.limit_val_batches, self.trainer))
+        return self._loader(batches, ValidationOrder(len(batches), self.limit_val_batches, self.trainer), 0)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples the run has consumed, and the optimizer step that it counts from."""

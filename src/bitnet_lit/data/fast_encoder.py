@@ -21,6 +21,9 @@ from bitnet_lit.data.tokenizer import SPACE, Tokenizer
 MAX_CACHED_UNITS = 1_000_000  # about 150 MB; natural text rarely has more distinct words than that
 
 
+BPE = 2  # TrainerSpec.ModelType in sentencepiece_model.proto
+
+
 class _UnitCache(dict[str, bytes]):
     """Unit to the bytes of its ids; encodes what it has not seen yet."""
 
@@ -45,7 +48,7 @@ class FastEncoder:
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self._encode, self.dtype = tokenizer.processor.encode, dtype
         self._cache = _UnitCache(tokenizer, dtype)
-        model = sentencepiece_model_pb2.ModelProto()
+        model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
         model.ParseFromString(tokenizer.processor.serialized_model_proto())
         normalizer = model.normalizer_spec
         # A piece with a space behind something else would be cut apart. Control and byte pieces never match text.
@@ -54,7 +57,7 @@ class FastEncoder:
         )
         user_defined = any(piece.type == 4 for piece in model.pieces)
         self.by_words = (
-            model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+            model.trainer_spec.model_type == BPE
             and model.trainer_spec.byte_fallback
             and not model.trainer_spec.treat_whitespace_as_suffix
             and not normalizer.precompiled_charsmap
@@ -79,7 +82,7 @@ class FastEncoder:
 
 
 def _join_runs(units: list[str]) -> list[str]:
-    """Units where each empty one (a further space of a run) is a space in front of the next: ["a", "", "b"] is a, " b"."""
+    """["a", "", "b"] to ["a", " b"]: an empty unit is a further space of a run, in front of the next unit."""
     joined, spaces = [], 0
     for unit in units:
         if unit:

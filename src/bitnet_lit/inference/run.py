@@ -67,7 +67,7 @@ def infer(config: InferConfig) -> list[str]:
     """
     fancy = sys.stdout.isatty() and not config.quiet
     # One line, not Python's file, line and source, for the notice about long prompts.
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     model = load(config.checkpoint, config.device)
     if fancy:
         print(f"{DIM}{model.folder.path}, {model.config.name}, {model.folder.quant.name}{PLAIN}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Loggers: metrics.csv always; TensorBoard and Weights & Biases on request.
 
 The CSV is our own because Lightning's deletes the file when a run is resumed. Here a resumed run keeps the rows up to
-the step it resumes from and goes on behind them, so that metrics.csv of a run that was killed five times reads like
-that of one that was not.
+the step it resumes from and goes on behind them: metrics.csv of a run that was killed five times reads like that of
+one that was not (but for a row whose step was saved and killed before the row was written).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add to the row of `step`, counted in optimizer steps."""
-        row = {"step": step, **{name: f"{value:.9g}" for name, value in metrics.items() if name != "epoch"}}
+        """Add a row; `step` is Lightning's, which counts from 0: the file says how many steps are done."""
+        row = {"step": (step or 0) + 1, **{name: f"{value:.9g}" for name, value in metrics.items() if name != "epoch"}}
         if len(row) == 1:
             return
         self._add(row)

@@ -6,11 +6,11 @@ the warm-up of the quantization, and the random numbers of dropout, which are se
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import TrainingStopped
@@ -39,14 +39,14 @@ class BitNetModule(L.LightningModule):
         self.plan = plan
         self.text_bytes = text_bytes
         self.validation_sums = LossSums()
-        self._step_loss = 0.0
+        self._step_loss = torch.zeros(())  # mean over the accumulated batches
         self._strength: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V) of int64 ids (B, T)."""
         return self.model(ids)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and its schedule stepped once per optimizer step."""
         optimizer = build_optimizer(self.model, self.config.optim)
         schedule = Schedule(optimizer, self.config.schedule, self.plan.warmup_steps, self.plan.schedule_steps)
@@ -73,7 +73,7 @@ class BitNetModule(L.LightningModule):
         """Mean next-token loss of the batch, in nats."""
         loss = next_token_loss(self.model(batch[:, :-1]), batch[:, 1:])
         self._batch = batch
-        self._step_loss = self._step_loss + loss.detach() / self.trainer.accumulate_grad_batches
+        self._step_loss = self._step_loss.to(self.device) + loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
     def configure_gradient_clipping(
@@ -85,7 +85,7 @@ class BitNetModule(L.LightningModule):
         """Clip, log, and stop at the first number that is none; runs once per optimizer step."""
         limit = self.config.trainer.gradient_clip_val or float("inf")
         wrapped = self.trainer.strategy.model
-        if hasattr(wrapped, "clip_grad_norm_"):  # FSDP: a norm over shards
+        if isinstance(wrapped, FullyShardedDataParallel):  # a norm over shards
             norm = wrapped.clip_grad_norm_(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -94,7 +94,7 @@ class BitNetModule(L.LightningModule):
         self.log("train/loss", self._step_loss, sync_dist=True)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        self._step_loss = 0.0
+        self._step_loss = torch.zeros(())
 
     def _stop_diverged(self, norm: Tensor) -> None:
         layer = first_nonfinite_output(self.model, self._batch[:, :-1])

@@ -26,7 +26,7 @@ class MuonAdamW(Optimizer):
         # The very group dictionaries of the parts: a schedule that writes a rate here writes it there.
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; `closure` recomputes the loss once."""
         loss = None
         if closure is not None:
@@ -70,7 +70,7 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Optim
             {"params": [p for name, p in parameters if _is_vector(name)], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return AdamW(groups, lr=learning_rate, betas=tuple(config.betas), eps=config.eps, fused=fused)
+        return AdamW(groups, lr=learning_rate, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
 
     if not isinstance(config, MuonConfig):
         return adamw(named, config.learning_rate)

@@ -31,7 +31,7 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.prepare import prepare
-from bitnet_lit.data.shards import ShardDirectory, open_shards
+from bitnet_lit.data.shards import META_NAME, ShardDirectory, open_shards
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import TextBytes
@@ -49,10 +49,11 @@ METRICS_NAME = "metrics.json"
 
 
 def _open_data(config: TrainConfig) -> ShardDirectory:
-    """The shards of `data.dir`; without one, the demo corpus, written first if need be."""
+    """The shards of `data.dir`; without one, those in data/demo, written first if there are none."""
     if config.data.dir is None:
         config.data.dir = str(DEMO_DIR)
-        prepare(PrepareConfig(source="demo", out=config.data.dir))
+        if not (DEMO_DIR / META_NAME).exists():
+            prepare(PrepareConfig(source="demo", out=config.data.dir))
     tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
     return open_shards(Path(config.data.dir), tokenizer)
 

@@ -62,11 +62,14 @@ class SweepTable(Callback):
             writer.writeheader()
             writer.writerows(rows)
         table = Table(title=str(sweep_dir))
+        # What is the same for all jobs is in sweep.csv; here it would only take room.
+        columns = [c for c in columns if c == "job" or len({str(row.get(c, "")) for row in rows}) > 1 or len(rows) == 1]
         for column in columns:
             table.add_column(column)
         for row in rows:
             cells = [row.get(column, "") for column in columns]
             table.add_row(*[f"{cell:,.4f}" if isinstance(cell, float) else str(cell) for cell in cells])
-        Console().print(table)
+        console = Console()
+        console.print(table, width=None if console.is_terminal else 30 * len(columns), crop=False)
         if any("error" in row for row in rows):
             sys.exit(1)

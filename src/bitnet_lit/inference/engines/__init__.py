@@ -12,8 +12,10 @@ class Engine(Protocol):
 
     max_length: int
     """The context, in tokens."""
-    length: int
-    """Tokens behind it."""
+
+    @property
+    def length(self) -> int:
+        """Tokens behind it."""
 
     def reset(self) -> None:
         """Forget the past."""

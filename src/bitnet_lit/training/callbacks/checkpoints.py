@@ -50,7 +50,8 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    # After on_fit_start, because Lightning sets its own handlers in between.
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous_handlers[number] = signal.signal(number, self._request_stop)

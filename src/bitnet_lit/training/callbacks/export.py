@@ -16,6 +16,7 @@ from bitnet_lit.artifacts.model_folder import save_model_folder
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.module import BitNetModule
 
 MODEL, MODEL_LAST = "model", "model_last"
 
@@ -51,6 +52,7 @@ class ExportModelFolder(Callback):
         state = trainer.strategy.lightning_module_state_dict()  # gathers the shards of FSDP
         if not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, BitNetModule)
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         info = {**self.facts, "step": trainer.global_step, "metrics": metrics}

@@ -51,13 +51,13 @@ class RichBar(ProgressBar):
         self._task = self._progress.add_task("train", total=self.plan.steps, figures="")
         self._progress.update(self._task, completed=trainer.global_step)
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if not self._enabled or not trainer.is_global_zero or step == self._clock[0]:
             return
-        if step % trainer.log_every_n_steps and step != self.plan.steps:
+        if step % trainer.log_every_n_steps and step != self.plan.steps:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()
         self._tokens_per_s = (step - self._clock[0]) * self.plan.tokens_per_step / (now - self._clock[1])

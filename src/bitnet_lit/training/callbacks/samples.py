@@ -12,6 +12,7 @@ from rich.console import Console
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
+from bitnet_lit.training.module import BitNetModule
 
 SAMPLES_NAME = "samples.txt"
 
@@ -26,6 +27,7 @@ class SampleStories(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, BitNetModule)
         generator = Generator(TorchEngine(pl_module.model, pack=False), self.tokenizer)
         stories = [
             generator.generate(prompt, max_new_tokens=self.max_new_tokens, temperature=0.0) for prompt in self.prompts

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.functional import quantize_weight
+from bitnet_lit.training.module import BitNetModule
 
 HEALTH_NAME = "ternary_health.csv"
 COLUMNS = ("step", "layer", "minus", "zero", "plus", "flip_rate", "weight_scale")
@@ -31,6 +32,7 @@ class TernaryHealth(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, BitNetModule)
         rows = []
         for name, layer in pl_module.model.named_modules():
             if not isinstance(layer, BitLinear):

@@ -88,7 +88,7 @@ class Throughput(Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._steps += 1
-        logs = self._steps and trainer.global_step % trainer.log_every_n_steps == 0
+        logs = self._steps and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if logs and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)  # else the clock stops before the work does
         now = time.perf_counter()

@@ -1,0 +1,66 @@
+"""Which sample goes where: the same order for any number of ranks and workers, and where a run is resumed."""
+
+from types import SimpleNamespace
+
+import torch
+
+from bitnet_lit.config import DataConfig
+from bitnet_lit.data.datamodule import BitNetDataModule
+from bitnet_lit.data.shards import open_shards
+
+
+def batches(shards, count, *, world_size=1, batch_size=8, num_workers=0, resumed=None, stop=False):
+    """The first `count` batches of all ranks, in the order they are consumed."""
+    loaders = []
+    for rank in range(world_size):
+        config = DataConfig(dir=str(shards), batch_size=batch_size, num_workers=num_workers)
+        module = BitNetDataModule(config, open_shards(shards), 16, batch_size * world_size, None, seed=3)
+        module.trainer = SimpleNamespace(
+            global_rank=rank,
+            world_size=world_size,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            global_step=0,
+            max_steps=10,
+            should_stop=stop,
+        )
+        if resumed:
+            module.load_state_dict(resumed)
+        loaders.append(iter(module.train_dataloader()))
+    return torch.cat([torch.cat([next(loader) for loader in loaders]) for _ in range(count)])
+
+
+def test_ranks_and_workers_do_not_change_the_order(shards):
+    expected = batches(shards, 6)
+    assert expected.shape == (48, 17)
+    assert torch.equal(batches(shards, 6, world_size=2, batch_size=4), expected)
+    assert torch.equal(batches(shards, 12, world_size=4, batch_size=1), expected)
+    assert torch.equal(batches(shards, 6, num_workers=2), expected)
+
+
+def test_resuming_goes_on_behind_the_last_sample(shards):
+    expected = batches(shards, 6)
+    resumed = {"consumed_samples": 16, "step": 2}
+    assert torch.equal(batches(shards, 4, resumed=resumed), expected[16:])
+    assert torch.equal(batches(shards, 4, resumed=resumed, world_size=2, batch_size=4), expected[16:])
+
+
+def test_validation_covers_every_sequence_once_over_ranks(shards):
+    opened = open_shards(shards)
+    split = opened.validation(16)
+    seen = []
+    for rank in range(3):
+        module = BitNetDataModule(DataConfig(dir=str(shards), batch_size=5), opened, 16, 15, 2, seed=3)
+        module.trainer = SimpleNamespace(
+            global_rank=rank,
+            world_size=3,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            global_step=10,
+            max_steps=10,
+            should_stop=False,
+        )
+        loader = list(module.val_dataloader())
+        assert len(loader) == -(-split.num_sequences // 15)  # the same for every rank
+        seen += [ids[:valid] for ids, valid in loader]
+        module.trainer.global_step = 5
+        assert len(list(module.val_dataloader())) == 2  # inside the run: the limit
+    assert sum(len(ids) for ids in seen) == split.num_sequences

@@ -1,0 +1,110 @@
+"""The download against a server on this machine: interrupted, refused, damaged, hostile."""
+
+import http.server
+import io
+import tarfile
+import threading
+
+import pytest
+
+from bitnet_lit.data.download import download, fetch_tinystories, unpack
+from bitnet_lit.errors import UserError
+
+
+def archive_bytes(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def server():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content, requested = self.server.content, self.headers.get("Range")
+            self.server.ranges.append(requested)
+            start = int(requested.split("=")[1].rstrip("-")) if requested else 0
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206 if requested else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            body = content[start:]
+            if self.server.break_after is not None:
+                body, self.server.break_after = body[: self.server.break_after], None
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.content, httpd.ranges, httpd.break_after = b"", [], None
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}/a.tar.gz"
+        yield httpd
+        httpd.shutdown()
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path):
+    server.content = bytes(range(256)) * 4000
+    server.break_after = 300_000
+    with pytest.raises(UserError, match="goes on where it stopped"):
+        download(server.url, tmp_path / "a.tar.gz")
+    assert not (tmp_path / "a.tar.gz").exists()
+    download(server.url, tmp_path / "a.tar.gz")
+    assert (tmp_path / "a.tar.gz").read_bytes() == server.content
+    assert server.ranges == [None, "bytes=300000-"]
+
+
+def test_a_whole_part_is_taken_as_it_is(server, tmp_path):
+    server.content = b"12345"
+    (tmp_path / "a.tar.gz.part").write_bytes(b"12345")
+    download(server.url, tmp_path / "a.tar.gz")
+    assert (tmp_path / "a.tar.gz").read_bytes() == b"12345"
+
+
+def test_no_server(tmp_path):
+    with pytest.raises(UserError, match="goes on where it stopped"):
+        download("http://127.0.0.1:9/a.tar.gz", tmp_path / "a.tar.gz")
+
+
+def test_fetch_downloads_once_and_unpacks(server, tmp_path):
+    server.content = archive_bytes({"data00.json": b"[]", "data01.json": b"[]"})
+    assert [path.name for path in fetch_tinystories(tmp_path, server.url)] == ["data00.json", "data01.json"]
+    fetch_tinystories(tmp_path, server.url)
+    assert len(server.ranges) == 1
+
+
+@pytest.mark.parametrize(
+    "members",
+    [{"ok.json": b"x", "../evil": b"x"}, {"/abs": b"x"}, {"link": None}, {"a/../../evil": b"x"}],
+    ids=str,
+)
+def test_members_that_leave_the_folder_unpack_nothing(tmp_path, members):
+    (tmp_path / "a.tar.gz").write_bytes(archive_bytes(members))
+    with pytest.raises(UserError, match="no plain file inside the folder"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"no gzip", lambda b: b[:40] + b"\0" + b[41:]]
+)
+def test_a_damaged_archive_unpacks_nothing(tmp_path, damage):
+    import random
+
+    whole = archive_bytes({"data00.json": random.Random(0).randbytes(100_000)})
+    (tmp_path / "a.tar.gz").write_bytes(damage(whole))
+    with pytest.raises(UserError, match="damaged"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]

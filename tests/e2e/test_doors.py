@@ -1,0 +1,172 @@
+"""The doors, as a user opens them: each in a process of its own."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitnet_lit.cli import CONF_DIR
+from tests.support import REPOSITORY, TINY_RUN, run_door
+
+EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR, "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shards):
+    """A folder in which a run was made."""
+    cwd = tmp_path_factory.mktemp("trained")
+    run_door("train", f"data.dir={shards}", *TINY_RUN, "hydra.run.dir=outputs/run", cwd=cwd)
+    return cwd
+
+
+def test_prepare_train_evaluate_infer(tmp_path):
+    run_door("prepare", "source=demo", "num_stories=200", "vocab_size=400", "out=data/demo", cwd=tmp_path)
+    result = run_door("train", *TINY_RUN, cwd=tmp_path)  # data/demo is the default
+    assert "parameters" in result.stderr and "tokens in all" not in result.stdout
+    evaluated = run_door("evaluate", cwd=tmp_path).stdout
+    printed = dict(line.split(None, 1) for line in evaluated.splitlines())
+    assert {"loss", "perplexity", "bits_per_byte", "accuracy"} <= printed.keys()
+    metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
+    assert float(printed["loss"]) == pytest.approx(metrics["val/best_loss"], rel=1e-3)
+    story = run_door("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
+    assert story.stdout.startswith("Once upon a time") and story.stderr == ""
+    again = run_door("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
+    assert again.stdout == story.stdout
+
+
+def test_a_plain_train_makes_its_own_corpus(tmp_path):
+    run_door("train", *TINY_RUN, "trainer.max_steps=2", cwd=tmp_path)
+    assert (tmp_path / "data" / "demo" / "meta.json").exists()
+    assert list((tmp_path / "outputs").rglob("model/config.json"))
+
+
+def test_several_samples_and_prompts_from_stdin(trained):
+    several = run_door("infer", "num_samples=2", "seed=1", "max_new_tokens=8", cwd=trained).stdout
+    one = run_door("infer", "seed=1", "max_new_tokens=8", cwd=trained).stdout
+    assert several.startswith(one) and several.count("---") == 1
+    typed = run_door("infer", "interactive=true", "max_new_tokens=4", cwd=trained, input="Lily\nTom\n\nMax\n").stdout
+    assert "Lily" in typed and "Tom" in typed and "Max" not in typed
+
+
+def test_an_empty_and_a_too_long_prompt(trained):
+    assert run_door("infer", "prompt=", "seed=1", "max_new_tokens=8", cwd=trained).stdout.strip()
+    long = run_door("infer", "prompt=" + "Lily went home " * 40, "max_new_tokens=8", cwd=trained)
+    assert "note: the prompt has" in long.stderr and "kept the last 31" in long.stderr
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "message"),
+    [
+        ("infer", ["checkpoint=nowhere"], "checkpoint=nowhere: no such file or folder"),
+        ("infer", ["temprature=1"], "unknown key 'temprature': did you mean 'temperature'?"),
+        ("infer", ["top_p=2"], "must lie in (0, 1]"),
+        ("evaluate", ["checkpoint=."], "no model there"),
+        ("evaluate", ["accelerator=tpu"], "must be one of auto, cpu, gpu, mps"),
+        ("prepare", ["source=nowhere", "out=x"], "no such file, folder or glob"),
+        ("prepare", ["source=demo", "out=x", "tokenizer=a", "vocab_size=3"], "give one"),
+        ("train", ["data.dir=nowhere"], "no such folder"),
+        ("train", ["model=15mm"], "did you mean '15m'?"),
+        ("train", ["resume=nowhere"], "no run folder"),
+        ("train", ["model.hidden_size=x"], "could not be converted to Integer"),
+        ("plot", ["runs=[nowhere]"], "no metrics.csv below"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(tmp_path, door, arguments, message):
+    result = run_door(door, *arguments, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("model"))
+
+
+@pytest.mark.parametrize("door", ["train", "prepare", "evaluate", "infer", "plot"])
+def test_help_tells_what_the_door_does(tmp_path, door):
+    result = run_door(door, "--help", cwd=tmp_path)
+    assert f"python -m bitnet_lit.{door}" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_with_a_failing_job_keeps_the_others(tmp_path, shards):
+    arguments = ["-m", f"data.dir={shards}", *TINY_RUN, "model.num_attention_heads=2,3", "seed=1,2"]
+    result = run_door("train", *arguments, "hydra.sweep.dir=outputs/s", cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    with (tmp_path / "outputs" / "s" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["job"] for row in rows] == ["0", "1", "2", "3"]
+    assert all(float(row["val loss"]) > 0 for row in rows[:2])
+    assert all("does not divide" in row["error"] for row in rows[2:])
+    assert "val loss" in result.stdout
+    assert len(list(tmp_path.rglob("model/model.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_every_kind_of_weights_in_one_sweep(tmp_path, shards):
+    """Six run folders, six model folders, one table."""
+    arguments = ["-m", f"data.dir={shards}", "quant=b158,b1,none", "seed=1,2", "mode=smoke", "trainer=cpu"]
+    result = run_door("train", *arguments, cwd=tmp_path)
+    assert len(list(tmp_path.rglob("model/config.json"))) == 6
+    assert len(list(tmp_path.rglob("metrics.json"))) == 6
+    assert len(list(tmp_path.rglob("sweep.csv"))) == 1 and result.stdout.count("val loss") == 1
+    run_door("plot", "runs=[outputs]", "out=curves.png", cwd=tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs_with_tiny_limits(tmp_path, shards, experiment):
+    arguments = [f"experiment={experiment}", f"data.dir={shards}", *TINY_RUN, "trainer.max_steps=2"]
+    run_door("train", *arguments, cwd=tmp_path)
+    assert list(tmp_path.rglob("model/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(tmp_path, shards):
+    # The seeded order gives both the same samples; gradients are averaged over the processes in another order.
+    one = ["data.batch_size=4", "trainer.accelerator=cpu"]
+    two = ["trainer=ddp_sim", "data.batch_size=2"]
+    tiny = [item for item in TINY_RUN if not item.startswith(("data.batch_size", "trainer.accelerator"))]
+    losses = []
+    for name, how in (("one", one), ("two", two)):
+        run = f"hydra.run.dir=outputs/{name}"
+        run_door("train", f"data.dir={shards}", *tiny, *how, "optim=adamw", "quant=none", run, cwd=tmp_path)
+        losses.append(json.loads((tmp_path / "outputs" / name / "metrics.json").read_text())["val/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_wheel_works_from_an_empty_directory(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    shutil.unpack_archive(wheel, site, "zip")
+    assert (site / "bitnet_lit" / "conf" / "model" / "demo.yaml").exists()
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    where = subprocess.run(
+        [sys.executable, "-c", "import bitnet_lit.cli as c; print(c.CONF_DIR)"],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert where.stdout.strip() == str(site / "bitnet_lit" / "conf")
+    run_door("prepare", "source=demo", "num_stories=100", "vocab_size=400", "out=data/demo", cwd=empty, env=environment)
+    run_door("train", *TINY_RUN, "trainer.max_steps=2", cwd=empty, env=environment)
+    assert run_door("infer", "max_new_tokens=5", cwd=empty, env=environment).stdout.startswith("Once upon a time")
+
+
+def test_evaluate_refuses_data_of_another_tokenizer(trained, tmp_path):
+    run_door("prepare", "source=demo", "num_stories=100", "vocab_size=420", "out=other", cwd=tmp_path)
+    result = run_door("evaluate", f"checkpoint={trained}/outputs/run", "data_dir=other", cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "not the one that wrote" in result.stderr

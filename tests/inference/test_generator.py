@@ -1,0 +1,123 @@
+"""Generation: positions, ends, stops, streaming; the engine against the whole forward pass."""
+
+import pytest
+import torch
+
+from bitnet_lit.inference.engines.torch_engine import TorchEngine
+from bitnet_lit.inference.generator import Generator, Statistics
+from bitnet_lit.inference.sampling import Sampler, SamplingOptions
+from bitnet_lit.quant import PackedBitLinear
+from tests.support import tiny_model
+
+GREEDY = {"temperature": 0.0}
+
+
+class Scripted:
+    """An engine that continues with given tokens, whatever it is asked."""
+
+    max_length = 64
+
+    def __init__(self, script, vocab_size=512):
+        self.script, self.vocab_size, self.length = script, vocab_size, 0
+
+    def reset(self):
+        self.length = self.step = 0
+
+    def forward(self, ids):
+        self.length += len(ids)
+        logits = torch.zeros(self.vocab_size)
+        logits[self.script[min(self.step, len(self.script) - 1)]] = 10.0
+        self.step += 1
+        return logits
+
+
+@pytest.mark.parametrize("quant", ["b158", "b1", "none"])
+@pytest.mark.parametrize("prompt_length", [1, 2, 9])
+def test_greedy_with_the_cache_is_greedy_without(quant, prompt_length, tokenizer):
+    model = tiny_model(quant, num_key_value_heads=2)
+    prompt = [tokenizer.bos_id, *range(300, 299 + prompt_length)]
+    generator = Generator(TorchEngine(model), tokenizer)
+    tokens = list(generator.tokens(prompt, Sampler(SamplingOptions(temperature=0)), 30, Statistics()))
+    ids = list(prompt)
+    for token in tokens:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1]
+        # The whole pass and the cached step differ by float rounding: the same choice, unless two are equal to 2e-2.
+        assert logits[token] >= logits.max() - 2e-2
+        ids.append(token)
+
+
+def test_the_packed_engine_computes_the_models_logits_exactly():
+    model = tiny_model("b158")
+    engine = TorchEngine(model)
+    assert any(isinstance(module, PackedBitLinear) for module in engine.model.modules())
+    assert not any(isinstance(module, PackedBitLinear) for module in model.modules())
+    ids = list(range(20))
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0, -1]
+    # the integers are the same; the head multiplies one row here and twenty there
+    torch.testing.assert_close(engine.forward(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_engine_on_a_model_in_training_leaves_it_in_training(tokenizer):
+    model = tiny_model("b158", dropout=0.5).train()
+    engine = TorchEngine(model, pack=False)
+    first = engine.forward([1, 2, 3])
+    engine.reset()
+    assert torch.equal(engine.forward([1, 2, 3]), first)
+    assert model.training
+
+
+def test_ends(tokenizer):
+    word = tokenizer.encode("Lily", bos=False)[0]
+    for script, options, reason, count in (
+        ([word, word, tokenizer.eos_id], {}, "eos", 3),
+        ([word, tokenizer.bos_id], {}, "eos", 2),
+        ([word], {"max_new_tokens": 5}, "max_new_tokens", 5),
+        ([word], {"max_new_tokens": 1000}, "context", 64),  # the last one is drawn, not fed
+    ):
+        generator = Generator(Scripted(script), tokenizer)
+        list(generator.stream("", **GREEDY, **options))
+        statistics = generator.statistics
+        assert (statistics.reason, statistics.new_tokens) == (reason, count)
+        assert statistics.prompt_tokens == 1
+
+
+def test_a_long_prompt_keeps_its_last_tokens_and_says_so(tokenizer):
+    generator = Generator(TorchEngine(tiny_model(max_position_embeddings=16)), tokenizer)
+    with pytest.warns(UserWarning, match=r"the prompt has \d+ tokens and the context 16: kept the last 15"):
+        text = generator.generate("Once upon a time, there was a girl. " * 4, **GREEDY)
+    assert text.startswith("Once upon a time")
+    assert generator.statistics.prompt_tokens == 15 and generator.statistics.new_tokens == 2
+
+
+def test_stop_texts_never_show_even_across_pieces(tokenizer):
+    script = [*tokenizer.encode("Lily went home and ate a cake.", bos=False), tokenizer.eos_id]
+    text = tokenizer.decode(script[:-1])
+    for stop in ("home and", "e and a", "cake", "."):
+        generator = Generator(Scripted(script), tokenizer)
+        pieces = list(generator.stream("", stop=[stop], **GREEDY))
+        assert "".join(pieces) == text[: text.index(stop)]
+        assert generator.statistics.reason == "stop"
+    generator = Generator(Scripted(script), tokenizer)
+    assert "".join(generator.stream("", stop=["cake. And", "xyz"], **GREEDY)) == text
+
+
+def test_streamed_characters_are_whole(tokenizer):
+    script = [*tokenizer.encode("a 😀 b", bos=False), tokenizer.eos_id]
+    pieces = list(Generator(Scripted(script), tokenizer).stream("", **GREEDY))
+    assert "".join(pieces) == "a 😀 b" and "😀" in pieces
+
+
+def test_the_text_goes_on_from_the_prompt(tokenizer):
+    script = [*tokenizer.encode("went home", bos=False), tokenizer.eos_id]
+    assert Generator(Scripted(script), tokenizer).generate("Lily", **GREEDY) == "Lily went home"
+    assert Generator(Scripted(script), tokenizer).generate("", **GREEDY) == "went home"
+
+
+def test_the_same_seed_gives_the_same_text(tokenizer):
+    generator = Generator(TorchEngine(tiny_model()), tokenizer)
+    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0}
+    first = generator.generate("Lily", seed=3, **options)
+    assert generator.generate("Lily", seed=3, **options) == first
+    assert generator.generate("Lily", seed=3, index=1, **options) != first

@@ -1,0 +1,58 @@
+"""bitnet_lit.load and what it imports."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bitnet_lit
+from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
+from tests.support import tiny_model
+
+
+def test_load_generates_streams_and_gives_logits(tmp_path, tokenizer):
+    original = tiny_model("b158")
+    save_model_folder(tmp_path / "model", original, QuantConfig(), tokenizer)
+    model = bitnet_lit.load(tmp_path)
+    assert model.config.hidden_size == 32
+    ids = torch.randint(0, 512, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model.logits(ids), original(ids))
+    text = model.generate("Once upon a time", max_new_tokens=10, seed=1)
+    assert text.startswith("Once upon a time")
+    assert "Once upon a time" + "".join(model.stream("Once upon a time", max_new_tokens=10, seed=1)) == text
+
+
+def test_without_a_tokenizer_there_are_logits_but_no_text(tmp_path):
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), None)
+    model = bitnet_lit.load(tmp_path)
+    assert model.logits(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 512)
+    with pytest.raises(UserError, match="has no tokenizer.model"):
+        model.generate("x")
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), None)
+    with pytest.raises(UserError, match="device=cuda: not available"):
+        bitnet_lit.load(tmp_path, device="cuda")
+
+
+def test_running_a_model_imports_no_training_code():
+    script = (
+        "import sys, bitnet_lit.inference.run, bitnet_lit.inference.load;"
+        "print([name for name in ('lightning', 'pytorch_lightning', 'wandb', 'hydra', 'omegaconf', 'transformers')"
+        " if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = "import sys, bitnet_lit; print([name for name in ('torch', 'numpy', 'hydra') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

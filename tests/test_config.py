@@ -1,0 +1,85 @@
+"""The schema and what users hear of it: every file in conf composes, every mistake is one line with a remedy."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
+from bitnet_lit.config import MuonConfig, TrainConfig
+from bitnet_lit.errors import UserError
+
+GROUPS = ("model", "quant", "data", "trainer", "mode", "optim", "schedule", "callbacks", "logger", "experiment")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted(Path(CONF_DIR, group).glob("*.yaml"))]
+
+
+def train(*overrides):
+    return compose("train", ["run_dir=unused", *overrides])
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
+def test_every_option_of_every_group_composes(group, option):
+    beside = ["optim=adamw"] if option == "fsdp" else []  # Muon is refused there
+    assert isinstance(train(f"{group}={option}", *beside), TrainConfig)
+
+
+@pytest.mark.parametrize("door", sorted(set(SCHEMAS) - {"train"}))
+def test_every_door_composes(door):
+    assert isinstance(compose(door), SCHEMAS[door])
+
+
+def test_a_group_selects_its_own_schema():
+    assert isinstance(train("optim=muon").optim, MuonConfig)
+    assert type(train("optim=adamw").optim).__name__ == "AdamWConfig"
+
+
+def test_overrides_win_over_modes_and_experiments():
+    config = train("mode=smoke", "experiment=demo", "trainer.max_steps=3", "model.hidden_size=48")
+    assert config.trainer.max_steps == 3 and config.model.hidden_size == 48
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_step=3", "unknown key 'trainer.max_step': did you mean 'trainer.max_steps'?"),
+        ("modle=15m", "unknown key 'modle': did you mean 'model'?"),
+        ("lr=1", "did you mean 'optim.learning_rate'?"),
+        ("batch_size=3", "did you mean 'data.batch_size'?"),
+        ("model=15mm", "unknown model=15mm: did you mean '15m'?"),
+        ("quant=b159", "did you mean 'b158'?"),
+        ("trainer.max_steps=many", "Value 'many' of type 'str' could not be converted to Integer"),
+        ("model.tie_word_embeddings=3.5", "could not be converted|not a valid bool"),
+        ("+anything=1", "unknown key 'anything': nothing reads it"),
+        ("+model.widht=1", "unknown key 'model.widht'"),
+        ("model.hidden_size=130", "does not divide by model.num_attention_heads=4"),
+        ("model.num_key_value_heads=3", "choose a divisor"),
+        ("model.hidden_act=gelu", "must be one of silu, relu2"),
+        ("model.dropout=1", r"must lie in \[0, 1\)"),
+        ("quant.activation_bits=16", "must lie in 2..8"),
+        ("trainer.precision=16-mixed", "must be one of 32-true"),
+        ("trainer.max_steps=0", "must be greater than zero"),
+        ("data.batch_size=-1", "must be greater than zero"),
+        ("optim.learning_rate=0", "must be greater than zero"),
+        ("schedule.switch_at=2", r"must lie in \[0, 1\]"),
+        ("compile=maybe", "must be one of auto, true, false"),
+        ("trainer=fsdp", "Muon needs whole matrices"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_remedy(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(override)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_keys_inside_a_group_are_looked_for_in_that_group():
+    with pytest.raises(UserError, match=r"unknown key 'optim.momentum'"):
+        train("optim=adamw", "optim.momentum=1")
+    assert train("optim=muon", "optim.momentum=0.9").optim.momentum == 0.9
+
+
+def test_a_config_survives_being_written(tmp_path):
+    from bitnet_lit.training.resume import save_config
+
+    config = train("model=15m", "optim=muon", "data.dir=x")
+    save_config(config, tmp_path)
+    assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))["model"]["hidden_size"] == 256
