@@ -41,6 +41,7 @@ SCHEMAS = {
     "infer": schema.InferConfig,
     "evaluate": schema.EvaluateConfig,
     "plot": schema.PlotConfig,
+    "bench": schema.BenchConfig,
 }
 
 

@@ -466,3 +466,17 @@ class PlotConfig:
     """What tells the curves apart: any key of config.yaml that is a group's name (quant, model, optim), or seed."""
     out: str = "outputs/curves.png"
     """The picture to write."""
+
+
+@dataclass
+class BenchConfig:
+    """`python -m bitnet_lit.bench`: speed, beside what it is compared to; the last line is JSON."""
+
+    suite: str = "data"
+    """data: encoding text to tokens, and the loader."""
+    rounds: int = 7
+    """Interleaved measurements (ours, theirs, ours, ...); medians are shown."""
+
+    def __post_init__(self) -> None:
+        _one_of("suite", self.suite, ("data",))
+        _positive("bench", rounds=self.rounds)

@@ -20,17 +20,24 @@ from bitnet_lit.config import DataConfig
 from bitnet_lit.data.order import SampleOrder
 from bitnet_lit.data.shards import ShardDirectory, TokenSplit
 
+ORDER_BLOCK = 8192  # samples
+
 
 class TrainBatches(Dataset):
     """Batch `start` (its first global sample) to token ids."""
 
     def __init__(self, split: TokenSplit, order: SampleOrder, batch_size: int) -> None:
         self.split, self.order, self.batch_size = split, order, batch_size
+        self._block_start, self._block = 0, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, start: int) -> Tensor:
         """int64 (B, T + 1)."""
-        samples = np.arange(start, start + self.batch_size, dtype=np.int64)
-        return torch.from_numpy(self.split.gather(self.order(samples)))
+        offset = start - self._block_start
+        if offset < 0 or offset + self.batch_size > len(self._block):
+            # The order of many samples at once costs little more than that of a batch.
+            samples = np.arange(start, start + max(ORDER_BLOCK, self.batch_size), dtype=np.int64)
+            self._block_start, self._block, offset = start, self.order(samples), 0
+        return torch.from_numpy(self.split.gather(self._block[offset : offset + self.batch_size]))
 
 
 class Starts(Sampler[int]):

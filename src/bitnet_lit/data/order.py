@@ -44,17 +44,17 @@ class SampleOrder:
         """int64 (B,) global sample indices, 0 or more, to int64 (B,) sequences in 0..N-1."""
         epochs, places = np.divmod(indices.astype(np.uint64), np.uint64(self.num_samples))
         keys = _mix(_mix(np.full_like(epochs, self.seed % 2**64)) + epochs)
-        values = self._permute(places, keys)
+        round_keys = np.stack([_mix(keys + np.uint64(number)) for number in range(ROUNDS)])
+        values = self._permute(places, round_keys)
         outside = np.flatnonzero(values >= self.num_samples)
         while outside.size:
-            values[outside] = self._permute(values[outside], keys[outside])
+            values[outside] = self._permute(values[outside], round_keys[:, outside])
             outside = outside[values[outside] >= self.num_samples]
         return values.astype(np.int64)
 
-    def _permute(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """A bijection of 0..4**half_bits - 1 for each key."""
+    def _permute(self, values: NDArray[np.uint64], round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """A bijection of 0..4**half_bits - 1; round_keys (ROUNDS, B)."""
         left, right = values >> self._half_bits, values & self._mask
-        for round_number in range(ROUNDS):
-            hashed = _mix(_mix(keys + np.uint64(round_number)) + right)
-            left, right = right, left ^ (hashed & self._mask)
+        for keys in round_keys:
+            left, right = right, left ^ (_mix(keys + right) & self._mask)
         return (left << self._half_bits) | right

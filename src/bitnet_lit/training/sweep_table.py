@@ -69,7 +69,6 @@ class SweepTable(Callback):
         for row in rows:
             cells = [row.get(column, "") for column in columns]
             table.add_row(*[f"{cell:,.4f}" if isinstance(cell, float) else str(cell) for cell in cells])
-        console = Console()
-        console.print(table, width=None if console.is_terminal else 30 * len(columns), crop=False)
+        Console(width=None if sys.stdout.isatty() else 30 * len(columns)).print(table)
         if any("error" in row for row in rows):
             sys.exit(1)

@@ -1,0 +1,38 @@
+"""python -m bitnet_lit.bench: a table of speeds, and the same as JSON in the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+
+from bitnet_lit.cli import run_door
+from bitnet_lit.config import BenchConfig
+
+
+def _bench(config: BenchConfig) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from bitnet_lit.data.benchmark import data_rows
+
+    rows = data_rows(config.rounds)
+    table = Table(title=f"suite={config.suite}, median of {config.rounds} interleaved rounds")
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*[f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    print(json.dumps({"suite": config.suite, "machine": machine, "rows": rows}))
+
+
+def main() -> None:
+    """Entry point."""
+    run_door("bench", _bench)
+
+
+if __name__ == "__main__":
+    main()

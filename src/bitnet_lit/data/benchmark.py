@@ -1,0 +1,111 @@
+"""How fast text becomes tokens, and tokens become batches; each beside what it replaces, in turns."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitnet_lit.data.datamodule import TrainBatches
+from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.fast_encoder import FastEncoder
+from bitnet_lit.data.order import SampleOrder
+from bitnet_lit.data.shards import open_shards
+from bitnet_lit.data.tokenizer import train_tokenizer
+
+NUM_STORIES = 20_000  # about 9 MB of text
+NUM_TOKENS = 50_000_000  # 100 MB: larger than any cache
+BATCH, LENGTH = 128, 256
+
+
+def _interleaved(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """Medians of two rates, measured in turns, so that a machine that slows down slows both."""
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+
+
+def _row(shape: str, what: str, ours: float, peer: str, theirs: float, unit: str) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "what": what,
+        "ours": round(ours, 2),
+        "peer": peer,
+        "theirs": round(theirs, 2),
+        "unit": unit,
+        "ratio": round(ours / theirs, 2),
+    }
+
+
+def encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
+    """Words looked up against SentencePiece on whole texts; each round begins with an empty cache."""
+    tokenizer = train_tokenizer(demo_stories(2000), 1024, folder / "tokenizer.model")
+    stories = list(demo_stories(NUM_STORIES, seed=1))
+    megabytes = sum(len(story.encode()) for story in stories) / 1e6
+
+    def rate(encode: Callable[[str], object]) -> float:
+        start = time.perf_counter()
+        for story in stories:
+            encode(story)
+        return megabytes / (time.perf_counter() - start)
+
+    ours, theirs = _interleaved(
+        lambda: rate(FastEncoder(tokenizer, np.dtype(np.uint16)).encode),
+        lambda: rate(tokenizer.processor.encode),
+        rounds,
+    )
+    return _row(f"{megabytes:.0f} MB of demo stories", "encode, one core", ours, "sentencepiece", theirs, "MB/s")
+
+
+def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
+    """Whole batches gathered in shuffled order, against one copy per sequence as in llama2.c's `PretokDataset`."""
+    tokens = np.random.default_rng(0).integers(0, 2048, NUM_TOKENS, dtype=np.uint16)
+    for name in ("data00.bin", "data01.bin"):
+        tokens.tofile(folder / name)
+    split = open_shards(folder).train(LENGTH)
+    dataset = TrainBatches(split, SampleOrder(split.num_sequences, 0), BATCH)
+    memory_map = np.memmap(folder / "data01.bin", dtype=np.uint16, mode="r")
+    shuffled = np.random.default_rng(1).permutation(split.num_sequences)
+    batches = 100
+
+    def ours() -> float:
+        start = time.perf_counter()
+        for batch in range(batches):
+            dataset[batch * BATCH]
+        return batches * BATCH * LENGTH / (time.perf_counter() - start)
+
+    def theirs() -> float:
+        start = time.perf_counter()
+        for batch in range(batches):
+            pairs = []
+            for index in shuffled[np.arange(batch * BATCH, (batch + 1) * BATCH) % len(shuffled)]:
+                chunk = torch.from_numpy(memory_map[index * LENGTH : index * LENGTH + LENGTH + 1].astype(np.int64))
+                pairs.append((chunk[:-1], chunk[1:]))
+            torch.utils.data.default_collate(pairs)
+        return batches * BATCH * LENGTH / (time.perf_counter() - start)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ours_median, theirs_median = _interleaved(ours, theirs, rounds)
+    finally:
+        torch.set_num_threads(threads)
+    return _row(
+        f"{BATCH} x {LENGTH}",
+        "loader, one core",
+        ours_median / 1e6,
+        "llama2.c's, a sequence at a time",
+        theirs_median / 1e6,
+        "M tokens/s",
+    )
+
+
+def data_rows(rounds: int) -> list[dict[str, Any]]:
+    """The rows of `bench suite=data`."""
+    with tempfile.TemporaryDirectory() as encoding, tempfile.TemporaryDirectory() as loading:
+        return [encoding_row(Path(encoding), rounds), loader_row(Path(loading), rounds)]
