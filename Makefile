@@ -24,7 +24,7 @@ demo: install ## Demo corpus, dense twin, b1 and BitNet trained and compared, cu
 	$(PY) -m bitnet_lit.train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
 	$(PY) -m bitnet_lit.plot runs=outputs/demo out=outputs/demo/curves.png
 	$(PY) -m bitnet_lit.evaluate checkpoint=outputs/demo/2
-	$(PY) -m bitnet_lit.infer checkpoint=outputs/demo/2 prompt="Once upon a time" seed=1
+	$(PY) -m bitnet_lit.infer checkpoint=outputs/demo/2 prompt="Once upon a time" temperature=0.5 seed=1
 
 test: install lint ## Lint, types and the whole test suite
 	$(BIN)/pytest

@@ -458,14 +458,17 @@ class EvaluateConfig:
 class PlotConfig:
     """`python -m bitnet_lit.plot`: curves of runs, as a PNG."""
 
-    runs: list[str] = field(default_factory=lambda: ["outputs"])
-    """Run folders, or folders with runs somewhere below."""
+    runs: Any = "outputs"
+    """A run folder, a folder with runs somewhere below, or a list of them: [a,b]."""
     metric: str = "val/loss"
     """A column of metrics.csv."""
     label: str = "quant"
     """What tells the curves apart: any key of config.yaml that is a group's name (quant, model, optim), or seed."""
     out: str = "outputs/curves.png"
     """The picture to write."""
+
+    def __post_init__(self) -> None:
+        self.runs = [self.runs] if isinstance(self.runs, str) else [str(run) for run in self.runs]
 
 
 @dataclass

@@ -113,7 +113,7 @@ def test_every_kind_of_weights_in_one_sweep(tmp_path, shards):
     assert len(list(tmp_path.rglob("model/config.json"))) == 6
     assert len(list(tmp_path.rglob("metrics.json"))) == 6
     assert len(list(tmp_path.rglob("sweep.csv"))) == 1 and result.stdout.count("val loss") == 1
-    run_door("plot", "runs=[outputs]", "out=curves.png", cwd=tmp_path)
+    run_door("plot", "runs=outputs", "out=curves.png", cwd=tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,20 +13,24 @@ Small .jsonl and .txt files share a shard, large ones are cut at document border
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import mmap
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitnet_lit.data.demo import demo_story
+from bitnet_lit.data.tokenizer import without_surrogates
 from bitnet_lit.errors import UserError
 
 SHARD_TEXT_BYTES = 64 * 2**20
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".json", ".jsonl", ".txt")
+OWN_NAMES = ("meta.json",)  # ours, in a folder that text and shards share as llama2.c's do
 DEMO_VALIDATION_SHARE = 0.02
 
 
@@ -77,11 +81,16 @@ def find_files(source: str) -> list[Path]:
     """
     path = Path(source)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in SUFFIXES and file.name not in OWN_NAMES and file.is_file()
+        )
         if not found:
             raise UserError(f"source={source}: no {', '.join(SUFFIXES)} files in this folder")
         return found
-    found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(source, recursive=True))
+    matches = [source] if path.is_file() else glob.glob(source, recursive=True)
+    found = sorted(Path(name) for name in matches if Path(name).is_file())
     if not found:
         raise UserError(f"source={source}: no such file, folder or glob (or name a built-in source: demo, tinystories)")
     for file in found:
@@ -90,17 +99,26 @@ def find_files(source: str) -> list[Path]:
     return found
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from None
+
+
 def _document_ends(path: Path, every: int) -> list[int]:
     """Byte offsets behind a document, about `every` bytes apart; the last is the end of the file."""
-    size = path.stat().st_size
     marker = b"\n" if path.suffix == ".jsonl" else b"\n" + SEPARATOR.encode() + b"\n"
-    ends = []
-    if size > every:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            position = every
-            while (found := data.find(marker, position)) >= 0 and found + len(marker) < size:
-                ends.append(found + len(marker))
-                position = ends[-1] + every
+    ends: list[int] = []
+    with _reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > every:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                position = every
+                while (found := data.find(marker, position)) >= 0 and found + len(marker) < size:
+                    ends.append(found + len(marker))
+                    position = ends[-1] + every
     return [*ends, size]
 
 
@@ -129,7 +147,7 @@ def file_shards(files: list[Path]) -> list[ShardPlan]:
 
 
 def read_stories(segment: Segment) -> Iterator[str]:
-    """The stories of a segment, stripped; empty ones are left out.
+    """The stories of a segment, stripped. Empty ones are left out, but not of a .json file: llama2.c keeps their BOS.
 
     Raises:
         UserError: a file that does not hold what its name promises; names the file and the record.
@@ -137,27 +155,30 @@ def read_stories(segment: Segment) -> Iterator[str]:
     if segment.path is None:
         yield from (demo_story(segment.seed, index) for index in range(segment.start, segment.stop))
         return
+    with _reading(segment.path), segment.path.open("rb") as file:
+        file.seek(segment.start)
+        raw = file.read(segment.stop - segment.start)
     try:
-        with segment.path.open("rb") as file:
-            file.seek(segment.start)
-            content = file.read(segment.stop - segment.start).decode("utf-8")
+        content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{segment.path}: not UTF-8 at byte {segment.start + error.start}: convert it (iconv -t utf-8)"
         ) from None
-    except OSError as error:
-        raise UserError(f"{segment.path}: cannot be read ({error.strerror})") from None
+    if segment.start == 0:
+        content = content.removeprefix("\ufeff")  # the byte order mark that some editors write
+    suffix = segment.path.suffix
     readers = {".json": _json_stories, ".jsonl": _jsonl_stories, ".txt": _txt_stories}
-    for story in readers[segment.path.suffix](segment.path, content):
-        story = _without_surrogates(story.strip())
-        if story:
+    for story in readers[suffix](segment, content):
+        story = without_surrogates(story.strip())
+        if story or suffix == ".json":
             yield story
 
 
-def _json_stories(path: Path, content: str) -> Iterator[str]:
+def _json_stories(segment: Segment, content: str) -> Iterator[str]:
+    path = segment.path
     try:
         records = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(records, list):
         raise UserError(f"{path}: holds a {type(records).__name__}, not a list of {{'story': ...}}")
@@ -167,28 +188,27 @@ def _json_stories(path: Path, content: str) -> Iterator[str]:
         yield record["story"]
 
 
-def _jsonl_stories(path: Path, content: str) -> Iterator[str]:
+def _jsonl_stories(segment: Segment, content: str) -> Iterator[str]:
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{_line(segment, number)} is not JSON ({error})") from None
         text = record.get("story", record.get("text")) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{path}: line {number} has no text under 'story' or 'text'")
+            raise UserError(f"{_line(segment, number)} has no text under 'story' or 'text'")
         yield text
 
 
-def _txt_stories(path: Path, content: str) -> Iterator[str]:
+def _line(segment: Segment, number: int) -> str:
+    """Line `number` of a segment, as the line of its file that an editor would show."""
+    assert segment.path is not None
+    with segment.path.open("rb") as file:
+        before = sum(file.read(min(2**20, segment.start - at)).count(b"\n") for at in range(0, segment.start, 2**20))
+    return f"{segment.path}: line {before + number}"
+
+
+def _txt_stories(segment: Segment, content: str) -> Iterator[str]:
     yield from re.split(rf"^{re.escape(SEPARATOR)}\s*$", content, flags=re.MULTILINE)
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON can escape half of a character pair, which no encoding can hold: it becomes U+FFFD."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

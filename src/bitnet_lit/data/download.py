@@ -5,6 +5,7 @@ The archive is llama2.c's `TinyStories_all_data.tar.gz` (Eldan and Li, arXiv 230
 
 from __future__ import annotations
 
+import http.client
 import shutil
 import tarfile
 import urllib.error
@@ -48,10 +49,13 @@ def download(url: str, path: Path) -> None:
                     file.write(chunk)
                     progress.advance(task, len(chunk))
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # the part is whole already: nothing behind its end
+        if error.code != 416:  # nothing behind the part's end: it is whole already
             raise UserError(f"{url}: the server answers {error.code} {error.reason}: try again later") from None
-        total = have
-    except (OSError, urllib.error.URLError) as error:
+        whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]  # bytes */<size>
+        total = int(whole) if whole.isdecimal() else have
+        if have > total:
+            raise UserError(f"{part}: {have} bytes, but the archive has {total}: delete it and try again") from None
+    except (OSError, http.client.HTTPException) as error:  # urllib's URLError is an OSError
         raise UserError(f"{url}: {error}: the same command goes on where it stopped") from None
     if total is not None and part.stat().st_size != total:
         raise UserError(f"{url}: got {part.stat().st_size} of {total} bytes: the same command goes on where it stopped")
@@ -62,7 +66,7 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .tar.gz into `folder`, all of it or nothing.
 
     Raises:
-        UserError: a damaged archive, or a member that is no plain file inside the folder.
+        UserError: a damaged archive, a member that is no plain file inside the folder, or a disk that is full.
     """
     try:
         with tarfile.open(archive, "r:gz") as tar:
@@ -83,6 +87,8 @@ def unpack(archive: Path, folder: Path) -> None:
                         with source, target.open("wb") as file:
                             shutil.copyfileobj(source, file, CHUNK_BYTES)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's words, not gzip's: the archive may be whole
+            raise UserError(f"{folder}: cannot be unpacked ({error.strerror}): the same command tries again") from None
         raise UserError(f"{archive}: damaged ({error}): delete it and run the same command again") from None
 
 
@@ -94,4 +100,7 @@ def fetch_tinystories(folder: Path, url: str = TINYSTORIES_URL) -> list[Path]:
         if not archive.exists():
             download(url, archive)
         unpack(archive, text)
-    return sorted(text.rglob("*.json"))
+    found = sorted(text.rglob("*.json"))
+    if not found:
+        raise UserError(f"{text}: no .json files in it: delete it and run the same command again")
+    return found

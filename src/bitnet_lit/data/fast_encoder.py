@@ -3,7 +3,7 @@
 A BPE piece that contains a space has it at its front only, so no merge ever joins a character with a space behind it.
 A text can then be cut before every run of spaces, and since merges are chosen by the pieces inside a unit alone, the
 ids of the text are the ids of its units, one after the other. Text repeats its words: each unit is encoded once and
-looked up from then on.
+looked up from then on. A line break that no piece holds together with something else is such a border too.
 
 This holds for models with an identity normalizer, byte fallback and no piece with an inner space, which is what
 llama2.c and Llama 2 use; `FastEncoder` checks, and encodes whole texts where it does not hold.
@@ -19,22 +19,34 @@ from sentencepiece import sentencepiece_model_pb2
 from bitnet_lit.data.tokenizer import SPACE, Tokenizer
 
 MAX_CACHED_UNITS = 1_000_000  # about 150 MB; natural text rarely has more distinct words than that
+# A longer unit (a web address, a sentence in a script without spaces) hardly comes twice, and would fill the memory.
+MAX_CACHED_CHARACTERS = 64
+GLUED = "\0"  # marks a unit that follows the one before without a space; texts with a NUL of their own go another way
 
 
 BPE = 2  # TrainerSpec.ModelType in sentencepiece_model.proto
 
 
 class _UnitCache(dict[str, bytes]):
-    """Unit to the bytes of its ids; encodes what it has not seen yet."""
+    """Unit to the bytes of its ids; encodes what it has not seen yet.
 
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+    Args:
+        num_prefix_ids: ids of the dummy prefix in front of a line break.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, num_prefix_ids: int) -> None:
         super().__init__()
-        self._encode, self._dtype = tokenizer.processor.encode, dtype
+        self._encode, self._dtype, self._num_prefix_ids = tokenizer.processor.encode, dtype, num_prefix_ids
 
     def __missing__(self, unit: str) -> bytes:
-        # The dummy prefix puts the one space in front that cutting took away.
-        self[unit] = ids = np.array(self._encode(unit), dtype=self._dtype).tobytes()
-        return ids
+        if unit[0] == GLUED:
+            ids = self._encode(unit[1:])[self._num_prefix_ids :]
+        else:
+            ids = self._encode(unit)  # the dummy prefix puts the one space in front that cutting took away
+        encoded = np.array(ids, dtype=self._dtype).tobytes()
+        if len(unit) <= MAX_CACHED_CHARACTERS:
+            self[unit] = encoded
+        return encoded
 
 
 class FastEncoder:
@@ -47,14 +59,15 @@ class FastEncoder:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self._encode, self.dtype = tokenizer.processor.encode, dtype
-        self._cache = _UnitCache(tokenizer, dtype)
+        one_break, two_breaks = len(self._encode("\n")), len(self._encode("\n\n"))
+        self._cache = _UnitCache(tokenizer, dtype, num_prefix_ids=2 * one_break - two_breaks)
         model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
         model.ParseFromString(tokenizer.processor.serialized_model_proto())
         normalizer = model.normalizer_spec
         # A piece with a space behind something else would be cut apart. Control and byte pieces never match text.
-        inner_space = any(
-            re.search(f"[^{SPACE}]{SPACE}", piece.piece) for piece in model.pieces if piece.type not in (2, 3, 6)
-        )
+        texts = [piece.piece for piece in model.pieces if piece.type not in (2, 3, 6)]
+        inner_space = any(re.search(f"[^{SPACE}]{SPACE}", text) for text in texts)
+        self._cuts_lines = not any("\n" in text and text != "\n" for text in texts)
         user_defined = any(piece.type == 4 for piece in model.pieces)
         self.by_words = (
             model.trainer_spec.model_type == BPE
@@ -71,10 +84,12 @@ class FastEncoder:
     def encode(self, text: str) -> bytes:
         """Token ids without BOS, as the bytes of an array of `dtype`."""
         # A literal U+2581 reads as a space to the model but not to split(); spaces at an end have no unit to stand in.
-        if not self.by_words or SPACE in text or "\0" in text or text[:1] == " " or text[-1:] == " ":
+        if not self.by_words or SPACE in text or GLUED in text or text[:1] == " " or text[-1:] == " ":
             return np.array(self._encode(text), dtype=self.dtype).tobytes()
         if len(self._cache) > MAX_CACHED_UNITS:
             self._cache.clear()
+        if self._cuts_lines and "\n" in text and " \n" not in text and text[0] != "\n":
+            text = text.replace("\n", f" {GLUED}\n")
         units = text.split(" ")
         if "" in units:  # runs of spaces
             units = [unit for unit in units if unit] if self._collapses_spaces else _join_runs(units)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from bitnet_lit.errors import UserError
 codecs.register_error("one_per_byte", lambda error: ("\N{REPLACEMENT CHARACTER}", error.start + 1))  # type: ignore[attr-defined]
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # U+2581, SentencePiece's space
+MAX_SENTENCE_BYTES = 4192  # SentencePiece's default max_sentence_length, with which llama2.c trains
+BYTE_AND_CONTROL_TOKENS = 256 + 3  # <unk>, <s>, </s>
 
 
 class Tokenizer:
@@ -50,13 +53,7 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer {path}: cannot be read ({error.strerror}): give an existing SentencePiece model"
             ) from None
-        processor = None
-        if content:  # an empty one is accepted, and crashes later
-            with contextlib.suppress(RuntimeError, ValueError, OSError):
-                processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        if processor is None or processor.vocab_size() == 0:
-            raise UserError(f"tokenizer {path}: not a SentencePiece model ({len(content)} bytes): give another file")
-        self.processor = processor
+        self.processor = _open(path, content)
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self.processor.vocab_size()
         self.bos_id: int = self.processor.bos_id()
@@ -65,8 +62,8 @@ class Tokenizer:
             raise UserError(f"tokenizer {path}: has no BOS token, which separates the stories: train it with one")
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of a text, BOS first unless told otherwise."""
-        ids: list[int] = self.processor.encode(text)
+        """Token ids of a text, BOS first unless told otherwise; half a character pair counts as U+FFFD."""
+        ids: list[int] = self.processor.encode(without_surrogates(text))
         return [self.bos_id, *ids] if bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -75,9 +72,9 @@ class Tokenizer:
         return text
 
     def piece_bytes(self, token: int) -> bytes:
-        """What a token adds to a text: UTF-8, a lone byte of it, or nothing for a control token."""
+        """What a token adds to the middle of a text: UTF-8, a lone byte of it, or nothing for a control token."""
         processor = self.processor
-        if processor.is_control(token) or processor.is_unused(token):
+        if processor.is_control(token):
             return b""
         piece: str = processor.id_to_piece(token)
         if processor.is_byte(token):
@@ -106,8 +103,29 @@ class Tokenizer:
         return self._lengths, self._spaced
 
 
+def _open(path: Path | str, content: bytes) -> sentencepiece.SentencePieceProcessor:
+    """SentencePiece's own object of a model file's content, or the user hears of it."""
+    if content:  # an empty one is accepted, and crashes later
+        with contextlib.suppress(RuntimeError, ValueError, OSError):
+            processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            size = processor.vocab_size()
+            processor.id_to_piece(list(range(size)))  # a flipped bit leaves a piece that is no UTF-8: ValueError
+            if size:
+                return processor
+    raise UserError(f"tokenizer {path}: not a SentencePiece model ({len(content)} bytes): give another file")
+
+
+def without_surrogates(text: str) -> str:
+    """Half of a character pair, which JSON can escape and no encoding can hold, becomes U+FFFD."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class StreamDecoder:
-    """Text from tokens as they come, never a broken character.
+    """Text from tokens as they come, never a broken character; constant time for each.
 
     After feeding the ids of a continuation, the pieces joined (with `flush`) are what decoding prompt and
     continuation together adds to the decoded prompt.
@@ -117,20 +135,33 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._pending = b""
-        self._at_start = all(not tokenizer.piece_bytes(int(token)) for token in prompt_ids)
+        self._tokenizer, self._processor = tokenizer, tokenizer.processor
+        self._pending = b""  # the beginning of a character
+        # What the model does to spaces says what decoding undoes: the dummy prefix, or all spaces at the start.
+        normalized = self._processor.normalize("  a")
+        self._drops_all_spaces = not normalized.startswith(SPACE * 2)
+        self._at_start = normalized != "  a".replace(" ", SPACE)  # no text yet, so that a space is not one
+        for token in prompt_ids:
+            self.feed(int(token))
+        self._at_start = self._at_start and not self._pending
+        self._pending = b""  # decoding the prompt alone has given its U+FFFD already
 
     def feed(self, token: int) -> str:
         """The text that became final with this token; empty while a character is incomplete."""
         piece = self._tokenizer.piece_bytes(token)
-        if self._at_start and piece:
-            piece = piece.removeprefix(b" ")
-            self._at_start = False
-        self._pending += piece
-        complete = len(self._pending) - _incomplete_suffix(self._pending)
-        text = self._pending[:complete].decode("utf-8", errors="one_per_byte")
-        self._pending = self._pending[complete:]
+        if self._processor.is_byte(token):
+            self._pending += piece
+            complete = len(self._pending) - _incomplete_suffix(self._pending)
+            text = self._pending[:complete].decode("utf-8", errors="one_per_byte")
+            self._pending = self._pending[complete:]
+        else:  # ends a run of bytes, even a control token
+            text = self.flush()
+            self._at_start = self._at_start and not text
+            if self._at_start and piece[:1] == b" " and not self._processor.is_unknown(token):
+                piece = piece[1:]
+                self._at_start = self._drops_all_spaces
+            text += piece.decode("utf-8")
+        self._at_start = self._at_start and not text
         return text
 
     def flush(self) -> str:
@@ -152,21 +183,40 @@ def _incomplete_suffix(data: bytes) -> int:
     return 0
 
 
+def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines that are not blank, in parts that SentencePiece takes: it leaves out longer ones without a word."""
+    for text in texts:
+        for line in text.split("\n"):
+            while len(line.encode()) > MAX_SENTENCE_BYTES:
+                # A character takes 4 bytes at most.
+                limit = MAX_SENTENCE_BYTES // 4
+                cut = line.rfind(" ", 1, limit)
+                cut = cut if cut > 0 else limit
+                yield line[:cut]
+                line = line[cut:]
+            if line.strip():
+                yield line
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """Train a BPE model with llama2.c's options (`tinystories.py train_vocab`) and write it to `path`.
 
     Args:
-        texts: documents; each line is a training sentence, as in llama2.c's text file.
+        texts: documents; each line is a training sentence, as in llama2.c's text file. Longer ones than
+            SentencePiece takes are cut.
         vocab_size: entries, 256 byte tokens and 3 control tokens included.
 
     Raises:
-        UserError: the text does not support that many entries, or needs more; with the size it does support.
+        UserError: no text, or a text that does not support that many entries or needs more; with the size.
     """
-    lines = (line for text in texts for line in text.split("\n") if line)
+    lines = iter(_training_sentences(texts))
+    first = next(lines, None)
+    if first is None:
+        raise UserError("no text to train a tokenizer on: give a source that holds some, or an existing tokenizer=")
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
+                sentence_iterator=itertools.chain([first], lines),
                 model_writer=file,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -192,6 +242,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
                 raise UserError(
                     f"vocab_size={vocab_size} is too small for this text: bytes, control tokens and its characters "
                     f"take {least.group(1)}"
+                ) from None
+            if vocab_size < BYTE_AND_CONTROL_TOKENS:
+                raise UserError(
+                    f"vocab_size={vocab_size} is too small: bytes and control tokens alone take "
+                    f"{BYTE_AND_CONTROL_TOKENS}"
                 ) from None
             raise UserError(f"vocab_size={vocab_size}: SentencePiece says {' '.join(message.split())}") from None
     return Tokenizer(path)
