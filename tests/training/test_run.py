@@ -55,20 +55,8 @@ def test_a_run_leaves_everything_and_evaluate_gives_its_last_value(tmp_path, sha
 
 
 def test_the_loss_falls_and_one_batch_is_learned_by_heart(tmp_path, shards):
-    config = compose(
-        "train",
-        [
-            f"run_dir={tmp_path}/o",
-            f"data.dir={shards}",
-            *TINY_RUN,
-            "mode=overfit",
-            "data.batch_size=4",
-            "trainer.max_steps=300",
-            "optim.learning_rate=4e-2",
-            "trainer.val_check_interval=150",
-        ],
-    )
-    assert train(config)["train/loss"] < 0.1
+    wide = ["model.hidden_size=128", "model.intermediate_size=256", "trainer.max_steps=200"]
+    assert run(tmp_path, shards, "mode=overfit", "trainer.val_check_interval=200", *wide)["train/loss"] < 0.1
 
 
 @pytest.mark.parametrize(
