@@ -27,7 +27,9 @@ class Decoder(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary follows the data and must be known by now"
         self.gradient_checkpointing = config.gradient_checkpointing
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # On the meta device there is nothing to draw, and drawing there imports torch._dynamo: a second of start-up.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight if weight.is_meta else None)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -82,8 +84,8 @@ class CausalLM(nn.Module):
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                continue  # norm weights start at one
+            if parameter.ndim < 2 or parameter.is_meta:
+                continue  # norm weights start at one; a meta parameter has no values
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std)
 
