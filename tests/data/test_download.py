@@ -1,7 +1,10 @@
 """The download against a server on this machine: interrupted, refused, damaged, hostile."""
 
+import errno
 import http.server
 import io
+import os
+import shutil
 import tarfile
 import threading
 
@@ -33,7 +36,10 @@ def server():
             self.server.ranges.append(requested)
             start = int(requested.split("=")[1].rstrip("-")) if requested else 0
             if start >= len(content):
-                self.send_error(416)
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
                 return
             self.send_response(206 if requested else 200)
             self.send_header("Content-Length", str(len(content) - start))
@@ -71,6 +77,32 @@ def test_a_whole_part_is_taken_as_it_is(server, tmp_path):
     (tmp_path / "a.tar.gz.part").write_bytes(b"12345")
     download(server.url, tmp_path / "a.tar.gz")
     assert (tmp_path / "a.tar.gz").read_bytes() == b"12345"
+
+
+def test_a_part_that_is_too_long_is_not_taken(server, tmp_path):
+    server.content = b"12345"
+    (tmp_path / "a.tar.gz.part").write_bytes(b"123456")
+    with pytest.raises(UserError, match="6 bytes, but the archive has 5: delete it"):
+        download(server.url, tmp_path / "a.tar.gz")
+    assert not (tmp_path / "a.tar.gz").exists()
+
+
+def test_a_full_disk_does_not_blame_the_archive(tmp_path, monkeypatch):
+    (tmp_path / "a.tar.gz").write_bytes(archive_bytes({"data00.json": b"[]"}))
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(UserError, match=r"cannot be unpacked \(No space left on device\)"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_an_archive_without_text(server, tmp_path):
+    server.content = archive_bytes({"readme": b"x"})
+    with pytest.raises(UserError, match=r"no \.json files"):
+        fetch_tinystories(tmp_path, server.url)
 
 
 def test_no_server(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.fast_encoder import FastEncoder
@@ -17,6 +18,8 @@ from tests.support import TINYSTORIES, needs_tinystories
 TEXT = st.one_of(
     st.text(),
     st.text(alphabet=" ab"),
+    st.text(alphabet=" a\n"),
+    st.lists(st.sampled_from([" ", "  ", "\n", "\n\n", " \n", "the", "Then", "a", ".", '"'])).map("".join),
     st.text(alphabet=" ab\n\t\r\0\u2581\u00a0\u200bé😀.,1 2"),
 )
 
@@ -77,3 +80,21 @@ def test_models_that_do_not_allow_it_are_encoded_whole(tmp_path, options):
     path = tmp_path / "other.model"
     path.write_bytes(model.getvalue())
     assert not check_equal(Tokenizer(path)).by_words
+
+
+def test_a_model_with_a_line_break_inside_a_piece(tokenizer, tmp_path):
+    """Lines are no borders then; words still are."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(tokenizer.path.read_bytes())
+    next(piece for piece in model.pieces if piece.piece == "er").piece = "a\n"
+    (tmp_path / "t.model").write_bytes(model.SerializeToString())
+    assert check_equal(Tokenizer(tmp_path / "t.model")).by_words
+
+
+def test_long_units_do_not_fill_the_memory(tokenizer):
+    encoder = FastEncoder(tokenizer, np.dtype(np.uint16))
+    texts = [f"{number}" + "\u4f60\u597d" * 500 for number in range(20)]
+    assert [fast(encoder, text) for text in texts] == [tokenizer.encode(text, bos=False) for text in texts]
+    assert not encoder._cache
+    fast(encoder, "a b\nb\nb")
+    assert set(encoder._cache) == {"a", "b", "\0\nb"}  # a line break cuts too

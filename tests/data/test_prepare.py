@@ -3,6 +3,11 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,8 @@ import sentencepiece
 
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data import prepare as prepare_module
+from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.output_folder import exclusive_folder
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.tokenizer import Tokenizer
@@ -56,7 +63,9 @@ def test_meta_says_what_is_there(tmp_path):
     assert {name: entry["tokens"] for name, entry in meta["shards"].items()} == {
         path.name: path.stat().st_size // 2 for path in tmp_path.glob("*.bin")
     }
-    assert summary["stories"] == 100
+    assert summary["stories"] == 100 and summary["shards"] == 2
+    assert summary["text_bytes"] == sum(len(story) for story in demo_stories(100))
+    assert summary["bytes_per_token"] == summary["text_bytes"] / summary["tokens"] and summary["megabytes_per_s"] > 0
     tokens = np.fromfile(tmp_path / "data01.bin", dtype=np.uint16)
     assert tokens[0] == meta["bos_id"] and (tokens == meta["bos_id"]).sum() == 98
 
@@ -76,6 +85,109 @@ def test_another_tokenizer_in_the_same_folder_is_refused(tmp_path):
     prepare(demo(tmp_path))
     with pytest.raises(UserError, match="holds shards of another tokenizer or source"):
         prepare(demo(tmp_path, vocab_size=420))
+
+
+def text_folder(folder, count=3, stories=20):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        content = [{"story": story} for story in demo_stories(stories, seed=number)]
+        (folder / f"data{number:02d}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_another_source_in_the_same_folder_is_refused(tmp_path, tokenizer):
+    first, second, out = text_folder(tmp_path / "a"), text_folder(tmp_path / "b", count=1), tmp_path / "out"
+    options = {"out": str(out), "tokenizer": str(tokenizer.path), "num_workers": 1}
+    prepare(PrepareConfig(source=str(first), **options))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="holds shards of another tokenizer or source: choose another out="):
+        prepare(PrepareConfig(source=str(second), **options))
+    (first / "data01.json").unlink()
+    with pytest.raises(UserError, match="holds data01.bin, whose text is no longer in the source"):
+        prepare(PrepareConfig(source=str(first), **options))
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_text_that_joined_the_source_is_added(tmp_path, tokenizer):
+    source, out = text_folder(tmp_path / "a"), tmp_path / "out"
+    config = PrepareConfig(source=str(source), out=str(out), tokenizer=str(tokenizer.path), num_workers=1)
+    prepare(config)
+    before = (out / "data02.bin").stat().st_mtime_ns
+    (source / "data03.json").write_text('[{"story": "One more."}]')
+    assert prepare(config)["stories"] == 61
+    assert len(open_shards(out).paths) == 4 and (out / "data02.bin").stat().st_mtime_ns == before
+
+
+def test_somebody_elses_shards_are_left_alone(tmp_path):
+    (tmp_path / "data00.bin").write_bytes(b"12")
+    with pytest.raises(UserError, match=r"data00.bin lies there without a meta.json"):
+        prepare(demo(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["data00.bin"]
+
+
+@pytest.mark.parametrize("content", ["[]", "[1]"])
+def test_a_foreign_meta_is_refused(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(UserError):
+        prepare(demo(tmp_path))
+
+
+def test_a_shard_without_text_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"a\.txt: no text in it"):
+        prepare(PrepareConfig(source=f"{tmp_path}/*.txt", out=str(tmp_path / "out"), tokenizer=str(tokenizer.path)))
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\): choose another out="):
+        prepare(demo(tmp_path / "out"))
+
+
+def test_leftovers_of_a_killed_call_are_removed(tmp_path):
+    (tmp_path / ".data00.bin.123.tmp").write_bytes(b"half")
+    (tmp_path / ".text.123.tmp").mkdir()
+    (tmp_path / ".mine.tmp").write_bytes(b"")
+    prepare(demo(tmp_path))
+    assert [path.name for path in tmp_path.glob(".*")] == [".mine.tmp"]
+
+
+def test_two_calls_at_once_write_one_after_the_other(tmp_path, capsys):
+    with ThreadPoolExecutor() as pool:
+        with exclusive_folder(tmp_path):
+            calls = [pool.submit(prepare, demo(tmp_path)) for _ in range(2)]
+            time.sleep(0.3)
+            assert not any(call.done() for call in calls) and not list(tmp_path.iterdir())
+        first, second = (call.result(timeout=60) for call in calls)
+    assert first["tokens"] == second["tokens"] and 0 in (first["megabytes_per_s"], second["megabytes_per_s"])
+    assert "waiting for another process" in capsys.readouterr().err
+    assert len(open_shards(tmp_path).paths) == 2
+
+
+def test_a_source_that_does_not_exist_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no such file, folder or glob"):
+        prepare(PrepareConfig(source=str(tmp_path / "none"), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_killed_call_ends_its_processes_and_goes_on(tmp_path, tokenizer, number):
+    source, out = text_folder(tmp_path / "text", count=60, stories=100), tmp_path / "out"
+    config = PrepareConfig(source=str(source), out=str(out), tokenizer=str(tokenizer.path), num_workers=2)
+    command = [f"{key}={getattr(config, key)}" for key in ("source", "out", "tokenizer", "num_workers")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitnet_lit.prepare", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while len(list(out.glob("*.bin"))) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    process.communicate(timeout=30)  # its output ends when its workers do
+    assert len(list(out.glob("*.bin"))) < 60, "it finished before the signal came"
+    prepare(config)
+    assert len(open_shards(out).paths) == 60 and not list(out.glob(".*"))
+    assert (out / "data07.bin").read_bytes() == llama2c_pretokenize(source / "data07.json", tokenizer.path)
 
 
 def test_an_interrupted_call_leaves_whole_shards_and_goes_on(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from bitnet_lit.data import shards as shards_module
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.errors import UserError
 from tests.support import TINYSTORIES, needs_tinystories
@@ -108,6 +109,30 @@ def test_a_shard_that_changed_size_is_refused(shards, tmp_path):
     (folder / "data01.bin").write_bytes(content[:-2])
     with pytest.raises(UserError, match=r"data01.bin: \d+ tokens, but meta.json says"):
         open_shards(folder)
+
+
+def test_a_lost_or_a_foreign_shard_is_refused(shards, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(shards, folder)
+    (folder / "data00.bin").rename(folder / "data09.bin")
+    with pytest.raises(UserError, match=r"data00.bin is missing: run the same .*prepare again"):
+        open_shards(folder)
+    shutil.copy(folder / "data09.bin", folder / "data00.bin")
+    with pytest.raises(UserError, match=r"meta.json knows no data09.bin"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize("place", [0, 99_999])
+def test_large_shards_are_checked_in_places_their_ends_among_them(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(shards_module, "FULL_CHECK_BYTES", 0)
+    monkeypatch.setattr(shards_module, "CHECK_BLOCK_TOKENS", 100)
+    tokens = np.ones(100_000, dtype=np.uint16)
+    write(tmp_path / "data00.bin", tokens)
+    assert open_shards(tmp_path).vocab_size == 32000
+    tokens[place] = 40_000
+    write(tmp_path / "data00.bin", tokens)
+    with pytest.raises(UserError, match="token id 40000"):
+        open_shards(tmp_path)
 
 
 def test_a_tokenizer_that_did_not_write_the_shards_is_refused(shards, tmp_path):

@@ -20,7 +20,8 @@ from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.tokenizer import train_tokenizer
 
 NUM_STORIES = 20_000  # about 9 MB of text
-NUM_TOKENS = 50_000_000  # 100 MB: larger than any cache
+# As TinyStories comes: fifty shards, together larger than a cache.
+NUM_SHARDS, TOKENS_PER_SHARD = 50, 1_000_000
 BATCH, LENGTH = 128, 256
 
 
@@ -63,15 +64,17 @@ def encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
-    """Whole batches gathered in shuffled order, against one copy per sequence as in llama2.c's `PretokDataset`."""
-    tokens = np.random.default_rng(0).integers(0, 2048, NUM_TOKENS, dtype=np.uint16)
-    for name in ("data00.bin", "data01.bin"):
-        tokens.tofile(folder / name)
+    """Whole batches gathered in shuffled order over all shards, against llama2.c's `PretokDataset`: one copy per
+    sequence, shuffled inside a shard, one shard after the other."""
+    generator = np.random.default_rng(0)
+    for number in range(NUM_SHARDS):
+        generator.integers(0, 2048, TOKENS_PER_SHARD, dtype=np.uint16).tofile(folder / f"data{number:02d}.bin")
     split = open_shards(folder).train(LENGTH)
     dataset = TrainBatches(split, SampleOrder(split.num_sequences, 0), BATCH)
-    memory_map = np.memmap(folder / "data01.bin", dtype=np.uint16, mode="r")
-    shuffled = np.random.default_rng(1).permutation(split.num_sequences)
-    batches = 100
+    memory_maps = [np.memmap(path, dtype=np.uint16, mode="r") for path in sorted(folder.glob("*.bin"))[1:]]
+    shuffled = generator.permutation(TOKENS_PER_SHARD // LENGTH - 1)
+    batches_per_shard = len(shuffled) // BATCH
+    batches = 128  # two blocks of ORDER_BLOCK samples
 
     def ours() -> float:
         start = time.perf_counter()
@@ -83,7 +86,9 @@ def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
         start = time.perf_counter()
         for batch in range(batches):
             pairs = []
-            for index in shuffled[np.arange(batch * BATCH, (batch + 1) * BATCH) % len(shuffled)]:
+            shard, place = divmod(batch, batches_per_shard)
+            memory_map = memory_maps[shard]
+            for index in shuffled[place * BATCH : (place + 1) * BATCH].tolist():
                 chunk = torch.from_numpy(memory_map[index * LENGTH : index * LENGTH + LENGTH + 1].astype(np.int64))
                 pairs.append((chunk[:-1], chunk[1:]))
             torch.utils.data.default_collate(pairs)
@@ -96,7 +101,7 @@ def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     return _row(
-        f"{BATCH} x {LENGTH}",
+        f"{BATCH} x {LENGTH}, {NUM_SHARDS} shards",
         "loader, one core",
         ours_median / 1e6,
         "llama2.c's, a sequence at a time",

@@ -109,15 +109,15 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _document_ends(path: Path, every: int) -> list[int]:
     """Byte offsets behind a document, about `every` bytes apart; the last is the end of the file."""
-    marker = b"\n" if path.suffix == ".jsonl" else b"\n" + SEPARATOR.encode() + b"\n"
+    marker = re.compile(b"\n" if path.suffix == ".jsonl" else rb"\n%b[ \t\r]*\n" % re.escape(SEPARATOR.encode()))
     ends: list[int] = []
     with _reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > every:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 position = every
-                while (found := data.find(marker, position)) >= 0 and found + len(marker) < size:
-                    ends.append(found + len(marker))
+                while (found := marker.search(data, position)) and found.end() < size:
+                    ends.append(found.end())
                     position = ends[-1] + every
     return [*ends, size]
 
@@ -128,7 +128,8 @@ def file_shards(files: list[Path]) -> list[ShardPlan]:
     open_bytes = SHARD_TEXT_BYTES  # of the group that small files still join; full: the next one begins
     for path in files:
         if path.suffix == ".json":
-            groups.append([Segment(path, 0, path.stat().st_size)])
+            with _reading(path):
+                groups.append([Segment(path, 0, path.stat().st_size)])
             open_bytes = SHARD_TEXT_BYTES
             continue
         start = 0

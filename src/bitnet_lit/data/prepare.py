@@ -7,17 +7,17 @@ shards, and the same call again skips them.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards, find_files, read_stories
 from bitnet_lit.data.download import fetch_tinystories
 from bitnet_lit.data.fast_encoder import FastEncoder
+from bitnet_lit.data.output_folder import exclusive_folder
 from bitnet_lit.data.shards import META_NAME, TOKENIZER_NAME, dtype_for
 from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet_lit.errors import UserError
@@ -45,7 +46,16 @@ _encoder: FastEncoder | None = None  # of a worker process: its cache of words l
 def _start_worker(tokenizer_path: Path) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = _make_encoder(tokenizer_path)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work for ever, also when the parent that would give it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _make_encoder(tokenizer_path: Path) -> FastEncoder:
@@ -59,7 +69,11 @@ def _write_in_worker(plan: ShardPlan, out: Path, bos_id: int) -> dict[str, Any]:
 
 
 def write_shard(plan: ShardPlan, out: Path, encoder: FastEncoder, bos_id: int) -> dict[str, Any]:
-    """Encode one shard and write it; returns its entry in meta.json."""
+    """Encode one shard and write it; returns its entry in meta.json.
+
+    Raises:
+        UserError: no text in it, or text that cannot be read.
+    """
     bos = np.array([bos_id], dtype=encoder.dtype).tobytes()
     stories = text_bytes = 0
     with atomic_file(out / plan.name) as temporary, temporary.open("wb") as file:
@@ -69,6 +83,8 @@ def write_shard(plan: ShardPlan, out: Path, encoder: FastEncoder, bos_id: int) -
                 stories += 1
                 text_bytes += len(story.encode())
         tokens = file.tell() // encoder.dtype.itemsize
+        if not tokens:
+            raise UserError(f"{plan.segments[0].path}: no text in it: take the file away, or give another source")
     return {"tokens": tokens, "stories": stories, "text_bytes": text_bytes, "fingerprint": _fingerprint([plan])}
 
 
@@ -102,22 +118,44 @@ def _read_meta(out: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or not meta:
+            raise ValueError("it holds no object")
+        return meta
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}): delete the folder and prepare it again") from None
+
+
+def _check_folder(out: Path, plans: list[ShardPlan], meta: dict[str, Any], identity: dict[str, str]) -> None:
+    """Refuse to mix shards: those of other text, another tokenizer, or somebody else's."""
+    remedy = "choose another out=, or delete the folder"
+    if not meta and (foreign := sorted(out.glob("*.bin"))):
+        raise UserError(f"out={out}: {foreign[0].name} lies there without a {META_NAME} of ours: {remedy}")
+    if meta and any(meta.get(key) != value for key, value in identity.items()):
+        raise UserError(f"out={out}: holds shards of another tokenizer or source: {remedy}")
+    if gone := set(meta.get("shards", {})) - {plan.name for plan in plans}:
+        raise UserError(f"out={out}: holds {min(gone)}, whose text is no longer in the source: {remedy}")
+
+
+def _identity(config: PrepareConfig, plans: list[ShardPlan]) -> dict[str, str]:
+    """What must be the same for a call to go on with a folder: where tokenizer and text come from."""
+    if config.tokenizer:
+        tokenizer = f"copied/{Tokenizer(config.tokenizer).sha256}"
+    else:
+        default = DEMO_VOCAB_SIZE if config.source == "demo" else DEFAULT_VOCAB_SIZE
+        tokenizer = f"trained/{config.vocab_size or default}/{_fingerprint(plans)}"
+    if config.source == "demo":
+        source = f"demo/{config.seed}/{config.num_stories}"
+    else:
+        source = "tinystories" if config.source == "tinystories" else os.path.abspath(config.source)
+    return {"tokenizer_origin": tokenizer, "source": source}
 
 
 def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], meta: dict[str, Any]) -> Tokenizer:
     """The tokenizer of `out`: copied, trained, or the one that an earlier call left there."""
     path = out / TOKENIZER_NAME
-    origin = f"copied/{Tokenizer(config.tokenizer).sha256}" if config.tokenizer else None
-    if origin is None:
-        default = DEMO_VOCAB_SIZE if config.source == "demo" else DEFAULT_VOCAB_SIZE
-        origin = f"trained/{config.vocab_size or default}/{_fingerprint(plans)}"
-    if meta and meta.get("tokenizer_origin") != origin:
-        raise UserError(
-            f"out={out}: holds shards of another tokenizer or source: choose another out=, or delete the folder"
-        )
+    identity = _identity(config, plans)
+    _check_folder(out, plans, meta, identity)
     if meta and path.exists():
         return Tokenizer(path)
     if config.tokenizer:
@@ -125,7 +163,7 @@ def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], 
             shutil.copyfile(config.tokenizer, temporary)
         tokenizer = Tokenizer(path)
     else:
-        tokenizer = train_tokenizer(_training_text(plans), int(origin.split("/")[1]), path)
+        tokenizer = train_tokenizer(_training_text(plans), int(identity["tokenizer_origin"].split("/")[1]), path)
     meta |= {
         "format_version": META_VERSION,
         "dtype": dtype_for(tokenizer.vocab_size).name,
@@ -133,7 +171,7 @@ def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], 
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
-        "tokenizer_origin": origin,
+        **identity,
         "complete": False,
         "shards": {},
     }
@@ -146,29 +184,19 @@ def _write_meta(out: Path, meta: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"out={out}: {error.strerror}: whole shards are kept, the same command goes on") from None
-        raise
-
-
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write a folder of shards, or finish one.
 
     Returns:
-        shards, stories, tokens, text_bytes, and seconds of this call.
+        shards, stories, tokens, text_bytes, bytes_per_token and vocab_size of the folder; seconds of this call and
+        megabytes_per_s, the text that it encoded in them.
 
     Raises:
         UserError: text, tokenizer or folder that cannot be used; whole shards stay, nothing half-written does.
     """
     out = Path(config.out)
-    with _disk_errors(out):
+    with exclusive_folder(out):
         plans = _shard_plans(config)
-        out.mkdir(parents=True, exist_ok=True)
         meta = _read_meta(out)
         start = time.perf_counter()
         tokenizer = _ensure_tokenizer(config, out, plans, meta)
@@ -177,15 +205,23 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         if todo or not meta["complete"]:
             meta["complete"] = True
             _write_meta(out, meta)
-    entries = meta["shards"].values()
-    summary = {key: sum(entry[key] for entry in entries) for key in ("stories", "tokens", "text_bytes")}
-    summary |= {"shards": len(entries), "vocab_size": tokenizer.vocab_size, "seconds": time.perf_counter() - start}
+    entries = meta["shards"]
+    seconds = time.perf_counter() - start
+    summary = {key: sum(entry[key] for entry in entries.values()) for key in ("stories", "tokens", "text_bytes")}
+    summary |= {
+        "shards": len(entries),
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": summary["text_bytes"] / summary["tokens"],
+        "seconds": seconds,
+        "megabytes_per_s": sum(entries[plan.name]["text_bytes"] for plan in todo) / 1e6 / seconds,
+    }
     if todo:
         Console(stderr=True).print(
             f"{out}: {summary['shards']} shards, {summary['stories']:,} stories, {summary['tokens']:,} tokens of "
-            f"{tokenizer.vocab_size:,}, {summary['text_bytes'] / max(1, summary['tokens']):.3f} bytes a token, "
-            f"{summary['seconds']:.1f} s",
+            f"{tokenizer.vocab_size:,}, {summary['bytes_per_token']:.3f} bytes a token, "
+            f"{seconds:.1f} s, {summary['megabytes_per_s']:.1f} MB/s",
             highlight=False,
+            soft_wrap=True,
         )
     return summary
 
@@ -209,7 +245,8 @@ def _write_all(
     """Write the shards in `todo`, on several processes where there are several shards."""
     workers = min(config.num_workers or os.cpu_count() or 1, len(todo))
     columns = (TextColumn("encoding"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not todo) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not todo or not console.is_terminal) as progress:
         task = progress.add_task("encode", total=sum(plan.text_bytes for plan in plans))
         progress.advance(task, sum(plan.text_bytes for plan in plans if plan not in todo))
 
@@ -229,6 +266,10 @@ def _write_all(
             try:
                 for future in as_completed(futures):
                     done(futures[future], future.result())
+            except BrokenProcessPool:
+                raise UserError(
+                    f"num_workers={workers}: an encoding process was killed, most likely for memory: take fewer"
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

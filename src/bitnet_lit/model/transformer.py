@@ -29,7 +29,9 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
         # On the meta device there is nothing to draw, and drawing there imports torch._dynamo: a second of start-up.
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight if weight.is_meta else None)
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=weight if weight.is_meta else None
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
