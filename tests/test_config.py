@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
-from bitnet_lit.config import MuonConfig, TrainConfig
+from bitnet_lit.config import MuonConfig, PrepareConfig, TrainConfig
 from bitnet_lit.errors import UserError
 
 GROUPS = ("model", "quant", "data", "trainer", "mode", "optim", "schedule", "callbacks", "logger", "experiment")
@@ -21,6 +21,20 @@ def train(*overrides):
 def test_every_option_of_every_group_composes(group, option):
     beside = ["optim=adamw"] if option == "fsdp" else []  # Muon is refused there
     assert isinstance(train(f"{group}={option}", *beside), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("source", "folder"),
+    [
+        ("demo", "data/demo"),
+        ("texts/mine.jsonl", "data/mine"),
+        ("texts/*.json", "data/texts"),
+        ("a/b/**/*.txt", "data/b"),
+        ("texts/", "data/texts"),
+    ],
+)
+def test_prepare_names_its_folder_after_the_source(source, folder):
+    assert compose("prepare", [f"source={source}"]).folder == Path(folder) == PrepareConfig(source=source).folder
 
 
 @pytest.mark.parametrize("door", sorted(set(SCHEMAS) - {"train"}))

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from bitnet_lit.cli import CONF_DIR
-from tests.support import REPOSITORY, TINY_RUN, run_door
+from tests.support import REPOSITORY, TINY_MODEL, TINY_RUN, run_door
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR, "experiment").glob("*.yaml"))
 
@@ -115,6 +116,17 @@ def test_every_kind_of_weights_in_one_sweep(tmp_path, shards):
     assert len(list(tmp_path.rglob("sweep.csv"))) == 1 and result.stdout.count("val loss") == 1
     run_door("plot", "runs=outputs", "out=curves.png", cwd=tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learning_rate_grid_runs_side_by_side(tmp_path, shards):
+    grid = ["-m", "sweep=lr", "launcher=joblib", "hydra.sweep.dir=grid", "mode=smoke"]
+    run_door("train", *grid, *TINY_MODEL, f"data.dir={shards}", "trainer.accelerator=cpu", cwd=tmp_path)
+    runs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("grid/*/metrics.json"))]
+    assert len(runs) == 6
+    chosen = [OmegaConf.load(path) for path in tmp_path.glob("grid/*/config.yaml")]
+    assert {(one.quant.name, one.optim.learning_rate) for one in chosen} == {
+        (quant, rate) for quant in ("b158", "none") for rate in (1e-2, 2e-2, 4e-2)
+    }
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

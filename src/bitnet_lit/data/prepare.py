@@ -97,7 +97,7 @@ def _shard_plans(config: PrepareConfig) -> list[ShardPlan]:
     if config.source == "demo":
         return demo_shards(config.num_stories, config.seed)
     if config.source == "tinystories":
-        return file_shards(fetch_tinystories(Path(config.download_dir)))
+        return file_shards(fetch_tinystories(Path(config.download_dir or config.folder)))
     return file_shards(find_files(config.source))
 
 
@@ -194,7 +194,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises:
         UserError: text, tokenizer or folder that cannot be used; whole shards stay, nothing half-written does.
     """
-    out = Path(config.out)
+    out = config.folder
     with exclusive_folder(out):
         plans = _shard_plans(config)
         meta = _read_meta(out)

@@ -48,11 +48,18 @@ DEMO_DIR = Path("data/demo")
 METRICS_NAME = "metrics.json"
 
 
+def _is_complete(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / META_NAME).read_text(encoding="utf-8"))["complete"])
+    except (OSError, ValueError, LookupError):
+        return False
+
+
 def _open_data(config: TrainConfig) -> ShardDirectory:
     """The shards of `data.dir`; without one, those in data/demo, written first if there are none."""
     if config.data.dir is None:
         config.data.dir = str(DEMO_DIR)
-        if not (DEMO_DIR / META_NAME).exists():
+        if not _is_complete(DEMO_DIR):  # two ranks may come here at once: `prepare` lets one write and the other wait
             prepare(PrepareConfig(source="demo", out=config.data.dir))
     tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
     return open_shards(Path(config.data.dir), tokenizer)

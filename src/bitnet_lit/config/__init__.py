@@ -1,0 +1,41 @@
+"""The schema: every key a user can set, with its type, its unit and its default meaning.
+
+Hydra composes YAML from `conf/` onto these dataclasses, so an unknown key or a wrong type is refused before
+anything runs. YAML selects values, these classes validate them (`__post_init__`, with a remedy in the message), and
+the code below the doors sees only these objects, never a dictionary.
+
+Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyTorch and Lightning for training.
+"""
+
+from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, InferConfig, PlotConfig, PrepareConfig
+from bitnet_lit.config.network import ModelConfig, QuantConfig
+from bitnet_lit.config.training import (
+    AdamWConfig,
+    CallbacksConfig,
+    DataConfig,
+    LoggerConfig,
+    MuonConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "AdamWConfig",
+    "BenchConfig",
+    "CallbacksConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "InferConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "MuonConfig",
+    "OptimConfig",
+    "PlotConfig",
+    "PrepareConfig",
+    "QuantConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "TrainerConfig",
+]

@@ -1,0 +1,154 @@
+"""The doors beside training: one dataclass for each `python -m bitnet_lit.<door>`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitnet_lit.config.checks import one_of, positive
+from bitnet_lit.errors import UserError
+
+
+@dataclass
+class PrepareConfig:
+    """`python -m bitnet_lit.prepare`: text to llama2.c shards."""
+
+    source: str = "demo"
+    """demo, tinystories, or a file, folder or glob of .json, .jsonl or .txt files."""
+    out: str | None = None
+    """The folder to write. null: data/<source>, for files data/<their name, or their folder's>."""
+    tokenizer: str | None = None
+    """An existing SentencePiece model. null: train one with vocab_size entries."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer to train. null: 1024 for the demo corpus, 4096 otherwise; with `tokenizer`, unused."""
+    num_workers: int | None = None
+    """Processes that encode. null: all cores."""
+    seed: int = 0
+    """Of the demo corpus."""
+    num_stories: int = 20000
+    """Of the demo corpus."""
+    download_dir: str | None = None
+    """Where source=tinystories keeps the archive and the text. null: in out."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise UserError(
+                f"tokenizer={self.tokenizer} and vocab_size={self.vocab_size}: give one, an existing tokenizer or the "
+                "size of a new one"
+            )
+        positive("prepare", vocab_size=self.vocab_size, num_workers=self.num_workers, num_stories=self.num_stories)
+
+    @property
+    def folder(self) -> Path:
+        """`out` with its default filled in."""
+        if self.out is not None:
+            return Path(self.out)
+        source = Path(self.source)
+        while any(sign in source.name for sign in "*?["):
+            source = source.parent
+        return Path("data") / (source.resolve() if source.name in ("", "..") else source).stem
+
+
+@dataclass
+class InferConfig:
+    """`python -m bitnet_lit.infer`: a model folder tells a story."""
+
+    prompt: str = "Once upon a time"
+    """The text to go on from. Empty: the model starts a story by itself."""
+    checkpoint: str | None = None
+    """Run folder, model folder, or a file in one. null: the newest run below outputs/."""
+    max_new_tokens: int = 256
+    """At most; the context ends a text too."""
+    temperature: float = 0.8
+    """0 always takes the likeliest token; 1 samples from the model's own distribution."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens. 0: from all."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that together have this probability. 1: from all."""
+    min_p: float = 0.0
+    """Leave out tokens below this share of the likeliest one's probability."""
+    repeat_penalty: float = 1.0
+    """Divide (multiply, if negative) the logits of recent tokens by this. 1: off."""
+    repeat_last_n: int = 64
+    """How many recent tokens repeat_penalty looks at."""
+    seed: int | None = None
+    """Of the sampling; the same seed gives the same text. null: another text each time."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a sample; they are not printed."""
+    num_samples: int = 1
+    """Texts to generate from the prompt."""
+    interactive: bool = False
+    """Ask for prompts until an empty line or end of input."""
+    quiet: bool = False
+    """Print nothing but the text, on a terminal too."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        positive(
+            "infer",
+            max_new_tokens=self.max_new_tokens,
+            num_samples=self.num_samples,
+            repeat_penalty=self.repeat_penalty,
+        )
+        one_of("device", self.device, ("cpu", "cuda", "mps"))
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: must lie in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"min_p={self.min_p}: must lie in [0, 1)")
+        if self.top_k < 0 or self.repeat_last_n < 0:
+            raise UserError(f"top_k={self.top_k}, repeat_last_n={self.repeat_last_n}: must be 0 (off) or more")
+
+
+@dataclass
+class EvaluateConfig:
+    """`python -m bitnet_lit.evaluate`: a deterministic pass over a validation split."""
+
+    checkpoint: str | None = None
+    """Run folder, model folder, or a file in one. null: the newest run below outputs/."""
+    data_dir: str | None = None
+    """Shards to evaluate on. null: those the model was trained on."""
+    batch_size: int = 32
+    """Sequences per forward pass; changes speed, and the result only by float rounding."""
+    sequence_length: int | None = None
+    """Tokens of a sequence. null: as in training."""
+    accelerator: str = "auto"
+    """auto, cpu, gpu or mps."""
+
+    def __post_init__(self) -> None:
+        positive("evaluate", batch_size=self.batch_size, sequence_length=self.sequence_length)
+        one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
+
+
+@dataclass
+class PlotConfig:
+    """`python -m bitnet_lit.plot`: curves of runs, as a PNG."""
+
+    runs: Any = "outputs"
+    """A run folder, a folder with runs somewhere below, or a list of them: [a,b]."""
+    metric: str = "val/loss"
+    """A column of metrics.csv."""
+    label: str = "quant"
+    """What tells the curves apart: any key of config.yaml that is a group's name (quant, model, optim), or seed."""
+    out: str = "outputs/curves.png"
+    """The picture to write."""
+
+    def __post_init__(self) -> None:
+        self.runs = [self.runs] if isinstance(self.runs, str) else [str(run) for run in self.runs]
+
+
+@dataclass
+class BenchConfig:
+    """`python -m bitnet_lit.bench`: speed, beside what it is compared to; the last line is JSON."""
+
+    suite: str = "data"
+    """data: encoding text to tokens, and the loader."""
+    rounds: int = 7
+    """Interleaved measurements (ours, theirs, ours, ...); medians are shown."""
+
+    def __post_init__(self) -> None:
+        one_of("suite", self.suite, ("data",))
+        positive("bench", rounds=self.rounds)

@@ -1,0 +1,114 @@
+"""The network: its sizes, and what its projections are rounded to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bitnet_lit.config.checks import one_of, positive
+from bitnet_lit.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """The sizes of a Llama-shaped decoder. Field names are Hugging Face's, units are elements."""
+
+    name: str = "custom"
+    """The name of the size, for tables. Nothing depends on it."""
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    """Grouped-query attention: heads of keys and values. null: as many as attention heads."""
+    intermediate_size: int = 384
+    """Width of the feed-forward layer."""
+    vocab_size: int | None = None
+    """Rows of the embedding. null: follows the data."""
+    max_position_embeddings: int = 256
+    """The context, in tokens; also the length of a training sequence unless data.sequence_length says less."""
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    """silu (llama.cpp's graph can run it) or relu2 (BitNet b1.58 2B4T, bitnet.cpp)."""
+    tie_word_embeddings: bool = True
+    """One matrix for embed_tokens and lm_head."""
+    sub_norm: bool = True
+    """A norm before o_proj and before down_proj, so that every quantized projection has one (BitNet b1.58 2B4T).
+    false with quant=none: exactly a Llama."""
+    dropout: float = 0.0
+    """On the embedding, the attention weights and both residual branches; as in llama2.c."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    initializer_range: float = 0.02
+    """Standard deviation of every matrix; o_proj and down_proj are divided by sqrt(2 * layers) as in GPT-2."""
+
+    def __post_init__(self) -> None:
+        positive(
+            "model",
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta,
+            rms_norm_eps=self.rms_norm_eps,
+            initializer_range=self.initializer_range,
+        )
+        one_of("model.hidden_act", self.hidden_act, ("silu", "relu2"))
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} does not divide by "
+                f"model.num_attention_heads={self.num_attention_heads}: change one of them"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"model.hidden_size / model.num_attention_heads = {self.head_dim} is odd, and rotary positions turn "
+                "pairs: choose sizes whose quotient is even"
+            )
+        if self.num_attention_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"model.num_attention_heads={self.num_attention_heads}: choose a divisor"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout={self.dropout}: must lie in [0, 1)")
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """num_key_value_heads with its default filled in."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+@dataclass
+class QuantConfig:
+    """What the weights and activations of the seven projections are rounded to."""
+
+    name: str = "b158"
+    """b158: weights in {-1, 0, +1}. b1: weights in {-1, +1}. none: the dense twin."""
+    weight_scale: str = "absmean"
+    """absmean (BitNet b1.58) or absmedian (BitNet b1.58 Reloaded, arXiv 2407.09527); b158 only."""
+    activation_bits: int = 8
+    """Bits of the activations that enter a quantized projection, 2 to 8."""
+    lambda_warmup_steps: int = 0
+    """Optimizer steps over which weights and activations go linearly from full precision to quantized (for training
+    that starts from a dense model). 0: quantized from the first step."""
+    skip: list[str] = field(default_factory=lambda: ["lm_head"])
+    """Linear layers that stay dense: a name, or the last part of a dotted name."""
+
+    def __post_init__(self) -> None:
+        one_of("quant.name", self.name, ("b158", "b1", "none"))
+        one_of("quant.weight_scale", self.weight_scale, ("absmean", "absmedian"))
+        if self.name == "b1" and self.weight_scale != "absmean":
+            raise UserError(f"quant.weight_scale={self.weight_scale}: b1 knows absmean only")
+        if not 2 <= self.activation_bits <= 8:
+            raise UserError(
+                f"quant.activation_bits={self.activation_bits}: must lie in 2..8 (codes are stored as int8)"
+            )
+        if self.lambda_warmup_steps < 0:
+            raise UserError(f"quant.lambda_warmup_steps={self.lambda_warmup_steps}: must be 0 or more")
