@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit import config as schema
-from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.errors import ParityError, TrainingStopped, UserError
 
 T = TypeVar("T")
 
@@ -40,6 +40,7 @@ SCHEMAS = {
     "prepare": schema.PrepareConfig,
     "infer": schema.InferConfig,
     "evaluate": schema.EvaluateConfig,
+    "export": schema.ExportConfig,
     "plot": schema.PlotConfig,
     "bench": schema.BenchConfig,
 }
@@ -176,6 +177,8 @@ def run_door(door: str, task: Callable[[Any], Any]) -> None:
             _fail(error, 2)
         except TrainingStopped as error:
             _fail(error, error.status)
+        except ParityError as error:
+            _fail(error, 1)
 
     main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)
     try:
@@ -188,6 +191,17 @@ def run_door(door: str, task: Callable[[Any], Any]) -> None:
         _fail(UserError(_explain(door, error, sys.argv[1:])), 2)
     except KeyboardInterrupt:
         _fail(KeyboardInterrupt("interrupted"), 130)
+
+
+def run_advice(overrides: Sequence[str]) -> None:
+    """`export --advise`: which targets a training config can reach, and what to change for the others."""
+    from bitnet_lit.artifacts.targets import print_advice
+
+    try:
+        config = compose("train", ["run_dir=unused", *overrides])
+        print_advice(config.model, config.quant)
+    except UserError as error:
+        _fail(error, 2)
 
 
 def _sweep_job(cfg: DictConfig, task: Callable[[Any], T], folder: Path) -> T | float:

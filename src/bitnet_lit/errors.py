@@ -7,6 +7,9 @@ ours and keeps its traceback (status 1).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """What is wrong, the value seen, the remedy: in one line."""
@@ -18,3 +21,19 @@ class TrainingStopped(RuntimeError):
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+@contextlib.contextmanager
+def needs_extra(package: str, what: str) -> Iterator[None]:
+    """Around the import of an optional package: where it is missing, say what needs it and how to get it."""
+    try:
+        yield
+    except ImportError:
+        raise UserError(
+            f"{what}: needs the package {package}: pip install {package}, or all of them: pip install "
+            "'bitnet-lit[export]'"
+        ) from None
+
+
+class ParityError(RuntimeError):
+    """An exported artefact that is not the model it was written from; nothing is left of it. Status 1."""

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitnet_lit.artifacts.locate import find_model_folder
-from bitnet_lit.artifacts.model_folder import load_model_folder, save_model_folder
+from bitnet_lit.artifacts.locate import find_model, load_model
+from bitnet_lit.artifacts.model_folder import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from tests.support import tiny_model
@@ -32,7 +32,7 @@ def folder(tmp_path, tokenizer):
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path, quant, sizes):
     model = tiny_model(quant.name, **sizes)
     save_model_folder(tmp_path / "m", model, quant, None, {"note": "x"})
-    opened = load_model_folder(tmp_path / "m")
+    opened = load_model(tmp_path / "m")
     assert opened.quant == quant and opened.info == {"note": "x"} and opened.tokenizer is None
     saved, loaded = model.state_dict(), opened.model.state_dict()
     assert saved.keys() == loaded.keys()
@@ -72,9 +72,9 @@ def truncate(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.json").write_text("{"), "not a config.json of this project"),
-        (lambda f: (f / "config.json").write_text("[]"), "not a config.json of this project"),
-        (lambda f: break_config(f, hidden_size=30), "does not divide"),
+        (lambda f: (f / "config.json").write_text("{"), "not a config.json"),
+        (lambda f: (f / "config.json").write_text("[]"), "not a config.json"),
+        (lambda f: break_config(f, num_key_value_heads=3), "does not divide"),
         (lambda f: break_config(f, hidden_size="x"), "not a config.json"),
         (lambda f: break_config(f, intermediate_size=96), "down_proj|gate_proj|ffn_sub_norm"),
         (drop_tensor, "model.norm.weight is missing"),
@@ -87,27 +87,27 @@ def truncate(folder):
 def test_damaged_folders_are_refused_in_one_line(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message) as error:
-        load_model_folder(folder)
+        load_model(folder)
     assert "\n" not in str(error.value)
 
 
 def test_finding_a_model(folder, tmp_path, monkeypatch):
     run = folder.parent
     for checkpoint in (run, folder, folder / "model.safetensors", folder / "config.json", str(run)):
-        assert find_model_folder(checkpoint) == folder
+        assert find_model(checkpoint) == folder
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no trained model below"):
-        find_model_folder(None)
+        find_model(None)
     for number, age in ((1, 100), (2, 0)):
         save_model_folder(tmp_path / f"outputs/d/{number}/model", tiny_model(), QuantConfig(), None)
         stamp = time.time() - age
         os.utime(tmp_path / f"outputs/d/{number}/model/config.json", (stamp, stamp))
-    assert find_model_folder(None).parts[-2] == "2"
+    assert find_model(None).parts[-2] == "2"
     with pytest.raises(UserError, match="no such file or folder"):
-        find_model_folder("nowhere")
+        find_model("nowhere")
     (tmp_path / "x.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="no model there .*give the run folder"):
-        find_model_folder("x.ckpt")
+        find_model("x.ckpt")
 
 
 def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path):
@@ -132,5 +132,5 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path):
         time.sleep(0.3 + 0.037 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        opened = load_model_folder(tmp_path / "model")
+        opened = load_model(tmp_path / "model")
         assert torch.equal(opened.model.model.embed_tokens.weight, weights[opened.info["step"]])

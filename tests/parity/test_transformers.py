@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, LlamaForCausalLM
 from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding, apply_rotary_pos_emb
 
-from bitnet_lit.artifacts.model_folder import load_model_folder, save_model_folder
+from bitnet_lit.artifacts.locate import load_model
+from bitnet_lit.artifacts.model_folder import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model.layers import apply_rotary, rotary_tables
 from tests.support import tiny_config, tiny_model
@@ -46,7 +47,7 @@ def test_the_model_folder_gives_the_same_logits_in_transformers(tmp_path, quant,
     torch.testing.assert_close(ours, their_logits, **tolerance)
     # Most values have no activation near a border: they agree as dense ones do.
     assert ((ours - their_logits).abs() < 1e-4).float().mean() > 0.9
-    reloaded = load_model_folder(tmp_path / "model")
+    reloaded = load_model(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(reloaded.model(ids), ours)
 
@@ -102,7 +103,7 @@ def test_rotary_equals_theirs(tmp_path):
     config = tiny_config(rope_theta=5e5)
     save_model_folder(tmp_path / "model", tiny_model(rope_theta=5e5), QuantConfig(), None)
     other = theirs(tmp_path / "model")
-    x = torch.randn(1, 4, 30, config.head_dim)
+    x = torch.randn(1, 4, 30, config.head_size)
     cos, sin = rotary_tables(config)
     their_cos, their_sin = BitNetRotaryEmbedding(other.config)(x, torch.arange(30)[None])
     expected, _ = apply_rotary_pos_emb(x, x, their_cos, their_sin)

@@ -5,85 +5,86 @@
     model/
       config.json             Hugging Face config fields, a quantization_config, and ours under "bitnet_lit"
       model.safetensors       tensor names are Hugging Face's
-      tokenizer.model         SentencePiece; its sha256 is in config.json
+      tokenizer.model         SentencePiece (or tokenizer.json); its sha256 is in config.json
       generation_config.json
 
-The folder says what it is in the words of `transformers`, so that `AutoModelForCausalLM.from_pretrained` builds the
-same network, or refuses:
+Two kinds: *latent* (full precision, training can go on from it) and *packed* (2-bit codes and a scale, runs only; the
+layout is in `quant/packing.py`). The folder says what it is in the words of `transformers`, so that
+`AutoModelForCausalLM.from_pretrained` builds the same network, or refuses:
 
-    sub_norm  quant                        model_type   quantization_config
-    true      none                         bitnet       -
-    true      b158, absmean, 8 bits        bitnet       bitnet, autobitlinear, online
-    false     none                         llama        -
-    false     b158, absmean, 8 bits        llama        bitnet, autobitlinear, online
-    any       b1, absmedian, other bits    bitnet_lit   bitnet_lit
+    kind     quant                        model_type          quantization_config
+    latent   none                         (network)           -
+    latent   b158, absmean, 8 bits        (network)           bitnet, autobitlinear, online
+    latent   b1, absmedian, other bits    bitnet_lit          bitnet_lit
+    packed   b158 or b1, 8 bits           (network)           bitnet, autobitlinear, offline
+    packed   other bits                   bitnet_lit          bitnet_lit
 
-The last row is a model type that `transformers` does not know, on purpose: it would load such weights without a
-word and compute something else. A folder of latent b158 weights without `quantization_config` has the same fault,
-which is why that entry is always written.
+(network) is bitnet with sub-norms, and without them llama, qwen2 (biases on q, k, v) or qwen3 (norms on q, k).
+`bitnet_lit` is a model type that `transformers` does not know, on purpose: it would load such weights without a word
+and compute something else. A folder of latent b158 weights without `quantization_config` has the same fault, which is
+why that entry is always written. Packed codes carry their scale, so there the rule that found them does not matter.
 
-Weights are *latent*: full precision, so training can go on from them. Nothing here pickles.
+Nothing here pickles.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from bitnet_lit.artifacts.safetensors_writer import LazyTensor, write_safetensors
+from bitnet_lit.artifacts.source import HEAD, SafetensorsReader, Source, safetensors_files
 from bitnet_lit.atomic import atomic_folder
 from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.model import CausalLM, build_model
+from bitnet_lit.model import CausalLM
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-TOKENIZER_NAME = "tokenizer.model"
 FORMAT_VERSION = 1
+ARCHITECTURES = {
+    "bitnet": "BitNetForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "bitnet_lit": "BitNetLitForCausalLM",
+}
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-@dataclass
-class ModelFolder:
-    """An opened model folder.
-
-    Attributes:
-        path: the folder.
-        model: weights loaded, in eval mode.
-        quant: how its projections are quantized.
-        tokenizer: None when the folder has none (a model trained on bare token ids).
-        info: what training noted beside the sizes (data, step, losses); plain data.
-    """
-
-    path: Path
-    model: CausalLM
-    quant: QuantConfig
-    tokenizer: Tokenizer | None
-    info: dict[str, Any]
-
-    @property
-    def config(self) -> ModelConfig:
-        """The sizes."""
-        return self.model.config
+def network_type(config: ModelConfig) -> str:
+    """Which of the networks that `transformers` knows this is; bitnet_lit for none of them."""
+    if config.sub_norm:
+        as_theirs = not (config.qkv_bias or config.qk_norm) and config.attention_size == config.hidden_size
+        return "bitnet" if as_theirs else "bitnet_lit"
+    if config.qkv_bias:
+        return "bitnet_lit" if config.qk_norm else "qwen2"
+    return "qwen3" if config.qk_norm else "llama"
 
 
-def transformers_runs(quant: QuantConfig) -> bool:
-    """Whether stock `transformers` computes this quantization from latent weights."""
-    return quant.name == "none" or (
-        quant.name == "b158"
-        and quant.weight_scale == "absmean"
-        and quant.activation_bits == 8
-        and quant.skip == ["lm_head"]
-    )
+def transformers_runs(quant: QuantConfig, packed: bool) -> bool:
+    """Whether stock `transformers` computes this quantization."""
+    if quant.name == "none":
+        return True
+    known_rule = packed or (quant.name == "b158" and quant.weight_scale == "absmean")
+    return known_rule and quant.activation_bits == 8 and quant.skip == ["lm_head"]
 
 
-def _describe(config: ModelConfig, quant: QuantConfig, tokenizer: Tokenizer | None, info: dict[str, Any]) -> dict:
+def describe(
+    config: ModelConfig,
+    quant: QuantConfig,
+    tokenizer: Tokenizer | None,
+    info: dict[str, Any],
+    packed: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
     """config.json as a dictionary."""
     described: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -92,6 +93,7 @@ def _describe(config: ModelConfig, quant: QuantConfig, tokenizer: Tokenizer | No
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
         "hidden_act": config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_range,
@@ -102,35 +104,49 @@ def _describe(config: ModelConfig, quant: QuantConfig, tokenizer: Tokenizer | No
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "dtype": "float32",
+        "dtype": DTYPE_NAMES[dtype],
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
         "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
         "bitnet_lit": {
             "format_version": FORMAT_VERSION,
-            "kind": "latent",
+            "kind": "packed" if packed else "latent",
             "name": config.name,
             "sub_norm": config.sub_norm,
+            "qkv_bias": config.qkv_bias,
+            "qk_norm": config.qk_norm,
             "dropout": config.dropout,
             "quant": asdict(quant),
             "info": info,
         },
     }
-    if not transformers_runs(quant):
-        described["model_type"] = "bitnet_lit"
-        described["architectures"] = ["BitNetLitForCausalLM"]
+    model_type = network_type(config) if transformers_runs(quant, packed) else "bitnet_lit"
+    described["model_type"] = model_type
+    described["architectures"] = [ARCHITECTURES[model_type]]
+    if model_type == "bitnet_lit":
         described["quantization_config"] = {"quant_method": "bitnet_lit", **asdict(quant)}
-        return described
-    described["model_type"] = "bitnet" if config.sub_norm else "llama"
-    described["architectures"] = ["BitNetForCausalLM" if config.sub_norm else "LlamaForCausalLM"]
-    if quant.name == "b158":
+    elif quant.name != "none":
         described["quantization_config"] = {
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",
-            "quantization_mode": "online",
+            "quantization_mode": "offline" if packed else "online",
             "modules_to_not_convert": quant.skip,
         }
     return described
+
+
+def write_folder(
+    folder: Path, described: dict[str, Any], tensors: Iterable[LazyTensor], tokenizer: Tokenizer | None
+) -> None:
+    """Fill an existing, empty folder with the four files."""
+    generation = {"bos_token_id": described["bos_token_id"], "eos_token_id": described["eos_token_id"]}
+    if tokenizer is not None:
+        # Stories are separated by BOS alone in llama2.c's shards, so either ends a text.
+        generation["eos_token_id"] = [tokenizer.eos_id, tokenizer.bos_id]
+        tokenizer.copy_to(folder)
+    write_safetensors(folder / WEIGHTS_NAME, tensors)
+    (folder / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def save_model_folder(
@@ -141,7 +157,7 @@ def save_model_folder(
     info: dict[str, Any] | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write `folder`, replacing an older one in one step.
+    """Write a latent `folder`, replacing an older one in one step.
 
     Args:
         folder: the target; its parent is made if it is missing.
@@ -150,87 +166,75 @@ def save_model_folder(
     """
     state = model.state_dict() if state_dict is None else state_dict
     if model.config.tie_word_embeddings:
-        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
-    described = _describe(model.config, quant, tokenizer, info or {})
-    generation = {"bos_token_id": described["bos_token_id"], "eos_token_id": described["eos_token_id"]}
-    if tokenizer is not None:
-        # Stories are separated by BOS alone in llama2.c's shards, so either ends a text.
-        generation["eos_token_id"] = [tokenizer.eos_id, tokenizer.bos_id]
+        state = {name: tensor for name, tensor in state.items() if name != HEAD}
+    tensors = [
+        LazyTensor(name, tuple(tensor.shape), torch.float32, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in state.items()
+    ]
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        (temporary / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer.path, temporary / TOKENIZER_NAME)
+        write_folder(temporary, describe(model.config, quant, tokenizer, info or {}), tensors, tokenizer)
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, QuantConfig, dict[str, Any]]:
-    """The sizes, the quantization and the raw contents of a folder's config.json.
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands.
 
     Raises:
-        UserError: missing, unreadable, or not written by this project.
+        UserError: missing, unreadable, or no JSON object.
     """
     path = folder / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        ours = raw["bitnet_lit"]
-        sizes = {f.name: raw[f.name] for f in fields(ModelConfig) if f.name in raw}
-        for key in ("name", "sub_norm", "dropout"):
-            sizes[key] = ours[key]
-        return ModelConfig(**sizes), QuantConfig(**ours["quant"]), raw
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): is this a model folder?") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a config.json ({type(error).__name__}: {error}): copy it again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: not a config.json (it holds no object): copy it again")
+    return raw
+
+
+def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConfig]:
+    """Sizes and quantization of a config.json that this project wrote.
+
+    Raises:
+        UserError: values that do not fit.
+    """
+    try:
+        ours = raw["bitnet_lit"]
+        sizes = {f.name: raw[f.name] for f in fields(ModelConfig) if f.name in raw}
+        for key in ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout"):
+            sizes[key] = ours.get(key, getattr(ModelConfig, key))
+        return ModelConfig(**sizes), QuantConfig(**ours["quant"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{path}: not a config.json of this project ({type(error).__name__}: {error}): give a folder that "
-            "`python -m bitnet_lit.train` wrote"
+            f"{path}: not a config.json of this project ({type(error).__name__}: {error}): copy the folder again"
         ) from None
 
 
-def load_model_folder(folder: Path) -> ModelFolder:
-    """Open a model folder; the weights are mapped from the file, nothing is initialised first.
+def folder_tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of a folder, checked against the hash in its config.json; None where there is none."""
+    path = find_tokenizer(folder)
+    if path is None:
+        return None
+    tokenizer = open_tokenizer(path)
+    expected = raw.get("tokenizer_sha256")
+    if expected not in (None, tokenizer.sha256):
+        raise UserError(
+            f"{path}: not the tokenizer this model was trained with (sha256 {tokenizer.sha256[:12]}..., config.json "
+            f"says {str(expected)[:12]}...): put the right one there"
+        )
+    return tokenizer
+
+
+def open_model_folder(folder: Path, raw: dict[str, Any]) -> Source:
+    """A folder that this project wrote, latent or packed.
 
     Raises:
-        UserError: no model folder, a damaged file, or weights that do not fit the config; one line each.
+        UserError: a damaged file, or weights that do not fit the config; one line each.
     """
-    config, quant, raw = read_config(folder)
-    tokenizer = Tokenizer(folder / TOKENIZER_NAME) if (folder / TOKENIZER_NAME).exists() else None
-    if tokenizer is not None and raw.get("tokenizer_sha256") not in (None, tokenizer.sha256):
-        raise UserError(
-            f"{folder / TOKENIZER_NAME}: not the tokenizer this model was trained with (sha256 "
-            f"{tokenizer.sha256[:12]}..., config.json says {raw['tokenizer_sha256'][:12]}...): put the right one there"
-        )
-    model = build_model(config, quant, device="meta")
-    _load_weights(model, folder / WEIGHTS_NAME)
-    model.eval()
-    return ModelFolder(folder, model, quant, tokenizer, raw["bitnet_lit"].get("info", {}))
-
-
-def _load_weights(model: CausalLM, path: Path) -> None:
-    """Fill a model built on the meta device from a safetensors file."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if found != expected:
-                differing = sorted(set(found.items()) ^ set(expected.items()))
-                name = differing[0][0]
-                raise UserError(
-                    f"{path}: tensor {name} is {found.get(name, 'missing')} but config.json says "
-                    f"{expected.get(name, 'there is none')}: the two files are not of one model"
-                )
-            state = {name: file.get_tensor(name).float() for name in found}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): is this a model folder?") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error}): copy or export it again") from None
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    model.model.reset_rotary()
+    config, quant = our_configs(folder / CONFIG_NAME, raw)
+    info = raw["bitnet_lit"].get("info", {})
+    reader = SafetensorsReader(safetensors_files(folder))
+    return Source(folder, config, quant, folder_tokenizer(folder, raw), info, reader)

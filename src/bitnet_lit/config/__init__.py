@@ -7,12 +7,13 @@ the code below the doors sees only these objects, never a dictionary.
 Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyTorch and Lightning for training.
 """
 
-from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, InferConfig, PlotConfig, PrepareConfig
+from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig
 from bitnet_lit.config.training import (
     AdamWConfig,
     CallbacksConfig,
     DataConfig,
+    ExportTargetsConfig,
     LoggerConfig,
     MuonConfig,
     OptimConfig,
@@ -27,6 +28,8 @@ __all__ = [
     "CallbacksConfig",
     "DataConfig",
     "EvaluateConfig",
+    "ExportConfig",
+    "ExportTargetsConfig",
     "InferConfig",
     "LoggerConfig",
     "ModelConfig",

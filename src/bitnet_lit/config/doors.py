@@ -57,7 +57,8 @@ class InferConfig:
     prompt: str = "Once upon a time"
     """The text to go on from. Empty: the model starts a story by itself."""
     checkpoint: str | None = None
-    """Run folder, model folder, or a file in one. null: the newest run below outputs/."""
+    """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
+    newest run below outputs/."""
     max_new_tokens: int = 256
     """At most; the context ends a text too."""
     temperature: float = 0.8
@@ -108,7 +109,8 @@ class EvaluateConfig:
     """`python -m bitnet_lit.evaluate`: a deterministic pass over a validation split."""
 
     checkpoint: str | None = None
-    """Run folder, model folder, or a file in one. null: the newest run below outputs/."""
+    """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
+    newest run below outputs/."""
     data_dir: str | None = None
     """Shards to evaluate on. null: those the model was trained on."""
     batch_size: int = 32
@@ -121,6 +123,35 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         positive("evaluate", batch_size=self.batch_size, sequence_length=self.sequence_length)
         one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
+
+
+@dataclass
+class ExportConfig:
+    """`python -m bitnet_lit.export`: a model for other tools, compared with its source before it is called done."""
+
+    checkpoint: str | None = None
+    """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
+    newest run below outputs/."""
+    format: str = "packed"
+    """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp) or llama2c (run.c)."""
+    out: str | None = None
+    """The folder to write, for gguf the file. null: beside the model."""
+    type: str = "tq2_0"
+    """gguf: tq2_0 (2.06 bits a projection weight), tq1_0 (1.69 bits, slower) or f16."""
+    embeddings: str = "q8_0"
+    """gguf: q8_0 (8.5 bits), q6_k (6.6 bits) or f16."""
+    dtype: str = "float32"
+    """latent, packed: float32 or bfloat16, of everything that is no packed code."""
+    verify: bool = True
+    """Read the artefact back and compare; leave nothing where it differs."""
+    share: str | None = None
+    """Upload a folder with a model card to this repository of the Hugging Face hub (owner/name)."""
+
+    def __post_init__(self) -> None:
+        one_of("format", self.format, ("latent", "packed", "gguf", "llama2c"))
+        one_of("type", self.type, ("tq2_0", "tq1_0", "f16"))
+        one_of("embeddings", self.embeddings, ("q8_0", "q6_k", "f16"))
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
 
 
 @dataclass

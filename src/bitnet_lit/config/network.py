@@ -19,6 +19,8 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     """Grouped-query attention: heads of keys and values. null: as many as attention heads."""
+    head_dim: int | None = None
+    """Elements of one attention head. null: hidden_size / num_attention_heads."""
     intermediate_size: int = 384
     """Width of the feed-forward layer."""
     vocab_size: int | None = None
@@ -34,6 +36,10 @@ class ModelConfig:
     sub_norm: bool = True
     """A norm before o_proj and before down_proj, so that every quantized projection has one (BitNet b1.58 2B4T).
     false with quant=none: exactly a Llama."""
+    qkv_bias: bool = False
+    """Biases on q_proj, k_proj and v_proj, for dense models that come with them (Qwen 2)."""
+    qk_norm: bool = False
+    """A norm on each head's query and key, for dense models that come with it (Qwen 3)."""
     dropout: float = 0.0
     """On the embedding, the attention weights and both residual branches; as in llama2.c."""
     gradient_checkpointing: bool = False
@@ -48,6 +54,7 @@ class ModelConfig:
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
             intermediate_size=self.intermediate_size,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
@@ -56,14 +63,14 @@ class ModelConfig:
             initializer_range=self.initializer_range,
         )
         one_of("model.hidden_act", self.hidden_act, ("silu", "relu2"))
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} does not divide by "
                 f"model.num_attention_heads={self.num_attention_heads}: change one of them"
             )
-        if self.head_dim % 2:
+        if self.head_size % 2:
             raise UserError(
-                f"model.hidden_size / model.num_attention_heads = {self.head_dim} is odd, and rotary positions turn "
+                f"model.hidden_size / model.num_attention_heads = {self.head_size} is odd, and rotary positions turn "
                 "pairs: choose sizes whose quotient is even"
             )
         if self.num_attention_heads % self.num_kv_heads:
@@ -75,9 +82,14 @@ class ModelConfig:
             raise UserError(f"model.dropout={self.dropout}: must lie in [0, 1)")
 
     @property
-    def head_dim(self) -> int:
-        """Elements of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def head_size(self) -> int:
+        """head_dim with its default filled in."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_size(self) -> int:
+        """Elements of all heads side by side: what enters o_proj; hidden_size unless head_dim says otherwise."""
+        return self.num_attention_heads * self.head_size
 
     @property
     def num_kv_heads(self) -> int:

@@ -194,6 +194,21 @@ class LoggerConfig:
     wandb_group: str | None = None
 
 
+EXPORT_TARGETS = ("hf", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c")
+
+
+@dataclass
+class ExportTargetsConfig:
+    """What the model is trained for: asked before the first step."""
+
+    targets: list[str] = field(default_factory=list)
+    """hf, packed, gguf_tq2_0, gguf_tq1_0, gguf_f16, llama2c: a model that cannot be exported to one is refused."""
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            one_of("export.targets", target, EXPORT_TARGETS)
+
+
 @dataclass
 class TrainConfig:
     """`python -m bitnet_lit.train`: shards to a run folder with a model folder in it."""
@@ -207,6 +222,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    export: ExportTargetsConfig = field(default_factory=ExportTargetsConfig)
     seed: int = 1
     """Of the weights, the order of the data and dropout."""
     compile: str = "auto"

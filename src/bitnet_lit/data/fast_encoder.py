@@ -12,10 +12,13 @@ llama2.c and Llama 2 use; `FastEncoder` checks, and encodes whole texts where it
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
+from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.data.tokenizer import SPACE, Tokenizer
 
 MAX_CACHED_UNITS = 1_000_000  # about 150 MB; natural text rarely has more distinct words than that
@@ -58,7 +61,12 @@ class FastEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        self._encode, self.dtype = tokenizer.processor.encode, dtype
+        self.dtype = dtype
+        if isinstance(tokenizer, JsonTokenizer):  # a tokenizer.json: its library has a cache of its own
+            self.by_words = False
+            self._encode: Callable[[str], list[int]] = partial(tokenizer.encode, bos=False)
+            return
+        self._encode = tokenizer.processor.encode
         one_break, two_breaks = len(self._encode("\n")), len(self._encode("\n\n"))
         self._cache = _UnitCache(tokenizer, dtype, num_prefix_ids=2 * one_break - two_breaks)
         model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import

@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -30,8 +29,9 @@ from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards, find_files, read_stories
 from bitnet_lit.data.download import fetch_tinystories
 from bitnet_lit.data.fast_encoder import FastEncoder
+from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.data.output_folder import exclusive_folder
-from bitnet_lit.data.shards import META_NAME, TOKENIZER_NAME, dtype_for
+from bitnet_lit.data.shards import META_NAME, dtype_for
 from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet_lit.errors import UserError
 
@@ -59,7 +59,7 @@ def _end_with_parent() -> None:
 
 
 def _make_encoder(tokenizer_path: Path) -> FastEncoder:
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     return FastEncoder(tokenizer, dtype_for(tokenizer.vocab_size))
 
 
@@ -140,7 +140,7 @@ def _check_folder(out: Path, plans: list[ShardPlan], meta: dict[str, Any], ident
 def _identity(config: PrepareConfig, plans: list[ShardPlan]) -> dict[str, str]:
     """What must be the same for a call to go on with a folder: where tokenizer and text come from."""
     if config.tokenizer:
-        tokenizer = f"copied/{Tokenizer(config.tokenizer).sha256}"
+        tokenizer = f"copied/{open_tokenizer(config.tokenizer).sha256}"
     else:
         default = DEMO_VOCAB_SIZE if config.source == "demo" else DEFAULT_VOCAB_SIZE
         tokenizer = f"trained/{config.vocab_size or default}/{_fingerprint(plans)}"
@@ -153,17 +153,16 @@ def _identity(config: PrepareConfig, plans: list[ShardPlan]) -> dict[str, str]:
 
 def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], meta: dict[str, Any]) -> Tokenizer:
     """The tokenizer of `out`: copied, trained, or the one that an earlier call left there."""
-    path = out / TOKENIZER_NAME
     identity = _identity(config, plans)
     _check_folder(out, plans, meta, identity)
-    if meta and path.exists():
-        return Tokenizer(path)
+    if meta and (path := find_tokenizer(out)):
+        return open_tokenizer(path)
     if config.tokenizer:
-        with atomic_file(path) as temporary:
-            shutil.copyfile(config.tokenizer, temporary)
-        tokenizer = Tokenizer(path)
+        tokenizer = open_tokenizer(config.tokenizer)
+        tokenizer.copy_to(out)
     else:
-        tokenizer = train_tokenizer(_training_text(plans), int(identity["tokenizer_origin"].split("/")[1]), path)
+        size = int(identity["tokenizer_origin"].split("/")[1])
+        tokenizer = train_tokenizer(_training_text(plans), size, out / "tokenizer.model")
     meta |= {
         "format_version": META_VERSION,
         "dtype": dtype_for(tokenizer.vocab_size).name,

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 
-META_NAME, TOKENIZER_NAME = "meta.json", "tokenizer.model"
+META_NAME = "meta.json"
 LLAMA2_VOCAB_SIZE = 32000
 VALIDATION_SHARE = 0.1  # of a single shard
 # Token ids are checked in full up to this size; beyond it in some blocks of each shard, its two ends among them. That
@@ -174,10 +174,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _find_tokenizer(folder: Path, given: Path | None) -> Path | None:
-    candidates = [folder / TOKENIZER_NAME, folder.parent / f"{folder.name}.model", folder.parent / TOKENIZER_NAME]
     if given is not None:
         return given
-    return next((path for path in candidates if path.is_file()), None)
+    beside = folder.parent / f"{folder.name}.model"  # llama2.c's tokN.model of the folder tokN
+    return find_tokenizer(folder) or (beside if beside.is_file() else find_tokenizer(folder.parent))
 
 
 def _check_tokens(directory: ShardDirectory) -> None:
@@ -215,7 +215,7 @@ def open_shards(folder: Path, tokenizer: Path | None = None) -> ShardDirectory:
         raise UserError(f"data.dir={folder}: no .bin shards in it: {remedy}")
     meta = _read_meta(folder)
     tokenizer_path = _find_tokenizer(folder, tokenizer)
-    opened = Tokenizer(tokenizer_path) if tokenizer_path else None
+    opened = open_tokenizer(tokenizer_path) if tokenizer_path else None
     named = re.fullmatch(r"tok(\d+)", folder.name)
     if meta:
         vocab_size = int(meta["vocab_size"])

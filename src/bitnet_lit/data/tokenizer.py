@@ -13,8 +13,10 @@ import hashlib
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
@@ -22,6 +24,9 @@ from numpy.typing import NDArray
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from bitnet_lit.data.json_tokenizer import JsonStreamDecoder
 
 # SentencePiece decodes a run of byte tokens to one U+FFFD per byte that is no UTF-8; Python's "replace" would give one
 # per malformed sequence.
@@ -82,6 +87,15 @@ class Tokenizer:
         if processor.is_unknown(token):
             return processor.decode([token]).encode()
         return piece.replace(SPACE, " ").encode()
+
+    def copy_to(self, folder: Path) -> None:
+        """Put the tokenizer into a folder."""
+        with atomic_file(folder / "tokenizer.model") as temporary:
+            shutil.copyfile(self.path, temporary)
+
+    def stream_decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder | JsonStreamDecoder:
+        """A decoder of the text that goes on from `prompt_ids`."""
+        return StreamDecoder(self, prompt_ids)
 
     def text_bytes(self, inputs: NDArray[np.int64], targets: NDArray[np.int64]) -> int:
         """UTF-8 bytes of text that predicted tokens stand for.

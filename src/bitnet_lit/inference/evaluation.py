@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet_lit.artifacts.locate import find_model_folder
-from bitnet_lit.artifacts.model_folder import load_model_folder
+from bitnet_lit.artifacts.locate import load_model
 from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.data.shards import TokenSplit, open_shards
 from bitnet_lit.data.tokenizer import Tokenizer
@@ -104,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: no model, no data, or data of another tokenizer.
     """
-    folder = load_model_folder(find_model_folder(config.checkpoint))
+    folder = load_model(config.checkpoint)
     data_dir = config.data_dir or folder.info.get("data_dir")
     if data_dir is None:
         raise UserError(f"{folder.path}: does not say what it was trained on: give data_dir=<folder of shards>")

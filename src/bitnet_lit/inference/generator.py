@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bitnet_lit.data.tokenizer import StreamDecoder, Tokenizer
+from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.sampling import Sampler, SamplingOptions
 
@@ -130,7 +130,7 @@ class Generator:
         statistics = self.statistics = Statistics()
         sampler = Sampler(SamplingOptions(**sampling), seed, index)  # type: ignore[arg-type]
         prompt_ids = self.tokenizer.encode(prompt)
-        decoder, stops = StreamDecoder(self.tokenizer, prompt_ids), _StopFilter(stop)
+        decoder, stops = self.tokenizer.stream_decoder(prompt_ids), _StopFilter(stop)
         for token in self.tokens(prompt_ids, sampler, max_new_tokens, statistics):
             if piece := stops.feed(decoder.feed(token)):
                 yield piece

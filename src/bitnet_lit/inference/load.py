@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_lit.artifacts.locate import find_model_folder
-from bitnet_lit.artifacts.model_folder import ModelFolder, load_model_folder
+from bitnet_lit.artifacts.locate import load_model
+from bitnet_lit.artifacts.source import LoadedModel
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
@@ -25,7 +25,7 @@ class LanguageModel:
         generator: `generate` and `stream` without the checks below; its `statistics` are of the last text.
     """
 
-    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+    def __init__(self, folder: LoadedModel, device: torch.device) -> None:
         self.folder = folder
         self._engine = TorchEngine(folder.model.to(device))
         if folder.tokenizer is not None:
@@ -68,4 +68,4 @@ def load(path: str | Path | None = None, device: str = "cpu") -> LanguageModel:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.split(":")[0], False):
         raise UserError(f"device={device}: not available on this machine: take device=cpu")
-    return LanguageModel(load_model_folder(find_model_folder(path)), torch.device(device))
+    return LanguageModel(load_model(path), torch.device(device))

@@ -1,8 +1,8 @@
 """What a model costs: parameters, floating-point operations, bytes. Counted from the config, without building it.
 
-Hand count, per layer, with D hidden, K = kv_heads * head_dim, F feed-forward::
+Hand count, per layer, with D hidden, A = heads * head_dim (usually D), K = kv_heads * head_dim, F feed-forward::
 
-    q, o: 2 * D*D      k, v: 2 * D*K      gate, up, down: 3 * D*F      norms: 2 * D (+ D + F with sub-norms)
+    q, o: 2 * D*A      k, v: 2 * D*K      gate, up, down: 3 * D*F      norms: 2 * D (+ A + F with sub-norms)
 
 FLOPs count a multiply and an add as two. Training is three times the forward pass: the backward pass multiplies
 each matrix twice, once for the input's gradient and once for its own (PaLM, arXiv 2204.02311, appendix B).
@@ -23,7 +23,7 @@ class Accounting:
     Attributes:
         embedding: parameters of embed_tokens, plus lm_head when it is not tied.
         projections: parameters of the seven projections of all layers: what b158 and b1 quantize.
-        norms: parameters of all norms.
+        norms: parameters of all norms, and of the biases of q, k and v where there are any.
         forward_flops_per_token: at a given sequence length, causal attention counted at its mean span.
         bits_per_weight: stored bits of a projection weight: log2(3), 1 or 32.
     """
@@ -71,17 +71,18 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     assert config.vocab_size is not None
     hidden, layers, length = config.hidden_size, config.num_hidden_layers, sequence_length
     length = length or config.max_position_embeddings
-    kv_size = config.num_kv_heads * config.head_dim
+    size, kv_size = config.attention_size, config.num_kv_heads * config.head_size
     head = config.vocab_size * hidden
-    projections = layers * (2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size)
-    sub_norms = hidden + config.intermediate_size if config.sub_norm else 0
+    projections = layers * (2 * hidden * size + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size)
+    vectors = 2 * hidden + (size + config.intermediate_size if config.sub_norm else 0)
+    vectors += (size + 2 * kv_size if config.qkv_bias else 0) + (2 * config.head_size if config.qk_norm else 0)
     # Scores and their sum over values: two products of head_dim per head for each of the (length + 1) / 2 visible
     # positions that a causal token sees on average.
-    attention_flops = layers * 2 * 2 * hidden * (length + 1) / 2
+    attention_flops = layers * 2 * 2 * size * (length + 1) / 2
     return Accounting(
         embedding=head * (1 if config.tie_word_embeddings else 2),
         projections=projections,
-        norms=layers * (2 * hidden + sub_norms) + hidden,
+        norms=layers * vectors + hidden,
         forward_flops_per_token=2 * (projections + head) + attention_flops,
         bits_per_weight=BITS_PER_WEIGHT[quant.name],
     )

@@ -27,7 +27,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.num_hidden_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, config.num_kv_heads, max_length, config.head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0

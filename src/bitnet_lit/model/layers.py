@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, float32 (max_position_embeddings, P), in Hugging Face's half-rotated layout."""
-    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    exponents = torch.arange(0, config.head_size, 2).float() / config.head_size
     inverse_frequency = 1.0 / config.rope_theta**exponents
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), inverse_frequency)
     angles = torch.cat([angles, angles], dim=-1)
@@ -56,22 +56,24 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_size
         self.dropout = config.dropout
-        kv_size = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.attn_sub_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        size, kv_size = config.attention_size, config.num_kv_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.attn_sub_norm = RMSNorm(size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         length = x_BTD.shape[1]
-        q_BHTP = apply_rotary(self._heads(self.q_proj(x_BTD)), cos, sin)
-        k_BKTP = apply_rotary(self._heads(self.k_proj(x_BTD)), cos, sin)
+        q_BHTP = apply_rotary(self.q_norm(self._heads(self.q_proj(x_BTD))), cos, sin)
+        k_BKTP = apply_rotary(self.k_norm(self._heads(self.k_proj(x_BTD))), cos, sin)
         v_BKTP = self._heads(self.v_proj(x_BTD))
         mask, is_causal = None, length > 1
         if cache is not None:

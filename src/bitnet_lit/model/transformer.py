@@ -27,7 +27,8 @@ class Decoder(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary follows the data and must be known by now"
         self.gradient_checkpointing = config.gradient_checkpointing
-        # On the meta device there is nothing to draw, and drawing there imports torch._dynamo: a second of start-up.
+        # On the meta device there is nothing to compute, and computing there imports sympy and torch._dynamo: a second
+        # of start-up.
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, _weight=weight if weight.is_meta else None
@@ -40,7 +41,10 @@ class Decoder(nn.Module):
 
     def reset_rotary(self) -> None:
         """Compute the position tables: they are no part of the state dict, so loading asks for them again."""
-        cos, sin = rotary_tables(self.config)
+        if self.embed_tokens.weight.is_meta:
+            cos = sin = torch.empty(self.config.max_position_embeddings, self.config.head_size, device="meta")
+        else:
+            cos, sin = rotary_tables(self.config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -86,6 +90,8 @@ class CausalLM(nn.Module):
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
             if parameter.ndim < 2 or parameter.is_meta:
                 continue  # norm weights start at one; a meta parameter has no values
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))

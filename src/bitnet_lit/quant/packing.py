@@ -70,11 +70,18 @@ class PackedBitLinear(nn.Module):
         self.register_buffer("codes", unpack_codes(weight).float(), persistent=False)
 
     @classmethod
+    def from_codes(
+        cls, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, quant: QuantConfig
+    ) -> PackedBitLinear:
+        """A layer of codes (O, I) in {-1, 0, +1} and a scale (), as another tool trained them."""
+        return cls(pack_codes(codes), weight_scale, bias, quant)
+
+    @classmethod
     def from_bit_linear(cls, layer: BitLinear) -> PackedBitLinear:
         """Freeze a trained layer: the same integers, the same scale."""
         with torch.no_grad():
             codes, weight_scale = quantize_weight(layer.weight, layer.quant)
-            return cls(pack_codes(codes), weight_scale, layer.bias, layer.quant)
+            return cls.from_codes(codes, weight_scale, layer.bias, layer.quant)
 
     def forward(self, input: Tensor) -> Tensor:
         x_codes, x_scale = quantize_activations(input, self.quant.activation_bits)

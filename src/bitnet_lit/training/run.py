@@ -25,14 +25,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from bitnet_lit.artifacts.locate import find_model_folder
-from bitnet_lit.artifacts.model_folder import load_model_folder
+from bitnet_lit.artifacts.locate import load_model
+from bitnet_lit.artifacts.targets import check_targets
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
 from bitnet_lit.data.datamodule import BitNetDataModule
+from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import META_NAME, ShardDirectory, open_shards
-from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import TextBytes
 from bitnet_lit.model import CausalLM, build_model
@@ -66,10 +66,15 @@ def _open_data(config: TrainConfig) -> ShardDirectory:
 
 
 def _build_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
-    """The network, new or from a model folder; its vocabulary follows the data."""
+    """The network, new or from trained weights; its vocabulary follows the data."""
     if config.init_from is not None:
-        folder = load_model_folder(find_model_folder(config.init_from))
-        config.model = folder.config
+        trained = load_model(config.init_from)
+        if trained.packed:
+            raise UserError(
+                f"init_from={config.init_from}: packed codes cannot be trained further: give the latent weights"
+            )
+        config.model = trained.config
+        check_targets(config.export.targets, config.model, config.quant)
     if config.model.vocab_size is None:
         config.model.vocab_size = shards.vocab_size
     if config.model.vocab_size < shards.vocab_size:
@@ -80,7 +85,7 @@ def _build_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
     L.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.quant)
     if config.init_from is not None:
-        model.load_state_dict(folder.model.state_dict())
+        model.load_state_dict(trained.model.state_dict())
     return model
 
 
@@ -175,6 +180,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _keep_freed_memory()
     run_dir = Path(config.run_dir)
     resume_step = checkpoint_step(run_dir) if config.resume else 0
+    if config.init_from is None:
+        check_targets(config.export.targets, config.model, config.quant)
     shards = _open_data(config)
     model = _build_model(config, shards)
     length = _sequence_length(config)
@@ -183,7 +190,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise UserError(
             f"resume={config.resume}: complete at step {resume_step}: give a larger trainer.max_steps to go on"
         )
-    tokenizer = Tokenizer(shards.tokenizer_path) if shards.tokenizer_path else None
+    tokenizer = open_tokenizer(shards.tokenizer_path) if shards.tokenizer_path else None
     datamodule = BitNetDataModule(
         config.data, shards, length, plan.samples_per_step, config.trainer.limit_val_batches, config.seed
     )

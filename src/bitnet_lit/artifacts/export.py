@@ -1,0 +1,200 @@
+"""Export: a model to a file or folder that another tool runs, compared with its source before it is called done.
+
+The artefact is written to a temporary name, read back, compared (`verify.py`), and only then renamed; one that differs
+is removed. What was found is printed, and kept beside the artefact as <name>.json (in a folder: export.json).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bitnet_lit.artifacts.folder_export import latent_tensors, packed_tensors
+from bitnet_lit.artifacts.gguf_file import reopened, write_gguf
+from bitnet_lit.artifacts.llama2c_file import open_bin, write_bin
+from bitnet_lit.artifacts.locate import find_model, open_source
+from bitnet_lit.artifacts.model_folder import describe, network_type, transformers_runs, write_folder
+from bitnet_lit.artifacts.safetensors_writer import LazyTensor
+from bitnet_lit.artifacts.source import Source
+from bitnet_lit.artifacts.targets import problems
+from bitnet_lit.artifacts.verify import TensorRow, verify
+from bitnet_lit.atomic import atomic_file, atomic_folder
+from bitnet_lit.config import ExportConfig
+from bitnet_lit.errors import ParityError, UserError
+
+KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Written = tuple[list[TensorRow], Source]
+
+
+def _target(config: ExportConfig) -> str:
+    return {"latent": "hf", "gguf": f"gguf_{config.type}"}.get(config.format, config.format)
+
+
+def default_out(config: ExportConfig, path: Path) -> Path:
+    """Where an export goes: beside the model it was made from."""
+    suffix = {"gguf": f"{config.type}.gguf", "latent": config.dtype}.get(config.format, config.format)
+    return path.with_name(f"{path.stem}-{suffix}")
+
+
+def _rows(tensors: list[LazyTensor]) -> list[TensorRow]:
+    """One row for each weight; a packed one with its scale."""
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+    return [
+        TensorRow(t.name, KINDS[t.dtype], t.shape, t.nbytes + sizes.get(f"{t.name}_scale", 0))
+        for t in tensors
+        if not t.name.endswith("_scale")
+    ]
+
+
+def _write_folder(config: ExportConfig, source: Source, out: Path) -> Written:
+    packed, dtype = config.format == "packed", DTYPES[config.dtype]
+    tensors = list(packed_tensors(source, dtype) if packed else latent_tensors(source, dtype))
+    described = describe(source.config, source.quant, source.tokenizer, source.info, packed, dtype)
+    write_folder(out, described, tensors, source.tokenizer)
+    rows = _rows(tensors)
+    for row in rows:
+        row.shape = source.tensors[row.name]  # of a packed matrix, that of its codes
+    return rows, open_source(out)
+
+
+def _write_llama2c(config: ExportConfig, source: Source, out: Path) -> Written:
+    write_bin(source, out)
+    rows = [TensorRow(name, "f32", shape, 4 * math.prod(shape)) for name, shape in source.tensors.items()]
+    return rows, open_bin(out / "model.bin")
+
+
+def _write_gguf(config: ExportConfig, source: Source, out: Path) -> Written:
+    stored = write_gguf(source, out, config.type, config.embeddings)
+    rows = [TensorRow(name, kind, source.tensors[name], nbytes) for name, (kind, nbytes) in stored.items()]
+    return rows, reopened(out, source)
+
+
+WRITERS: dict[str, Callable[[ExportConfig, Source, Path], Written]] = {
+    "latent": _write_folder,
+    "packed": _write_folder,
+    "gguf": _write_gguf,
+    "llama2c": _write_llama2c,
+}
+
+
+def _sizes(source: Source, rows: list[TensorRow]) -> dict[str, float]:
+    """Bytes of the tensors, bits per weight with the embedding, and the ratio to 16 bits for everything."""
+    weights = sum(math.prod(shape) for shape in source.tensors.values())
+    total = sum(row.nbytes for row in rows)
+    return {
+        "bytes": total,
+        "parameters": weights,
+        "bits_per_weight": 8 * total / weights,
+        "ratio_to_fp16": 2 * weights / total,
+    }
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The table of tensors (those of all layers in one line), sizes, and what the comparison found."""
+    table = Table(title=report["out"])
+    for column in ("tensor", "count", "kind", "bits", "bytes", "largest error"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("tensor", "kind") else "right")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in report["tensors"]:
+        name = re.sub(r"\.\d+\.", ".*.", row["name"].removeprefix("model.").removesuffix(".weight"))
+        groups.setdefault((name, row["kind"]), []).append(row)
+    for (name, kind), rows in groups.items():
+        errors = [row["error"] for row in rows if row["error"] is not None]
+        values = sum(math.prod(row["shape"]) for row in rows)
+        nbytes = sum(row["bytes"] for row in rows)
+        error = f"{max(errors):.1e}" if errors else "-"
+        table.add_row(name, str(len(rows)), kind, f"{8 * nbytes / values:.2f}", f"{nbytes:,}", error)
+    console.print(table)
+    sizes = report["sizes"]
+    console.print(
+        f"{sizes['bytes'] / 1e6:,.1f} MB for {sizes['parameters']:,} parameters: {sizes['bits_per_weight']:.2f} bits a "
+        f"weight with embeddings, 1/{sizes['ratio_to_fp16']:.1f} of fp16",
+        highlight=False,
+    )
+    for name, found in report["parity"].items():
+        if isinstance(found, dict):
+            console.print(
+                f"{name}: loss {found['loss']:.4f} ({found['loss_difference']:+.1e}), logits differ by "
+                f"{found['mean_logit_difference']:.1e} of their spread, {found['same_likeliest_token']:.1%} same "
+                "tokens",
+                highlight=False,
+            )
+        elif name == "loss_with_quantized_activations":
+            console.print(
+                f"its graph does not quantize activations: loss {report['parity']['loss']:.4f} there, {found:.4f} as "
+                "trained",
+                highlight=False,
+            )
+        elif isinstance(found, str):
+            console.print(f"{name}: {found}", highlight=False)
+
+
+@contextlib.contextmanager
+def _atomic(out: Path, is_file: bool) -> Iterator[Path]:
+    """A temporary target; what is at `out` is replaced when the block ends well."""
+    if is_file:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out) if is_file else atomic_folder(out) as temporary:
+        yield temporary
+
+
+def _check_out(out: Path, source: Source, is_file: bool) -> None:
+    if out.resolve() == source.path.resolve():
+        raise UserError(f"out={out}: is the model itself: choose another out=")
+    if out.is_dir() and (is_file or not (out / "export.json").is_file()) and any(out.iterdir()):
+        raise UserError(f"out={out}: a folder that no export wrote: choose another out=")
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write, compare, rename.
+
+    Returns:
+        out, format, target, sizes, tensors and parity, as they are kept beside the artefact.
+
+    Raises:
+        UserError: no model, or one that the format cannot hold.
+        ParityError: what was written is not the model; nothing is left of it.
+    """
+    source = open_source(find_model(config.checkpoint))
+    target = _target(config)
+    impossible = problems(target, source.config, source.quant)
+    if config.format == "latent":
+        impossible = []  # ours in any case; whether transformers runs it, config.json says
+    if impossible:
+        raise UserError(f"{source.path} as {target}: {'; '.join(impossible)}")
+    out = Path(config.out) if config.out else default_out(config, source.path)
+    is_file = config.format == "gguf"
+    _check_out(out, source, is_file)
+    runs_there = config.format not in ("latent", "packed") or (
+        transformers_runs(source.quant, config.format == "packed") and network_type(source.config) != "bitnet_lit"
+    )
+    report: dict[str, Any] = {"out": str(out), "format": config.format, "target": target}
+    try:
+        with _atomic(out, is_file) as temporary:
+            rows, artefact = WRITERS[config.format](config, source, temporary)
+            parity = verify(source, artefact, rows, target, runs_there) if config.verify else {}
+            report["sizes"] = _sizes(source, rows)
+            report["tensors"] = [
+                {"name": r.name, "kind": r.kind, "shape": r.shape, "bytes": r.nbytes, "error": r.error} for r in rows
+            ]
+            report["parity"] = parity
+            note = out.with_name(f"{out.name}.json") if is_file else temporary / "export.json"
+            with atomic_file(note) as text:
+                kept = {key: value for key, value in report.items() if key != "out"}  # it may be moved
+                text.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be written ({error.strerror or error}): choose another out=") from None
+    except ParityError as error:
+        raise ParityError(f"{out}: not written, it would not be the model: {error}") from None
+    print_report(report, Console())
+    return report

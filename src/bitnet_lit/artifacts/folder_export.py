@@ -1,0 +1,77 @@
+"""The tensors of an exported model folder, latent or packed, read one at a time from a `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bitnet_lit.artifacts.safetensors_writer import LazyTensor
+from bitnet_lit.artifacts.source import Source
+from bitnet_lit.errors import UserError
+from bitnet_lit.quant.functional import quantize_weight
+from bitnet_lit.quant.packing import CODES_PER_BYTE, pack_codes
+
+MAX_ROUNDS = 20
+
+
+def packed_tensors(source: Source, dtype: torch.dtype) -> Iterator[LazyTensor]:
+    """Codes as uint8 (O / 4, I) and scales as float32 (1,); everything else in `dtype`."""
+    for name, shape in source.tensors.items():
+        if name not in source.quantized:
+            yield LazyTensor(name, shape, dtype, partial(source.tensor, name))
+            continue
+
+        def codes(name: str = name) -> Tensor:
+            return pack_codes(source.codes(name)[0])
+
+        def scale(name: str = name) -> Tensor:
+            return source.codes(name)[1].reshape(1)
+
+        yield LazyTensor(name, (shape[0] // CODES_PER_BYTE, shape[1]), torch.uint8, codes)
+        yield LazyTensor(f"{name}_scale", (1,), torch.float32, scale)
+
+
+def round_keeping_codes(weight: Tensor, source: Source) -> Tensor:
+    """bfloat16 latent weights whose codes are those of the float32 ones.
+
+    Rounding moves a weight by up to 1/512 of itself, and the scale with it, so a weight that lies on a rounding border
+    can change its code. Such weights are moved on to the next bfloat16 number on their side of the border.
+
+    Args:
+        weight: latent, float32 (O, I).
+
+    Raises:
+        UserError: no such numbers were found.
+    """
+    codes, _ = quantize_weight(weight, source.quant)
+    rounded = weight.bfloat16()
+    for _ in range(MAX_ROUNDS):
+        differing = codes - quantize_weight(rounded, source.quant)[0]
+        if not differing.any():
+            return rounded
+        up, down = torch.tensor(torch.inf, dtype=rounded.dtype), torch.tensor(-torch.inf, dtype=rounded.dtype)
+        rounded = torch.where(differing > 0, rounded.nextafter(up), rounded)
+        rounded = torch.where(differing < 0, rounded.nextafter(down), rounded)
+    raise UserError("dtype=bfloat16: rounding would change codes of this model: export it as float32")
+
+
+def latent_tensors(source: Source, dtype: torch.dtype) -> Iterator[LazyTensor]:
+    """Full-precision weights in `dtype`.
+
+    Raises:
+        UserError: a packed source, which has none.
+    """
+    if source.packed:
+        raise UserError(f"{source.path}: packed codes have no latent weights: export the folder that was trained")
+    for name, shape in source.tensors.items():
+        if name in source.quantized and dtype == torch.bfloat16:
+
+            def rounded(name: str = name) -> Tensor:
+                return round_keeping_codes(source.tensor(name), source)
+
+            yield LazyTensor(name, shape, dtype, rounded)
+        else:
+            yield LazyTensor(name, shape, dtype, partial(source.tensor, name))

@@ -1,0 +1,111 @@
+"""Hugging Face folders that others wrote: BitNet in its three spellings, and dense Llama-like models.
+
+BitNet (`quantization_config.quant_method = bitnet`), as `transformers` computes them:
+
+    linear_class    quantization_mode   stored weight                 weight_scale
+    autobitlinear   online              latent (bf16 master weights)  -
+    autobitlinear   offline             codes, packed or plain        multiplies (BitNet b1.58 2B4T)
+    bitlinear       any                 packed codes                  divides
+
+Dense: llama, mistral (the same network), qwen2 (biases on q, k, v), qwen3 (norms on q and k). What this network does
+not have (scaled rotary positions, biases elsewhere, other activations) is refused: leaving it out would give other
+logits without a word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitnet_lit.artifacts.model_folder import CONFIG_NAME, folder_tokenizer
+from bitnet_lit.artifacts.source import SafetensorsReader, Source, safetensors_files
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.errors import UserError
+
+KNOWN_TYPES = ("bitnet", "llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
+LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
+
+
+def _refuse(raw: dict[str, Any]) -> None:
+    """Parts of a network that are not here.
+
+    Raises:
+        UserError: the first of them.
+    """
+    if raw.get("model_type") not in KNOWN_TYPES:
+        raise UserError(f"model_type={raw.get('model_type')}: not known here: {', '.join(KNOWN_TYPES)} are")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise UserError(f"rotary positions of type {rope_type}: only the default ones are known here")
+    if raw["model_type"] == "qwen2":
+        if raw.get("use_sliding_window"):
+            raise UserError("use_sliding_window=true: attention here sees the whole context")
+    elif raw.get("attention_bias"):
+        raise UserError("attention_bias=true: biases are known on q, k and v of qwen2 only")
+    if raw.get("mlp_bias"):
+        raise UserError("mlp_bias=true: the feed-forward layer here has no biases")
+    if raw.get("hidden_act") not in ACTIVATIONS:
+        raise UserError(f"hidden_act={raw.get('hidden_act')}: {', '.join(ACTIVATIONS)} are known here")
+
+
+def _sizes(folder: Path, raw: dict[str, Any]) -> ModelConfig:
+    context = int(raw["max_position_embeddings"])
+    if raw["model_type"] == "mistral" and raw.get("sliding_window"):
+        context = min(context, int(raw["sliding_window"]))  # within the window attention sees everything
+    rope = raw.get("rope_parameters") or {}
+    return ModelConfig(
+        name=folder.name,
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=raw["num_attention_heads"],
+        num_key_value_heads=raw.get("num_key_value_heads"),
+        head_dim=raw.get("head_dim"),
+        max_position_embeddings=min(context, LONGEST_CONTEXT),
+        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rms_norm_eps=raw["rms_norm_eps"],
+        hidden_act=ACTIVATIONS[raw["hidden_act"]],
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        sub_norm=raw["model_type"] == "bitnet",
+        qkv_bias=raw["model_type"] == "qwen2",
+        qk_norm=raw["model_type"] == "qwen3",
+    )
+
+
+def _quant(raw: dict[str, Any]) -> tuple[QuantConfig, bool]:
+    """How the projections are quantized, and whether stored scales divide."""
+    quantization = raw.get("quantization_config")
+    if quantization is None:
+        return QuantConfig(name="none"), False
+    method = quantization.get("quant_method")
+    if method != "bitnet":
+        raise UserError(f"quantization_config.quant_method={method}: only bitnet is known here")
+    if quantization.get("use_rms_norm"):
+        raise UserError("quantization_config.use_rms_norm=true: a norm inside each projection is not known here")
+    skip = quantization.get("modules_to_not_convert")
+    skip = ["lm_head"] if skip is None else list(skip)
+    return QuantConfig(name="b158", skip=skip), quantization.get("linear_class", "bitlinear") == "bitlinear"
+
+
+def open_hub_folder(folder: Path, raw: dict[str, Any]) -> Source:
+    """A folder with a config.json of `transformers`.
+
+    Raises:
+        UserError: a network, a quantization or a file that cannot be read; one line each.
+    """
+    try:
+        _refuse(raw)
+        config = _sizes(folder, raw)
+        quant, inverse_scales = _quant(raw)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_NAME}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{folder / CONFIG_NAME}: not a config.json of transformers ({type(error).__name__}: {error}): copy it "
+            "again"
+        ) from None
+    reader = SafetensorsReader(safetensors_files(folder))
+    return Source(folder, config, quant, folder_tokenizer(folder, raw), {}, reader, inverse_scales)

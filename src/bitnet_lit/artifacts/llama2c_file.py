@@ -1,0 +1,262 @@
+"""llama2.c's files: the training checkpoint stories*.pt and the .bin that run.c reads.
+
+The .bin is the first version of `export.py`: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size,
+max_seq_len; a negative vocab_size says that the head is not the embedding), then float32 tensors, one kind after the
+other over all layers, then two tables of positions that run.c skips. Its network is a Llama with silu, RoPE theta
+10000 and norms with eps 1e-5, none of which the file says.
+
+llama2.c turns the pairs (2i, 2i + 1) of a head, Hugging Face (i, i + P/2): the rows of q and k are reordered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitnet_lit.artifacts.source import EMBEDDING, HEAD, Source
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.data.json_tokenizer import JsonTokenizer
+from bitnet_lit.data.tokenizer import SPACE, Tokenizer
+from bitnet_lit.errors import UserError
+from bitnet_lit.model.layers import rotary_tables
+
+HEADER_INTS = 7
+# Hugging Face's name after "model.layers.<i>.": llama2.c's after "layers.<i>.", in the order of the .bin.
+LAYER_NAMES = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+}
+OTHER_NAMES = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", HEAD: "output.weight"}
+
+
+def interleave(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k from Hugging Face's order to llama2.c's; (O, I) -> (O, I)."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def deinterleave(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k from llama2.c's order to Hugging Face's; the inverse of `interleave`."""
+    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _their_name(name: str) -> str:
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    _, _, layer, kind = name.removesuffix(".weight").split(".", 3)
+    return f"layers.{layer}.{LAYER_NAMES[kind]}.weight"
+
+
+def network_names(layers: int, tied: bool) -> list[str]:
+    """Our names of all tensors, in the order of the .bin."""
+    names = [EMBEDDING]
+    names += [f"model.layers.{i}.{kind}.weight" for kind in LAYER_NAMES for i in range(layers)]
+    return [*names, "model.norm.weight", *([] if tied else [HEAD])]
+
+
+class Llama2cReader:
+    """Tensors under our names, rows in our order.
+
+    Args:
+        read: one tensor by our name, rows in llama2.c's order.
+    """
+
+    def __init__(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+        self._config, self._shapes, self._read = config, shapes, read
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape."""
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, float32."""
+        tensor = self._read(name)
+        if name.endswith("q_proj.weight"):
+            return deinterleave(tensor, self._config.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            return deinterleave(tensor, self._config.num_kv_heads)
+        return tensor
+
+
+def _tokenizer_beside(path: Path) -> Tokenizer | None:
+    found = path.with_name("tokenizer.model")
+    return Tokenizer(found) if found.is_file() else None
+
+
+def _config(
+    name: str, dim: int, hidden: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, tied: bool
+) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        hidden_size=dim,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        sub_norm=False,
+    )
+
+
+def _bin_layout(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Our name and the shape of every tensor of a .bin, in the file's order."""
+    dim, hidden, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    assert vocab is not None
+    kv_size = config.num_kv_heads * config.head_size
+    shapes = {
+        "q_proj": (dim, dim),
+        "k_proj": (kv_size, dim),
+        "v_proj": (kv_size, dim),
+        "o_proj": (dim, dim),
+        "gate_proj": (hidden, dim),
+        "down_proj": (dim, hidden),
+        "up_proj": (hidden, dim),
+        "embed_tokens": (vocab, dim),
+        "lm_head": (vocab, dim),
+    }
+    for name in network_names(config.num_hidden_layers, tied=True):
+        yield name, shapes.get(name.split(".")[-2], (dim,))
+
+
+def open_bin(path: Path) -> Source:
+    """A .bin of llama2.c.
+
+    Raises:
+        UserError: no such file, or one whose size is not what its header says.
+    """
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    not_one = f"{path}: not a .bin of llama2.c"
+    if len(header) < HEADER_INTS or header[0] == 0x616B3432:  # "ak42" begins the newer versions
+        raise UserError(f"{not_one} in the form that run.c reads (version 0): export it with --version 0")
+    dim, hidden, layers, heads, kv_heads, vocab, context = map(int, header)
+    # Multiplied out before anything is laid out: a damaged header must not ask for memory.
+    if min(dim, hidden, layers, heads, kv_heads, abs(vocab), context) < 1 or max(map(abs, header.tolist())) > 2**24:
+        raise UserError(f"{not_one} (its header says {header.tolist()}): copy it again")
+    try:
+        config = _config(path.stem, dim, hidden, layers, heads, kv_heads, abs(vocab), context, vocab > 0)
+    except UserError as error:
+        raise UserError(f"{not_one} ({error}): copy it again") from None
+    kv_size = kv_heads * (dim // heads)
+    per_layer = 2 * dim * dim + 2 * dim * kv_size + 3 * dim * hidden + 2 * dim
+    tables = context * (dim // heads)  # cos and sin, half a head each
+    expected = abs(vocab) * dim * (1 if vocab > 0 else 2) + layers * per_layer + dim + tables
+    if size != 4 * (HEADER_INTS + expected):
+        raise UserError(f"{not_one} ({size} bytes, its header says {4 * (HEADER_INTS + expected)}): copy it again")
+    offsets: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    position = 4 * HEADER_INTS
+    for name, shape in _bin_layout(config):
+        offsets[name], shapes[name] = position, shape
+        position += 4 * math.prod(shape)
+    if vocab < 0:
+        offsets[HEAD], shapes[HEAD] = position + 4 * tables, (abs(vocab), dim)
+
+    def read(name: str) -> Tensor:
+        values = np.fromfile(path, dtype="<f4", count=math.prod(shapes[name]), offset=offsets[name])
+        return torch.from_numpy(values).reshape(shapes[name])
+
+    reader = Llama2cReader(config, shapes, read)
+    return Source(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)
+
+
+def open_pt(path: Path) -> Source:
+    """A training checkpoint of llama2.c; plain data only, nothing in it is executed.
+
+    Raises:
+        UserError: not such a checkpoint.
+    """
+    not_one = f"{path}: not a training checkpoint of llama2.c"
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        arguments, state = checkpoint["model_args"], checkpoint["model"]
+        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+        hidden = int(state["layers.0.feed_forward.w1.weight"].shape[0])
+        tied = torch.equal(state["output.weight"], state["tok_embeddings.weight"])
+        config = _config(
+            path.stem,
+            int(arguments["dim"]),
+            hidden,
+            int(arguments["n_layers"]),
+            int(arguments["n_heads"]),
+            int(arguments.get("n_kv_heads") or arguments["n_heads"]),
+            int(arguments["vocab_size"]),
+            int(arguments["max_seq_len"]),
+            tied,
+        )
+        names = {name: _their_name(name) for name in network_names(config.num_hidden_layers, tied)}
+        shapes = {name: tuple(state[theirs].shape) for name, theirs in names.items()}
+    except UserError as error:
+        raise UserError(f"{not_one} ({error}): copy it again") from None
+    except Exception as error:  # torch raises a different type for each way a file can be broken
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{not_one} ({type(error).__name__}: {reason}): give stories*.pt or a model folder") from None
+    reader = Llama2cReader(config, shapes, lambda name: state[names[name]])
+    return Source(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """tokenizer.bin: the longest piece's bytes (int32), then score (float32), length (int32) and bytes of each."""
+    processor = tokenizer.processor
+    pieces = []
+    for token in range(tokenizer.vocab_size):
+        text = processor.id_to_piece(token)
+        text = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}.get(token, text)
+        pieces.append(text.replace(SPACE, " ").encode())
+    with path.open("wb") as file:
+        file.write(np.array([max(map(len, pieces))], dtype="<i4").tobytes())
+        for token, piece in enumerate(pieces):
+            file.write(np.array([processor.get_score(token)], dtype="<f4").tobytes())
+            file.write(np.array([len(piece)], dtype="<i4").tobytes())
+            file.write(piece)
+
+
+def write_bin(source: Source, folder: Path) -> None:
+    """Write model.bin, and tokenizer.bin where there is a SentencePiece tokenizer, into `folder`.
+
+    A BitNet is written as its dequantized weights: run.c does not quantize activations. The caller has asked
+    `targets.problems` whether the network fits.
+    """
+    config = source.config
+    vocab = config.vocab_size or 0
+    tied = config.tie_word_embeddings
+    header = [
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_kv_heads,
+        vocab if tied else -vocab,
+        config.max_position_embeddings,
+    ]
+    with (folder / "model.bin").open("wb") as file:
+        file.write(np.array(header, dtype="<i4").tobytes())
+        for name in network_names(config.num_hidden_layers, tied=True):
+            weight = source.dequantized(name)
+            if name.endswith("q_proj.weight"):
+                weight = interleave(weight, config.num_attention_heads)
+            elif name.endswith("k_proj.weight"):
+                weight = interleave(weight, config.num_kv_heads)
+            np.ascontiguousarray(weight.numpy(), dtype="<f4").tofile(file)
+        cos, sin = (table[:, : config.head_size // 2].numpy() for table in rotary_tables(config))
+        file.write(cos.astype("<f4").tobytes() + sin.astype("<f4").tobytes())
+        if not tied:
+            np.ascontiguousarray(source.tensor(HEAD).numpy(), dtype="<f4").tofile(file)
+    tokenizer = source.tokenizer
+    if tokenizer is not None and not isinstance(tokenizer, JsonTokenizer):
+        _write_tokenizer(tokenizer, folder / "tokenizer.bin")
+        tokenizer.copy_to(folder)

@@ -1,0 +1,54 @@
+"""Writing a safetensors file one tensor at a time, so that its size does not have to fit into memory.
+
+The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, the header as JSON (dtype, shape
+and offsets of each tensor), the tensors' bytes. The offsets follow from shapes and dtypes, so the header can be
+written before any tensor was read. The bytes are those of `safetensors.torch.save_file`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor to write: what the header says of it, and how to get it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Iterable[LazyTensor]) -> None:
+    """Write `tensors` to `path`; each is read, written and forgotten."""
+    # Wide dtypes first, so that every tensor starts at a multiple of its item size.
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in ordered:
+            value = tensor.read().detach().to(tensor.dtype).cpu().contiguous()
+            assert tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}, announced {tensor.shape}"
+            value.reshape(-1).view(torch.uint8).numpy().tofile(file)

@@ -1,0 +1,127 @@
+"""What each way out can hold: asked before the first training step, and again before a file is written.
+
+A target is what an export is for. Its conditions come from the graph that will run the file:
+
+- hf, packed: stock `transformers`, from latent weights or from packed codes.
+- gguf_tq2_0, gguf_tq1_0, gguf_f16: llama.cpp. Its `bitnet` graph has both sub-norms, silu and no head of its own;
+  without sub-norms its `llama` graph runs the network. Ternary types pack blocks of 256 inputs; a row that is no
+  multiple of 256 is what makes other converters fall back to 4 bits without a word.
+- llama2c: run.c, whose graph is a Llama with silu, RoPE theta 10000 and norms with eps 1e-5.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from bitnet_lit.artifacts.model_folder import network_type, transformers_runs
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.config.training import EXPORT_TARGETS as TARGETS
+from bitnet_lit.errors import UserError
+
+TERNARY_BLOCK = 256
+
+
+def _transformers(config: ModelConfig, quant: QuantConfig, packed: bool) -> list[str]:
+    found = []
+    if packed and quant.name == "none":
+        found.append("quant=none: a dense model has no codes to pack: take quant=b158, or format=latent")
+    if packed:
+        kv_size = config.num_kv_heads * config.head_size
+        rows = {
+            "model.hidden_size": config.hidden_size,
+            "model.intermediate_size": config.intermediate_size,
+            "num_attention_heads * head_dim": config.attention_size,
+            "num_key_value_heads * head_dim": kv_size,
+        }
+        found += [
+            f"{key}={size}: four rows share a byte: take a multiple of 4" for key, size in rows.items() if size % 4
+        ]
+    if not transformers_runs(quant, packed):
+        rule = f"quant={quant.name}, {quant.weight_scale}, {quant.activation_bits} bits, skip={quant.skip}"
+        remedy = "packed codes run there" if transformers_runs(quant, True) else "take 8 bits and skip=[lm_head]"
+        found.append(f"{rule}: transformers quantizes latent weights by absmean alone, with 8 bits: {remedy}")
+    if network_type(config) == "bitnet_lit":
+        found.append("model.sub_norm=true with qkv_bias, qk_norm or head_dim: no such network in transformers")
+    return found
+
+
+def _gguf(config: ModelConfig, quant: QuantConfig, ternary: bool) -> list[str]:
+    found = []
+    if config.hidden_act != "silu":
+        found.append(f"model.hidden_act={config.hidden_act}: llama.cpp's graph computes silu: take hidden_act=silu")
+    if config.sub_norm and not config.tie_word_embeddings:
+        found.append(
+            "model.tie_word_embeddings=false: llama.cpp's bitnet graph has no head of its own: take true, or "
+            "sub_norm=false"
+        )
+    if config.qkv_bias or config.qk_norm:
+        found.append("qkv_bias or qk_norm: written for the bitnet and llama graphs only, which have neither")
+    if config.attention_size != config.hidden_size:
+        found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size")
+    if not ternary:
+        return found
+    if quant.name == "none":
+        found.append("quant=none: dense weights are no ternary codes: take type=f16, or quant=b158")
+    rows = {"model.hidden_size": config.hidden_size, "model.intermediate_size": config.intermediate_size}
+    for key, size in rows.items():
+        if size % TERNARY_BLOCK:
+            near = max(TERNARY_BLOCK, round(size / TERNARY_BLOCK) * TERNARY_BLOCK)
+            found.append(f"{key}={size}: ternary blocks hold 256 inputs: take {near}, or type=f16")
+    return found
+
+
+def _llama2c(config: ModelConfig) -> list[str]:
+    fixed = {
+        "sub_norm": (False, "run.c's graph has no sub-norms: train with model.sub_norm=false"),
+        "hidden_act": ("silu", "run.c computes silu: take hidden_act=silu"),
+        "rope_theta": (10000.0, "run.c turns by theta 10000: take rope_theta=10000"),
+        "rms_norm_eps": (1e-5, "run.c's norms have eps 1e-5: take rms_norm_eps=1e-5"),
+        "qkv_bias": (False, "run.c has no biases"),
+        "qk_norm": (False, "run.c has no norms on queries and keys"),
+    }
+    found = [
+        f"model.{key}={getattr(config, key)}: {remedy}"
+        for key, (value, remedy) in fixed.items()
+        if getattr(config, key) != value
+    ]
+    if config.attention_size != config.hidden_size:
+        found.append(f"model.head_dim={config.head_dim}: run.c's heads add up to hidden_size")
+    return found
+
+
+def problems(target: str, config: ModelConfig, quant: QuantConfig) -> list[str]:
+    """Why `target` cannot hold this model, each with its remedy; empty when it can.
+
+    Raises:
+        UserError: a target that is none.
+    """
+    if target not in TARGETS:
+        raise UserError(f"export target {target}: must be one of {', '.join(TARGETS)}")
+    if target == "llama2c":
+        return _llama2c(config)
+    if target.startswith("gguf"):
+        return _gguf(config, quant, ternary=target != "gguf_f16")
+    return _transformers(config, quant, packed=target == "packed")
+
+
+def check_targets(targets: list[str], config: ModelConfig, quant: QuantConfig) -> None:
+    """Refuse a model that cannot reach the targets it names.
+
+    Raises:
+        UserError: every reason, with its remedy, in one line.
+    """
+    found = [f"{target}: {problem}" for target in targets for problem in problems(target, config, quant)]
+    if found:
+        raise UserError("export.targets: " + "; ".join(found))
+
+
+def print_advice(config: ModelConfig, quant: QuantConfig) -> None:
+    """A table of all targets: reachable, or what to change."""
+    table = Table(title=f"{config.name}, {quant.name}")
+    for column in ("target", "reachable", "what to change"):
+        table.add_column(column)
+    for target in TARGETS:
+        found = problems(target, config, quant)
+        table.add_row(target, "no" if found else "yes", "\n".join(found))
+    Console().print(table)

@@ -1,0 +1,240 @@
+"""The parity gate: a written artefact is read back and compared with the model it came from.
+
+Three comparisons, from exact to loose:
+
+1. Tensor by tensor: codes must be equal, scales and dense tensors equal up to the rounding of the type they were stored
+   in.
+2. Logits on a fixed text, by our own network, once with the source's weights and once with the artefact's. Both are
+   run layer by layer, so that a model that does not fit into memory can be checked.
+3. Where it is installed and the model is small enough, the tool that the artefact is for: `transformers`, llama.cpp.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_lit.artifacts.source import EMBEDDING, HEAD, Source, fill
+from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.errors import ParityError
+from bitnet_lit.model import next_token_loss
+from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
+from bitnet_lit.quant import convert_linears
+
+TEXT_TOKENS = 256
+WHOLE_MODEL_BYTES = 2 * 2**30  # larger models are not loaded whole into another tool to be checked
+
+# Largest error of a stored value, relative to the largest magnitude in its tensor: half a step of the type. Q8_0 has
+# 127 steps and a fp16 scale; Q6_K 32 steps of a scale that is itself rounded to 1/127 of the block's.
+ERROR_BOUNDS = {
+    "f32": 0.0,
+    "bf16": 2.0**-8,
+    "f16": 2.0**-11,
+    "q8_0": 0.5 / 127 + 2.0**-10,
+    "q6_k": 0.5 / 32 + 1 / 127,
+}
+SCALE_ERROR = 2.0**-11  # fp16, as GGUF's ternary types store it
+# A rounding of a scale or of the embedding moves some activations over a rounding border of their int8 codes. Seen on
+# trained models: mean |difference| below 0.02 of the logits' spread, loss within 0.002; a wrong row order, activation
+# or scale moves both by more than 0.3.
+LOGIT_ERROR, LOSS_ERROR = 0.1, 0.02
+
+
+@dataclass
+class TensorRow:
+    """One line of the export's table.
+
+    Attributes:
+        error: largest error of a value over the largest magnitude; of a projection, of its scale.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nbytes: int
+    error: float | None = None
+
+    @property
+    def bits(self) -> float:
+        """Bits per value."""
+        return 8 * self.nbytes / math.prod(self.shape)
+
+
+def fixed_ids(source: Source, length: int = TEXT_TOKENS) -> Tensor:
+    """The text that every export is compared on: demo stories, or fixed random ids where there is no tokenizer.
+
+    Returns:
+        int64 (1, T), T at most `length` and the context.
+    """
+    length = min(length, source.config.max_position_embeddings)
+    if source.tokenizer is None:
+        vocabulary = source.config.vocab_size or 1
+        return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    ids: list[int] = []
+    for story in islice(demo_stories(1000), 1000):
+        ids += source.tokenizer.encode(story)
+        if len(ids) >= length:
+            break
+    return torch.tensor([ids[:length]])
+
+
+@torch.inference_mode()
+def layerwise_logits(source: Source, ids: Tensor, float_activations: bool = False) -> Tensor:
+    """Logits with one layer in memory at a time; int64 (B, T) -> float32 (B, T, V).
+
+    Args:
+        float_activations: run the dequantized weights as a dense network, as tools without quantized activations do.
+    """
+    config = source.config
+    x = source.tensor(EMBEDDING)[ids]
+    cos, sin = (table[: ids.shape[1]] for table in rotary_tables(config))
+    for index in range(config.num_hidden_layers):
+        with torch.device("meta"):
+            layer = DecoderLayer(config, index)
+        prefix = f"model.layers.{index}."
+        if float_activations:
+            for name in dict(layer.named_parameters()):
+                owner, _, leaf = name.rpartition(".")
+                weight = source.dequantized(prefix + name)
+                setattr(layer.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        else:
+            convert_linears(layer, source.quant)
+            fill(layer, source, prefix)
+        x = layer.eval()(x, cos, sin)
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    norm.weight.copy_(source.tensor("model.norm.weight"))
+    return norm(x) @ source.tensor(HEAD if HEAD in source.tensors else EMBEDDING).T
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> float:
+    """Nats per token of the text under its own logits."""
+    return float(next_token_loss(logits[:, :-1], ids[:, 1:]))
+
+
+def compare_tensors(source: Source, artefact: Source, rows: list[TensorRow]) -> None:
+    """Fill in the errors of `rows`.
+
+    Raises:
+        ParityError: codes that differ, or an error beyond what the type rounds.
+    """
+    for row in rows:
+        if row.name in source.quantized and artefact.quant.name != "none":
+            codes, scale = source.codes(row.name)
+            found, found_scale = artefact.codes(row.name)
+            if differing := int((codes != found).sum()):
+                raise ParityError(f"{row.name}: {differing} of {codes.numel()} codes differ")
+            row.error = float((found_scale / scale - 1).abs())
+            # A latent weight in bfloat16 keeps its codes, but its mean is that of rounded numbers.
+            bound = {"f32": 0.0, "bf16": 2.0**-9, "u8": 2.0**-23}.get(row.kind, SCALE_ERROR)
+        else:
+            expected, stored = source.dequantized(row.name), artefact.tensor(row.name)
+            largest = float(expected.abs().max()) or 1.0
+            row.error = float((stored - expected).abs().max()) / largest
+            bound = ERROR_BOUNDS[row.kind]
+        if not row.error <= bound:
+            raise ParityError(f"{row.name}: error {row.error:.3g} of its largest value, {row.kind} rounds {bound:.3g}")
+
+
+def _differences(name: str, ours: Tensor, theirs: Tensor, ids: Tensor) -> dict[str, float]:
+    """Figures of two sets of logits, checked.
+
+    Raises:
+        ParityError: they are not of the same model.
+    """
+    spread = float(ours.std())
+    figures = {
+        "loss": loss_of(theirs, ids),
+        "loss_difference": loss_of(theirs, ids) - loss_of(ours, ids),
+        "mean_logit_difference": float((ours - theirs).abs().mean()) / spread,
+        "max_logit_difference": float((ours - theirs).abs().max()) / spread,
+        "same_likeliest_token": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+    }
+    close = figures["mean_logit_difference"] <= LOGIT_ERROR and abs(figures["loss_difference"]) <= LOSS_ERROR
+    if not close:  # also when a figure is no number
+        raise ParityError(
+            f"{name}: logits differ by {figures['mean_logit_difference']:.3g} of their spread (at most {LOGIT_ERROR}), "
+            f"loss by {figures['loss_difference']:.3g} (at most {LOSS_ERROR})"
+        )
+    return figures
+
+
+def _transformers_logits(folder: Path, ids: Tensor) -> Tensor:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # Its BitNet functions are compiled; compiling would take longer than running them once.
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model(ids).logits.float()
+
+
+def _llama_cpp_logits(path: Path, ids: Tensor) -> Tensor:
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(path), n_ctx=ids.shape[1], logits_all=True, verbose=False, n_gpu_layers=0)
+    model.eval(ids[0].tolist())
+    return torch.tensor(model.scores[: ids.shape[1]])[None].float()
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _other_tools(source: Source, artefact: Source, target: str) -> Iterator[tuple[str, Tensor | str]]:
+    """Logits by each tool that the artefact is for, or why there are none."""
+    ids = fixed_ids(source)
+    size = 4 * sum(math.prod(shape) for shape in source.tensors.values())
+    run: Callable[[Path, Tensor], Tensor]
+    if target in ("hf", "packed"):
+        name, package, run = "transformers", "transformers", _transformers_logits
+    elif target.startswith("gguf"):
+        name, package, run = "llama.cpp", "llama_cpp", _llama_cpp_logits
+    else:
+        return
+    if not _installed(package) or (package == "transformers" and not _installed("accelerate")):
+        yield name, "not installed"
+    elif size > WHOLE_MODEL_BYTES:
+        yield name, f"not run: {size / 2**30:.1f} GiB of float32 weights"
+    else:
+        yield name, run(artefact.path, ids)
+
+
+def verify(source: Source, artefact: Source, rows: list[TensorRow], target: str, runs_there: bool) -> dict[str, object]:
+    """Compare a written artefact with its source.
+
+    Args:
+        artefact: the file or folder as it was read back.
+        rows: of the table; their errors are filled in.
+        target: as in `targets.py`.
+        runs_there: whether the target's own tool computes this model.
+
+    Returns:
+        Figures for each reader, plain data.
+
+    Raises:
+        ParityError: they differ.
+    """
+    compare_tensors(source, artefact, rows)
+    ids = fixed_ids(source)
+    # A target without quantized activations is compared with the network it will run.
+    dense = artefact.quant.name == "none" and source.quant.name != "none"
+    ours = layerwise_logits(source, ids, float_activations=dense)
+    figures: dict[str, object] = {
+        "text_tokens": ids.shape[1],
+        "loss": loss_of(ours, ids),
+        "bitnet_lit": _differences("read back", ours, layerwise_logits(artefact, ids), ids),
+    }
+    if dense:
+        quantized = layerwise_logits(source, ids)
+        figures["loss_with_quantized_activations"] = loss_of(quantized, ids)
+    for name, result in _other_tools(source, artefact, target) if runs_there else ():
+        figures[name] = result if isinstance(result, str) else _differences(name, ours, result, ids)
+    return figures
