@@ -110,6 +110,8 @@ class QuantConfig:
     lambda_warmup_steps: int = 0
     """Optimizer steps over which weights and activations go linearly from full precision to quantized (for training
     that starts from a dense model). 0: quantized from the first step."""
+    lambda_warmup_shape: str = "linear"
+    """linear, cosine (slow at both ends) or exponential (most of the way early)."""
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
     """Linear layers that stay dense: a name, or the last part of a dotted name."""
 
@@ -118,6 +120,7 @@ class QuantConfig:
         one_of("quant.weight_scale", self.weight_scale, ("absmean", "absmedian"))
         if self.name == "b1" and self.weight_scale != "absmean":
             raise UserError(f"quant.weight_scale={self.weight_scale}: b1 knows absmean only")
+        one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
         if not 2 <= self.activation_bits <= 8:
             raise UserError(
                 f"quant.activation_bits={self.activation_bits}: must lie in 2..8 (codes are stored as int8)"

@@ -230,7 +230,11 @@ class TrainConfig:
     resume: str | None = None
     """A run folder to go on with, in place."""
     init_from: str | None = None
-    """A model folder to start from; its sizes replace `model`."""
+    """A trained model to start from, ours or another's (see infer's checkpoint); its sizes replace `model`."""
+    init_optimizer: bool = False
+    """Keep the optimizer's state too, where init_from is a run of ours."""
+    init_sub_norm: bool = False
+    """Add sub-norms to a model of init_from that has none; their gains are measured on a batch."""
     run_dir: str = "outputs/manual"
     """The run folder; the door sets it to Hydra's."""
 
@@ -239,6 +243,10 @@ class TrainConfig:
         one_of("compile", self.compile, ("auto", "true", "false"))
         if self.quant.name == "none" and self.quant.lambda_warmup_steps:
             raise UserError("quant.lambda_warmup_steps needs quant=b158 or b1: the dense twin has nothing to warm up")
+        if self.init_from is None and (self.init_optimizer or self.init_sub_norm):
+            raise UserError("init_optimizer and init_sub_norm need init_from=<a trained model>")
+        if self.init_optimizer and (self.init_sub_norm or self.trainer.strategy == "fsdp"):
+            raise UserError("init_optimizer=true: fits the same parameters on one device only: take it back")
         if self.optim.name == "muon" and self.trainer.strategy == "fsdp":
             raise UserError(
                 "optim=muon with trainer.strategy=fsdp: Muon needs whole matrices: take trainer=ddp or optim=adamw"

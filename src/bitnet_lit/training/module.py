@@ -6,6 +6,9 @@ the warm-up of the quantization, and the random numbers of dropout, which are se
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -18,7 +21,7 @@ from bitnet_lit.inference.evaluation import LossSums, TextBytes
 from bitnet_lit.model import CausalLM, next_token_loss
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.training.diagnose import first_nonfinite_output, last_nonfinite_gradient
-from bitnet_lit.training.optimizers import build_optimizer
+from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.schedule import Schedule
 
@@ -26,14 +29,34 @@ from bitnet_lit.training.schedule import Schedule
 _MIX = 0x9E3779B97F4A7C15
 
 
+def warmup_strength(shape: str, progress: float) -> float:
+    """Lambda of the warm-up after `progress` (0 to 1) of it: 0 is full precision, 1 fully quantized."""
+    if shape == "cosine":
+        return (1 - math.cos(math.pi * progress)) / 2
+    if shape == "exponential":  # most of the way early, the rest slowly
+        return (1 - math.exp(-5 * progress)) / (1 - math.exp(-5))
+    return progress
+
+
 class BitNetModule(L.LightningModule):
     """Trains a `CausalLM` on batches of token ids.
 
     Batches: int64 (B, T + 1) for training; (ids, number of valid rows) for validation.
+
+    Args:
+        moments: state of the optimizer that trained the weights this run starts from.
     """
 
-    def __init__(self, model: CausalLM, config: TrainConfig, plan: Plan, text_bytes: TextBytes | None) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        config: TrainConfig,
+        plan: Plan,
+        text_bytes: TextBytes | None,
+        moments: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self._moments = moments
         self.model = model
         self.config = config
         self.plan = plan
@@ -49,6 +72,9 @@ class BitNetModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and its schedule stepped once per optimizer step."""
         optimizer = build_optimizer(self.model, self.config.optim)
+        if self._moments is not None:
+            restore_optimizer(optimizer, self._moments)
+            self._moments = None
         schedule = Schedule(optimizer, self.config.schedule, self.plan.warmup_steps, self.plan.schedule_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -62,12 +88,18 @@ class BitNetModule(L.LightningModule):
             counter = (batch_idx * self.trainer.world_size + self.global_rank) * 1_000_003 + self.config.seed
             torch.manual_seed(counter * _MIX % 2**63)
         if self._strength is not None:
-            strength = self.global_step / self.config.quant.lambda_warmup_steps
-            if strength < 1:
-                self._strength.fill_(strength)
+            progress = self.global_step / self.config.quant.lambda_warmup_steps
+            if progress < 1:
+                self._strength.fill_(warmup_strength(self.config.quant.lambda_warmup_shape, progress))
             else:
                 self._strength = None
                 set_strength(self.model, None)
+
+    def on_validation_start(self) -> None:
+        set_strength(self.model, None)  # what is measured is what is shipped: fully quantized
+
+    def on_validation_end(self) -> None:
+        set_strength(self.model, self._strength)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean next-token loss of the batch, in nats."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from bitnet_lit.config import AdamWConfig, MuonConfig
+from bitnet_lit.errors import UserError
 
 
 class MuonAdamW(Optimizer):
@@ -85,3 +86,21 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Optim
         ns_steps=config.ns_steps,
     )
     return MuonAdamW(muon, adamw(others, config.adamw_learning_rate))
+
+
+def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Give a new optimizer the moments of `saved`; rates and decay stay its own.
+
+    Raises:
+        UserError: another optimizer, or one of other parameters.
+    """
+    parts: list[Any] = [*optimizer.parts] if isinstance(optimizer, MuonAdamW) else [optimizer]
+    states = saved.get("parts", [saved])
+    groups = [[len(group["params"]) for group in part.state_dict()["param_groups"]] for part in parts]
+    if groups != [[len(group["params"]) for group in state["param_groups"]] for state in states]:
+        raise UserError(
+            "init_optimizer=true: the run of init_from had another optimizer or other parameters: take its optim=, or "
+            "init_optimizer=false"
+        )
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict({"state": state["state"], "param_groups": part.state_dict()["param_groups"]})

@@ -25,7 +25,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from bitnet_lit.artifacts.locate import load_model
 from bitnet_lit.artifacts.targets import check_targets
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
@@ -35,10 +34,10 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import META_NAME, ShardDirectory, open_shards
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import TextBytes
-from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import LAST
+from bitnet_lit.training.initialize import initial_model, optimizer_state
 from bitnet_lit.training.loggers import build_loggers
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.plan import Plan, make_plan, print_plan
@@ -63,30 +62,6 @@ def _open_data(config: TrainConfig) -> ShardDirectory:
             prepare(PrepareConfig(source="demo", out=config.data.dir))
     tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
     return open_shards(Path(config.data.dir), tokenizer)
-
-
-def _build_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
-    """The network, new or from trained weights; its vocabulary follows the data."""
-    if config.init_from is not None:
-        trained = load_model(config.init_from)
-        if trained.packed:
-            raise UserError(
-                f"init_from={config.init_from}: packed codes cannot be trained further: give the latent weights"
-            )
-        config.model = trained.config
-        check_targets(config.export.targets, config.model, config.quant)
-    if config.model.vocab_size is None:
-        config.model.vocab_size = shards.vocab_size
-    if config.model.vocab_size < shards.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size}, but the shards in {config.data.dir} hold ids below "
-            f"{shards.vocab_size}: leave model.vocab_size at null to follow the data"
-        )
-    L.seed_everything(config.seed, verbose=False)
-    model = build_model(config.model, config.quant)
-    if config.init_from is not None:
-        model.load_state_dict(trained.model.state_dict())
-    return model
 
 
 def _sequence_length(config: TrainConfig) -> int:
@@ -183,7 +158,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.init_from is None:
         check_targets(config.export.targets, config.model, config.quant)
     shards = _open_data(config)
-    model = _build_model(config, shards)
+    model = initial_model(config, shards)
     length = _sequence_length(config)
     plan = make_plan(config, length, shards.train(length).num_sequences)
     if resume_step >= plan.steps:
@@ -194,7 +169,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     datamodule = BitNetDataModule(
         config.data, shards, length, plan.samples_per_step, config.trainer.limit_val_batches, config.seed
     )
-    module = BitNetModule(model, config, plan, TextBytes(tokenizer) if tokenizer else None)
+    moments = optimizer_state(config.init_from) if config.init_from and config.init_optimizer else None
+    module = BitNetModule(model, config, plan, TextBytes(tokenizer) if tokenizer else None, moments)
     run_dir.mkdir(parents=True, exist_ok=True)
     facts = {
         "data_dir": str(Path(config.data.dir or "").absolute()),
@@ -210,7 +186,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         save_config(config, run_dir)
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {config.trainer.precision}"
-        print_plan(config, plan, {"run": run_dir, "data": config.data.dir, "device": device})
+        rows = {"run": run_dir, "data": config.data.dir, "device": device}
+        if config.init_from:
+            rows["from"] = f"{config.init_from}, {'with' if moments else 'without'} its optimizer's state"
+        print_plan(config, plan, rows)
     try:
         ckpt_path = run_dir / "checkpoints" / LAST if config.resume else None
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)

@@ -1,0 +1,106 @@
+"""Where a run's weights come from: drawn, or from a trained model (`init_from`), dense or BitNet.
+
+A dense model becomes a BitNet by training on with its projections rounded; lambda of `quant.lambda_warmup_steps` leads
+over from the one to the other, because switching at once throws most of what was learned away. Two things can come
+along: the optimizer's state, where the trained model is a run of ours (its moments fit the weights, and beginning them
+anew costs the first steps), and sub-norms that the dense model does not have. A new sub-norm divides by the size of its
+input, so its gain starts at that size, measured on a batch: the network then computes nearly what it did.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitnet_lit.artifacts.locate import load_model
+from bitnet_lit.artifacts.source import LoadedModel
+from bitnet_lit.artifacts.targets import check_targets
+from bitnet_lit.config import TrainConfig
+from bitnet_lit.data.shards import ShardDirectory
+from bitnet_lit.errors import UserError
+from bitnet_lit.model import CausalLM, build_model
+from bitnet_lit.quant.bit_linear import set_strength
+from bitnet_lit.training.callbacks.checkpoints import BEST
+
+CALIBRATION_SEQUENCES = 8
+
+
+def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
+    """The network with its first weights; fills in what `config.model` leaves to the data or to the trained model.
+
+    Raises:
+        UserError: a vocabulary that is too small, or a model that cannot be trained further.
+    """
+    trained = None if config.init_from is None else _trained(config)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = shards.vocab_size
+    if config.model.vocab_size < shards.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}, but the shards in {config.data.dir} hold ids below "
+            f"{shards.vocab_size}: leave model.vocab_size at null to follow the data, or prepare the text with the "
+            "tokenizer of init_from"
+        )
+    L.seed_everything(config.seed, verbose=False)
+    model = build_model(config.model, config.quant)
+    if trained is not None:
+        adds_norms = config.model.sub_norm and not trained.config.sub_norm
+        model.load_state_dict(trained.model.state_dict(), strict=not adds_norms)
+        if adds_norms:
+            length = min(config.model.max_position_embeddings, config.data.sequence_length or 256)
+            split = shards.train(length)
+            rows = split.gather(np.arange(min(CALIBRATION_SEQUENCES, split.num_sequences)))
+            calibrate_sub_norms(model, torch.from_numpy(rows)[:, :-1])
+    return model
+
+
+def _trained(config: TrainConfig) -> LoadedModel:
+    """The model of `init_from`; its sizes become the run's."""
+    trained = load_model(config.init_from)
+    if trained.packed:
+        raise UserError(f"init_from={config.init_from}: packed codes cannot be trained: give the latent weights")
+    sub_norm = trained.config.sub_norm or config.init_sub_norm
+    config.model = type(trained.config)(**{**vars(trained.config), "sub_norm": sub_norm})
+    check_targets(config.export.targets, config.model, config.quant)
+    return trained
+
+
+@torch.no_grad()
+def calibrate_sub_norms(model: CausalLM, ids: Tensor) -> None:
+    """Set each sub-norm's gain to the RMS of what enters it, so that on average it changes nothing.
+
+    Args:
+        model: with dense weights; run unrounded here.
+        ids: int64 (B, T), real text.
+    """
+
+    def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        norm.weight.fill_(inputs[0].float().square().mean(-1).sqrt().mean())  # type: ignore[operator]
+
+    # Before each norm runs, so that the layers behind it see it calibrated.
+    hooks = [
+        module.register_forward_pre_hook(measure)
+        for name, module in model.named_modules()
+        if name.endswith(("attn_sub_norm", "ffn_sub_norm"))
+    ]
+    set_strength(model, torch.zeros(()))
+    training = model.training
+    model.eval()(ids)
+    model.train(training)
+    set_strength(model, None)
+    for hook in hooks:
+        hook.remove()
+
+
+def optimizer_state(init_from: str) -> dict[str, Any] | None:
+    """The optimizer's state beside the model folder of a run of ours; None where there is none."""
+    folder = Path(init_from)
+    for run in (folder, folder.parent):
+        path = run / "checkpoints" / BEST  # model/ is the best model, so this is its state
+        if path.is_file():
+            return dict(torch.load(path, map_location="cpu", weights_only=True)["optimizer_states"][0])
+    return None

@@ -1,0 +1,137 @@
+"""Runs that start from trained weights: dense to 1.58 bit, the optimizer's state, added sub-norms."""
+
+import json
+
+import pytest
+import torch
+
+from bitnet_lit.artifacts.locate import load_model
+from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.cli import compose
+from bitnet_lit.config import MuonConfig, QuantConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.training.initialize import calibrate_sub_norms, optimizer_state
+from bitnet_lit.training.module import warmup_strength
+from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
+from bitnet_lit.training.run import train
+from tests.support import TINY_RUN, tiny_model
+
+SMALL = [
+    "model.hidden_size=64",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.intermediate_size=128",
+    "model.max_position_embeddings=64",
+    "data.batch_size=8",
+    "trainer.accelerator=cpu",
+    "callbacks=quiet",
+    "trainer.val_check_interval=1000",
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, shards):
+    """A dense run, long enough to have something to lose."""
+    run = tmp_path_factory.mktemp("dense") / "run"
+    overrides = [f"run_dir={run}", f"data.dir={shards}", *SMALL, "quant=none", "trainer.max_steps=200"]
+    return run, train(compose("train", overrides))["val/loss"]
+
+
+def converted(dense, shards, run, *overrides):
+    return train(
+        compose(
+            "train",
+            [
+                f"run_dir={run}",
+                "experiment=convert_dense",
+                f"init_from={dense}",
+                f"data.dir={shards}",
+                *SMALL[5:],
+                "trainer.max_steps=60",
+                "optim.learning_rate=5e-3",
+                "optim.adamw_learning_rate=1e-3",
+                *overrides,
+            ],
+        )
+    )["val/loss"]
+
+
+@pytest.mark.slow
+def test_a_warm_up_ends_below_the_abrupt_switch(tmp_path, dense, shards):
+    """Equal steps, data and rates; only lambda's way from 0 to 1 differs."""
+    run, dense_loss = dense
+    abrupt = converted(run, shards, tmp_path / "abrupt", "quant.lambda_warmup_steps=0")
+    linear = converted(run, shards, tmp_path / "linear", "quant.lambda_warmup_steps=40")
+    assert dense_loss < linear < abrupt
+    config = json.loads((tmp_path / "linear" / "model" / "config.json").read_text())
+    assert config["quantization_config"]["quantization_mode"] == "online"
+
+
+def test_the_optimizers_state_comes_along_where_it_fits(dense):
+    run, _ = dense
+    state = optimizer_state(str(run))
+    from_model_folder = optimizer_state(str(run / "model"))
+    assert state is not None and from_model_folder is not None and state.keys() == from_model_folder.keys()
+    trained = load_model(run)
+    fresh = build_optimizer(trained.model, MuonConfig(learning_rate=0.5))
+    restore_optimizer(fresh, state)
+    muon, adamw = fresh.parts
+    assert muon.param_groups[0]["lr"] == 0.5, "rates are the new run's"
+    momentum = next(iter(muon.state.values()))["momentum_buffer"]
+    assert momentum.abs().sum() > 0
+    assert all(entry["step"] == 200 for entry in adamw.state.values())
+    with pytest.raises(UserError, match="other parameters"):
+        restore_optimizer(build_optimizer(tiny_model(num_hidden_layers=1), MuonConfig()), state)
+    assert optimizer_state("tests") is None
+
+
+def test_sub_norms_are_added_without_changing_what_the_network_does(tmp_path, tokenizer):
+    plain = tiny_model("none", sub_norm=False)
+    normed = tiny_model("b158", seed=1)
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    ids = torch.randint(0, 512, (4, 60), generator=torch.Generator().manual_seed(0))
+    calibrate_sub_norms(normed, ids)
+    gains = [p for name, p in normed.named_parameters() if "sub_norm" in name]
+    assert len(gains) == 4 and all(len(gain.unique()) == 1 for gain in gains)
+    unrounded = tiny_model("none", seed=1)
+    unrounded.load_state_dict(normed.state_dict())
+    uncalibrated = tiny_model("none", seed=1)
+    uncalibrated.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        expected, calibrated, bare = (model(ids) for model in (plain, unrounded, uncalibrated))
+    # A norm makes every token equally large, so single tokens move: about 0.15 of the spread here; uncalibrated, 1.2.
+    spread = expected.std()
+    assert (calibrated - expected).abs().mean() < 0.4 * spread < (bare - expected).abs().mean()
+
+
+def test_init_sub_norm_through_training(tmp_path, shards, tokenizer):
+    plain = tiny_model("none", sub_norm=False, vocab_size=tokenizer.vocab_size)
+    save_model_folder(tmp_path / "plain", plain, QuantConfig(name="none"), tokenizer)
+    overrides = [f"run_dir={tmp_path / 'run'}", f"init_from={tmp_path / 'plain'}", "init_sub_norm=true"]
+    train(compose("train", [*overrides, f"data.dir={shards}", *TINY_RUN]))
+    assert load_model(tmp_path / "run").config.sub_norm
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "exponential"])
+def test_every_shape_goes_from_0_to_1_without_a_step_back(shape):
+    values = [warmup_strength(shape, step / 100) for step in range(101)]
+    assert values[0] == 0 and values[-1] == pytest.approx(1) and values == sorted(values)
+
+
+def test_mistakes_are_named(tmp_path, shards):
+    with pytest.raises(UserError, match="need init_from"):
+        compose("train", ["run_dir=x", "experiment=convert_dense"])
+    with pytest.raises(UserError, match="must be one of"):
+        compose("train", ["run_dir=x", "quant.lambda_warmup_shape=sudden"])
+
+
+def test_the_last_validation_is_of_the_fully_quantized_model(tmp_path, shards):
+    """Also where the warm-up outlasts the run: what is measured is what is shipped."""
+    overrides = [f"run_dir={tmp_path / 'run'}", f"data.dir={shards}", *TINY_RUN, "quant.lambda_warmup_steps=100"]
+    metrics = train(compose("train", overrides))
+    from bitnet_lit.config import EvaluateConfig
+    from bitnet_lit.inference.evaluation import evaluate
+
+    folder = tmp_path / "run" / ("model_last" if (tmp_path / "run" / "model_last").exists() else "model")
+    # the same sums in batches of another size: float rounding only
+    assert evaluate(EvaluateConfig(checkpoint=str(folder)))["loss"] == pytest.approx(metrics["val/loss"], abs=1e-5)
