@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,7 @@ from bitnet_lit.artifacts.llama2c_file import open_bin, write_bin
 from bitnet_lit.artifacts.locate import find_model, open_source
 from bitnet_lit.artifacts.model_folder import describe, network_type, transformers_runs, write_folder
 from bitnet_lit.artifacts.safetensors_writer import LazyTensor
+from bitnet_lit.artifacts.share import check_repository, share
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.artifacts.targets import problems
 from bitnet_lit.artifacts.verify import TensorRow, verify
@@ -100,9 +102,9 @@ def _sizes(source: Source, rows: list[TensorRow]) -> dict[str, float]:
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The table of tensors (those of all layers in one line), sizes, and what the comparison found."""
-    table = Table(title=report["out"])
-    for column in ("tensor", "count", "kind", "bits", "bytes", "largest error"):
+    """The table of tensors (those of all layers in one line, with their largest error), sizes, and what was compared."""
+    table = Table(title=report["out"], box=box.SIMPLE)
+    for column in ("tensor", "n", "kind", "bits", "bytes", "error"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("tensor", "kind") else "right")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in report["tensors"]:
@@ -151,6 +153,8 @@ def _atomic(out: Path, is_file: bool) -> Iterator[Path]:
 def _check_out(out: Path, source: Source, is_file: bool) -> None:
     if out.resolve() == source.path.resolve():
         raise UserError(f"out={out}: is the model itself: choose another out=")
+    if out.is_file() and not is_file:
+        raise UserError(f"out={out}: is a file, and this format writes a folder: choose another out=")
     if out.is_dir() and (is_file or not (out / "export.json").is_file()) and any(out.iterdir()):
         raise UserError(f"out={out}: a folder that no export wrote: choose another out=")
 
@@ -165,6 +169,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         UserError: no model, or one that the format cannot hold.
         ParityError: what was written is not the model; nothing is left of it.
     """
+    if config.share is not None:
+        check_repository(config.share)
     source = open_source(find_model(config.checkpoint))
     target = _target(config)
     impossible = problems(target, source.config, source.quant)
@@ -178,7 +184,12 @@ def export(config: ExportConfig) -> dict[str, Any]:
     runs_there = config.format not in ("latent", "packed") or (
         transformers_runs(source.quant, config.format == "packed") and network_type(source.config) != "bitnet_lit"
     )
-    report: dict[str, Any] = {"out": str(out), "format": config.format, "target": target}
+    report: dict[str, Any] = {
+        "out": str(out),
+        "format": config.format,
+        "target": target,
+        "runs_in_transformers": runs_there and config.format in ("latent", "packed"),
+    }
     try:
         with _atomic(out, is_file) as temporary:
             rows, artefact = WRITERS[config.format](config, source, temporary)
@@ -197,4 +208,6 @@ def export(config: ExportConfig) -> dict[str, Any]:
     except ParityError as error:
         raise ParityError(f"{out}: not written, it would not be the model: {error}") from None
     print_report(report, Console())
+    if config.share is not None:
+        print(f"shared: {share(config.share, source, report)}")
     return report

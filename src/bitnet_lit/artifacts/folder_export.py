@@ -37,7 +37,7 @@ def packed_tensors(source: Source, dtype: torch.dtype) -> Iterator[LazyTensor]:
 def round_keeping_codes(weight: Tensor, source: Source) -> Tensor:
     """bfloat16 latent weights whose codes are those of the float32 ones.
 
-    Rounding moves a weight by up to 1/512 of itself, and the scale with it, so a weight that lies on a rounding border
+    Rounding moves a weight by up to 1/256 of itself, and the scale with it, so a weight that lies on a rounding border
     can change its code. Such weights are moved on to the next bfloat16 number on their side of the border.
 
     Args:

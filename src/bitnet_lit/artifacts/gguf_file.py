@@ -26,6 +26,7 @@ from bitnet_lit.artifacts.source import EMBEDDING, HEAD, Source
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.errors import UserError, needs_extra
+from bitnet_lit.quant.functional import SCALE_MIN
 
 ROWS_AT_ONCE = 4096  # of a large matrix: bounds the memory of a conversion
 LAYER_NAMES = {
@@ -194,6 +195,12 @@ def write_gguf(source: Source, path: Path, type: str, embeddings: str) -> dict[s
     return stored
 
 
+def _scale(values: Tensor) -> Tensor:
+    """The scale of a dequantized projection: its largest magnitude, or, where all codes are 0, the smallest scale."""
+    largest = values.abs().max()
+    return largest if largest > 0 else torch.tensor(SCALE_MIN)
+
+
 class GgufReader:
     """A GGUF file as `gguf` reads and dequantizes it, under our names, rows in our order.
 
@@ -225,9 +232,9 @@ class GgufReader:
     def read(self, name: str) -> Tensor:
         """A dense tensor, the codes of a projection, or (name + "_scale") their scale; float32."""
         if name.endswith("_scale"):
-            return self._dequantized(name.removesuffix("_scale")).abs().max().reshape(1)
+            return _scale(self._dequantized(name.removesuffix("_scale"))).reshape(1)
         values = self._dequantized(name)
-        return values / values.abs().max() if name in self._source.quantized else values
+        return values / _scale(values) if name in self._source.quantized else values
 
 
 def reopened(path: Path, source: Source) -> Source:

@@ -20,10 +20,16 @@ BLOCK, GROUP = 256, 16
 def quantize_q6_k(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
     """float32 (R, I) with I a multiple of 256 -> uint8 (R, I / 256 * 210)."""
     groups = rows.reshape(-1, BLOCK // GROUP, GROUP)
-    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
-    scale = largest / -32  # the largest magnitude becomes exactly -32
+    below, above = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    # The sign of the scale lets the largest magnitude become -32; of the other sign 31 is the last, half a step more
+    # is still rounded to it.
+    scale = np.where(above >= -below, -np.maximum(above / 32, below / -31.5), np.maximum(below / -32, above / 31.5))
     top = np.take_along_axis(scale, np.abs(scale).argmax(1, keepdims=True), 1)
-    d = (top / -128).astype(np.float16)
+    exact = top / -128
+    d = exact.astype(np.float16)
+    # Away from zero, so that the largest scale's code fits into 8 bits however few bits a small d has.
+    d = np.where(np.abs(d) < np.abs(exact), np.nextafter(d, np.copysign(np.float16(np.inf), exact)), d)
+    d = d.astype(np.float16)
     wide = d.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes_of_scales = np.where(wide == 0, 0, np.clip(np.rint(scale / wide), -128, 127))

@@ -37,6 +37,11 @@ def _transformers(config: ModelConfig, quant: QuantConfig, packed: bool) -> list
         found += [
             f"{key}={size}: four rows share a byte: take a multiple of 4" for key, size in rows.items() if size % 4
         ]
+        if config.qkv_bias and quant.name != "none":
+            found.append(
+                "model.qkv_bias=true: transformers multiplies the bias by the scale of packed codes too: take "
+                "format=latent"
+            )
     if not transformers_runs(quant, packed):
         rule = f"quant={quant.name}, {quant.weight_scale}, {quant.activation_bits} bits, skip={quant.skip}"
         remedy = "packed codes run there" if transformers_runs(quant, True) else "take 8 bits and skip=[lm_head]"

@@ -131,7 +131,7 @@ def compare_tensors(source: Source, artefact: Source, rows: list[TensorRow]) -> 
             if differing := int((codes != found).sum()):
                 raise ParityError(f"{row.name}: {differing} of {codes.numel()} codes differ")
             row.error = float((found_scale / scale - 1).abs())
-            # A latent weight in bfloat16 keeps its codes, but its mean is that of rounded numbers.
+            # A latent weight in bfloat16 keeps its codes, but its scale is the mean or median of rounded numbers.
             bound = {"f32": 0.0, "bf16": 2.0**-8, "u8": 2.0**-23}.get(row.kind, SCALE_ERROR)
         else:
             expected, stored = source.dequantized(row.name), artefact.tensor(row.name)
@@ -173,6 +173,8 @@ def _transformers_logits(folder: Path, ids: Tensor) -> Tensor:
     # Its BitNet functions are compiled; compiling would take longer than running them once.
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()  # of a quantized model it leaves what is stored in bfloat16
         return model(ids).logits.float()
 
 
@@ -204,7 +206,15 @@ def _other_tools(source: Source, artefact: Source, target: str) -> Iterator[tupl
     elif size > WHOLE_MODEL_BYTES:
         yield name, f"not run: {size / 2**30:.1f} GiB of float32 weights"
     else:
-        yield name, run(artefact.path, ids)
+        try:
+            result = run(artefact.path, ids)
+        except ImportError as error:  # a part of it is missing
+            yield name, f"not installed ({error})"
+            return
+        except Exception as error:  # whatever it raises: a file that it cannot run is none for it
+            reason = " ".join(str(error).split())[:200]
+            raise ParityError(f"{name} cannot run it: {type(error).__name__}: {reason}") from None
+        yield name, result
 
 
 def verify(source: Source, artefact: Source, rows: list[TensorRow], target: str, runs_there: bool) -> dict[str, object]:

@@ -140,6 +140,17 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def recipe(config: TrainConfig, plan: Plan) -> dict[str, str]:
+    """How a model was trained, in a few lines of plain text: what its model card says."""
+    optim = config.optim
+    rates = f"{optim.name}, peak {optim.learning_rate:g}, weight decay {optim.weight_decay:g}"
+    return {
+        "training": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all",
+        "optimizer": f"{rates}, {config.schedule.name}, seed {config.seed}",
+        "started from": config.init_from or "random weights",
+    }
+
+
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train a model; everything it leaves lies in `config.run_dir`.
 
@@ -176,6 +187,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "data_dir": str(Path(config.data.dir or "").absolute()),
         "sequence_length": length,
         "seed": config.seed,
+        "recipe": recipe(config, plan),
     }
     callbacks = build_callbacks(config, plan, run_dir, tokenizer, facts)
     loggers = build_loggers(config, run_dir, resume_step)

@@ -1,0 +1,114 @@
+"""Sharing: an export and its model card to the Hugging Face hub, in one commit.
+
+The card says what the model is, what it was trained on and how, what the comparison with its source found, and how to
+run this very artefact. Everything in it is read from the model's config.json and the export's report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bitnet_lit.artifacts.source import Source
+from bitnet_lit.errors import UserError, needs_extra
+
+NAMES = {"b158": "ternary weights (b1.58: -1, 0, +1)", "b1": "binary weights (b1: -1, +1)", "none": "dense weights"}
+
+
+def _how_to_run(repository: str, file: str, format: str, runs_in_transformers: bool) -> Iterator[str]:
+    """A block of code for each tool that runs the artefact."""
+    if format == "gguf":
+        yield f"```sh\nllama-cli -hf {repository} -p 'Once upon a time'   # llama.cpp\n```"
+        return
+    if format == "llama2c":
+        yield "```sh\n./run model.bin -z tokenizer.bin   # llama2.c\n```"
+    if runs_in_transformers:
+        yield (
+            "```python\nfrom transformers import AutoModelForCausalLM  # with the package accelerate\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{repository}")\n```'
+        )
+    checkpoint = f"<downloaded>/{file}" if format == "llama2c" else repository
+    yield (
+        f'```sh\npython -m bitnet_lit.infer checkpoint={checkpoint} prompt="Once upon a time"\n```\n\n'
+        f'```python\nimport bitnet_lit\n\nprint(bitnet_lit.load("{checkpoint}").generate("Once upon a time"))\n```'
+    )
+
+
+def model_card(repository: str, source: Source, report: dict[str, Any]) -> str:
+    """README.md of the shared model; YAML in front, as the hub reads it."""
+    config, info = source.config, source.info
+    runs = report["runs_in_transformers"]
+    yaml = ["library_name: transformers"] if runs else []
+    yaml += ["pipeline_tag: text-generation", "tags:", "- bitnet", f"- {source.quant.name}", f"- {report['format']}"]
+    sizes = report["sizes"]
+    rows = {
+        "weights": NAMES[source.quant.name],
+        "network": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, feed-forward "
+        f"{config.intermediate_size}, {config.num_attention_heads} heads ({config.num_kv_heads} of keys and values), "
+        f"context {config.max_position_embeddings}, vocabulary {config.vocab_size}",
+        "parameters": f"{sizes['parameters']:,}",
+        "size": f"{sizes['bytes'] / 1e6:,.1f} MB, {sizes['bits_per_weight']:.2f} bits a weight with embeddings",
+    }
+    if "data_dir" in info:
+        rows["data"] = Path(info["data_dir"]).name
+    rows |= {key: str(value) for key, value in info.get("recipe", {}).items()}
+    rows |= {name: f"{value:.4f}" for name, value in info.get("metrics", {}).items()}
+    for reader, found in report["parity"].items():
+        if isinstance(found, dict):
+            rows[f"checked with {reader}"] = (
+                f"loss differs by {found['loss_difference']:+.1e} on {report['parity']['text_tokens']} tokens"
+            )
+    lines = ["---", *yaml, "---", "", f"# {repository.split('/')[-1]}", ""]
+    lines += [f"A 1.58-bit language model ({source.quant.name})." if source.quant.name == "b158" else ""]
+    lines += ["", "| | |", "|--|--|", *(f"| {key} | {value} |" for key, value in rows.items()), "", "## Run it", ""]
+    file = "model.bin" if report["format"] == "llama2c" else ""
+    lines += ["\n\n".join(_how_to_run(repository, file, report["format"], runs)), ""]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def check_repository(repository: str) -> None:
+    """Refuse a name that is none, before anything is written.
+
+    Raises:
+        UserError: not owner/name, or the hub's package is missing.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"share={repository}: must be owner/name")
+    with needs_extra("huggingface_hub", f"share={repository}"):
+        import huggingface_hub  # noqa: F401
+
+
+def share(repository: str, source: Source, report: dict[str, Any]) -> str:
+    """Upload an export with its card; makes the repository where there is none.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: not logged in, no right to write there, or no connection; the export itself stays.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    out = Path(report["out"])
+    files = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out]
+    operations: list[Any] = [
+        huggingface_hub.CommitOperationAdd(
+            path_in_repo=file.relative_to(out).as_posix() if out.is_dir() else file.name, path_or_fileobj=file
+        )
+        for file in files
+    ]
+    card = model_card(repository, source, report).encode()
+    operations.append(huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
+    api = huggingface_hub.HfApi()
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.create_commit(repository, operations=operations, commit_message=f"{report['format']} export")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"share={repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}: the export is in "
+            f"{out}; log in with `hf auth login` (or set HF_TOKEN) and run the same command again"
+        ) from None
+    return str(address)
