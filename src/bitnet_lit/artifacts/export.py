@@ -102,8 +102,8 @@ def _sizes(source: Source, rows: list[TensorRow]) -> dict[str, float]:
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The table of tensors (those of all layers in one line, with their largest error), sizes, and what was compared."""
-    table = Table(title=report["out"], box=box.SIMPLE)
+    """The table of tensors (those of all layers in one line, with their largest error), sizes, what was compared."""
+    table = Table(title=report["out"], box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("tensor", "n", "kind", "bits", "bytes", "error"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("tensor", "kind") else "right")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -224,8 +224,11 @@ class GgufReader:
     def _dequantized(self, name: str) -> Tensor:
         tensor = self._tensors[their_name(name)]
         shape = tuple(map(int, reversed(tensor.shape)))
-        values = _gguf().quants.dequantize(tensor.data, tensor.tensor_type)
-        rows = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
+        rows = torch.empty(shape)
+        data = tensor.data.reshape(shape[0], -1)  # a row of bytes for each row of values; a vector's are its values
+        for start in range(0, len(data), ROWS_AT_ONCE):
+            part = _gguf().quants.dequantize(data[start : start + ROWS_AT_ONCE], tensor.tensor_type)
+            rows[start : start + ROWS_AT_ONCE] = torch.from_numpy(np.array(part)).reshape(-1, *shape[1:])
         heads = _heads(name, self._source.config)
         return deinterleave(rows, heads) if heads else rows
 

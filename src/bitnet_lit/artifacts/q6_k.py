@@ -28,8 +28,7 @@ def quantize_q6_k(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
     exact = top / -128
     d = exact.astype(np.float16)
     # Away from zero, so that the largest scale's code fits into 8 bits however few bits a small d has.
-    d = np.where(np.abs(d) < np.abs(exact), np.nextafter(d, np.copysign(np.float16(np.inf), exact)), d)
-    d = d.astype(np.float16)
+    d = np.where(np.abs(d) < np.abs(exact), np.nextafter(d, (exact * np.inf).astype(np.float16)), d)
     wide = d.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes_of_scales = np.where(wide == 0, 0, np.clip(np.rint(scale / wide), -128, 127))

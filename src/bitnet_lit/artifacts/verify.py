@@ -29,6 +29,7 @@ from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
 from bitnet_lit.quant import convert_linears
 
 TEXT_TOKENS = 256
+ROWS_AT_ONCE = 4096
 WHOLE_MODEL_BYTES = 2 * 2**30  # larger models are not loaded whole into another tool to be checked
 
 # Largest error of a stored value, relative to the largest magnitude in its tensor: half a step of the type. Q8_0 has
@@ -118,6 +119,15 @@ def loss_of(logits: Tensor, ids: Tensor) -> float:
     return float(next_token_loss(logits[:, :-1], ids[:, 1:]))
 
 
+def largest_error(expected: Tensor, stored: Tensor) -> float:
+    """Largest difference over the largest magnitude; some rows at a time, for the sake of memory."""
+    low, high = map(float, expected.aminmax())
+    parts = zip(expected.split(ROWS_AT_ONCE), stored.split(ROWS_AT_ONCE), strict=True)
+    # `max` of Python would lose a NaN, which must not pass for equal.
+    worst = torch.stack([(a - b).abs().max() for a, b in parts]).max()
+    return float(worst) / (max(-low, high) or 1.0)
+
+
 def compare_tensors(source: Source, artefact: Source, rows: list[TensorRow]) -> None:
     """Fill in the errors of `rows`.
 
@@ -134,9 +144,7 @@ def compare_tensors(source: Source, artefact: Source, rows: list[TensorRow]) -> 
             # A latent weight in bfloat16 keeps its codes, but its scale is the mean or median of rounded numbers.
             bound = {"f32": 0.0, "bf16": 2.0**-8, "u8": 2.0**-23}.get(row.kind, SCALE_ERROR)
         else:
-            expected, stored = source.dequantized(row.name), artefact.tensor(row.name)
-            largest = float(expected.abs().max()) or 1.0
-            row.error = float((stored - expected).abs().max()) / largest
+            row.error = largest_error(source.dequantized(row.name), artefact.tensor(row.name))
             bound = ERROR_BOUNDS[row.kind]
         if not row.error <= bound:
             raise ParityError(f"{row.name}: error {row.error:.3g} of its largest value, {row.kind} rounds {bound:.3g}")
@@ -149,11 +157,12 @@ def _differences(name: str, ours: Tensor, theirs: Tensor, ids: Tensor) -> dict[s
         ParityError: they are not of the same model.
     """
     spread = float(ours.std())
+    difference = (ours - theirs).abs_()
     figures = {
         "loss": loss_of(theirs, ids),
         "loss_difference": loss_of(theirs, ids) - loss_of(ours, ids),
-        "mean_logit_difference": float((ours - theirs).abs().mean()) / spread,
-        "max_logit_difference": float((ours - theirs).abs().max()) / spread,
+        "mean_logit_difference": float(difference.mean()) / spread,
+        "max_logit_difference": float(difference.max()) / spread,
         "same_likeliest_token": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }
     close = figures["mean_logit_difference"] <= LOGIT_ERROR and abs(figures["loss_difference"]) <= LOSS_ERROR
