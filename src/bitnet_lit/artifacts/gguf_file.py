@@ -28,7 +28,7 @@ from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.errors import UserError, needs_extra
 from bitnet_lit.quant.functional import SCALE_MIN
 
-ROWS_AT_ONCE = 4096  # of a large matrix: bounds the memory of a conversion
+ROWS_AT_ONCE = 1024  # of a large matrix: bounds the memory of a conversion
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.artifacts.model_folder import CONFIG_NAME, folder_tokenizer
-from bitnet_lit.artifacts.source import SafetensorsReader, Source, safetensors_files
+from bitnet_lit.artifacts.source import LONGEST_CONTEXT, SafetensorsReader, Source, safetensors_files
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.errors import UserError
 
 KNOWN_TYPES = ("bitnet", "llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
-LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
 
 
 def _refuse(raw: dict[str, Any]) -> None:
@@ -39,10 +38,9 @@ def _refuse(raw: dict[str, Any]) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise UserError(f"rotary positions of type {rope_type}: only the default ones are known here")
-    if raw["model_type"] == "qwen2":
-        if raw.get("use_sliding_window"):
-            raise UserError("use_sliding_window=true: attention here sees the whole context")
-    elif raw.get("attention_bias"):
+    if raw.get("use_sliding_window"):
+        raise UserError("use_sliding_window=true: attention here sees the whole context")
+    if raw["model_type"] != "qwen2" and raw.get("attention_bias"):
         raise UserError("attention_bias=true: biases are known on q, k and v of qwen2 only")
     if raw.get("mlp_bias"):
         raise UserError("mlp_bias=true: the feed-forward layer here has no biases")
@@ -87,7 +85,10 @@ def _quant(raw: dict[str, Any]) -> tuple[QuantConfig, bool]:
         raise UserError("quantization_config.use_rms_norm=true: a norm inside each projection is not known here")
     skip = quantization.get("modules_to_not_convert")
     skip = ["lm_head"] if skip is None else list(skip)
-    return QuantConfig(name="b158", skip=skip), quantization.get("linear_class", "bitlinear") == "bitlinear"
+    linear_class, mode = quantization.get("linear_class", "bitlinear"), quantization.get("quantization_mode", "offline")
+    if raw["model_type"] == "qwen2" and (linear_class, mode) == ("autobitlinear", "offline"):
+        raise UserError("quantized qwen2: its biases are multiplied by the scale of the codes, which is not known here")
+    return QuantConfig(name="b158", skip=skip), linear_class == "bitlinear"
 
 
 def open_hub_folder(folder: Path, raw: dict[str, Any]) -> Source:

@@ -20,15 +20,15 @@ BLOCK, GROUP = 256, 16
 def quantize_q6_k(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
     """float32 (R, I) with I a multiple of 256 -> uint8 (R, I / 256 * 210)."""
     groups = rows.reshape(-1, BLOCK // GROUP, GROUP)
-    below, above = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    # The sign of the scale lets the largest magnitude become -32; of the other sign 31 is the last, half a step more
-    # is still rounded to it.
-    scale = np.where(above >= -below, -np.maximum(above / 32, below / -31.5), np.maximum(below / -32, above / 31.5))
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
+    opposite = (groups * -np.sign(largest)).max(-1, keepdims=True)
+    # The largest magnitude becomes -32. Of the other sign 31 is the last, which stands for up to 31.5 steps.
+    scale = np.copysign(np.maximum(np.abs(largest) / 32, opposite / 31.5), -largest)
     top = np.take_along_axis(scale, np.abs(scale).argmax(1, keepdims=True), 1)
-    exact = top / -128
+    exact = top / -127.5  # in the same way: codes of scales are -128..127
     d = exact.astype(np.float16)
-    # Away from zero, so that the largest scale's code fits into 8 bits however few bits a small d has.
-    d = np.where(np.abs(d) < np.abs(exact), np.nextafter(d, (exact * np.inf).astype(np.float16)), d)
+    # Away from zero: the largest scale must not be cut off where d is so small that it has few bits.
+    d = np.where(np.abs(d) < np.abs(exact), np.nextafter(d, np.copysign(np.float16(np.inf), d)), d)
     wide = d.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes_of_scales = np.where(wide == 0, 0, np.clip(np.rint(scale / wide), -128, 127))

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,8 @@ from bitnet_lit.quant.functional import quantize_weight
 from bitnet_lit.quant.packing import CODES_PER_BYTE, unpack_codes
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LARGEST_SIZE = 2**24  # of any axis; what a damaged file says beyond it must not ask for memory
+LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
 
 
 class TensorReader(Protocol):
@@ -106,6 +108,27 @@ def safetensors_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: cannot be used ({type(error).__name__}: {error}): copy it again") from None
 
 
+def _check_types(config: ModelConfig | QuantConfig) -> None:
+    """Refuse values that a config.json can hold and a config cannot: `true` for a number, NaN, 10**12 layers.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for key, kind in get_type_hints(type(config)).items():
+        value, options = getattr(config, key), get_args(kind) or (kind,)
+        if kind == list[str]:
+            fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        elif int in options:
+            fits = value is None if type(None) in options else False
+            fits = fits or (type(value) is int and value <= LARGEST_SIZE)
+        elif kind is float:
+            fits = type(value) in (int, float) and abs(value) < float("inf")
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
+            raise UserError(f"{key}={value!r}: no value for it, or beyond what a model has: copy it again")
+
+
 @dataclass
 class Source:
     """One model on disk.
@@ -133,6 +156,16 @@ class Source:
 
     def __post_init__(self) -> None:
         stored = self.reader.shapes()
+        try:
+            _check_types(self.config)
+            _check_types(self.quant)
+            if self.config.attention_size > LARGEST_SIZE or self.config.max_position_embeddings > LONGEST_CONTEXT:
+                raise UserError(
+                    f"{self.config.num_attention_heads} heads of {self.config.head_size}, a context of "
+                    f"{self.config.max_position_embeddings}: beyond what a model has: copy it again"
+                )
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
         layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
         if len(layers) != self.config.num_hidden_layers:
             # Said before a network of that many layers is laid out.

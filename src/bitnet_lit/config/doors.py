@@ -59,6 +59,8 @@ class InferConfig:
     checkpoint: str | None = None
     """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
     newest run below outputs/."""
+    tokenizer: str | None = None
+    """Of a checkpoint that comes without one: a SentencePiece model or a tokenizer.json."""
     max_new_tokens: int = 256
     """At most; the context ends a text too."""
     temperature: float = 0.8

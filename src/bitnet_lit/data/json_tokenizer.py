@@ -58,7 +58,7 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path}: cannot be read ({error.strerror}): give an existing one") from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-            self._byte_level = '"ByteLevel"' in json.dumps(json.loads(content).get("decoder"))
+            self.is_byte_level = '"ByteLevel"' in json.dumps(json.loads(content).get("decoder"))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the Rust library is no Exception
@@ -104,7 +104,7 @@ class JsonTokenizer(Tokenizer):
         piece = self._tokenizer.id_to_token(token)
         if piece is None or token in self._special:
             return b""
-        if self._byte_level:
+        if self.is_byte_level:
             table = _byte_of_character()
             if all(character in table for character in piece):
                 return bytes(table[character] for character in piece)
@@ -134,7 +134,7 @@ class JsonStreamDecoder:
     def __init__(self, tokenizer: JsonTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._pending = b""
-        # Only a text's first piece can lose the space it starts with, and only where decoding takes it away.
+        # Only a text's first piece can lose spaces it starts with: decoding says which.
         self._at_start = not any(tokenizer.piece_bytes(int(token)) for token in prompt_ids)
 
     def feed(self, token: int) -> str:
@@ -142,8 +142,8 @@ class JsonStreamDecoder:
         piece = self._tokenizer.piece_bytes(token)
         if self._at_start and piece:
             self._at_start = False
-            if piece[:1] == b" " and not self._tokenizer.decode([token]).startswith(" "):
-                piece = piece[1:]
+            if b" " in piece and not self._tokenizer.is_byte_level:
+                piece = self._tokenizer.decode([token]).encode()
         data = self._pending + piece
         for kept in range(min(3, len(data)) + 1):  # a character takes four bytes at most
             try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from bitnet_lit.artifacts.locate import load_model
 from bitnet_lit.artifacts.source import LoadedModel
 from bitnet_lit.config import ModelConfig
+from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
@@ -38,7 +39,9 @@ class LanguageModel:
 
     def _checked(self) -> Generator:
         if self.folder.tokenizer is None:
-            raise UserError(f"{self.folder.path}: has no tokenizer.model: put the one of its data there")
+            raise UserError(
+                f"{self.folder.path}: has no tokenizer.model: put the one of its data there, or give tokenizer="
+            )
         return self.generator
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
@@ -55,12 +58,14 @@ class LanguageModel:
         return self._engine.model(ids.to(self._engine.device)).float().cpu()
 
 
-def load(path: str | Path | None = None, device: str = "cpu") -> LanguageModel:
+def load(path: str | Path | None = None, device: str = "cpu", tokenizer: str | Path | None = None) -> LanguageModel:
     """Open a model.
 
     Args:
-        path: run folder, model folder, or a file in one; None: the newest run below outputs/.
+        path: run folder, model folder, llama2.c's .pt or .bin, or a model of the Hugging Face hub (owner/name); None:
+            the newest run below outputs/.
         device: cpu, cuda or mps.
+        tokenizer: of a model that comes without one: a SentencePiece model or a tokenizer.json.
 
     Raises:
         UserError: no model there, or no such device.
@@ -68,4 +73,7 @@ def load(path: str | Path | None = None, device: str = "cpu") -> LanguageModel:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(device.split(":")[0], False):
         raise UserError(f"device={device}: not available on this machine: take device=cpu")
-    return LanguageModel(load_model(path), torch.device(device))
+    model = load_model(path)
+    if tokenizer is not None:
+        model.tokenizer = open_tokenizer(tokenizer)
+    return LanguageModel(model, torch.device(device))

@@ -6,17 +6,21 @@ Keys are stored after rotation, so their positions are baked in and the cache is
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_lit.config import ModelConfig
 
+FIRST_POSITIONS = 256
+
 
 class KVCache:
-    """Preallocated keys and values of every layer, filled from position 0.
+    """Keys and values of every layer, filled from position 0; room grows by doubling, up to the context.
 
     Attributes:
-        keys, values: (layers, batch, kv_heads, max_length, head_dim).
+        keys, values: (layers, batch, kv_heads, room, head_dim).
         length: positions filled so far.
+        max_length: positions there can be.
     """
 
     def __init__(
@@ -27,15 +31,18 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (config.num_hidden_layers, batch_size, config.num_kv_heads, max_length, config.head_size)
+        room = min(FIRST_POSITIONS, max_length)  # a context can be long, and a text short
+        shape = (config.num_hidden_layers, batch_size, config.num_kv_heads, room, config.head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_length = max_length
         self.length = 0
 
-    @property
-    def max_length(self) -> int:
-        """Positions there is room for."""
-        return self.keys.shape[3]
+    def _grow(self, needed: int) -> None:
+        room = self.keys.shape[3]
+        more = min(max(needed, 2 * room), self.max_length) - room
+        self.keys = F.pad(self.keys, (0, 0, 0, more))
+        self.values = F.pad(self.values, (0, 0, 0, more))
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new positions of one layer; (B, kv_heads, T, head_dim) in, (B, kv_heads, length + T, head_dim) out.
@@ -44,6 +51,8 @@ class KVCache:
         """
         end = self.length + key.shape[2]
         assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
+        if end > self.keys.shape[3]:
+            self._grow(end)
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

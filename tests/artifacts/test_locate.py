@@ -1,0 +1,130 @@
+"""Doors in: what `checkpoint=` may be, and what a training config hears about the doors out."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from bitnet_lit.artifacts.llama2c_file import write_bin
+from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.cli import compose
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.load import load
+from bitnet_lit.training.run import train
+from tests.support import TINY_RUN, run_door, tiny_model
+
+
+def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, tokenizer):
+    """As `huggingface_hub` lays it out; with HF_HUB_OFFLINE=1 (conftest) it looks nowhere else."""
+    cached = tmp_path / "hub" / "models--me--story"
+    save_model_folder(cached / "snapshots" / "abc", tiny_model(), QuantConfig(), tokenizer)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    script = "import bitnet_lit, sys; print(bitnet_lit.load(sys.argv[1]).config.hidden_size)"
+    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def opened(name):
+        command = [sys.executable, "-c", script, name]
+        return subprocess.run(command, capture_output=True, text=True, env={**__import__("os").environ, **environment})
+
+    assert opened("me/story").stdout.strip() == "32"
+    assert "the hub says" in opened("me/other").stderr
+
+
+def test_llama2cs_file_tells_a_story_with_a_given_tokenizer(tmp_path, tokenizer):
+    model = tiny_model("none", sub_norm=False, vocab_size=tokenizer.vocab_size)
+    save_model_folder(tmp_path / "plain", model, QuantConfig(name="none"), None)
+    write_bin(open_source(tmp_path / "plain"), tmp_path)
+    arguments = [f"checkpoint={tmp_path / 'model.bin'}", "max_new_tokens=5", "temperature=0"]
+    without = run_door("infer", *arguments, cwd=tmp_path, check=False)
+    assert without.returncode == 2 and "give tokenizer=" in without.stderr
+    given = run_door("infer", *arguments, f"tokenizer={tokenizer.path}", cwd=tmp_path)
+    assert given.stdout.startswith("Once upon a time")
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.model")
+    assert run_door("infer", *arguments, cwd=tmp_path).stdout == given.stdout
+    ids = torch.tensor([[1, 5, 9]])
+    # the same numbers in another order of rows; float32 sums differ in the last bits
+    torch.testing.assert_close(load(tmp_path / "model.bin").logits(ids), load(tmp_path / "plain").logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["model.hidden_act=relu2", "model.hidden_size=256", "model.intermediate_size=512"], "take hidden_act=silu"),
+        (["model=llama2c_15m", "model.intermediate_size=768"], "hidden_size=288.*take 256, or type=f16"),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_read(tmp_path, overrides, remedy):
+    with pytest.raises(UserError, match=remedy):
+        train(compose("train", [f"run_dir={tmp_path}", "data.dir=nowhere", "export.targets=[gguf_tq2_0]", *overrides]))
+    with pytest.raises(UserError, match="must be one of hf, packed"):
+        compose("train", ["run_dir=x", "export.targets=[floppy]"])
+
+
+def test_the_advice_names_every_target_and_remedy(tmp_path):
+    told = run_door("export", "--advise", "model=llama2c_15m", "model.sub_norm=false", cwd=tmp_path).stdout
+    for target in ("hf", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c"):
+        assert target in told
+    assert "take 256" in told and told.count("yes") >= 3
+    refused = run_door("export", "--advise", "modell=15m", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "did you mean" in refused.stderr
+
+
+def test_packed_codes_cannot_be_trained_further(tmp_path, shards, tokenizer):
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
+    run_door("export", "checkpoint=model", "format=packed", "verify=false", cwd=tmp_path)
+    overrides = [f"run_dir={tmp_path / 'run'}", f"init_from={tmp_path / 'model-packed'}", f"data.dir={shards}"]
+    with pytest.raises(UserError, match="packed codes cannot be trained"):
+        train(compose("train", [*overrides, *TINY_RUN]))
+
+
+PEAK = """
+    import math, resource, sys, threading, time
+    import torch, gguf, transformers
+    from bitnet_lit.artifacts import export, verify
+    from bitnet_lit.config import ExportConfig
+
+    verify._other_tools = lambda *arguments: iter(())  # they load the whole model, where it is small enough
+
+    def resident():
+        return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+
+    base, peak, done = resident(), 0.0, threading.Event()
+    def watch():
+        global peak
+        while not done.wait(0.005):
+            peak = max(peak, resident())
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    report = export.export(ExportConfig(checkpoint="model", format=sys.argv[1], type="tq2_0"))
+    done.set()
+    watcher.join()
+    print(peak - base, max(math.prod(t["shape"]) * 4 for t in report["tensors"]) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("format", ["packed", "gguf"])
+def test_an_export_needs_the_memory_of_two_tensors(tmp_path, tokenizer, format):
+    """245 MB of weights, the largest tensor 131 MB: two of them and 200 MB, comparison included."""
+    model = tiny_model(
+        "b158",
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=3,
+        vocab_size=32000,
+        max_position_embeddings=64,
+    )
+    save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK), format], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    rise, largest = map(float, result.stdout.split("\n")[-2].split())
+    assert rise < 2 * largest + 200
