@@ -6,7 +6,7 @@ layers in any network.
 
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.quant.bit_linear import BitLinear
-from bitnet_lit.quant.convert import convert_linears, pack_linears
+from bitnet_lit.quant.convert import convert_linears, pack_linears, uncalled_linears
 from bitnet_lit.quant.packing import PackedBitLinear
 
-__all__ = ["BitLinear", "PackedBitLinear", "QuantConfig", "convert_linears", "pack_linears"]
+__all__ = ["BitLinear", "PackedBitLinear", "QuantConfig", "convert_linears", "pack_linears", "uncalled_linears"]
