@@ -87,6 +87,12 @@ class InferConfig:
     """Print nothing but the text, on a terminal too."""
     device: str = "cpu"
     """cpu, cuda or mps."""
+    engine: str = "auto"
+    """cpu (compiled code), torch, or auto: cpu where it can run the model."""
+    threads: int | None = None
+    """Of the cpu engine. null: one on each physical core."""
+    head: str = "int8"
+    """Of the cpu engine: int8 (its rows rounded to 8 bits) or float (exact, slower)."""
 
     def __post_init__(self) -> None:
         positive(
@@ -94,7 +100,10 @@ class InferConfig:
             max_new_tokens=self.max_new_tokens,
             num_samples=self.num_samples,
             repeat_penalty=self.repeat_penalty,
+            threads=self.threads,
         )
+        one_of("engine", self.engine, ("auto", "cpu", "torch"))
+        one_of("head", self.head, ("int8", "float"))
         one_of("device", self.device, ("cpu", "cuda", "mps"))
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")

@@ -68,9 +68,12 @@ def infer(config: InferConfig) -> list[str]:
     fancy = sys.stdout.isatty() and not config.quiet
     # One line, not Python's file, line and source, for the notice about long prompts.
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-    model = load(config.checkpoint, config.device, config.tokenizer)
+    model = load(config.checkpoint, config.device, config.tokenizer, config.engine, config.threads, config.head)
     if fancy:
-        print(f"{DIM}{model.folder.path}, {model.config.name}, {model.folder.quant.name}{PLAIN}", file=sys.stderr)
+        print(
+            f"{DIM}{model.source.path}, {model.config.name}, {model.source.quant.name}, {model.engine.name}{PLAIN}",
+            file=sys.stderr,
+        )
     texts = []
     try:
         if config.interactive:

@@ -10,6 +10,8 @@ from torch import Tensor
 class Engine(Protocol):
     """What generation needs of an engine. One instance serves one text at a time."""
 
+    name: str
+    """What it is, in a few words."""
     max_length: int
     """The context, in tokens."""
 

@@ -22,6 +22,7 @@ class TorchEngine:
     """
 
     def __init__(self, model: CausalLM, pack: bool = True) -> None:
+        self.name = "PyTorch"
         self.device = model.model.embed_tokens.weight.device
         if pack:
             model = copy.deepcopy(model)

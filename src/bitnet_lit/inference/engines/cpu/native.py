@@ -1,0 +1,69 @@
+"""The compiled engine from Python: its structures, and one `ctypes` function for each of its calls."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+from bitnet_lit.inference.engines.cpu.build import library_path
+
+
+class Shape(ctypes.Structure):
+    """`struct Shape` of engine.cpp."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context")),
+        *((name, c_int32) for name in ("relu2", "sub_norm", "head_int8", "threads")),
+        ("eps", c_float),
+        ("rope_theta", c_float),
+    )
+
+
+class Linear(ctypes.Structure):
+    """`struct Linear`: packed codes and their scale."""
+
+    _fields_ = (("packed", c_void_p), ("scale", c_float))
+
+
+NORMS = ("input_norm", "attn_norm", "post_norm", "ffn_norm")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Layer(ctypes.Structure):
+    """`struct Layer`: norms (NULL where there is none) and projections."""
+
+    _fields_ = (*((name, c_void_p) for name in NORMS), *((name, Linear) for name in LINEARS))
+
+
+class Weights(ctypes.Structure):
+    """`struct Weights`: what is no layer."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("embedding", "norm", "head", "head_codes", "head_scales"))
+
+
+@cache
+def library() -> Any:
+    """The loaded library, its functions typed.
+
+    Raises:
+        NoCompilerError: it cannot be compiled here.
+    """
+    loaded = ctypes.CDLL(str(library_path()))
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "bitnet_simd": (c_char_p, []),
+        "bitnet_packed_bytes": (c_int64, [c_int, c_int]),
+        "bitnet_pack": (None, [c_void_p, c_int, c_int, c_void_p]),
+        "bitnet_multiply": (None, [c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
+        "bitnet_new": (c_void_p, [POINTER(Shape), POINTER(Layer), POINTER(Weights)]),
+        "bitnet_free": (None, [c_void_p]),
+        "bitnet_cache_new": (c_void_p, []),
+        "bitnet_cache_free": (None, [c_void_p]),
+        "bitnet_cache_truncate": (None, [c_void_p, c_int]),
+        "bitnet_step": (None, [c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded

@@ -1,0 +1,195 @@
+"""The native engine: integers equal to the reference, logits and text equal to the PyTorch engine's, fallback."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bitnet_lit
+from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.source import load
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.engines.cpu import native
+from bitnet_lit.inference.engines.cpu.build import NoCompilerError, library_path
+from bitnet_lit.inference.engines.cpu.engine import BLOCK, Cache, CpuEngine, NativeModel, pack, quantize_head, supports
+from tests.support import tiny_config, tiny_model
+
+try:
+    library_path()
+    NO_COMPILER = None
+except NoCompilerError as error:
+    NO_COMPILER = str(error)
+needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=f"the engine cannot be compiled: {NO_COMPILER}")
+
+
+@needs_compiler
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 21),
+    inputs=st.sampled_from([1, 3, 63, 64, 65, 128, 255, 256, 257, 300, 512, 700, 1536]),
+    tokens=st.integers(1, 30),
+    binary=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_integers_equal_the_reference(rows, inputs, tokens, binary, seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.choice(np.array([-1, 1] if binary else [-1, 0, 1], dtype=np.int8), size=(rows, inputs))
+    x = np.zeros((tokens, -(-inputs // BLOCK) * BLOCK), dtype=np.int8)
+    x[:, :inputs] = rng.integers(-127, 128, size=(tokens, inputs))
+    x[:, :inputs] = np.where(rng.random((tokens, 1)) < 0.2, 127 * np.sign(x[:, :inputs]), x[:, :inputs])  # extremes
+    out = np.empty((tokens, rows), dtype=np.int32)
+    packed = pack(codes)
+    native.library().bitnet_multiply(packed.ctypes.data, rows, inputs, x.ctypes.data, tokens, out.ctypes.data)
+    assert np.array_equal(out, x[:, :inputs].astype(np.int64) @ codes.T.astype(np.int64))
+
+
+SIZES = [
+    {},
+    {"hidden_size": 96, "intermediate_size": 160, "num_key_value_heads": 2, "hidden_act": "relu2"},
+    {"sub_norm": False, "tie_word_embeddings": False, "num_key_value_heads": 1},
+    {"hidden_size": 48, "num_attention_heads": 3, "head_dim": 20, "intermediate_size": 100, "rope_theta": 5e5},
+]
+
+
+def saved(folder, quant="b158", **sizes):
+    save_model_folder(folder, tiny_model(quant, **sizes), QuantConfig(name=quant), None)
+    return open_source(folder)
+
+
+def step_all(model, ids, caches=None):
+    """Logits of every position of ids (B, T), all in one step."""
+    caches = caches or [Cache() for _ in ids]
+    tokens = [token for row in ids.tolist() for token in row]
+    spread = [cache for cache in caches for _ in range(ids.shape[1])]
+    return torch.from_numpy(model.step(tokens, spread, range(len(tokens)))).reshape(*ids.shape, -1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("quant", ["b158", "b1"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_logits_equal_the_networks(tmp_path, quant, sizes, threads):
+    source = saved(tmp_path / "model", quant, **sizes)
+    model = NativeModel(source, head="float", threads=threads)
+    ids = torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load(source).model(ids)
+    found = step_all(model, ids)
+    # Float sums run in another order; where a last bit moves an int8 code, its 1/127 goes through the later layers.
+    assert float((found - expected).abs().mean() / expected.std()) < 0.02
+    first = (found - expected)[:, 0].abs().max() / expected.std()
+    assert float(first) < 0.1
+    # One position at a time, or a batch of one: the very same sums.
+    cache = Cache()
+    single = [model.step([token], [cache], [0])[0] for token in ids[1].tolist()]
+    assert np.array_equal(np.stack(single), found[1].numpy())
+
+
+@needs_compiler
+def test_the_past_can_be_cut_and_grows_to_the_context(tmp_path):
+    source = saved(tmp_path / "model", max_position_embeddings=700)
+    engine = CpuEngine(NativeModel(source, head="float", threads=2))
+    ids = torch.randint(0, 512, (700,), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = engine.forward(ids)
+    engine.reset()
+    for start in range(0, 700, 70):
+        last = engine.forward(ids[start : start + 70])
+    assert engine.length == 700 and torch.equal(whole, last)
+    with pytest.raises(AssertionError, match="701 tokens in 700"):
+        engine.forward([1])
+
+
+@needs_compiler
+def test_the_int8_head_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
+    """On a trained model: loss within 0.1 %, 200 greedy tokens the same."""
+    from bitnet_lit.cli import compose
+    from bitnet_lit.data.shards import open_shards
+    from bitnet_lit.model import next_token_loss
+    from bitnet_lit.training.run import train
+
+    sizes = ["model.hidden_size=64", "model.num_hidden_layers=2", "model.intermediate_size=128"]
+    run = [f"run_dir={tmp_path}", f"data.dir={shards}", *sizes, "data.batch_size=8", "callbacks=quiet"]
+    rates = ["optim.learning_rate=4e-2", "optim.adamw_learning_rate=1.6e-2", "trainer.val_check_interval=1000"]
+    train(compose("train", [*run, *rates, "trainer.max_steps=150", "trainer.accelerator=cpu"]))
+    source = open_source(tmp_path / "model")
+    split = open_shards(shards).validation(128)
+    ids = torch.from_numpy(split.gather(np.arange(4)))
+    losses, texts = [], []
+    for head in ("float", "int8"):
+        model = NativeModel(source, head=head, threads=2)
+        losses.append(float(next_token_loss(step_all(model, ids[:, :-1]), ids[:, 1:])))
+        engine, text = CpuEngine(model), [tokenizer.bos_id]
+        for _ in range(200):
+            text.append(int(engine.forward(text[-1:]).argmax()))
+        texts.append(text)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] < 4
+    assert texts[0] == texts[1]
+
+
+@needs_compiler
+def test_head_rows_are_rounded_by_half_a_step_at_most():
+    weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).numpy()
+    weight[7] = 0
+    codes, scales = quantize_head(weight)
+    assert codes.shape == (50, 256) and not codes[:, 70:].any() and not codes[7].any()
+    assert np.all(np.abs(codes[:, :70] * scales[:, None] - weight) <= scales[:, None] * 0.5001)
+
+
+@needs_compiler
+def test_load_takes_the_engine_where_it_can(tmp_path, tokenizer):
+    save_model_folder(tmp_path / "b158", tiny_model(), QuantConfig(), tokenizer)
+    save_model_folder(tmp_path / "dense", tiny_model("none"), QuantConfig(name="none"), tokenizer)
+    model = bitnet_lit.load(tmp_path / "b158", threads=2)
+    assert model.engine.name.startswith("native") and model.engine.name.endswith("2 threads")
+    assert bitnet_lit.load(tmp_path / "b158", engine="torch").engine.name == "PyTorch"
+    assert bitnet_lit.load(tmp_path / "dense").engine.name == "PyTorch"
+    with pytest.raises(UserError, match="its weights are dense: take engine=torch"):
+        bitnet_lit.load(tmp_path / "dense", engine="cpu")
+    with pytest.raises(AssertionError, match="beyond the vocabulary"):
+        model.engine.forward([512])
+
+
+@pytest.mark.parametrize(
+    ("quant", "sizes", "why"),
+    [
+        (QuantConfig(activation_bits=4), {}, "8-bit activations"),
+        (QuantConfig(skip=["lm_head", "down_proj"]), {}, "not all ternary"),
+        (QuantConfig(), {"sub_norm": False, "qkv_bias": True}, "biases"),
+        (QuantConfig(), {"head_dim": 6}, "no multiple of 4"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_run_has_a_reason(quant, sizes, why):
+    assert why in supports(tiny_config(**sizes), quant)
+
+
+def test_without_a_compiler_the_model_runs_on_pytorch(tmp_path, tokenizer):
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
+    command = [sys.executable, "-m", "bitnet_lit.infer", f"checkpoint={tmp_path}", "max_new_tokens=3", "seed=1"]
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "", "BITNET_LIT_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.startswith("Once upon a time")
+    assert result.stderr.count("\n") == 1 and "no C++ compiler" in result.stderr
+    result = subprocess.run([*command, "engine=cpu"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 2 and "take engine=torch" in result.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_processes_compile_at_once(tmp_path):
+    script = "from bitnet_lit.inference.engines.cpu import native; print(native.library().bitnet_simd().decode())"
+    environment = {**os.environ, "BITNET_LIT_CACHE": str(tmp_path / "cache")}
+    both = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=200)[0].strip() for process in both]
+    assert said[0] == said[1] != ""
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
