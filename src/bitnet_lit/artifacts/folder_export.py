@@ -38,7 +38,8 @@ def round_keeping_codes(weight: Tensor, source: Source) -> Tensor:
     """bfloat16 latent weights whose codes are those of the float32 ones.
 
     Rounding moves a weight by up to 1/256 of itself, and the scale with it, so a weight that lies on a rounding border
-    can change its code. Such weights are moved on to the next bfloat16 number on their side of the border.
+    can change its code. Such weights are moved on to the next bfloat16 number on their side of the border, and near
+    zero, where b1's border lies and these numbers are dense, by a small part of the scale.
 
     Args:
         weight: latent, float32 (O, I).
@@ -46,15 +47,17 @@ def round_keeping_codes(weight: Tensor, source: Source) -> Tensor:
     Raises:
         UserError: no such numbers were found.
     """
-    codes, _ = quantize_weight(weight, source.quant)
+    codes, scale = quantize_weight(weight, source.quant)
+    step = scale * 2.0**-10
     rounded = weight.bfloat16()
     for _ in range(MAX_ROUNDS):
         differing = codes - quantize_weight(rounded, source.quant)[0]
         if not differing.any():
             return rounded
         up, down = torch.tensor(torch.inf, dtype=rounded.dtype), torch.tensor(-torch.inf, dtype=rounded.dtype)
-        rounded = torch.where(differing > 0, rounded.nextafter(up), rounded)
-        rounded = torch.where(differing < 0, rounded.nextafter(down), rounded)
+        higher = rounded.nextafter(up).maximum((rounded + step).bfloat16())
+        lower = rounded.nextafter(down).minimum((rounded - step).bfloat16())
+        rounded = torch.where(differing > 0, higher, torch.where(differing < 0, lower, rounded))
     raise UserError("dtype=bfloat16: rounding would change codes of this model: export it as float32")
 
 

@@ -200,6 +200,9 @@ def open_pt(path: Path) -> Source:
         )
         names = {name: _their_name(name) for name in network_names(config.num_hidden_layers, tied)}
         shapes = {name: tuple(state[theirs].shape) for name, theirs in names.items()}
+        for theirs in names.values():
+            if state[theirs].layout != torch.strided or state[theirs].device.type != "cpu":
+                raise ValueError(f"{theirs} holds no plain numbers")
     except UserError as error:
         raise UserError(f"{not_one} ({error}): copy it again") from None
     except Exception as error:  # torch raises a different type for each way a file can be broken

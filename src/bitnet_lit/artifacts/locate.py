@@ -82,10 +82,14 @@ def open_source(path: Path) -> Source:
     Raises:
         UserError: damaged, or a network that is not known here; one line each.
     """
-    if path.is_file():
-        return open_pt(path) if path.suffix == ".pt" else open_bin(path)
-    raw = read_raw_config(path)
-    return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
+    try:
+        if path.is_file():
+            return open_pt(path) if path.suffix == ".pt" else open_bin(path)
+        raw = read_raw_config(path)
+        return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
+    except UserError as error:
+        line = " ".join(str(error).split())  # a damaged file's own values stand in it
+        raise UserError(line if len(line) <= 500 else f"{line[:400]} ... {line[-100:]}") from None
 
 
 def load_model(checkpoint: str | Path | None) -> LoadedModel:

@@ -28,6 +28,7 @@ from bitnet_lit.quant.packing import CODES_PER_BYTE, unpack_codes
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LARGEST_SIZE = 2**24  # of any axis; what a damaged file says beyond it must not ask for memory
+LARGEST_NUMBER = 2.0**100  # a float32
 LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
 
 
@@ -122,7 +123,7 @@ def _check_types(config: ModelConfig | QuantConfig) -> None:
             fits = value is None if type(None) in options else False
             fits = fits or (type(value) is int and value <= LARGEST_SIZE)
         elif kind is float:
-            fits = type(value) in (int, float) and abs(value) < float("inf")
+            fits = type(value) in (int, float) and abs(value) < LARGEST_NUMBER
         else:
             fits = isinstance(value, kind)
         if not fits:
@@ -177,7 +178,8 @@ class Source:
         self.tensors = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         if self.config.tie_word_embeddings:
             del self.tensors[HEAD]
-        self.quantized = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, BitLinear)}
+        linears = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, BitLinear)}
+        self.quantized = linears & self.tensors.keys()  # a tied head has no weight of its own
         self._check(stored)
 
     def _check(self, stored: dict[str, tuple[int, ...]]) -> None:
@@ -248,7 +250,7 @@ def fill(module: nn.Module, source: Source, prefix: str = "") -> nn.Module:
     """
     for name, layer in list(module.named_modules()):
         weight = f"{prefix}{name}.weight"
-        if source.packed and isinstance(layer, BitLinear):
+        if source.packed and isinstance(layer, BitLinear) and weight in source.quantized:
             bias = None if layer.bias is None else source.tensor(f"{prefix}{name}.bias")
             module.set_submodule(name, PackedBitLinear.from_codes(*source.codes(weight), bias, layer.quant))
     for name in _parameter_names(module):

@@ -76,6 +76,12 @@ def _gguf(config: ModelConfig, quant: QuantConfig, ternary: bool) -> list[str]:
     return found
 
 
+def _dense_head(quant: QuantConfig) -> list[str]:
+    if quant.name == "none" or "lm_head" in quant.skip:
+        return []
+    return [f"quant.skip={quant.skip}: the head is dense there: add lm_head"]
+
+
 def _llama2c(config: ModelConfig) -> list[str]:
     fixed = {
         "sub_norm": (False, "run.c's graph has no sub-norms: train with model.sub_norm=false"),
@@ -104,9 +110,9 @@ def problems(target: str, config: ModelConfig, quant: QuantConfig) -> list[str]:
     if target not in TARGETS:
         raise UserError(f"export target {target}: must be one of {', '.join(TARGETS)}")
     if target == "llama2c":
-        return _llama2c(config)
+        return _dense_head(quant) + _llama2c(config)
     if target.startswith("gguf"):
-        return _gguf(config, quant, ternary=target != "gguf_f16")
+        return _dense_head(quant) + _gguf(config, quant, ternary=target != "gguf_f16")
     return _transformers(config, quant, packed=target == "packed")
 
 

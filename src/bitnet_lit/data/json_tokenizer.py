@@ -7,6 +7,7 @@ of the bytes behind a token are known: *byte level* (GPT-2's), where each byte i
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -133,7 +134,7 @@ class JsonStreamDecoder:
 
     def __init__(self, tokenizer: JsonTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._pending = b""
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         # Only a text's first piece can lose spaces it starts with: decoding says which.
         self._at_start = not any(tokenizer.piece_bytes(int(token)) for token in prompt_ids)
 
@@ -144,21 +145,11 @@ class JsonStreamDecoder:
             self._at_start = False
             if b" " in piece and not self._tokenizer.is_byte_level:
                 piece = self._tokenizer.decode([token]).encode()
-        data = self._pending + piece
-        for kept in range(min(3, len(data)) + 1):  # a character takes four bytes at most
-            try:
-                text = data[: len(data) - kept].decode("utf-8")
-            except UnicodeDecodeError:
-                continue
-            self._pending = data[len(data) - kept :]
-            return text
-        self._pending = b""
-        return data.decode("utf-8", errors="replace")
+        return self._characters.decode(piece)
 
     def flush(self) -> str:
         """What is left of an incomplete character at the end."""
-        text, self._pending = self._pending.decode("utf-8", errors="replace"), b""
-        return text
+        return self._characters.decode(b"", final=True)
 
 
 def find_tokenizer(folder: Path) -> Path | None:
