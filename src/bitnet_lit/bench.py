@@ -16,9 +16,15 @@ def _bench(config: BenchConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from bitnet_lit.data.benchmark import data_rows
+    if config.suite == "data":
+        from bitnet_lit.data.benchmark import data_rows
 
-    rows = data_rows(config.rounds)
+        rows = data_rows(config.rounds)
+    else:
+        from bitnet_lit.inference.benchmark import cpu_rows
+        from bitnet_lit.inference.engines.cpu.engine import physical_cores
+
+        rows = cpu_rows(config.rounds, config.threads or physical_cores())
     table = Table(title=f"suite={config.suite}, median of {config.rounds} interleaved rounds")
     for column in rows[0]:
         table.add_column(column)

@@ -187,10 +187,12 @@ class BenchConfig:
     """`python -m bitnet_lit.bench`: speed, beside what it is compared to; the last line is JSON."""
 
     suite: str = "data"
-    """data: encoding text to tokens, and the loader."""
+    """data: encoding text to tokens, and the loader. cpu: decode and prefill of the native engine."""
     rounds: int = 7
     """Interleaved measurements (ours, theirs, ours, ...); medians are shown."""
+    threads: int | None = None
+    """suite=cpu: of every engine. null: one on each physical core."""
 
     def __post_init__(self) -> None:
-        one_of("suite", self.suite, ("data",))
-        positive("bench", rounds=self.rounds)
+        one_of("suite", self.suite, ("data", "cpu"))
+        positive("bench", rounds=self.rounds, threads=self.threads)

@@ -7,6 +7,7 @@
 //
 // The mathematics is that of model/layers.py and quant/functional.py: the integers are equal, float sums run in another
 // order.
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -407,5 +408,27 @@ void bitnet_step(void* engine, int count, const int32_t* tokens, void* const* ca
         rows[i] = {tokens[i], cache->length++, cache};
     }
     ((Engine*)engine)->step(rows, std::vector<int>(wanted, wanted + n_wanted), logits);
+}
+
+// Bytes per second that `threads` threads read from memory together, each its own part of a buffer: the limit of a decode
+// step, which reads every weight once.
+double bitnet_read_bandwidth(int64_t bytes, int threads, int rounds) {
+    Buffer<uint8_t> buffer{size_t(bytes)};
+    Pool pool(threads);
+    std::vector<int32_t> found(threads);
+    const auto start = std::chrono::steady_clock::now();
+    for (int round = 0; round < rounds; round++)
+        pool.run([&](int thread) {
+            const int64_t from = bytes * thread / threads / 64 * 64, to = bytes * (thread + 1) / threads / 64 * 64;
+            simd::Sums sums = simd::zero();
+            for (int64_t i = from; i < to; i += simd::W) {
+                simd::Sums part;
+                std::memcpy(&part, buffer + i, sizeof(part));
+                sums = simd::add(sums, part);
+            }
+            found[thread] += simd::total(sums);
+        });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    return found[0] == 1 ? 0.0 : double(bytes) * rounds / seconds.count();  // the sums must not be optimized away
 }
 }

@@ -99,6 +99,9 @@ class NativeModel:
         source: a BitNet that `supports` allows.
         head: "int8" or "float".
         threads: None for one on each physical core.
+
+    Attributes:
+        bytes_per_token: weights that a decode step reads: packed projections and the head.
     """
 
     def __init__(self, source: Source, head: str = "int8", threads: int | None = None) -> None:
@@ -111,6 +114,9 @@ class NativeModel:
         embedding = self._vector(source, EMBEDDING)
         weights = native.Weights(embedding=embedding, norm=self._vector(source, "model.norm.weight"))
         weights.head = self._vector(source, HEAD) if HEAD in source.tensors else embedding
+        self.bytes_per_token = sum(array.nbytes for array in self._kept if array.dtype == np.uint8)
+        head_values = (config.vocab_size or 0) * config.hidden_size
+        self.bytes_per_token += head_values * (1 if head == "int8" else 4)
         if head == "int8":
             codes, scales = quantize_head(source.tensor(HEAD if HEAD in source.tensors else EMBEDDING).numpy())
             self._kept += [codes, scales]

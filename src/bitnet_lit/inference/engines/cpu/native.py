@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -61,6 +61,7 @@ def library() -> Any:
         "bitnet_cache_new": (c_void_p, []),
         "bitnet_cache_free": (None, [c_void_p]),
         "bitnet_cache_truncate": (None, [c_void_p, c_int]),
+        "bitnet_read_bandwidth": (c_double, [c_int64, c_int, c_int]),
         "bitnet_step": (None, [c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p]),
     }
     for name, (result, arguments) in signatures.items():

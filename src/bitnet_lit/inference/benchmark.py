@@ -1,0 +1,207 @@
+"""`bench suite=cpu`: decode and prefill beside what else runs the same model on this machine.
+
+The shapes are those of 15m-, 110m- and 700m-class models (hidden/layers/feed-forward/heads) with random weights: speed
+does not depend on what the codes are. Rounds are interleaved, ours, theirs, ours, ..., so that a noisy neighbour meets
+both. A decode step reads every weight once, so the memory's bandwidth, measured in the same run, is its limit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet_lit.artifacts.gguf_file import write_gguf
+from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.artifacts.model_folder import describe, write_folder
+from bitnet_lit.artifacts.safetensors_writer import LazyTensor
+from bitnet_lit.artifacts.source import HEAD, Source, load
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet_lit.inference.engines.cpu import native
+from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
+from bitnet_lit.inference.engines.torch_engine import TorchEngine
+from bitnet_lit.model import build_model
+from bitnet_lit.quant.bit_linear import BitLinear
+
+SHAPES = ((256, 6, 768, 8), (768, 12, 2048, 12), (1536, 24, 4096, 16))
+VOCABULARY = 32000
+PROMPT = NEW = 128  # tokens
+NEW_OF_SLOW = 8  # tokens that PyTorch decodes: its rate does not need more
+BANDWIDTH_BYTES = 2**30  # larger than any cache
+
+Timed = Callable[[], float]
+
+
+def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Tokenizer) -> Source:
+    """A packed model folder of `shape` with random codes."""
+    hidden, layers, ffn, heads = shape
+    config = ModelConfig(
+        name="/".join(map(str, shape)),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2 * (PROMPT + NEW),
+    )
+    quant = QuantConfig()
+    network = build_model(config, quant, device="meta")
+    quantized = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, BitLinear)}
+    generator = torch.Generator().manual_seed(0)
+
+    def dense(shape: tuple[int, ...]) -> Tensor:
+        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
+
+    def codes(shape: tuple[int, ...]) -> Tensor:
+        pairs = [torch.randint(0, 3, shape, generator=generator, dtype=torch.uint8) << 2 * i for i in range(4)]
+        return pairs[0] | pairs[1] | pairs[2] | pairs[3]
+
+    tensors = []
+    for name, tensor in network.state_dict().items():
+        if name in quantized:
+            packed = (tensor.shape[0] // 4, tensor.shape[1])
+            tensors.append(LazyTensor(name, packed, torch.uint8, partial(codes, packed)))
+            tensors.append(LazyTensor(f"{name}_scale", (1,), torch.float32, lambda: torch.tensor([0.02])))
+        elif name != HEAD:
+            tensors.append(LazyTensor(name, tuple(tensor.shape), torch.float32, partial(dense, tuple(tensor.shape))))
+    folder.mkdir()
+    write_folder(folder, describe(config, quant, tokenizer, {}, packed=True), tensors, tokenizer)
+    return open_source(folder)
+
+
+def _rate(tokens: int, run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return tokens / (time.perf_counter() - start)
+
+
+def _engine_pair(engine: CpuEngine | TorchEngine, new: int) -> tuple[Timed, Timed]:
+    """Functions that measure decode and prefill once, tokens/s."""
+    prompt = list(range(3, 3 + PROMPT))
+
+    def prefill() -> float:
+        engine.reset()
+        return _rate(PROMPT, lambda: engine.forward(prompt))
+
+    def decode() -> float:
+        engine.reset()
+        engine.forward(prompt)
+
+        def run() -> None:
+            for token in range(new):
+                engine.forward([3 + token])
+
+        return _rate(new, run)
+
+    return decode, prefill
+
+
+def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
+    """The same through llama.cpp's own C calls, so that no Python stands between two of its tokens either."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=2 * (PROMPT + NEW), n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    context = model.ctx
+    prompt = (ctypes.c_int32 * PROMPT)(*range(3, 3 + PROMPT))
+    single = (ctypes.c_int32 * 1)()
+
+    def feed(tokens: Any, count: int) -> None:
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)):
+            raise RuntimeError("llama_decode failed")
+        llama_cpp.llama_get_logits_ith(context, -1)  # waits for the result
+
+    def clear() -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+
+    def prefill() -> float:
+        clear()
+        return _rate(PROMPT, lambda: feed(prompt, PROMPT))
+
+    def decode() -> float:
+        clear()
+        feed(prompt, PROMPT)
+
+        def run() -> None:
+            for token in range(NEW):
+                single[0] = 3 + token
+                feed(single, 1)
+
+        return _rate(NEW, run)
+
+    prefill.keep = decode.keep = model  # type: ignore[attr-defined]  # the context dies with the object
+    return decode, prefill
+
+
+def _rows(shape: str, peer: str, ours: tuple[Timed, Timed], theirs: tuple[Timed, Timed], rounds: int) -> list[dict]:
+    rows = []
+    for what, run, other in zip(("decode", "prefill"), ours, theirs, strict=True):
+        run(), other()  # warm caches, threads, allocators
+        pairs = [(run(), other()) for _ in range(rounds)]
+        mine, their = ([pair[i] for pair in pairs] for i in (0, 1))
+        rows.append(
+            {
+                "shape": shape,
+                "what": what,
+                "ours": statistics.median(mine),
+                "peer": peer,
+                "theirs": statistics.median(their),
+                "unit": "tokens/s",
+                "ratio": statistics.median(mine) / statistics.median(their),
+                "spread": f"{min(mine):,.0f}-{max(mine):,.0f} / {min(their):,.0f}-{max(their):,.0f}",
+            }
+        )
+    return rows
+
+
+def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
+    """The rows of `bench suite=cpu`."""
+    rows: list[dict[str, Any]] = []
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = train_tokenizer(demo_stories(2000), 1024, Path(scratch) / "tokenizer.model")
+        for shape in SHAPES:
+            source = random_model(Path(scratch) / "model", shape, tokenizer)
+            name = source.config.name
+            model = NativeModel(source, threads=threads)
+            ours = _engine_pair(CpuEngine(model), NEW)
+            if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+                path = Path(scratch) / "model.gguf"
+                write_gguf(source, path, "tq2_0", "q8_0")
+                rows += _rows(name, "llama.cpp TQ2_0", ours, _llama_cpp_pair(path, threads), rounds)
+                path.unlink()
+            torch_engine = TorchEngine(load(source).model)
+            rows += _rows(name, "PyTorch, eager", ours, _engine_pair(torch_engine, NEW_OF_SLOW), max(1, rounds // 3))
+            del torch_engine
+            bandwidth = [
+                native.library().bitnet_read_bandwidth(BANDWIDTH_BYTES, threads, 3) / 1e9 for _ in range(rounds)
+            ]
+            moved = [ours[0]() * model.bytes_per_token / 1e9 for _ in range(rounds)]
+            limit = statistics.median(bandwidth)
+            rows.append(
+                {
+                    "shape": name,
+                    "what": f"decode reads {model.bytes_per_token / 1e6:,.1f} MB a token",
+                    "ours": statistics.median(moved),
+                    "peer": "memory, read by as many threads",
+                    "theirs": limit,
+                    "unit": "GB/s",
+                    "ratio": statistics.median(moved) / limit,
+                    "spread": f"{min(moved):,.1f}-{max(moved):,.1f} / {min(bandwidth):,.1f}-{max(bandwidth):,.1f}",
+                }
+            )
+            shutil.rmtree(Path(scratch) / "model")
+    return rows
