@@ -18,7 +18,16 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.build import NoCompilerError, library_path
-from bitnet_lit.inference.engines.cpu.engine import BLOCK, Cache, CpuEngine, NativeModel, pack, quantize_head, supports
+from bitnet_lit.inference.engines.cpu.engine import (
+    BLOCK,
+    Arena,
+    Cache,
+    CpuEngine,
+    NativeModel,
+    pack,
+    quantize_head,
+    supports,
+)
 from tests.support import tiny_config, tiny_model
 
 try:
@@ -45,7 +54,7 @@ def test_integers_equal_the_reference(rows, inputs, tokens, binary, seed):
     x[:, :inputs] = rng.integers(-127, 128, size=(tokens, inputs))
     x[:, :inputs] = np.where(rng.random((tokens, 1)) < 0.2, 127 * np.sign(x[:, :inputs]), x[:, :inputs])  # extremes
     out = np.empty((tokens, rows), dtype=np.int32)
-    packed = pack(codes)
+    packed = pack(codes, Arena())
     native.library().bitnet_multiply(packed.ctypes.data, rows, inputs, x.ctypes.data, tokens, out.ctypes.data)
     assert np.array_equal(out, x[:, :inputs].astype(np.int64) @ codes.T.astype(np.int64))
 
@@ -137,7 +146,7 @@ def test_the_int8_head_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
 def test_head_rows_are_rounded_by_half_a_step_at_most():
     weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).numpy()
     weight[7] = 0
-    codes, scales = quantize_head(weight)
+    codes, scales = quantize_head(weight, Arena())
     assert codes.shape == (50, 256) and not codes[:, 70:].any() and not codes[7].any()
     assert np.all(np.abs(codes[:, :70] * scales[:, None] - weight) <= scales[:, None] * 0.5001)
 

@@ -62,6 +62,9 @@ struct Buffer {  // aligned, zeroed
     operator T*() const { return data; }
 };
 
+// Inlined in two places, the compiler may order a sum in two ways; one token must not differ from one of many.
+#define ONCE __attribute__((noinline))
+
 int padded(int inputs) { return blocks_of(inputs) * BLOCK; }
 
 // exp to 2e-7 relative, in a form that compilers turn into vector code: 2^n times a polynomial of the fraction.
@@ -74,14 +77,14 @@ inline float fast_exp(float x) {
     return two.f * p;
 }
 
-float sum_of_squares(const float* x, int n) {
+ONCE float sum_of_squares(const float* x, int n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) sum += x[i] * x[i];
     return sum;
 }
 
-float dot(const float* a, const float* b, int n) {
+inline float dot(const float* __restrict a, const float* __restrict b, int n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) sum += a[i] * b[i];
@@ -106,12 +109,12 @@ struct Engine {
     Pool pool;
     int hidden_pad, attention, attention_pad, ffn_pad, widest;
     // of all rows of a step
-    Buffer<float> x, q, attended, gated;
+    Buffer<float> x, q, k, v, attended, gated;
     Buffer<int8_t> codes, high, low;
     Buffer<float> scales;
     std::vector<int32_t> sums;
     std::vector<int64_t> head_sums;
-    Buffer<float> head_scales;
+    Buffer<float> head_scales, noise, bounds;
     Buffer<float> cosine, sine;  // (context, head_dim / 2)
     int capacity = 0;
 
@@ -132,12 +135,13 @@ struct Engine {
         if (rows <= capacity) return;
         capacity = rows;
         x.reset(size_t(rows) * s.hidden), q.reset(size_t(rows) * attention), attended.reset(size_t(rows) * attention);
+        k.reset(size_t(rows) * s.kv_heads * s.head_dim), v.reset(size_t(rows) * s.kv_heads * s.head_dim);
         gated.reset(size_t(rows) * s.ffn);
         // One token's codes are made by every thread for itself: cheaper than a barrier.
         const size_t copies = std::max(rows, s.threads);
         codes.reset(copies * widest), scales.reset(copies), sums.assign(copies, 0);
         high.reset(size_t(rows) * hidden_pad), low.reset(size_t(rows) * hidden_pad);
-        head_scales.reset(rows), head_sums.assign(rows, 0);
+        head_scales.reset(rows), noise.reset(rows), bounds.reset(size_t(rows) * s.threads), head_sums.assign(rows, 0);
     }
 
     void grow(Cache& cache, int length) {
@@ -155,7 +159,7 @@ struct Engine {
     }
 
     // Norm (or none) and rounding to int8 of one token; `quantize_activations` of quant/functional.py.
-    void quantize(const float* in, const float* norm, int n, int slot) {
+    ONCE void quantize(const float* in, const float* norm, int n, int slot) {
         int8_t* out = codes + size_t(slot) * widest;
         thread_local std::vector<float> normed;
         normed.resize(n);
@@ -210,7 +214,7 @@ struct Engine {
         return {std::min(from, count), std::min(to, count)};
     }
 
-    void rotate(float* head, int position) const {
+    ONCE void rotate(float* head, int position) const {
         const int half = s.head_dim / 2;
         const float *c = cosine + size_t(position) * half, *n = sine + size_t(position) * half;
         for (int i = 0; i < half; i++) {
@@ -219,7 +223,8 @@ struct Engine {
         }
     }
 
-    void attend(const Row& row, const float* query, const float* keys, const float* values, float* out) const {
+    ONCE void attend(const Row& row, const float* query, const float* __restrict keys, const float* __restrict values,
+                float* __restrict out) const {
         const int n = row.position + 1, p = s.head_dim;
         const float scale = 1.0f / std::sqrt(float(p));
         thread_local std::vector<float> score;
@@ -248,16 +253,19 @@ struct Engine {
         const auto [from, to] = share(thread, s.kv_heads, 1);
         multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p,
                  [&](int t, int row, float value) { q[size_t(t) * attention + row] = value; });
-        const auto store = [&](Buffer<float>& part, const Row& row, int at) -> float& {
-            const size_t lane = size_t(index) * s.kv_heads + at / p;
-            return part[(lane * row.cache->room + row.position) * p + at % p];
-        };
+        const int kv = s.kv_heads * p;
         multiply(l.k, slot, count, s.hidden, from * p, to * p,
-                 [&](int t, int row, float value) { store(*rows[t].cache->keys, rows[t], row) = value; });
+                 [&](int t, int row, float value) { k[size_t(t) * kv + row] = value; });
         multiply(l.v, slot, count, s.hidden, from * p, to * p,
-                 [&](int t, int row, float value) { store(*rows[t].cache->values, rows[t], row) = value; });
+                 [&](int t, int row, float value) { v[size_t(t) * kv + row] = value; });
         for (int t = 0; t < count; t++)
-            for (int h = from; h < to; h++) rotate(&store(*rows[t].cache->keys, rows[t], h * p), rows[t].position);
+            for (int h = from; h < to; h++) {
+                const Cache& cache = *rows[t].cache;
+                const size_t at = ((size_t(index) * s.kv_heads + h) * cache.room + rows[t].position) * p;
+                std::memcpy(*cache.keys + at, k + size_t(t) * kv + h * p, size_t(p) * sizeof(float));
+                std::memcpy(*cache.values + at, v + size_t(t) * kv + h * p, size_t(p) * sizeof(float));
+                rotate(*cache.keys + at, rows[t].position);
+            }
         for (int h = from; h < to; h++)
             for (int t = 0; t < count; t++) {
                 const size_t lane = (size_t(index) * s.kv_heads + h) * rows[t].cache->room * p;
@@ -300,7 +308,7 @@ struct Engine {
     }
 
     // Final norm, and 16-bit activations as two bytes where the head is int8.
-    void head_input(float* row, int slot) {
+    ONCE void head_input(float* row, int slot) {
         const float factor = 1.0f / std::sqrt(sum_of_squares(row, s.hidden) / float(s.hidden) + s.eps);
         float largest = 1e-5f;
         for (int i = 0; i < s.hidden; i++) {
@@ -316,6 +324,7 @@ struct Engine {
             h[i] = int8_t(top), l[i] = int8_t(code - 256 * top), sum += code;
         }
         head_scales[slot] = largest / 32000.0f, head_sums[slot] = sum;
+        noise[slot] = 6.0f * std::sqrt(sum_of_squares(row, s.hidden) / 12.0f);
     }
 
     void head_part(int thread, const std::vector<int>& wanted, float* logits) {
@@ -330,22 +339,26 @@ struct Engine {
                                       (head_scales[int(i)] * w.head_scales[v])
                                 : exact_logit(v, wanted[i]);
         if (!s.head_int8) return;
+        // Whatever could be the likeliest token but for the rounding of the head's rows gets its exact logit. The rounding
+        // of a row is noise of its scale / sqrt(12) for each input: six of its deviations on either side.
+        for (size_t i = 0; i < wanted.size(); i++) {
+            const float* row = logits + i * s.vocab;
+            float bound = -INFINITY;
+#pragma omp simd reduction(max : bound)
+            for (int v = from; v < to; v++) bound = std::max(bound, row[v] - noise[i] * w.head_scales[v]);
+            bounds[i * pool.count + thread] = bound;
+        }
         pool.barrier();
-        for (size_t i = thread; i < wanted.size(); i += pool.count) rank_exactly(logits + i * s.vocab, wanted[i]);
+        for (size_t i = 0; i < wanted.size(); i++) {
+            float* row = logits + i * s.vocab;
+            const float bound = *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count);
+            for (int v = from; v < to; v++)
+                if (row[v] + noise[i] * w.head_scales[v] >= bound) row[v] = exact_logit(v, wanted[i]);
+        }
     }
 
-    float exact_logit(int token, int row) const {
+    ONCE float exact_logit(int token, int row) const {
         return dot(w.head + size_t(token) * s.hidden, x + size_t(row) * s.hidden, s.hidden);
-    }
-
-    // Whatever could be the likeliest token but for the rounding of the head's rows gets its exact logit. The rounding of
-    // a row is noise of its scale / sqrt(12) for each input: six of its deviations on either side.
-    void rank_exactly(float* logits, int row) const {
-        const float noise = 6.0f * std::sqrt(sum_of_squares(x + size_t(row) * s.hidden, s.hidden) / 12.0f);
-        float bound = -INFINITY;
-        for (int v = 0; v < s.vocab; v++) bound = std::max(bound, logits[v] - noise * w.head_scales[v]);
-        for (int v = 0; v < s.vocab; v++)
-            if (logits[v] + noise * w.head_scales[v] >= bound) logits[v] = exact_logit(v, row);
     }
 
     void step(const std::vector<Row>& rows, const std::vector<int>& wanted, float* logits) {

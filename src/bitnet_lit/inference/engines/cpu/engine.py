@@ -9,6 +9,7 @@ be the likeliest but for that are computed exactly.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -38,30 +39,42 @@ NORMS = {
     "ffn_norm": "mlp.ffn_sub_norm",
 }
 ALIGN = 64
+PIECE = 64 * 2**20
 BLOCK = 256  # inputs of a block, as in kernels.h
 
 
-def aligned(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Zeros that begin at a multiple of a cache line."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + ALIGN, dtype=np.uint8)
-    start = -raw.ctypes.data % ALIGN
-    return raw[start : start + size].view(dtype).reshape(shape)
+class Arena:
+    """Memory for weights in large pieces, on huge pages where the system has them: a step walks through all of it, and
+    would meet the end of a 4 KiB page at every turn."""
+
+    def __init__(self) -> None:
+        self._piece, self._used = mmap.mmap(-1, ALIGN), ALIGN
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Zeros that begin at a multiple of a cache line."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self._used + size > len(self._piece):
+            self._piece, self._used = mmap.mmap(-1, max(size, PIECE)), 0
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._piece.madvise(mmap.MADV_HUGEPAGE)
+        array = np.frombuffer(self._piece, dtype=dtype, count=int(np.prod(shape)), offset=self._used)
+        self._used += -(-size // ALIGN) * ALIGN
+        return array.reshape(shape)
 
 
-def pack(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+def pack(codes: NDArray[np.int8], arena: Arena) -> NDArray[np.uint8]:
     """int8 (O, I) codes in {-1, 0, +1} to the layout of the kernels."""
     codes = np.ascontiguousarray(codes, dtype=np.int8)
-    packed = aligned((native.library().bitnet_packed_bytes(*codes.shape),), np.uint8)
+    packed = arena.take((native.library().bitnet_packed_bytes(*codes.shape),), np.uint8)
     native.library().bitnet_pack(codes.ctypes.data, *codes.shape, packed.ctypes.data)
     return packed
 
 
-def quantize_head(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_head(weight: NDArray[np.float32], arena: Arena) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """float32 (V, D) to int8 (V, D padded to a block) and a scale for each row, float32 (V,)."""
     rows, inputs = weight.shape
     scales = np.maximum(np.abs(weight).max(axis=1), 1e-12) / np.float32(127)
-    codes = aligned((rows, -(-inputs // BLOCK) * BLOCK), np.int8)
+    codes = arena.take((rows, -(-inputs // BLOCK) * BLOCK), np.int8)
     codes[:, :inputs] = np.rint(weight / scales[:, None])
     return codes, scales.astype(np.float32)
 
@@ -107,6 +120,7 @@ class NativeModel:
     def __init__(self, source: Source, head: str = "int8", threads: int | None = None) -> None:
         config = self.config = source.config
         self.threads = threads or physical_cores()
+        self._arena = Arena()
         self._kept: list[NDArray[Any]] = []  # what the engine points to
         layers = (native.Layer * config.num_hidden_layers)(
             *(self._layer(source, f"model.layers.{i}.") for i in range(config.num_hidden_layers))
@@ -118,7 +132,9 @@ class NativeModel:
         head_values = (config.vocab_size or 0) * config.hidden_size
         self.bytes_per_token += head_values * (1 if head == "int8" else 4)
         if head == "int8":
-            codes, scales = quantize_head(source.tensor(HEAD if HEAD in source.tensors else EMBEDDING).numpy())
+            codes, scales = quantize_head(
+                source.tensor(HEAD if HEAD in source.tensors else EMBEDDING).numpy(), self._arena
+            )
             self._kept += [codes, scales]
             weights.head_codes, weights.head_scales = codes.ctypes.data, scales.ctypes.data
         shape = native.Shape(
@@ -152,7 +168,7 @@ class NativeModel:
                 setattr(layer, field, self._vector(source, f"{prefix}{name}.weight"))
         for field, name in PROJECTIONS.items():
             codes, scale = source.codes(f"{prefix}{name}.weight")
-            packed = pack(codes.numpy())
+            packed = pack(codes.numpy(), self._arena)
             self._kept.append(packed)
             setattr(layer, field, native.Linear(packed.ctypes.data, float(scale)))
         return layer

@@ -16,6 +16,11 @@
 
 constexpr int BLOCK = 256, ROWS = 4, TILE = 12;
 
+// How far ahead weights are asked for, into the second cache: the hardware's own prefetching stops at every 4 KiB page, and
+// a step reads each weight once. Half as fast again from memory (Sapphire Rapids); beyond the end of a matrix it is a no-op.
+constexpr int AHEAD = 4096;
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 inline int blocks_of(int inputs) { return (inputs + BLOCK - 1) / BLOCK; }
 inline int groups_of(int rows) { return (rows + ROWS - 1) / ROWS; }
 inline size_t group_bytes(int inputs) { return size_t(blocks_of(inputs)) * ROWS * 64; }
@@ -46,6 +51,7 @@ inline void group_dot(const uint8_t* w, const int8_t* x, int blocks, int32_t* ou
             const Bytes x0 = load(x + s), x1 = load(x + 64 + s), x2 = load(x + 128 + s), x3 = load(x + 192 + s);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
+                prefetch(w + r * 64 + s + AHEAD);
                 const Bytes v = load(w + r * 64 + s);
                 acc[r][0] = dot_unsigned(acc[r][0], scaled_pair<0>(v), x0);
                 acc[r][1] = dot_unsigned(acc[r][1], scaled_pair<1>(v), x1);
@@ -108,6 +114,7 @@ inline double head_dot(const int8_t* w, const int8_t* high, const int8_t* low, i
     Sums h0 = zero(), l0 = zero(), h1 = zero(), l1 = zero();
     int i = 0;
     for (; i + 2 * W <= inputs; i += 2 * W) {
+        prefetch(w + i + AHEAD), prefetch(w + i + W + AHEAD);
         const Bytes a = load(w + i), b = load(w + i + W);
         h0 = dot_signed(h0, a, load(high + i));
         l0 = dot_signed(l0, a, load(low + i));
