@@ -146,11 +146,17 @@ def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
     return decode, prefill
 
 
+def _after_a_pause(run: Timed) -> float:
+    """Threads of whoever ran before still wait for work, and take a core while they do: let them fall asleep."""
+    time.sleep(0.3)
+    return run()
+
+
 def _rows(shape: str, peer: str, ours: tuple[Timed, Timed], theirs: tuple[Timed, Timed], rounds: int) -> list[dict]:
     rows = []
     for what, run, other in zip(("decode", "prefill"), ours, theirs, strict=True):
         run(), other()  # warm caches, threads, allocators
-        pairs = [(run(), other()) for _ in range(rounds)]
+        pairs = [(_after_a_pause(run), _after_a_pause(other)) for _ in range(rounds)]
         mine, their = ([pair[i] for pair in pairs] for i in (0, 1))
         rows.append(
             {

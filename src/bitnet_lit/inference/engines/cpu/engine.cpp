@@ -91,6 +91,11 @@ inline float dot(const float* __restrict a, const float* __restrict b, int n) {
     return sum;
 }
 
+// What becomes of a product: functions of their own types, so that the loops around them are compiled with them.
+constexpr auto set = [](float& place, float value) { place = value; };
+constexpr auto add = [](float& place, float value) { place += value; };
+constexpr auto times = [](float& place, float value) { place *= value; };
+
 // One sequence's keys and values: (layers, kv_heads, room, head_dim), room doubling up to the context.
 struct Cache {
     int length = 0, room = 0;
@@ -192,21 +197,31 @@ struct Engine {
         return 0;
     }
 
-    // Rows [from, to) of a matrix times all tokens; use(token, row, value).
+    // Rows [from, to) of a matrix times all tokens; use(place, values) gets the four (at the end fewer) values of a group
+    // and where they belong in an output of `stride` floats a token.
     template <class Use>
-    void multiply(const Linear& m, int slot, int tokens, int inputs, int from, int to, const Use& use) {
+    void multiply(const Linear& m, int slot, int tokens, int inputs, int from, int to, float* out, size_t stride,
+                  const Use& use) {
         const int blocks = blocks_of(inputs);
         const int8_t* in = codes + size_t(slot) * widest;
-        thread_local std::vector<int32_t> out;
-        out.resize(size_t(tokens) * ROWS);
+        thread_local std::vector<int32_t> products;
+        products.resize(size_t(tokens) * ROWS);
         for (int group = from / ROWS; group * ROWS < to; group++) {
-            group_dots(m.packed + group * group_bytes(inputs), in, widest, tokens, blocks, out.data());
-            for (int t = 0; t < tokens; t++)
-                for (int r = 0; r < ROWS && group * ROWS + r < to; r++)
-                    use(t, group * ROWS + r, float(out[t * ROWS + r] - sums[slot + t]) * (scales[slot + t] * m.scale));
+            group_dots(m.packed + group * group_bytes(inputs), in, widest, tokens, blocks, products.data());
+            const int rows = std::min(ROWS, to - group * ROWS);
+            float* place = out + group * ROWS;
+            for (int t = 0; t < tokens; t++, place += stride) {
+                const float scale = scales[slot + t] * m.scale;
+                const int32_t sum = sums[slot + t];
+                float values[ROWS];
+                for (int r = 0; r < ROWS; r++) values[r] = float(products[t * ROWS + r] - sum) * scale;
+                if (rows == ROWS)
+                    for (int r = 0; r < ROWS; r++) use(place[r], values[r]);
+                else
+                    for (int r = 0; r < rows; r++) use(place[r], values[r]);
+            }
         }
     }
-
     // A share of `count` things, in units: [from, to) for this thread.
     std::pair<int, int> share(int thread, int count, int unit) const {
         const int units = (count + unit - 1) / unit;
@@ -251,13 +266,10 @@ struct Engine {
         const int p = s.head_dim, group = s.heads / s.kv_heads;
         const int slot = quantize_rows(thread, count, x, s.hidden, l.input_norm, s.hidden);
         const auto [from, to] = share(thread, s.kv_heads, 1);
-        multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p,
-                 [&](int t, int row, float value) { q[size_t(t) * attention + row] = value; });
+        multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p, q, attention, set);
         const int kv = s.kv_heads * p;
-        multiply(l.k, slot, count, s.hidden, from * p, to * p,
-                 [&](int t, int row, float value) { k[size_t(t) * kv + row] = value; });
-        multiply(l.v, slot, count, s.hidden, from * p, to * p,
-                 [&](int t, int row, float value) { v[size_t(t) * kv + row] = value; });
+        multiply(l.k, slot, count, s.hidden, from * p, to * p, k, kv, set);
+        multiply(l.v, slot, count, s.hidden, from * p, to * p, v, kv, set);
         for (int t = 0; t < count; t++)
             for (int h = from; h < to; h++) {
                 const Cache& cache = *rows[t].cache;
@@ -279,8 +291,7 @@ struct Engine {
         pool.barrier();
         const int slot_o = quantize_rows(thread, count, attended, attention, l.attn_norm, attention);
         const auto [first, last] = share(thread, s.hidden, ROWS);
-        multiply(l.o, slot_o, count, attention, first, last,
-                 [&](int t, int row, float value) { x[size_t(t) * s.hidden + row] += value; });
+        multiply(l.o, slot_o, count, attention, first, last, x, s.hidden, add);
         pool.barrier();
     }
 
@@ -288,8 +299,7 @@ struct Engine {
         const Layer& l = layers[index];
         const int slot = quantize_rows(thread, count, x, s.hidden, l.post_norm, s.hidden);
         const auto [from, to] = share(thread, s.ffn, ROWS);
-        multiply(l.gate, slot, count, s.hidden, from, to,
-                 [&](int t, int row, float value) { gated[size_t(t) * s.ffn + row] = value; });
+        multiply(l.gate, slot, count, s.hidden, from, to, gated, s.ffn, set);
         for (int t = 0; t < count; t++) {
             float* gate = gated + size_t(t) * s.ffn;
             if (s.relu2)
@@ -297,13 +307,11 @@ struct Engine {
             else
                 for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i]));
         }
-        multiply(l.up, slot, count, s.hidden, from, to,
-                 [&](int t, int row, float value) { gated[size_t(t) * s.ffn + row] *= value; });
+        multiply(l.up, slot, count, s.hidden, from, to, gated, s.ffn, times);
         pool.barrier();
         const int slot_down = quantize_rows(thread, count, gated, s.ffn, l.ffn_norm, s.ffn);
         const auto [first, last] = share(thread, s.hidden, ROWS);
-        multiply(l.down, slot_down, count, s.ffn, first, last,
-                 [&](int t, int row, float value) { x[size_t(t) * s.hidden + row] += value; });
+        multiply(l.down, slot_down, count, s.ffn, first, last, x, s.hidden, add);
         pool.barrier();
     }
 
