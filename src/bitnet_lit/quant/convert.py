@@ -19,15 +19,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.bit_linear import BitLinear
-from bitnet_lit.quant.packing import PackedBitLinear
+from bitnet_lit.quant.packing import CODES_PER_BYTE, PackedBitLinear
 
 
 def _skipped(name: str, skip: Sequence[str]) -> bool:
     return any(name == entry or name.endswith("." + entry) for entry in skip)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether swapping `layer` keeps what it does: not for a subclass, a weight that hooks compute before each call
+    (pruning, weight and spectral norm), or a `forward` that somebody put on the instance."""
+    weight_is_its_own = "weight" in dict(layer.named_parameters(recurse=False))
+    return type(layer) is nn.Linear and weight_is_its_own and "forward" not in vars(layer)
 
 
 def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
@@ -49,7 +57,12 @@ def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | Non
 def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[str] = ()) -> list[str]:
     """Turn the `nn.Linear` layers below `module` into BitLinear, in place, keeping weights and biases.
 
-    Only plain `nn.Linear` is touched: a subclass may be called in ways of its own.
+    Only plain `nn.Linear` is touched: a subclass may be called in ways of its own, and a weight computed from others
+    (pruning, weight norm) is not there to be kept. So are matrices that are bare parameters: the returned names say
+    what changed. Hooks come along.
+
+    An `nn.TransformerEncoder` is converted as a whole, or inside its model, not layer by layer: it prepares padded
+    batches for the fused path of its layers, which a layer alone cannot tell it to leave.
 
     Args:
         module: any network.
@@ -67,9 +80,11 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[
     left_alone = [*skip, *quant.skip]
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
-        if type(layer) is not nn.Linear or _skipped(name, left_alone):
+        if not isinstance(layer, nn.Linear) or not _is_plain(layer) or _skipped(name, left_alone):
             return None
-        return BitLinear.from_linear(layer, quant)
+        new = BitLinear.from_linear(layer, quant)
+        vars(new).update(vars(layer))  # hooks, and what else its owner keeps on it
+        return new
 
     changed = _replace(module, swap)
     _leave_fused_paths(module)
@@ -79,9 +94,11 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[
 def _leave_fused_paths(module: nn.Module) -> None:
     """Make torch's encoder layers call their linear layers in evaluation too, as they do in training."""
     for encoder in module.modules():
-        if isinstance(encoder, nn.TransformerEncoderLayer) and isinstance(encoder.linear1, BitLinear):
+        if not any(isinstance(layer, BitLinear) for layer in encoder.modules()):
+            continue
+        if isinstance(encoder, nn.TransformerEncoderLayer):
             encoder.activation_relu_or_gelu = 0  # the fused path knows these two activations only
-        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, BitLinear) for m in encoder.modules()):
+        elif isinstance(encoder, nn.TransformerEncoder):
             encoder.use_nested_tensor = False  # what the fused path would be fed with
 
 
@@ -89,38 +106,59 @@ def uncalled_linears(module: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
     """Converted layers that one forward pass `module(*args, **kwargs)` never calls: code that reads their weight
     instead runs dense, and fails once they are packed. Leave them out with `skip`.
 
+    It sees one pass, in the mode the module is in. Ask in training and in evaluation and on the device of the run
+    where these take different paths: the CUDA kernels of Mamba read `x_proj` and `out_proj` too. An expert that no
+    token was sent to is named as well. A layer that is both called and read is not.
+
     Returns:
         Their names, in definition order.
     """
-    names = {name: layer for name, layer in module.named_modules() if isinstance(layer, BitLinear)}
     called: set[nn.Module] = set()
-    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in names.values()]
+    # One hook for all modules: hooks on the layers themselves would switch torch's fused encoder path off.
+    hook = register_module_forward_hook(lambda layer, *_: called.add(layer))
     try:
         with torch.no_grad():
             module(*args, **kwargs)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return [name for name, layer in names.items() if layer not in called]
+        hook.remove()
+    return [name for name, layer in module.named_modules() if isinstance(layer, BitLinear) and layer not in called]
 
 
 def pack_linears(module: nn.Module) -> list[str]:
     """Freeze every BitLinear below `module` to packed codes, in place; returns the names it changed.
 
-    Packing a packed model changes nothing and returns an empty list.
+    Packing a packed model changes nothing and returns an empty list. An adapter (LoRA) beside a packed layer trains
+    on: gradients pass through. Hooks stay behind with the latent layers.
 
     Raises:
-        UserError: an adapter (LoRA) is merged into the weights of a quantized layer.
+        UserError: an adapter is merged into the weights of a quantized layer or computes from them, or the rows of a
+            matrix do not fill whole bytes. Nothing was changed then.
     """
-    for name, wrapper in module.named_modules():
-        # What `peft` calls a layer that wraps another, and says of it.
-        if isinstance(getattr(wrapper, "base_layer", None), BitLinear) and getattr(wrapper, "merged", False):
+    for name, layer in module.named_modules():
+        _check_adapter(name, layer)
+        if isinstance(layer, BitLinear) and layer.out_features % CODES_PER_BYTE:
             raise UserError(
-                f"{name}: an adapter is merged into its weights, and rounding the sum would throw the adapter away: "
-                "unmerge it first; it runs beside packed weights"
+                f"{name}: {layer.out_features} rows cannot be packed, out_features must be a multiple of "
+                f"{CODES_PER_BYTE}: leave it dense with skip=[{name!r}] when converting"
             )
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
         return PackedBitLinear.from_bit_linear(layer) if isinstance(layer, BitLinear) else None
 
     return _replace(module, swap)
+
+
+def _check_adapter(name: str, wrapper: nn.Module) -> None:
+    """Refuse what `peft` does to the weights of the layer it wraps; it is known by its attributes, not imported."""
+    if not isinstance(getattr(wrapper, "base_layer", None), BitLinear):
+        return
+    if merged := getattr(wrapper, "merged_adapters", None):
+        raise UserError(
+            f"{name}: adapter {', '.join(merged)} is merged into its weights, and rounding the sum would throw it "
+            "away: unmerge it first; it runs beside packed weights"
+        )
+    if magnitudes := dict(getattr(wrapper, "lora_magnitude_vector", {})):
+        raise UserError(
+            f"{name}: adapter {', '.join(magnitudes)} is a DoRA, which computes from the latent weights at each call: "
+            "leave the layer unpacked, or use a plain LoRA"
+        )

@@ -13,6 +13,8 @@ Packing takes the codes and the scale that training used; it never derives a sca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,8 +48,31 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return pairs.to(torch.int8) - 1
 
 
+class PackedProductFunction(torch.autograd.Function):
+    """y = x @ weight.T on frozen codes, with BitLinear's gradient for x: rounding counts as the identity.
+
+    Autograd alone would find rounded activations constant, and hardly anything would reach what lies before the layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(codes, weight_scale)
+        return _packed_product(x, codes, weight_scale, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_y,) = grad_outputs
+        codes, weight_scale = ctx.saved_tensors
+        return ((grad_y @ codes.to(grad_y.dtype)) * weight_scale).to(grad_y.dtype), None, None, None
+
+
+def _packed_product(x: Tensor, codes: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
+    x_codes, x_scale = quantize_activations(x, bits)
+    return (F.linear(x_codes, codes) * (x_scale * weight_scale)).to(x.dtype)
+
+
 class PackedBitLinear(nn.Module):
-    """A BitLinear frozen to codes and a scale: runs, does not train.
+    """A BitLinear frozen to codes and a scale: runs, does not train. Gradients pass through it, to adapters say.
 
     Buffers:
         weight: packed codes, uint8 (O / 4, I).
@@ -84,8 +109,9 @@ class PackedBitLinear(nn.Module):
             return cls.from_codes(codes, weight_scale, layer.bias, layer.quant)
 
     def forward(self, input: Tensor) -> Tensor:
-        x_codes, x_scale = quantize_activations(input, self.quant.activation_bits)
-        y = (F.linear(x_codes, self.codes) * (x_scale * self.weight_scale)).to(input.dtype)
+        # Without a gradient no Function around it: decoding calls this for every token and layer.
+        product = PackedProductFunction.apply if torch.is_grad_enabled() and input.requires_grad else _packed_product
+        y = product(input, self.codes, self.weight_scale, self.quant.activation_bits)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
