@@ -18,10 +18,11 @@ from bitnet_lit.quant.functional import bit_linear_reference, quantize_activatio
     [QuantConfig(), QuantConfig(weight_scale="absmedian"), QuantConfig(name="b1"), QuantConfig(activation_bits=4)],
     ids=str,
 )
-def test_layer_equals_reference_forward_and_gradient(quant, bias):
+@pytest.mark.parametrize("shape", [(2, 5, 24), (24,)], ids=["batch", "vector"])
+def test_layer_equals_reference_forward_and_gradient(quant, bias, shape):
     torch.manual_seed(0)
     layer = BitLinear(24, 12, bias=bias, quant=quant)
-    x = torch.randn(2, 5, 24)
+    x = torch.randn(shape)
     results = []
     for forward in (layer, lambda x: bit_linear_reference(x, layer.weight, layer.bias, quant)):
         layer.zero_grad()

@@ -67,7 +67,8 @@ class BitLinearFunction(torch.autograd.Function):
             grad_x = ((grad_y @ weight_codes.to(dtype)) * weight_scale).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             x = (x_codes * x_scale).to(dtype)
-            grad_weight = (grad_y.flatten(0, -2).T @ x.flatten(0, -2)).to(ctx.weight_dtype)
+            flat_grad, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+            grad_weight = (flat_grad.T @ flat_x).to(ctx.weight_dtype)
         return grad_x, grad_weight, None
 
 

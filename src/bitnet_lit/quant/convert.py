@@ -31,11 +31,11 @@ def _skipped(name: str, skip: Sequence[str]) -> bool:
     return any(name == entry or name.endswith("." + entry) for entry in skip)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether swapping `layer` keeps what it does: not for a subclass, a weight that hooks compute before each call
-    (pruning, weight and spectral norm), or a `forward` that somebody put on the instance."""
-    weight_is_its_own = "weight" in dict(layer.named_parameters(recurse=False))
-    return type(layer) is nn.Linear and weight_is_its_own and "forward" not in vars(layer)
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether swapping the layer keeps what it does: not with a weight that hooks compute before each call (pruning,
+    spectral norm), nor with a `forward` that somebody put on the instance."""
+    weight_is_its_own = "weight" in dict(linear.named_parameters(recurse=False))
+    return weight_is_its_own and "forward" not in vars(linear)
 
 
 def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
@@ -58,8 +58,8 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[
     """Turn the `nn.Linear` layers below `module` into BitLinear, in place, keeping weights and biases.
 
     Only plain `nn.Linear` is touched: a subclass may be called in ways of its own, and a weight computed from others
-    (pruning, weight norm) is not there to be kept. So are matrices that are bare parameters: the returned names say
-    what changed. Hooks come along.
+    (pruning, weight norm) is not there to be kept. Matrices that are bare parameters stay dense as well. The returned
+    names say what changed. Hooks come along.
 
     An `nn.TransformerEncoder` is converted as a whole, or inside its model, not layer by layer: it prepares padded
     batches for the fused path of its layers, which a layer alone cannot tell it to leave.
@@ -80,10 +80,10 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[
     left_alone = [*skip, *quant.skip]
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, nn.Linear) or not _is_plain(layer) or _skipped(name, left_alone):
+        if type(layer) is not nn.Linear or not _is_plain(layer) or _skipped(name, left_alone):
             return None
         new = BitLinear.from_linear(layer, quant)
-        vars(new).update(vars(layer))  # hooks, and what else its owner keeps on it
+        vars(new).update(vars(layer))  # hooks, and whatever else its owner keeps on it
         return new
 
     changed = _replace(module, swap)
@@ -93,12 +93,14 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[
 
 def _leave_fused_paths(module: nn.Module) -> None:
     """Make torch's encoder layers call their linear layers in evaluation too, as they do in training."""
+
+    def is_quantized(encoder: nn.Module) -> bool:
+        return any(isinstance(layer, BitLinear) for layer in encoder.modules())
+
     for encoder in module.modules():
-        if not any(isinstance(layer, BitLinear) for layer in encoder.modules()):
-            continue
-        if isinstance(encoder, nn.TransformerEncoderLayer):
+        if isinstance(encoder, nn.TransformerEncoderLayer) and is_quantized(encoder):
             encoder.activation_relu_or_gelu = 0  # the fused path knows these two activations only
-        elif isinstance(encoder, nn.TransformerEncoder):
+        if isinstance(encoder, nn.TransformerEncoder) and is_quantized(encoder):
             encoder.use_nested_tensor = False  # what the fused path would be fed with
 
 
@@ -160,5 +162,5 @@ def _check_adapter(name: str, wrapper: nn.Module) -> None:
     if magnitudes := dict(getattr(wrapper, "lora_magnitude_vector", {})):
         raise UserError(
             f"{name}: adapter {', '.join(magnitudes)} is a DoRA, which computes from the latent weights at each call: "
-            "leave the layer unpacked, or use a plain LoRA"
+            "use a plain LoRA, or run it unpacked"
         )

@@ -65,7 +65,7 @@ struct Buffer {  // aligned, zeroed
 // Inlined in two places, the compiler may order a sum in two ways; one token must not differ from one of many.
 #define ONCE __attribute__((noinline))
 
-int padded(int inputs) { return blocks_of(inputs) * BLOCK; }
+int padded(int inputs) { return (inputs + 63) / 64 * 64; }  // whole vectors of every width
 
 // exp to 2e-7 relative, in a form that compilers turn into vector code: 2^n times a polynomial of the fraction.
 inline float fast_exp(float x) {
@@ -197,8 +197,8 @@ struct Engine {
         return 0;
     }
 
-    // Rows [from, to) of a matrix times all tokens; use(place, values) gets the four (at the end fewer) values of a group
-    // and where they belong in an output of `stride` floats a token.
+    // Rows [from, to) of a matrix times all tokens; use(place, value) gets each value and where it belongs in an output of
+    // `stride` floats a token.
     template <class Use>
     void multiply(const Linear& m, int slot, int tokens, int inputs, int from, int to, float* out, size_t stride,
                   const Use& use) {
@@ -208,17 +208,18 @@ struct Engine {
         products.resize(size_t(tokens) * ROWS);
         for (int group = from / ROWS; group * ROWS < to; group++) {
             group_dots(m.packed + group * group_bytes(inputs), in, widest, tokens, blocks, products.data());
-            const int rows = std::min(ROWS, to - group * ROWS);
+            // Heads may begin inside a group; the rows outside are another thread's.
+            const int first = std::max(from - group * ROWS, 0), last = std::min(ROWS, to - group * ROWS);
             float* place = out + group * ROWS;
             for (int t = 0; t < tokens; t++, place += stride) {
                 const float scale = scales[slot + t] * m.scale;
                 const int32_t sum = sums[slot + t];
                 float values[ROWS];
                 for (int r = 0; r < ROWS; r++) values[r] = float(products[t * ROWS + r] - sum) * scale;
-                if (rows == ROWS)
+                if (last - first == ROWS)
                     for (int r = 0; r < ROWS; r++) use(place[r], values[r]);
                 else
-                    for (int r = 0; r < rows; r++) use(place[r], values[r]);
+                    for (int r = first; r < last; r++) use(place[r], values[r]);
             }
         }
     }

@@ -40,7 +40,7 @@ NORMS = {
 }
 ALIGN = 64
 PIECE = 64 * 2**20
-BLOCK = 256  # inputs of a block, as in kernels.h
+PADDED = 64  # inputs of activations and of the head are padded to a multiple, as `padded` in engine.cpp does
 
 
 class Arena:
@@ -71,10 +71,10 @@ def pack(codes: NDArray[np.int8], arena: Arena) -> NDArray[np.uint8]:
 
 
 def quantize_head(weight: NDArray[np.float32], arena: Arena) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """float32 (V, D) to int8 (V, D padded to a block) and a scale for each row, float32 (V,)."""
+    """float32 (V, D) to int8 (V, D padded) and a scale for each row, float32 (V,)."""
     rows, inputs = weight.shape
     scales = np.maximum(np.abs(weight).max(axis=1), 1e-12) / np.float32(127)
-    codes = arena.take((rows, -(-inputs // BLOCK) * BLOCK), np.int8)
+    codes = arena.take((rows, -(-inputs // PADDED) * PADDED), np.int8)
     codes[:, :inputs] = np.rint(weight / scales[:, None])
     return codes, scales.astype(np.float32)
 
@@ -87,8 +87,6 @@ def supports(config: ModelConfig, quant: QuantConfig) -> str | None:
         return "its projections are not all ternary with 8-bit activations"
     if config.qkv_bias or config.qk_norm:
         return "it has biases or norms on queries and keys"
-    if config.head_size % 4:
-        return f"its heads have {config.head_size} elements, no multiple of 4"
     return None
 
 

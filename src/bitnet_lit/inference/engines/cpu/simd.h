@@ -14,6 +14,8 @@ constexpr int W = 64;
 using Bytes = __m512i;
 using Sums = __m512i;
 inline Bytes load(const void* p) { return _mm512_loadu_si512(p); }
+inline Bytes four(const int8_t* p) { int32_t v; std::memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
+inline void store(int32_t* p, Sums a) { _mm512_storeu_si512(p, a); }
 inline Sums zero() { return _mm512_setzero_si512(); }
 inline Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline int32_t total(Sums a) { return _mm512_reduce_add_epi32(a); }
@@ -40,6 +42,8 @@ constexpr int W = 32;
 using Bytes = __m256i;
 using Sums = __m256i;
 inline Bytes load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Bytes four(const int8_t* p) { int32_t v; std::memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
+inline void store(int32_t* p, Sums a) { _mm256_storeu_si256((__m256i*)p, a); }
 inline Sums zero() { return _mm256_setzero_si256(); }
 inline Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 inline int32_t total(Sums a) {
@@ -76,6 +80,8 @@ constexpr int W = 16;
 using Bytes = uint8x16_t;
 using Sums = int32x4_t;
 inline Bytes load(const void* p) { return vld1q_u8((const uint8_t*)p); }
+inline Bytes four(const int8_t* p) { int32_t v; std::memcpy(&v, p, 4); return vreinterpretq_u8_s32(vdupq_n_s32(v)); }
+inline void store(int32_t* p, Sums a) { vst1q_s32(p, a); }
 inline Sums zero() { return vdupq_n_s32(0); }
 inline Sums add(Sums a, Sums b) { return vaddq_s32(a, b); }
 inline int32_t total(Sums a) { return vaddvq_s32(a); }
@@ -104,6 +110,8 @@ constexpr int W = 16;
 struct Bytes { uint8_t b[16]; };
 struct Sums { int32_t s[4]; };
 inline Bytes load(const void* p) { Bytes v; std::memcpy(&v, p, 16); return v; }
+inline Bytes four(const int8_t* p) { Bytes v; for (int i = 0; i < 4; i++) std::memcpy(v.b + 4 * i, p, 4); return v; }
+inline void store(int32_t* p, Sums a) { std::memcpy(p, a.s, 16); }
 inline Sums zero() { return Sums{}; }
 inline Sums add(Sums a, Sums b) { for (int i = 0; i < 4; i++) a.s[i] += b.s[i]; return a; }
 inline int32_t total(Sums a) { return a.s[0] + a.s[1] + a.s[2] + a.s[3]; }
