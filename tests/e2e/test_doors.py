@@ -166,6 +166,7 @@ def test_the_wheel_works_from_an_empty_directory(tmp_path):
     wheel = next((tmp_path / "dist").glob("*.whl"))
     shutil.unpack_archive(wheel, site, "zip")
     assert (site / "bitnet_lit" / "conf" / "model" / "demo.yaml").exists()
+    assert (site / "bitnet_lit" / "inference" / "engines" / "cpu" / "engine.cpp").exists()
     environment = {**os.environ, "PYTHONPATH": str(site)}
     where = subprocess.run(
         [sys.executable, "-c", "import bitnet_lit.cli as c; print(c.CONF_DIR)"],
