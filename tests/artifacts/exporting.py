@@ -10,7 +10,7 @@ import torch
 
 from bitnet_lit.artifacts import verify
 from bitnet_lit.artifacts.export import export
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import ExportConfig, QuantConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.model import CausalLM, build_model

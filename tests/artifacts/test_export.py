@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bitnet_lit.artifacts.export import default_out
-from bitnet_lit.artifacts.locate import load_model, open_source
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.load import load_model
+from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.artifacts.targets import problems
 from bitnet_lit.config import ExportConfig, QuantConfig
 from bitnet_lit.errors import UserError

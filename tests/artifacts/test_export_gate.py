@@ -7,8 +7,8 @@ import torch
 
 from bitnet_lit.artifacts import export as exporting
 from bitnet_lit.artifacts import gguf_file, model_folder, verify
+from bitnet_lit.artifacts.layout import EMBEDDING
 from bitnet_lit.artifacts.llama2c_file import interleave
-from bitnet_lit.artifacts.source import EMBEDDING
 from bitnet_lit.errors import ParityError
 from tests.artifacts.exporting import FORMATS, QUANTS, export_to, files_below, leave_out_other_tools, saved_model
 from tests.artifacts.test_export import needs_llama_cpp

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bitnet_lit.artifacts.llama2c_file import open_bin
-from bitnet_lit.artifacts.locate import load_model, open_source
+from bitnet_lit.artifacts.load import load_model
+from bitnet_lit.artifacts.locate import open_source
 from bitnet_lit.artifacts.verify import layerwise_logits
 from tests.artifacts.exporting import (
     FORMATS,

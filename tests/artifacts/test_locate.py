@@ -10,7 +10,7 @@ import torch
 
 from bitnet_lit.artifacts.llama2c_file import write_bin
 from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError

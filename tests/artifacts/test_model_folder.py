@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitnet_lit.artifacts.locate import find_model, load_model
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.load import load_model
+from bitnet_lit.artifacts.locate import find_model
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from tests.support import tiny_model
@@ -115,7 +116,7 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path):
         import sys
         from pathlib import Path
         from bitnet_lit.config import QuantConfig
-        from bitnet_lit.artifacts.model_folder import save_model_folder
+        from bitnet_lit.artifacts.save import save_model_folder
         from tests.support import tiny_model
         models = [tiny_model(seed=seed) for seed in (0, 1)]
         print("ready", flush=True)

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import QuantConfig
 from tests.support import run_door, tiny_model
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import BitNetConfig, LlamaConfig, LlamaForCausalLM
 
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import QuantConfig
 from tests.artifacts.exporting import export_to, leave_out_other_tools
 from tests.data.test_json_tokenizer import byte_level, metaspace
@@ -33,8 +33,9 @@ OPEN_ALL = textwrap.dedent("""
     import torch
     torch.set_num_threads(1)
     import safetensors, sentencepiece, tokenizers
-    from bitnet_lit.artifacts.locate import find_model, load_model, open_source
-    from bitnet_lit.artifacts.source import load
+    from bitnet_lit.artifacts.load import load_model
+    from bitnet_lit.artifacts.locate import find_model, open_source
+    from bitnet_lit.artifacts.load import load
     from bitnet_lit.errors import UserError
     seconds, memory = int(sys.argv[1]), int(sys.argv[2])
 

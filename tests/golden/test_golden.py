@@ -41,10 +41,10 @@ def loss_curve(quant):
 
 def greedy_tokens(quant):
     engine = TorchEngine(tiny_model(quant, max_position_embeddings=256))
-    tokens, logits = [], engine.forward([1, 2, 3])
+    cache, tokens, new = engine.new_cache(), [], [1, 2, 3]
     for _ in range(200):
-        tokens.append(int(logits.argmax()))
-        logits = engine.forward(tokens[-1:])
+        new = [int(engine.forward([new], [cache])[0].argmax())]
+        tokens += new
     return tokens
 
 

@@ -11,23 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet_lit
+from bitnet_lit.artifacts.load import load
 from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.model_folder import save_model_folder
-from bitnet_lit.artifacts.source import load
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.build import NoCompilerError, library_path
-from bitnet_lit.inference.engines.cpu.engine import (
-    PADDED,
-    Arena,
-    Cache,
-    CpuEngine,
-    NativeModel,
-    pack,
-    quantize_head,
-    supports,
-)
+from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supports
+from bitnet_lit.inference.engines.cpu.weights import PADDED, Arena, pack, quantize_head
 from tests.support import tiny_config, tiny_model
 
 try:
@@ -74,7 +66,7 @@ def saved(folder, quant="b158", **sizes):
 
 def step_all(model, ids, caches=None):
     """Logits of every position of ids (B, T), all in one step."""
-    caches = caches or [Cache() for _ in ids]
+    caches = caches or [model.new_cache() for _ in ids]
     tokens = [token for row in ids.tolist() for token in row]
     spread = [cache for cache in caches for _ in range(ids.shape[1])]
     return torch.from_numpy(model.step(tokens, spread, range(len(tokens)))).reshape(*ids.shape, -1)
@@ -82,7 +74,7 @@ def step_all(model, ids, caches=None):
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("quant", ["b158", "b1"])
+@pytest.mark.parametrize("quant", ["b158", "b1", "none"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_logits_equal_the_networks(tmp_path, quant, sizes, threads):
     source = saved(tmp_path / "model", quant, **sizes)
@@ -96,7 +88,7 @@ def test_logits_equal_the_networks(tmp_path, quant, sizes, threads):
     first = (found - expected)[:, 0].abs().max() / expected.std()
     assert float(first) < 0.1
     # One position at a time, or a batch of one: the very same sums.
-    cache = Cache()
+    cache = model.new_cache()
     single = [model.step([token], [cache], [0])[0] for token in ids[1].tolist()]
     assert np.array_equal(np.stack(single), found[1].numpy())
 
@@ -106,13 +98,14 @@ def test_the_past_can_be_cut_and_grows_to_the_context(tmp_path):
     source = saved(tmp_path / "model", max_position_embeddings=700)
     engine = CpuEngine(NativeModel(source, head="float", threads=2))
     ids = torch.randint(0, 512, (700,), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = engine.forward(ids)
-    engine.reset()
+    cache = engine.new_cache()
+    whole = engine.forward([ids], [cache])  # more than one step takes at once
+    cache.truncate(0)
     for start in range(0, 700, 70):
-        last = engine.forward(ids[start : start + 70])
-    assert engine.length == 700 and torch.equal(whole, last)
-    with pytest.raises(AssertionError, match="701 tokens in 700"):
-        engine.forward([1])
+        last = engine.forward([ids[start : start + 70]], [cache])
+    assert cache.length == 700 and np.array_equal(whole, last)
+    with pytest.raises(AssertionError, match="beyond the context"):
+        engine.forward([[1]], [cache])
 
 
 @needs_compiler
@@ -134,9 +127,9 @@ def test_the_int8_head_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
     for head in ("float", "int8"):
         model = NativeModel(source, head=head, threads=2)
         losses.append(float(next_token_loss(step_all(model, ids[:, :-1]), ids[:, 1:])))
-        engine, text = CpuEngine(model), [tokenizer.bos_id]
+        cache, text = model.new_cache(), [tokenizer.bos_id]
         for _ in range(200):
-            text.append(int(engine.forward(text[-1:]).argmax()))
+            text.append(int(model.step(text[-1:], [cache], [0])[0].argmax()))
         texts.append(text)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] < 4
     assert texts[0] == texts[1]
@@ -158,11 +151,14 @@ def test_load_takes_the_engine_where_it_can(tmp_path, tokenizer):
     model = bitnet_lit.load(tmp_path / "b158", threads=2)
     assert model.engine.name.startswith("native") and model.engine.name.endswith("2 threads")
     assert bitnet_lit.load(tmp_path / "b158", engine="torch").engine.name == "PyTorch"
-    assert bitnet_lit.load(tmp_path / "dense").engine.name == "PyTorch"
-    with pytest.raises(UserError, match="its weights are dense: take engine=torch"):
-        bitnet_lit.load(tmp_path / "dense", engine="cpu")
+    assert bitnet_lit.load(tmp_path / "dense").engine.name.startswith("native")
+    qwen = tiny_model("none", sub_norm=False, qkv_bias=True)
+    save_model_folder(tmp_path / "qwen", qwen, QuantConfig(name="none"), tokenizer)
+    assert bitnet_lit.load(tmp_path / "qwen").engine.name == "PyTorch"
+    with pytest.raises(UserError, match=r"it has biases .*: take engine=torch"):
+        bitnet_lit.load(tmp_path / "qwen", engine="cpu")
     with pytest.raises(AssertionError, match="beyond the vocabulary"):
-        model.engine.forward([512])
+        model.engine.forward([[512]], [model.engine.new_cache()])
 
 
 @pytest.mark.parametrize(
@@ -201,3 +197,39 @@ def test_two_processes_compile_at_once(tmp_path):
     said = [process.communicate(timeout=200)[0].strip() for process in both]
     assert said[0] == said[1] != ""
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_texts_of_a_batch_and_of_a_fork_are_those_of_each_alone(tmp_path, tokenizer):
+    save_model_folder(tmp_path / "model", tiny_model(max_position_embeddings=300), QuantConfig(), tokenizer)
+    for kv_cache in ("float", "int8"):
+        model = bitnet_lit.load(tmp_path / "model", threads=2, kv_cache=kv_cache)
+        prompts = ["Lily", "", "Lily", "Once upon a time, there was a boy", "Lily"]
+        options = {"max_new_tokens": 280, "temperature": 1.0, "seed": 3}  # beyond the cache's first room
+        alone = [model.generate(prompt, index=i, **options) for i, prompt in enumerate(prompts)]
+        assert model.generate_batch(prompts, **options) == alone
+        assert len(set(alone)) == 5
+
+
+@needs_compiler
+@pytest.mark.parametrize("quant", ["b158", "none"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_an_int8_cache_is_close_to_the_float_one(tmp_path, quant, sizes):
+    source = saved(tmp_path / "model", quant, **sizes)
+    ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(0))
+    by_cache = [step_all(NativeModel(source, "float", cache, 2), ids) for cache in ("float", "int8")]
+    difference = (by_cache[0] - by_cache[1]).abs().mean() / by_cache[0].std()
+    # Keys and values are rounded by 1/254 of their largest at most.
+    assert 0 < float(difference) < 0.05
+
+
+@needs_compiler
+def test_an_int8_cache_reads_a_quarter(tmp_path):
+    source = saved(tmp_path / "model", hidden_size=128, num_attention_heads=2)
+    weights, *rest = (
+        NativeModel(source, kv_cache=cache).bytes_per_token(length)
+        for cache, length in (("float", 0), ("float", 64), ("int8", 64))
+    )
+    per_position = 2 * source.config.num_hidden_layers * 128
+    assert rest[0] - weights == 64 * 4 * per_position
+    assert rest[1] - weights == 64 * (per_position + 2 * 2 * 4 * source.config.num_hidden_layers)

@@ -1,11 +1,13 @@
 """Generation: positions, ends, stops, streaming; the engine against the whole forward pass."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
-from bitnet_lit.inference.generator import Generator, Statistics
-from bitnet_lit.inference.sampling import Sampler, SamplingOptions
+from bitnet_lit.inference.generator import Generator
 from bitnet_lit.quant import PackedBitLinear
 from tests.support import tiny_model
 
@@ -17,17 +19,24 @@ class Scripted:
 
     max_length = 64
 
+    class Cache:
+        length = step = 0
+
+        def fork(self):
+            return copy.copy(self)
+
     def __init__(self, script, vocab_size=512):
-        self.script, self.vocab_size, self.length = script, vocab_size, 0
+        self.script, self.vocab_size = script, vocab_size
 
-    def reset(self):
-        self.length = self.step = 0
+    def new_cache(self):
+        return self.Cache()
 
-    def forward(self, ids):
-        self.length += len(ids)
-        logits = torch.zeros(self.vocab_size)
-        logits[self.script[min(self.step, len(self.script) - 1)]] = 10.0
-        self.step += 1
+    def forward(self, ids, caches):
+        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
+        for row, text, cache in zip(logits, ids, caches, strict=True):
+            row[self.script[min(cache.step, len(self.script) - 1)]] = 10.0
+            cache.length += len(text)
+            cache.step += 1
         return logits
 
 
@@ -36,10 +45,11 @@ class Scripted:
 def test_greedy_with_the_cache_is_greedy_without(quant, prompt_length, tokenizer):
     model = tiny_model(quant, num_key_value_heads=2)
     prompt = [tokenizer.bos_id, *range(300, 299 + prompt_length)]
-    generator = Generator(TorchEngine(model), tokenizer)
-    tokens = list(generator.tokens(prompt, Sampler(SamplingOptions(temperature=0)), 30, Statistics()))
-    ids = list(prompt)
-    for token in tokens:
+    engine = TorchEngine(model)
+    cache, ids, new = engine.new_cache(), list(prompt), prompt
+    for _ in range(30):
+        token = int(engine.forward([new], [cache])[0].argmax())
+        new = [token]
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[0, -1]
         # The whole pass and the cached step differ by float rounding: the same choice, unless two are equal to 2e-2.
@@ -56,15 +66,15 @@ def test_the_packed_engine_computes_the_models_logits_exactly():
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0, -1]
     # the integers are the same; the head multiplies one row here and twenty there
-    torch.testing.assert_close(engine.forward(ids), expected, rtol=1e-5, atol=1e-5)
+    found = torch.from_numpy(engine.forward([ids], [engine.new_cache()])[0])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_engine_on_a_model_in_training_leaves_it_in_training(tokenizer):
     model = tiny_model("b158", dropout=0.5).train()
     engine = TorchEngine(model, pack=False)
-    first = engine.forward([1, 2, 3])
-    engine.reset()
-    assert torch.equal(engine.forward([1, 2, 3]), first)
+    first = engine.forward([[1, 2, 3]], [engine.new_cache()])
+    assert np.array_equal(engine.forward([[1, 2, 3]], [engine.new_cache()]), first)
     assert model.training
 
 
@@ -121,3 +131,15 @@ def test_the_same_seed_gives_the_same_text(tokenizer):
     first = generator.generate("Lily", seed=3, **options)
     assert generator.generate("Lily", seed=3, **options) == first
     assert generator.generate("Lily", seed=3, index=1, **options) != first
+
+
+def test_texts_of_a_batch_are_those_of_each_alone(tokenizer):
+    generator = Generator(TorchEngine(tiny_model(max_position_embeddings=40)), tokenizer)
+    prompts = ["Lily", "", "Lily", "Once upon a time, there was a boy", "Lily"]
+    options = {"max_new_tokens": 60, "temperature": 1.0, "seed": 3}
+    alone = [generator.generate(prompt, index=i, **options) for i, prompt in enumerate(prompts)]
+    assert generator.generate_batch(prompts, **options) == alone
+    assert len(set(alone)) == 5
+    statistics = generator.statistics
+    assert statistics.prompt_tokens == sum(len(tokenizer.encode(prompt)) for prompt in set(prompts))
+    assert "context" in statistics.reason

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bitnet_lit.artifacts.export import export
+from bitnet_lit.artifacts.load import load
 from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.source import load
 from bitnet_lit.cli import compose
 from bitnet_lit.config import ExportConfig, PrepareConfig
 from bitnet_lit.data.prepare import prepare

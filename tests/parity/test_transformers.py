@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, LlamaForCausalLM
 from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding, apply_rotary_pos_emb
 
-from bitnet_lit.artifacts.locate import load_model
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.load import load_model
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model.layers import apply_rotary, rotary_tables
 from tests.support import tiny_config, tiny_model

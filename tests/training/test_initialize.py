@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from bitnet_lit.artifacts.locate import load_model
-from bitnet_lit.artifacts.model_folder import save_model_folder
+from bitnet_lit.artifacts.load import load_model
+from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import MuonConfig, QuantConfig
 from bitnet_lit.errors import UserError

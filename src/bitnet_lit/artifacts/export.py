@@ -23,8 +23,9 @@ from bitnet_lit.artifacts.folder_export import latent_tensors, packed_tensors
 from bitnet_lit.artifacts.gguf_file import reopened, write_gguf
 from bitnet_lit.artifacts.llama2c_file import open_bin, write_bin
 from bitnet_lit.artifacts.locate import find_model, open_source
-from bitnet_lit.artifacts.model_folder import describe, network_type, transformers_runs, write_folder
+from bitnet_lit.artifacts.model_folder import describe, network_type, transformers_runs
 from bitnet_lit.artifacts.safetensors_writer import LazyTensor
+from bitnet_lit.artifacts.save import statistics_metadata, write_folder
 from bitnet_lit.artifacts.share import check_repository, share
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.artifacts.targets import problems
@@ -61,8 +62,11 @@ def _rows(tensors: list[LazyTensor]) -> list[TensorRow]:
 def _write_folder(config: ExportConfig, source: Source, out: Path) -> Written:
     packed, dtype = config.format == "packed", DTYPES[config.dtype]
     tensors = list(packed_tensors(source, dtype) if packed else latent_tensors(source, dtype))
-    described = describe(source.config, source.quant, source.tokenizer, source.info, packed, dtype)
-    write_folder(out, described, tensors, source.tokenizer)
+    metadata = {}
+    if config.format == "latent" and dtype == torch.float32:
+        metadata = statistics_metadata(source.quantized, source.tensor, source.quant)
+    described = describe(source.config, source.quant, source.tokenizer, source.info, packed, config.dtype)
+    write_folder(out, described, tensors, source.tokenizer, metadata)
     rows = _rows(tensors)
     for row in rows:
         row.shape = source.tensors[row.name]  # of a packed matrix, that of its codes

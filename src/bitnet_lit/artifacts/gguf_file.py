@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
 from bitnet_lit.artifacts.llama2c_file import deinterleave, interleave
 from bitnet_lit.artifacts.q6_k import quantize_q6_k
-from bitnet_lit.artifacts.source import EMBEDDING, HEAD, Source
+from bitnet_lit.artifacts.source import Source, TensorReader
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.errors import UserError, needs_extra
@@ -201,7 +202,7 @@ def _scale(values: Tensor) -> Tensor:
     return largest if largest > 0 else torch.tensor(SCALE_MIN)
 
 
-class GgufReader:
+class GgufReader(TensorReader):
     """A GGUF file as `gguf` reads and dequantizes it, under our names, rows in our order.
 
     A quantized projection is given as codes and a scale: the dequantized values over the largest of them.
@@ -212,11 +213,10 @@ class GgufReader:
         self._tensors = {tensor.name: tensor for tensor in _gguf().GGUFReader(path).tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape; GGUF's shapes are innermost first."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self._source.tensors:
             if (tensor := self._tensors.get(their_name(name))) is not None:
-                shapes[name] = tuple(map(int, reversed(tensor.shape)))
+                shapes[name] = tuple(map(int, reversed(tensor.shape)))  # GGUF's are innermost first
                 if name in self._source.quantized:
                     shapes[f"{name}_scale"] = (1,)
         return shapes
@@ -232,12 +232,11 @@ class GgufReader:
         heads = _heads(name, self._source.config)
         return deinterleave(rows, heads) if heads else rows
 
-    def read(self, name: str) -> Tensor:
-        """A dense tensor, the codes of a projection, or (name + "_scale") their scale; float32."""
+    def read(self, name: str) -> NDArray[Any]:
         if name.endswith("_scale"):
-            return _scale(self._dequantized(name.removesuffix("_scale"))).reshape(1)
+            return _scale(self._dequantized(name.removesuffix("_scale"))).reshape(1).numpy()
         values = self._dequantized(name)
-        return values / _scale(values) if name in self._source.quantized else values
+        return (values / _scale(values) if name in self._source.quantized else values).numpy()
 
 
 def reopened(path: Path, source: Source) -> Source:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.artifacts.model_folder import CONFIG_NAME, folder_tokenizer
-from bitnet_lit.artifacts.source import LONGEST_CONTEXT, SafetensorsReader, Source, safetensors_files
+from bitnet_lit.artifacts.safetensors_reader import SafetensorsReader, safetensors_files
+from bitnet_lit.artifacts.source import LONGEST_CONTEXT, Source
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.errors import UserError
 

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bitnet_lit.artifacts.source import EMBEDDING, HEAD, Source
+from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
+from bitnet_lit.artifacts.source import Source, TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.data.tokenizer import SPACE, Tokenizer
@@ -66,7 +68,7 @@ def network_names(layers: int, tied: bool) -> list[str]:
     return [*names, "model.norm.weight", *([] if tied else [HEAD])]
 
 
-class Llama2cReader:
+class Llama2cReader(TensorReader):
     """Tensors under our names, rows in our order.
 
     Args:
@@ -77,17 +79,15 @@ class Llama2cReader:
         self._config, self._shapes, self._read = config, shapes, read
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape."""
         return self._shapes
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, float32."""
-        tensor = self._read(name)
+    def read(self, name: str) -> NDArray[Any]:
+        tensor = self._read(name).float()
         if name.endswith("q_proj.weight"):
-            return deinterleave(tensor, self._config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            return deinterleave(tensor, self._config.num_kv_heads)
-        return tensor
+            tensor = deinterleave(tensor, self._config.num_attention_heads)
+        elif name.endswith("k_proj.weight"):
+            tensor = deinterleave(tensor, self._config.num_kv_heads)
+        return tensor.numpy()
 
 
 def _tokenizer_beside(path: Path) -> Tokenizer | None:

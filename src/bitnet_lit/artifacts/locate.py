@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 from bitnet_lit.artifacts.hub_folder import open_hub_folder
-from bitnet_lit.artifacts.llama2c_file import open_bin, open_pt
 from bitnet_lit.artifacts.model_folder import CONFIG_NAME, WEIGHTS_NAME, open_model_folder, read_raw_config
-from bitnet_lit.artifacts.source import LoadedModel, Source, load
+from bitnet_lit.artifacts.source import Source
 from bitnet_lit.errors import UserError, needs_extra
 
 OUTPUTS = Path("outputs")
@@ -84,14 +83,11 @@ def open_source(path: Path) -> Source:
     """
     try:
         if path.is_file():
+            from bitnet_lit.artifacts.llama2c_file import open_bin, open_pt  # imports torch
+
             return open_pt(path) if path.suffix == ".pt" else open_bin(path)
         raw = read_raw_config(path)
         return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
     except UserError as error:
         line = " ".join(str(error).split())  # a damaged file's own values stand in it
         raise UserError(line if len(line) <= 500 else f"{line[:400]} ... {line[-100:]}") from None
-
-
-def load_model(checkpoint: str | Path | None) -> LoadedModel:
-    """A model in memory, from whatever `find_model` takes."""
-    return load(open_source(find_model(checkpoint)))

@@ -30,21 +30,16 @@ Nothing here pickles.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bitnet_lit.artifacts.safetensors_writer import LazyTensor, write_safetensors
-from bitnet_lit.artifacts.source import HEAD, SafetensorsReader, Source, safetensors_files
-from bitnet_lit.atomic import atomic_folder
+from bitnet_lit.artifacts.safetensors_reader import SafetensorsReader, safetensors_files
+from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.model import CausalLM
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -56,7 +51,6 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "bitnet_lit": "BitNetLitForCausalLM",
 }
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def network_type(config: ModelConfig) -> str:
@@ -83,7 +77,7 @@ def describe(
     tokenizer: Tokenizer | None,
     info: dict[str, Any],
     packed: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """config.json as a dictionary."""
     described: dict[str, Any] = {
@@ -104,7 +98,7 @@ def describe(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "dtype": DTYPE_NAMES[dtype],
+        "dtype": dtype,
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
         "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
@@ -133,46 +127,6 @@ def describe(
             "modules_to_not_convert": quant.skip,
         }
     return described
-
-
-def write_folder(
-    folder: Path, described: dict[str, Any], tensors: Iterable[LazyTensor], tokenizer: Tokenizer | None
-) -> None:
-    """Fill an existing, empty folder with the four files."""
-    generation = {"bos_token_id": described["bos_token_id"], "eos_token_id": described["eos_token_id"]}
-    if tokenizer is not None:
-        # Stories are separated by BOS alone in llama2.c's shards, so either ends a text.
-        generation["eos_token_id"] = [tokenizer.eos_id, tokenizer.bos_id]
-        tokenizer.copy_to(folder)
-    write_safetensors(folder / WEIGHTS_NAME, tensors)
-    (folder / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-
-
-def save_model_folder(
-    folder: Path,
-    model: CausalLM,
-    quant: QuantConfig,
-    tokenizer: Tokenizer | None,
-    info: dict[str, Any] | None = None,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write a latent `folder`, replacing an older one in one step.
-
-    Args:
-        folder: the target; its parent is made if it is missing.
-        model: gives the sizes, and the weights unless `state_dict` does (a sharded run gathers them itself).
-        info: plain data to keep in config.json.
-    """
-    state = model.state_dict() if state_dict is None else state_dict
-    if model.config.tie_word_embeddings:
-        state = {name: tensor for name, tensor in state.items() if name != HEAD}
-    tensors = [
-        LazyTensor(name, tuple(tensor.shape), torch.float32, lambda tensor=tensor: tensor)  # type: ignore[misc]
-        for name, tensor in state.items()
-    ]
-    with atomic_folder(folder) as temporary:
-        write_folder(temporary, describe(model.config, quant, tokenizer, info or {}), tensors, tokenizer)
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:

@@ -4,109 +4,65 @@ Every door in opens to a `Source`: our model folder, Hugging Face's folders, lla
 quantization, tokenizer, and tensors by the names of `CausalLM.state_dict()`: a dense tensor in float32, a quantized
 projection as the codes and the scale that the forward pass uses, whether the file holds latent weights or packed
 codes. So an export streams, and what is compared in the end is always (codes, scale) against (codes, scale).
+
+Opening needs no torch, and neither do `array` and `statistics` where the file notes them, on which the native engine
+starts: importing torch takes longer than that engine's whole start. The methods that return tensors import it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args, get_type_hints
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
+from bitnet_lit.artifacts.layout import EMBEDDING, HEAD, quantized_names, tensor_shapes
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.model import CausalLM, build_model
-from bitnet_lit.quant import BitLinear, PackedBitLinear
-from bitnet_lit.quant.functional import quantize_weight
-from bitnet_lit.quant.packing import CODES_PER_BYTE, unpack_codes
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LARGEST_SIZE = 2**24  # of any axis; what a damaged file says beyond it must not ask for memory
 LARGEST_NUMBER = 2.0**100  # a float32
 LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
+CODES_PER_BYTE = 4  # in a packed matrix; the layout is in quant/packing.py
+STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
 
 
-class TensorReader(Protocol):
-    """Tensors of a file by the names of our state dict."""
+class TensorReader(ABC):
+    """Tensors of a file by the names of our state dict.
 
+    Attributes:
+        metadata: texts that the file carries beside its tensors.
+    """
+
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+    @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype it is stored in."""
+    @abstractmethod
+    def read(self, name: str) -> NDArray[Any]:
+        """A copy of one tensor: any float type as float32, integers as they are."""
 
+    def mapped(self, name: str) -> NDArray[Any] | None:
+        """One tensor in the mapped file, read-only: float32, bfloat16 as its bits (uint16), or bytes; None where it
+        cannot be mapped."""
+        return None
 
-class SafetensorsReader:
-    """One safetensors file, or the several that an index names.
-
-    Raises:
-        UserError: a file that is missing or damaged.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in files:
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118  # not a dict
-                    self._file_of[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape."""
-        return self._shapes
-
-    def read(self, name: str) -> Tensor:
-        """One tensor; the file is opened for it alone, so that its pages are given back with it."""
-        with _opened(self._file_of[name]) as file:
-            return file.get_tensor(name)
-
-
-class _opened:
-    """`safe_open` with a user's errors."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self._file = safe_open(self.path, framework="pt")
-            return self._file.__enter__()
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be read ({error.strerror or error}): is this a model folder?"
-            ) from None
-        except SafetensorError as error:
-            raise UserError(
-                f"{self.path}: damaged or not a safetensors file ({error}): copy or export it again"
-            ) from None
-
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weights of a Hugging Face folder: model.safetensors, or the files that model.safetensors.index.json names.
-
-    Raises:
-        UserError: neither, or an index that cannot be read.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names no file of this folder")
-        return [folder / name for name in names]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: cannot be used ({type(error).__name__}: {error}): copy it again") from None
+    def release(self) -> None:
+        """Give back the memory of mapped pages; whoever looks at them again reads the file again."""
+        return None
 
 
 def _check_types(config: ModelConfig | QuantConfig) -> None:
@@ -174,12 +130,8 @@ class Source:
                 f"{self.path}: the weights have {len(layers)} layers, the config says {self.config.num_hidden_layers}: "
                 "they are not of one model"
             )
-        network = build_model(self.config, self.quant, device="meta")
-        self.tensors = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            del self.tensors[HEAD]
-        linears = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, BitLinear)}
-        self.quantized = linears & self.tensors.keys()  # a tied head has no weight of its own
+        self.tensors = tensor_shapes(self.config)
+        self.quantized = quantized_names(self.config, self.quant)
         self._check(stored)
 
     def _check(self, stored: dict[str, tuple[int, ...]]) -> None:
@@ -204,11 +156,46 @@ class Source:
     @property
     def packed(self) -> bool:
         """Whether the projections are stored as codes: such a model runs, and cannot be trained."""
-        return any(f"{name}_scale" in self.reader.shapes() for name in self.quantized)
+        return any(self.holds_codes(name) for name in self.quantized)
+
+    def holds_codes(self, name: str) -> bool:
+        """Whether a quantized weight is stored as codes, packed or plain."""
+        return f"{name}_scale" in self.reader.shapes()
+
+    def scale(self, name: str) -> np.float32:
+        """What the stored codes of a weight are multiplied by.
+
+        Raises:
+            UserError: not a positive number.
+        """
+        scale = np.float32(self.reader.read(f"{name}_scale").reshape(()))
+        if not 0 < scale < np.inf:
+            raise UserError(f"{self.path}: tensor {name}_scale is {scale}: no scale of codes: copy it again")
+        return np.float32(1) / scale if self.inverse_scales else scale
+
+    def noted_statistics(self, name: str) -> tuple[float, float] | None:
+        """Scale and center of a latent weight (`quant.functional.weight_statistics`) as the file notes them beside it;
+        None where it does not.
+
+        Means of float32 numbers differ in the last bit with the order of summation, so the trained model's own are
+        kept with its weights.
+        """
+        try:
+            scale, center = json.loads(self.reader.metadata[STATISTICS])[name]
+            fits = 0 < scale < math.inf and abs(center) < math.inf
+        except (LookupError, ValueError, TypeError):
+            return None
+        return (scale, center) if fits else None
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """A tensor that is not quantized, or a latent weight; a copy."""
+        return self.reader.read(name).astype(np.float32, copy=False)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that is not quantized, or a latent weight: float32."""
-        return self.reader.read(name).float()
+        """`array` as a float32 tensor."""
+        import torch
+
+        return torch.from_numpy(self.array(name))
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """A quantized weight as the forward pass uses it.
@@ -220,17 +207,22 @@ class Source:
         Raises:
             UserError: stored codes that are none.
         """
-        if f"{name}_scale" not in self.reader.shapes():
+        import torch
+
+        from bitnet_lit.quant.functional import quantize_weight
+        from bitnet_lit.quant.packing import unpack_codes
+
+        if not self.holds_codes(name):
             codes, scale = quantize_weight(self.tensor(name), self.quant)
             return codes.to(torch.int8), scale
-        stored, scale = self.reader.read(name), self.tensor(f"{name}_scale").reshape(())
+        stored, scale = torch.from_numpy(self.reader.read(name)), torch.tensor(self.scale(name))
         if stored.shape[0] != self.tensors[name][0]:
             if stored.dtype != torch.uint8:
                 raise UserError(f"{self.path}: tensor {name} is {stored.dtype}, but packed codes are uint8")
             stored = unpack_codes(stored)
-        if not bool(((stored >= -1) & (stored <= 1)).all()) or not 0 < float(scale) < float("inf"):
-            raise UserError(f"{self.path}: tensor {name} holds no ternary codes with a scale: copy it again")
-        return stored.to(torch.int8), 1.0 / scale if self.inverse_scales else scale
+        if not bool(((stored >= -1) & (stored <= 1)).all()):
+            raise UserError(f"{self.path}: tensor {name} holds no ternary codes: copy it again")
+        return stored.to(torch.int8), scale
 
     def dequantized(self, name: str) -> Tensor:
         """A weight as plain float32 numbers: codes * scale, or what is stored."""
@@ -238,63 +230,3 @@ class Source:
             return self.tensor(name)
         codes, scale = self.codes(name)
         return codes.float() * scale
-
-
-def fill(module: nn.Module, source: Source, prefix: str = "") -> nn.Module:
-    """Give a module made on the meta device its weights.
-
-    Args:
-        module: part of the network of `source`, or the whole; latent projections stay trainable, packed ones become
-            `PackedBitLinear`.
-        prefix: of the module's names in the network ("model.layers.3.").
-    """
-    for name, layer in list(module.named_modules()):
-        weight = f"{prefix}{name}.weight"
-        if source.packed and isinstance(layer, BitLinear) and weight in source.quantized:
-            bias = None if layer.bias is None else source.tensor(f"{prefix}{name}.bias")
-            module.set_submodule(name, PackedBitLinear.from_codes(*source.codes(weight), bias, layer.quant))
-    for name in _parameter_names(module):
-        if prefix + name in source.tensors:
-            owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(source.tensor(prefix + name))
-            setattr(module.get_submodule(owner), leaf, parameter)
-    return module
-
-
-def _parameter_names(module: nn.Module) -> Iterator[str]:
-    for name, _ in list(module.named_parameters()):
-        yield name
-
-
-@dataclass
-class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        path: where it came from.
-        model: weights loaded, in eval mode.
-        packed: its projections are codes: it runs, and cannot be trained.
-        quant, tokenizer, info: as in `Source`.
-    """
-
-    path: Path
-    model: CausalLM
-    quant: QuantConfig
-    tokenizer: Tokenizer | None
-    info: dict[str, Any]
-    packed: bool
-
-    @property
-    def config(self) -> ModelConfig:
-        """The sizes."""
-        return self.model.config
-
-
-def load(source: Source) -> LoadedModel:
-    """Build the network of `source` with its weights; nothing is initialised first."""
-    model = build_model(source.config, source.quant, device="meta")
-    fill(model, source)
-    model.tie_weights()
-    model.model.reset_rotary()
-    model.eval()
-    return LoadedModel(source.path, model, source.quant, source.tokenizer, source.info, source.packed)

@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitnet_lit.artifacts.source import EMBEDDING, HEAD, Source, fill
+from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
+from bitnet_lit.artifacts.load import fill
+from bitnet_lit.artifacts.source import Source
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.errors import ParityError
 from bitnet_lit.model import next_token_loss

@@ -56,6 +56,8 @@ class InferConfig:
 
     prompt: str = "Once upon a time"
     """The text to go on from. Empty: the model starts a story by itself."""
+    prompts: str | None = None
+    """A text file with a prompt on each line, in place of `prompt`; several are generated at once."""
     checkpoint: str | None = None
     """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
     newest run below outputs/."""
@@ -80,7 +82,7 @@ class InferConfig:
     stop: list[str] = field(default_factory=list)
     """Texts that end a sample; they are not printed."""
     num_samples: int = 1
-    """Texts to generate from the prompt."""
+    """Texts to generate from each prompt."""
     interactive: bool = False
     """Ask for prompts until an empty line or end of input."""
     quiet: bool = False
@@ -93,6 +95,8 @@ class InferConfig:
     """Of the cpu engine. null: one on each physical core."""
     head: str = "int8"
     """Of the cpu engine: int8 (its rows rounded to 8 bits) or float (exact, slower)."""
+    kv_cache: str = "float"
+    """Of the cpu engine: keys and values as float, or as int8 with a scale each (a quarter of the memory)."""
 
     def __post_init__(self) -> None:
         positive(
@@ -104,6 +108,7 @@ class InferConfig:
         )
         one_of("engine", self.engine, ("auto", "cpu", "torch"))
         one_of("head", self.head, ("int8", "float"))
+        one_of("kv_cache", self.kv_cache, ("float", "int8"))
         one_of("device", self.device, ("cpu", "cuda", "mps"))
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")

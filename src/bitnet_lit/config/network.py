@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bitnet_lit.config.checks import one_of, positive
@@ -127,3 +128,8 @@ class QuantConfig:
             )
         if self.lambda_warmup_steps < 0:
             raise UserError(f"quant.lambda_warmup_steps={self.lambda_warmup_steps}: must be 0 or more")
+
+
+def is_skipped(name: str, skip: Sequence[str]) -> bool:
+    """Whether a layer stays dense: an entry of `skip` is its name, or the last parts of its dotted name."""
+    return any(name == entry or name.endswith("." + entry) for entry in skip)

@@ -22,18 +22,20 @@ import torch
 from torch import Tensor
 
 from bitnet_lit.artifacts.gguf_file import write_gguf
+from bitnet_lit.artifacts.layout import quantized_names, tensor_shapes
+from bitnet_lit.artifacts.load import load
 from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.model_folder import describe, write_folder
+from bitnet_lit.artifacts.model_folder import describe
 from bitnet_lit.artifacts.safetensors_writer import LazyTensor
-from bitnet_lit.artifacts.source import HEAD, Source, load
+from bitnet_lit.artifacts.save import write_folder
+from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
-from bitnet_lit.model import build_model
-from bitnet_lit.quant.bit_linear import BitLinear
 
 SHAPES = ((256, 6, 768, 8), (768, 12, 2048, 12), (1536, 24, 4096, 16))
 VOCABULARY = 32000
@@ -57,8 +59,7 @@ def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Toke
         max_position_embeddings=2 * (PROMPT + NEW),
     )
     quant = QuantConfig()
-    network = build_model(config, quant, device="meta")
-    quantized = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, BitLinear)}
+    quantized = quantized_names(config, quant)
     generator = torch.Generator().manual_seed(0)
 
     def dense(shape: tuple[int, ...]) -> Tensor:
@@ -69,13 +70,13 @@ def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Toke
         return pairs[0] | pairs[1] | pairs[2] | pairs[3]
 
     tensors = []
-    for name, tensor in network.state_dict().items():
+    for name, shape_of in tensor_shapes(config).items():
         if name in quantized:
-            packed = (tensor.shape[0] // 4, tensor.shape[1])
+            packed = (shape_of[0] // 4, shape_of[1])
             tensors.append(LazyTensor(name, packed, torch.uint8, partial(codes, packed)))
             tensors.append(LazyTensor(f"{name}_scale", (1,), torch.float32, lambda: torch.tensor([0.02])))
-        elif name != HEAD:
-            tensors.append(LazyTensor(name, tuple(tensor.shape), torch.float32, partial(dense, tuple(tensor.shape))))
+        else:
+            tensors.append(LazyTensor(name, shape_of, torch.float32, partial(dense, shape_of)))
     folder.mkdir()
     write_folder(folder, describe(config, quant, tokenizer, {}, packed=True), tensors, tokenizer)
     return open_source(folder)
@@ -87,21 +88,21 @@ def _rate(tokens: int, run: Callable[[], object]) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def _engine_pair(engine: CpuEngine | TorchEngine, new: int) -> tuple[Timed, Timed]:
+def _engine_pair(engine: Engine, new: int) -> tuple[Timed, Timed]:
     """Functions that measure decode and prefill once, tokens/s."""
     prompt = list(range(3, 3 + PROMPT))
 
     def prefill() -> float:
-        engine.reset()
-        return _rate(PROMPT, lambda: engine.forward(prompt))
+        cache = engine.new_cache()
+        return _rate(PROMPT, lambda: engine.forward([prompt], [cache]))
 
     def decode() -> float:
-        engine.reset()
-        engine.forward(prompt)
+        cache = engine.new_cache()
+        engine.forward([prompt], [cache])
 
         def run() -> None:
             for token in range(new):
-                engine.forward([3 + token])
+                engine.forward([[3 + token]], [cache])
 
         return _rate(new, run)
 
@@ -195,12 +196,13 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
             bandwidth = [
                 native.library().bitnet_read_bandwidth(BANDWIDTH_BYTES, threads, 3) / 1e9 for _ in range(rounds)
             ]
-            moved = [ours[0]() * model.bytes_per_token / 1e9 for _ in range(rounds)]
+            per_token = model.bytes_per_token(PROMPT + NEW // 2)  # half of the new ones are there on the average
+            moved = [ours[0]() * per_token / 1e9 for _ in range(rounds)]
             limit = statistics.median(bandwidth)
             rows.append(
                 {
                     "shape": name,
-                    "what": f"decode reads {model.bytes_per_token / 1e6:,.1f} MB a token",
+                    "what": f"decode reads {per_token / 1e6:,.1f} MB a token",
                     "ours": statistics.median(moved),
                     "peer": "memory, read by as many threads",
                     "theirs": limit,

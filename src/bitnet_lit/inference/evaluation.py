@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet_lit.artifacts.locate import load_model
+from bitnet_lit.artifacts.load import load_model
 from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.data.shards import TokenSplit, open_shards
 from bitnet_lit.data.tokenizer import Tokenizer

@@ -1,17 +1,17 @@
-"""`bitnet_lit.load`: a model as an object that writes."""
+"""`bitnet_lit.load`: a model as an object that writes.
+
+The native engine needs no torch, whose import takes longer than everything else before the first token; so torch is
+imported where it is needed, not here.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from bitnet_lit.artifacts import source as sources
 from bitnet_lit.artifacts.locate import find_model, open_source
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig
@@ -20,9 +20,12 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu.build import NoCompilerError
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supports
-from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
-from bitnet_lit.model import CausalLM
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitnet_lit.model import CausalLM
 
 
 class LanguageModel:
@@ -34,33 +37,40 @@ class LanguageModel:
         generator: `generate` and `stream` without the checks below; its `statistics` are of the last text.
 
     Args:
-        engine, threads, head: see `load`.
+        engine, threads, head, kv_cache: see `load`.
     """
 
-    def __init__(self, source: Source, device: torch.device, engine: str, threads: int | None, head: str) -> None:
+    def __init__(self, source: Source, device: str, engine: str, threads: int | None, head: str, kv_cache: str) -> None:
         self.source, self._device = source, device
-        self.engine = self._make_engine(engine, threads, head)
+        self.engine = self._make_engine(engine, threads, head, kv_cache)
         if source.tokenizer is not None:
             self.generator = Generator(self.engine, source.tokenizer)
 
-    def _make_engine(self, engine: str, threads: int | None, head: str) -> Engine:
-        if engine == "torch" or (engine == "auto" and self._device.type != "cpu"):
-            return TorchEngine(self._network)
+    def _make_engine(self, engine: str, threads: int | None, head: str, kv_cache: str) -> Engine:
+        if engine == "torch" or (engine == "auto" and self._device != "cpu"):
+            return self._torch_engine()
         reason = supports(self.source.config, self.source.quant)
         if reason is None:
             try:
-                return CpuEngine(NativeModel(self.source, head, threads))
+                return CpuEngine(NativeModel(self.source, head, kv_cache, threads))
             except NoCompilerError as error:
                 reason = str(error)
                 if engine == "auto":
                     print(f"note: {reason}: running on PyTorch, which is slower", file=sys.stderr)
         if engine == "cpu":
             raise UserError(f"engine=cpu: cannot run {self.source.path}: {reason}: take engine=torch")
+        return self._torch_engine()
+
+    def _torch_engine(self) -> Engine:
+        from bitnet_lit.inference.engines.torch_engine import TorchEngine
+
         return TorchEngine(self._network)
 
     @cached_property
     def _network(self) -> CausalLM:
-        return sources.load(self.source).model.to(self._device)
+        from bitnet_lit.artifacts.load import load
+
+        return load(self.source).model.to(self._device)
 
     @property
     def config(self) -> ModelConfig:
@@ -75,17 +85,27 @@ class LanguageModel:
         return self.generator
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """Pieces of the text that goes on from `prompt`; options: see `Generator.stream`."""
+        """Pieces of the text that goes on from `prompt`; options: see `Generator.stream_batch`."""
         return self._checked().stream(prompt, **options)
 
+    def stream_batch(self, prompts: Sequence[str], **options: Any) -> Iterator[tuple[int, str]]:
+        """Pieces of several texts made together, (number of the prompt, piece); see `Generator.stream_batch`."""
+        return self._checked().stream_batch(prompts, **options)
+
     def generate(self, prompt: str, **options: Any) -> str:
-        """The whole text, prompt included; options: see `Generator.stream`."""
+        """The whole text, prompt included; options: see `Generator.stream_batch`."""
         return self._checked().generate(prompt, **options)
 
-    @torch.inference_mode()
+    def generate_batch(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Whole texts, prompts included, made together; options: see `Generator.stream_batch`."""
+        return self._checked().generate_batch(prompts, **options)
+
     def logits(self, ids: Tensor) -> Tensor:
         """Logits of every position by the network itself, whatever `engine` is; int64 (B, T) -> float32 (B, T, V)."""
-        return self._network(ids.to(self._device)).float().cpu()
+        import torch
+
+        with torch.inference_mode():
+            return self._network(ids.to(self._device)).float().cpu()
 
 
 def load(
@@ -95,6 +115,7 @@ def load(
     engine: str = "auto",
     threads: int | None = None,
     head: str = "int8",
+    kv_cache: str = "float",
 ) -> LanguageModel:
     """Open a model.
 
@@ -106,14 +127,18 @@ def load(
         engine: cpu (compiled code), torch, or auto: cpu where it can run the model.
         threads: of the cpu engine; None: one on each physical core.
         head: of the cpu engine: int8 or float (exact, slower).
+        kv_cache: of the cpu engine: float or int8 (a quarter of the memory).
 
     Raises:
         UserError: no model there, no such device, or an engine that cannot run it.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.split(":")[0], False):
-        raise UserError(f"device={device}: not available on this machine: take device=cpu")
+    if device != "cpu":
+        import torch
+
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not available.get(device.split(":")[0], False):
+            raise UserError(f"device={device}: not available on this machine: take device=cpu")
     source = open_source(find_model(path))
     if tokenizer is not None:
         source.tokenizer = open_tokenizer(tokenizer)
-    return LanguageModel(source, torch.device(device), engine, threads, head)
+    return LanguageModel(source, device, engine, threads, head, kv_cache)

@@ -1,4 +1,5 @@
-"""What `python -m bitnet_lit.infer` does: tell one story, several, or one per prompt that is typed.
+"""What `python -m bitnet_lit.infer` does: tell one story, several, or one per prompt that is given or
+typed.
 
 Stdout gets the text and nothing else. On a terminal the prompt is dimmed and a line of statistics goes to stderr; when
 stdout is no terminal, or with quiet=true, not even that.
@@ -9,20 +10,54 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from bitnet_lit.config import InferConfig
+from bitnet_lit.errors import UserError
 from bitnet_lit.inference.load import LanguageModel, load
 
+SEPARATOR = "---"
+TEXTS_AT_ONCE = 8  # they share each pass over the weights; more would gain little, and every text takes memory
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
-def _tell(model: LanguageModel, config: InferConfig, prompt: str, index: int, fancy: bool) -> str:
-    """Write one text to stdout as it comes; returns it, prompt included."""
-    text = prompt
-    sys.stdout.write(f"{DIM}{prompt}{PLAIN}" if fancy else prompt)
-    pieces = model.stream(
-        prompt,
+class _Page:
+    """Stdout, one text after the other: the pieces of the first unfinished text as they come, later ones when it is
+    their turn."""
+
+    def __init__(self, prompts: Sequence[str], fancy: bool) -> None:
+        self._fancy = fancy
+        self._waiting = [self._dimmed(prompt) for prompt in prompts]
+        self.texts = list(prompts)
+        self._write(self._waiting[0])
+
+    def _dimmed(self, prompt: str) -> str:
+        return f"{DIM}{prompt}{PLAIN}" if self._fancy else prompt
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def add(self, number: int, piece: str) -> None:
+        """A piece of text `number`."""
+        self.texts[number] += piece
+        if number == 0:
+            self._write(piece)
+        else:
+            self._waiting[number] += piece
+
+    def close(self) -> None:
+        """Everything that has not been written yet."""
+        for text in self._waiting[1:]:
+            self._write(f"\n{SEPARATOR}\n{text}")
+        self._write("\n")
+
+
+def _tell(model: LanguageModel, config: InferConfig, prompts: Sequence[str], index: int, fancy: bool) -> list[str]:
+    """Write texts to stdout, the first as it comes; returns them, prompts included."""
+    pieces = model.stream_batch(
+        prompts,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         index=index,
@@ -34,17 +69,15 @@ def _tell(model: LanguageModel, config: InferConfig, prompt: str, index: int, fa
         repeat_penalty=config.repeat_penalty,
         repeat_last_n=config.repeat_last_n,
     )
+    page = _Page(prompts, fancy)
     try:
-        for piece in pieces:
-            text += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        for number, piece in pieces:
+            page.add(number, piece)
     finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        page.close()
     if fancy:
         print(f"{DIM}{model.generator.statistics}{PLAIN}", file=sys.stderr)
-    return text
+    return page.texts
 
 
 def _typed_prompts() -> Iterator[str]:
@@ -59,6 +92,23 @@ def _typed_prompts() -> Iterator[str]:
         yield prompt
 
 
+def _prompts_of(path: Path) -> list[str]:
+    """The lines of a file of prompts.
+
+    Raises:
+        UserError: it cannot be read, or holds nothing.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"prompts={path}: cannot be read ({error.strerror}): give a text file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"prompts={path}: not a text in UTF-8: save it as such") from None
+    if not lines:
+        raise UserError(f"prompts={path}: is empty: write a prompt on each line")
+    return lines
+
+
 def infer(config: InferConfig) -> list[str]:
     """Write texts to stdout; returns them, prompts included.
 
@@ -68,7 +118,17 @@ def infer(config: InferConfig) -> list[str]:
     fancy = sys.stdout.isatty() and not config.quiet
     # One line, not Python's file, line and source, for the notice about long prompts.
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-    model = load(config.checkpoint, config.device, config.tokenizer, config.engine, config.threads, config.head)
+    prompts = [config.prompt] if config.prompts is None else _prompts_of(Path(config.prompts))
+    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    model = load(
+        config.checkpoint,
+        config.device,
+        config.tokenizer,
+        config.engine,
+        config.threads,
+        config.head,
+        config.kv_cache,
+    )
     if fancy:
         print(
             f"{DIM}{model.source.path}, {model.config.name}, {model.source.quant.name}, {model.engine.name}{PLAIN}",
@@ -79,14 +139,14 @@ def infer(config: InferConfig) -> list[str]:
         if config.interactive:
             for prompt in _typed_prompts():
                 try:
-                    texts.append(_tell(model, config, prompt, 0, fancy))
+                    texts += _tell(model, config, [prompt], 0, fancy)
                 except KeyboardInterrupt:
                     continue  # ends this text only
             return texts
-        for index in range(config.num_samples):
+        for index in range(0, len(prompts), TEXTS_AT_ONCE):
             if index:
-                print("---")
-            texts.append(_tell(model, config, config.prompt, index, fancy))
+                print(SEPARATOR)
+            texts += _tell(model, config, prompts[index : index + TEXTS_AT_ONCE], index, fancy)
     except BrokenPipeError:
         # The reader went away (infer | head): leave, and keep Python from failing again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

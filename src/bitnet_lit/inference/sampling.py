@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,36 @@ class SamplingOptions:
     repeat_last_n: int = 64
 
 
-def penalize_repeats(logits: Tensor, recent: Sequence[int], penalty: float) -> Tensor:
+def penalize_repeats(logits: Floats, recent: Sequence[int], penalty: float) -> Floats:
     """Make recent tokens less likely; logits (V,), each recent token counted once."""
     if penalty == 1.0 or not recent:
         return logits
-    logits = logits.clone()
-    tokens = torch.tensor(sorted(set(recent)))
+    logits = logits.copy()
+    tokens = np.array(sorted(set(recent)))
     values = logits[tokens]
-    logits[tokens] = torch.where(values > 0, values / penalty, values * penalty)
+    logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
     return logits
 
 
-def distribution(logits: Tensor, recent: Sequence[int], options: SamplingOptions) -> Tensor:
+def nucleus(probabilities: Floats, top_p: float) -> NDArray[np.intp]:
+    """The likeliest tokens whose probability together reaches `top_p`, likeliest first.
+
+    Sorting a whole vocabulary takes longer than a small model takes for a token, and the set is mostly a few tokens: so
+    only those above a border are sorted, and the border is lowered until they are enough.
+    """
+    border = float(probabilities.max())
+    while True:
+        border /= 16
+        likely = np.flatnonzero(probabilities >= border)
+        if len(likely) == len(probabilities) or probabilities[likely].sum(dtype=np.float64) >= top_p:
+            break
+    likely = likely[np.argsort(-probabilities[likely], kind="stable")]
+    ordered = probabilities[likely].astype(np.float64)
+    before = np.cumsum(ordered) - ordered  # of all likelier tokens: 0 for the likeliest, which thus stays
+    return likely[before < top_p]
+
+
+def distribution(logits: Floats, recent: Sequence[int], options: SamplingOptions) -> Floats:
     """The probabilities that a token is drawn from.
 
     Args:
@@ -59,18 +79,20 @@ def distribution(logits: Tensor, recent: Sequence[int], options: SamplingOptions
     window = recent[-options.repeat_last_n :] if options.repeat_last_n else ()
     logits = penalize_repeats(logits, window, options.repeat_penalty)
     if options.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
-    logits = logits / options.temperature
+        return np.eye(1, len(logits), int(logits.argmax()), dtype=np.float32)[0]
+    logits = (logits - logits.max()) / np.float32(options.temperature)
     if 0 < options.top_k < len(logits):
-        kth = logits.topk(options.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probabilities = logits.softmax(-1)
+        kth = np.partition(logits, -options.top_k)[-options.top_k]
+        logits = np.where(logits < kth, np.float32(-np.inf), logits)
+    probabilities = np.exp(logits)
+    probabilities /= probabilities.sum()
     if options.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # of all likelier tokens: 0 for the likeliest, which thus stays
-        probabilities = probabilities.index_fill(0, order[before >= options.top_p], 0.0)
+        stays = nucleus(probabilities, options.top_p)
+        kept = np.zeros_like(probabilities)
+        kept[stays] = probabilities[stays]
+        probabilities = kept
     if options.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < options.min_p * probabilities.max(), 0.0)
+        probabilities[probabilities < options.min_p * probabilities.max()] = 0
     return probabilities / probabilities.sum()
 
 
@@ -83,13 +105,13 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, seed: int | None = None, index: int = 0) -> None:
         self.options = options
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed((seed * 1_000_003 + index) % 2**63)
+        # numpy promises the same bits of PCG64 on every machine and in every version.
+        self._bits = np.random.PCG64(None if seed is None else [abs(seed), seed < 0, index])
 
-    def draw(self, logits: Tensor, recent: Sequence[int]) -> int:
+    def draw(self, logits: Floats, recent: Sequence[int]) -> int:
         """One token id; arguments as for `distribution`."""
-        probabilities = distribution(logits, recent, self.options)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        sums = distribution(logits, recent, self.options).cumsum(dtype=np.float64)
+        uniform = (self._bits.random_raw() >> 11) * 2.0**-53  # in [0, 1)
+        token = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+        # A number that rounds to the whole sum would fall behind the last token that can be drawn.
+        return min(token, int(np.searchsorted(sums, sums[-1])))

@@ -5,6 +5,8 @@ Keys are stored after rotation, so their positions are baked in and the cache is
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,6 +62,12 @@ class KVCache:
     def advance(self, num_positions: int) -> None:
         """Count T positions as filled, once every layer has appended them."""
         self.length += num_positions
+
+    def fork(self) -> KVCache:
+        """A cache of its own with the same past: several texts from one prompt."""
+        other = copy.copy(self)
+        other.keys, other.values = self.keys.clone(), self.values.clone()
+        return other
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""

@@ -21,14 +21,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from bitnet_lit.config import QuantConfig
+from bitnet_lit.config import QuantConfig, is_skipped
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.bit_linear import BitLinear
 from bitnet_lit.quant.packing import CODES_PER_BYTE, PackedBitLinear
-
-
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    return any(name == entry or name.endswith("." + entry) for entry in skip)
 
 
 def _is_plain(linear: nn.Linear) -> bool:
@@ -80,7 +76,7 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[
     left_alone = [*skip, *quant.skip]
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
-        if type(layer) is not nn.Linear or not _is_plain(layer) or _skipped(name, left_alone):
+        if type(layer) is not nn.Linear or not _is_plain(layer) or is_skipped(name, left_alone):
             return None
         new = BitLinear.from_linear(layer, quant)
         vars(new).update(vars(layer))  # hooks, and whatever else its owner keeps on it

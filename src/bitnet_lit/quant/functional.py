@@ -45,6 +45,22 @@ def quantize_activations(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return codes, amax / limit
 
 
+def weight_statistics(weight: Tensor, quant: QuantConfig) -> tuple[Tensor, Tensor]:
+    """The two numbers that a matrix is rounded by.
+
+    Args:
+        weight: latent weight, float32, shape (O, I).
+
+    Returns:
+        weight_scale: float32, shape ().
+        center: float32, shape (); what b1 compares with, 0 for b158.
+    """
+    magnitude = weight.abs()
+    scale = magnitude.median() if quant.weight_scale == "absmedian" else magnitude.mean()
+    center = weight.mean() if quant.name == "b1" else torch.zeros_like(scale)
+    return scale.clamp(min=SCALE_MIN), center
+
+
 def quantize_weight(weight: Tensor, quant: QuantConfig) -> tuple[Tensor, Tensor]:
     """Round a matrix to ternary (b158) or binary (b1) codes with one scale.
 
@@ -59,13 +75,12 @@ def quantize_weight(weight: Tensor, quant: QuantConfig) -> tuple[Tensor, Tensor]
         weight_scale: float32, shape (); ``weight ~= codes * weight_scale``.
     """
     weight = weight.float()
-    magnitude = weight.abs()
-    scale = (magnitude.median() if quant.weight_scale == "absmedian" else magnitude.mean()).clamp(min=SCALE_MIN)
+    scale, center = weight_statistics(weight, quant)
     if quant.name == "b158":
         # Multiplying by the reciprocal, not dividing, is what Microsoft and Hugging Face do: it decides ties.
         return (weight * (1.0 / scale)).round().clamp(-1, 1), scale
     assert quant.name == "b1", quant.name
-    return torch.where(weight >= weight.mean(), 1.0, -1.0), scale
+    return torch.where(weight >= center, 1.0, -1.0), scale
 
 
 def straight_through(value: Tensor, rounded: Tensor, strength: Tensor | float = 1.0) -> Tensor:

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitnet_lit.artifacts.locate import load_model
-from bitnet_lit.artifacts.source import LoadedModel
+from bitnet_lit.artifacts.load import LoadedModel, load_model
 from bitnet_lit.artifacts.targets import check_targets
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.shards import ShardDirectory

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitnet_lit.model import CausalLM, KVCache
@@ -12,7 +15,7 @@ from bitnet_lit.quant import pack_linears
 
 
 class TorchEngine:
-    """Wraps a `CausalLM` with a cache.
+    """Wraps a `CausalLM`; see `inference.engines.Engine`. Several texts run one after the other.
 
     Args:
         model: left as it is.
@@ -30,24 +33,20 @@ class TorchEngine:
             model.eval()
         self.model = model
         self.max_length = model.config.max_position_embeddings
-        self._cache = KVCache(model.config, 1, self.max_length, self.device)
 
-    @property
-    def length(self) -> int:
-        """Tokens behind it."""
-        return self._cache.length
-
-    def reset(self) -> None:
-        """Forget the past."""
-        self._cache.truncate(0)
+    def new_cache(self) -> KVCache:
+        """An empty past."""
+        return KVCache(self.model.config, 1, self.max_length, self.device)
 
     @torch.inference_mode()
-    def forward(self, ids: list[int]) -> Tensor:
-        """Logits of the token after `ids`: float32 (V,) on the CPU."""
-        batch = torch.tensor([ids], device=self.device)
+    def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache]) -> NDArray[np.float32]:
+        """Logits of the token after each text: float32 (len(ids), V)."""
         training = self.model.training
         self.model.eval()
-        hidden = self.model.model(batch, self._cache)
-        logits = self.model.lm_head(hidden[:, -1])  # the head of the last position alone: it is half of the work
+        logits = torch.stack([self._next(row, cache) for row, cache in zip(ids, caches, strict=True)])
         self.model.train(training)
-        return logits[0].float().cpu()
+        return logits.float().cpu().numpy()
+
+    def _next(self, ids: Sequence[int], cache: KVCache) -> Tensor:
+        hidden = self.model.model(torch.tensor([list(ids)], device=self.device), cache)
+        return self.model.lm_head(hidden[0, -1])  # the head of the last position alone: it is half of the work

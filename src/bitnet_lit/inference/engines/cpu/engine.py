@@ -9,19 +9,17 @@ be the likeliest but for that are computed exactly.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bitnet_lit.artifacts.source import EMBEDDING, HEAD, Source
+from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
+from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.inference.engines.cpu import native
+from bitnet_lit.inference.engines.cpu.weights import Weights
 
 PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -38,52 +36,12 @@ NORMS = {
     "post_norm": "post_attention_layernorm",
     "ffn_norm": "mlp.ffn_sub_norm",
 }
-ALIGN = 64
-PIECE = 64 * 2**20
-PADDED = 64  # inputs of activations and of the head are padded to a multiple, as `padded` in engine.cpp does
-
-
-class Arena:
-    """Memory for weights in large pieces, on huge pages where the system has them: a step walks through all of it, and
-    would meet the end of a 4 KiB page at every turn."""
-
-    def __init__(self) -> None:
-        self._piece, self._used = mmap.mmap(-1, ALIGN), ALIGN
-
-    def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Zeros that begin at a multiple of a cache line."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if self._used + size > len(self._piece):
-            self._piece, self._used = mmap.mmap(-1, max(size, PIECE)), 0
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._piece.madvise(mmap.MADV_HUGEPAGE)
-        array = np.frombuffer(self._piece, dtype=dtype, count=int(np.prod(shape)), offset=self._used)
-        self._used += -(-size // ALIGN) * ALIGN
-        return array.reshape(shape)
-
-
-def pack(codes: NDArray[np.int8], arena: Arena) -> NDArray[np.uint8]:
-    """int8 (O, I) codes in {-1, 0, +1} to the layout of the kernels."""
-    codes = np.ascontiguousarray(codes, dtype=np.int8)
-    packed = arena.take((native.library().bitnet_packed_bytes(*codes.shape),), np.uint8)
-    native.library().bitnet_pack(codes.ctypes.data, *codes.shape, packed.ctypes.data)
-    return packed
-
-
-def quantize_head(weight: NDArray[np.float32], arena: Arena) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """float32 (V, D) to int8 (V, D padded) and a scale for each row, float32 (V,)."""
-    rows, inputs = weight.shape
-    scales = np.maximum(np.abs(weight).max(axis=1), 1e-12) / np.float32(127)
-    codes = arena.take((rows, -(-inputs // PADDED) * PADDED), np.int8)
-    codes[:, :inputs] = np.rint(weight / scales[:, None])
-    return codes, scales.astype(np.float32)
+ROWS_AT_ONCE = 512  # tokens of a long prompt in one step: their activations stay in the cache
 
 
 def supports(config: ModelConfig, quant: QuantConfig) -> str | None:
     """Why the engine cannot run a model; None when it can."""
-    if quant.name == "none":
-        return "its weights are dense"
-    if quant.activation_bits != 8 or quant.skip != ["lm_head"]:
+    if quant.name != "none" and (quant.activation_bits != 8 or quant.skip != ["lm_head"]):
         return "its projections are not all ternary with 8-bit activations"
     if config.qkv_bias or config.qk_norm:
         return "it has biases or norms on queries and keys"
@@ -104,37 +62,33 @@ def physical_cores() -> int:
 
 
 class NativeModel:
-    """Packed weights and the compiled engine on them; several texts can share one.
+    """Packed weights and the compiled engine on them; many texts can share one.
 
     Args:
-        source: a BitNet that `supports` allows.
+        source: a model that `supports` allows.
         head: "int8" or "float".
+        kv_cache: "float" or "int8".
         threads: None for one on each physical core.
 
-    Attributes:
-        bytes_per_token: weights that a decode step reads: packed projections and the head.
+    Raises:
+        UserError: stored codes that are none.
     """
 
-    def __init__(self, source: Source, head: str = "int8", threads: int | None = None) -> None:
+    def __init__(self, source: Source, head: str = "int8", kv_cache: str = "float", threads: int | None = None) -> None:
         config = self.config = source.config
         self.threads = threads or physical_cores()
-        self._arena = Arena()
-        self._kept: list[NDArray[Any]] = []  # what the engine points to
+        weights = self._weights = Weights(source)
         layers = (native.Layer * config.num_hidden_layers)(
-            *(self._layer(source, f"model.layers.{i}.") for i in range(config.num_hidden_layers))
+            *(self._layer(f"model.layers.{i}.") for i in range(config.num_hidden_layers))
         )
-        embedding = self._vector(source, EMBEDDING)
-        weights = native.Weights(embedding=embedding, norm=self._vector(source, "model.norm.weight"))
-        weights.head = self._vector(source, HEAD) if HEAD in source.tensors else embedding
-        self.bytes_per_token = sum(array.nbytes for array in self._kept if array.dtype == np.uint8)
-        head_values = (config.vocab_size or 0) * config.hidden_size
-        self.bytes_per_token += head_values * (1 if head == "int8" else 4)
+        head_name = HEAD if HEAD in source.tensors else EMBEDDING
+        others = native.Weights(embedding=weights.table(EMBEDDING), norm=weights.vector("model.norm.weight"))
         if head == "int8":
-            codes, scales = quantize_head(
-                source.tensor(HEAD if HEAD in source.tensors else EMBEDDING).numpy(), self._arena
-            )
-            self._kept += [codes, scales]
-            weights.head_codes, weights.head_scales = codes.ctypes.data, scales.ctypes.data
+            others.head = weights.table(head_name)
+            others.head_codes, others.head_scales = weights.int8_head(head_name)
+        else:
+            others.head = weights.projection(head_name)
+        weights.done()
         shape = native.Shape(
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
@@ -145,35 +99,34 @@ class NativeModel:
             vocab=config.vocab_size,
             context=config.max_position_embeddings,
             relu2=config.hidden_act == "relu2",
-            sub_norm=config.sub_norm,
+            dense=source.quant.name == "none",
             head_int8=head == "int8",
+            cache_int8=kv_cache == "int8",
             threads=self.threads,
             eps=config.rms_norm_eps,
             rope_theta=config.rope_theta,
         )
-        self._engine = ctypes.c_void_p(native.library().bitnet_new(shape, layers, weights))
+        self.address = ctypes.c_void_p(native.library().bitnet_new(shape, layers, others))
 
-    def _vector(self, source: Source, name: str) -> int:
-        """Keep a dense tensor; returns its address."""
-        values = np.ascontiguousarray(source.tensor(name).numpy(), dtype=np.float32)
-        self._kept.append(values)
-        return values.ctypes.data
-
-    def _layer(self, source: Source, prefix: str) -> native.Layer:
+    def _layer(self, prefix: str) -> native.Layer:
         layer = native.Layer()
         for field, name in NORMS.items():
-            if f"{prefix}{name}.weight" in source.tensors:
-                setattr(layer, field, self._vector(source, f"{prefix}{name}.weight"))
+            setattr(layer, field, self._weights.vector(f"{prefix}{name}.weight"))
         for field, name in PROJECTIONS.items():
-            codes, scale = source.codes(f"{prefix}{name}.weight")
-            packed = pack(codes.numpy(), self._arena)
-            self._kept.append(packed)
-            setattr(layer, field, native.Linear(packed.ctypes.data, float(scale)))
+            setattr(layer, field, self._weights.projection(f"{prefix}{name}.weight"))
         return layer
 
     def __del__(self) -> None:
-        if getattr(self, "_engine", None):
-            native.library().bitnet_free(self._engine)
+        if getattr(self, "address", None):
+            native.library().bitnet_free(self.address)
+
+    def bytes_per_token(self, length: int) -> int:
+        """What a decode step reads from memory after `length` tokens: weights, head, keys and values."""
+        return self._weights.bytes_per_token + native.library().bitnet_cache_bytes(self.address, length)
+
+    def new_cache(self) -> Cache:
+        """The past of a new text."""
+        return Cache(self, native.library().bitnet_cache_new(), 0)
 
     def step(self, tokens: Sequence[int], caches: Sequence[Cache], wanted: Sequence[int]) -> NDArray[np.float32]:
         """Put tokens[i] to the end of caches[i]; logits of the rows named in `wanted`, float32 (len(wanted), V)."""
@@ -183,8 +136,11 @@ class NativeModel:
         addresses = np.array([cache.address for cache in caches], dtype=np.uintp)
         rows = np.array(wanted, dtype=np.int32)
         logits = np.empty((len(wanted), vocab), dtype=np.float32)
+        for cache in caches:
+            cache.length += 1
+            assert cache.length <= self.config.max_position_embeddings, "a text beyond the context"
         native.library().bitnet_step(
-            self._engine,
+            self.address,
             len(ids),
             ids.ctypes.data,
             addresses.ctypes.data,
@@ -192,21 +148,23 @@ class NativeModel:
             rows.ctypes.data,
             logits.ctypes.data,
         )
-        for cache in caches:
-            cache.length += 1
         return logits
 
 
 class Cache:
-    """Keys and values of one text.
+    """Keys and values of one text on a `NativeModel`.
 
     Attributes:
         length: tokens behind it.
     """
 
-    def __init__(self) -> None:
-        self.address: int = native.library().bitnet_cache_new()
-        self.length = 0
+    def __init__(self, model: NativeModel, address: int, length: int) -> None:
+        self.model, self.address, self.length = model, address, length
+
+    def fork(self) -> Cache:
+        """A cache of its own with the same past: several texts from one prompt."""
+        copy = native.library().bitnet_cache_fork(self.model.address, self.address)
+        return Cache(self.model, copy, self.length)
 
     def truncate(self, length: int) -> None:
         """Forget every token from `length` on."""
@@ -219,24 +177,25 @@ class Cache:
 
 
 class CpuEngine:
-    """One text at a time on a `NativeModel`; see `inference.engines.Engine`."""
+    """A `NativeModel` as an `inference.engines.Engine`."""
 
     def __init__(self, model: NativeModel) -> None:
         self.model = model
         self.name = f"native, {native.library().bitnet_simd().decode()}, {model.threads} threads"
         self.max_length = model.config.max_position_embeddings
-        self._cache = Cache()
 
-    @property
-    def length(self) -> int:
-        """Tokens behind it."""
-        return self._cache.length
+    def new_cache(self) -> Cache:
+        """An empty past."""
+        return self.model.new_cache()
 
-    def reset(self) -> None:
-        """Forget the past."""
-        self._cache.truncate(0)
-
-    def forward(self, ids: list[int]) -> Tensor:
-        """Logits of the token after `ids`: float32 (V,)."""
-        assert self.length + len(ids) <= self.max_length, f"{self.length + len(ids)} tokens in {self.max_length}"
-        return torch.from_numpy(self.model.step(ids, [self._cache] * len(ids), [len(ids) - 1])[0])
+    def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[Cache]) -> NDArray[np.float32]:
+        """Logits of the token after each text: float32 (len(ids), V)."""
+        tokens = [token for row in ids for token in row]
+        owners = [cache for row, cache in zip(ids, caches, strict=True) for _ in row]
+        last = np.cumsum([len(row) for row in ids]) - 1
+        parts = []
+        for start in range(0, len(tokens), ROWS_AT_ONCE):
+            end = start + ROWS_AT_ONCE
+            wanted = last[(start <= last) & (last < end)] - start
+            parts.append(self.model.step(tokens[start:end], owners[start:end], wanted.tolist()))
+        return np.concatenate(parts)

@@ -1,9 +1,4 @@
-// Integer products. Weights are packed once, at load, in the layout that is read: see `pack_ternary`.
-//
-// A ternary matrix of O rows and I inputs: rows in groups of 16, inputs in blocks of 16. A block of a group is 64 bytes, four
-// for each row; byte j of a row holds its inputs j, j + 4, j + 8, j + 12 in its bit pairs, lowest first, each as code + 1. So
-// a 32-bit lane belongs to one row from beginning to end, and no sum has to be collected from several lanes. The blocks of
-// a group follow each other: a thread reads one stream of memory. Rows and inputs that do not exist are code 0.
+// Integer products of packed weights (packing.h) and int8 activations.
 //
 // What is computed is sum((code + 1) * x); sum(x) is taken off at the end. All of it is exact in 32 bits for I < 2**22.
 #pragma once
@@ -11,9 +6,9 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "packing.h"
 #include "simd.h"
 
-constexpr int BLOCK = 16, ROWS = 16;
 constexpr int PARTS = 64 / simd::W;                    // vectors in a block
 constexpr int TILE = simd::W == 64 ? 16 : simd::W == 32 ? 5 : 6;  // tokens whose sums fit into the registers
 
@@ -21,25 +16,6 @@ constexpr int TILE = simd::W == 64 ? 16 : simd::W == 32 ? 5 : 6;  // tokens whos
 // a step reads each weight once. Half as fast again from memory (Sapphire Rapids); beyond the end of a matrix it is a no-op.
 constexpr int AHEAD = 4096;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-inline int blocks_of(int inputs) { return (inputs + BLOCK - 1) / BLOCK; }
-inline int groups_of(int rows) { return (rows + ROWS - 1) / ROWS; }
-inline size_t group_bytes(int inputs) { return size_t(blocks_of(inputs)) * 64; }
-
-inline void pack_ternary(const int8_t* codes, int rows, int inputs, uint8_t* packed) {
-    for (int group = 0; group < groups_of(rows); group++)
-        for (int block = 0; block < blocks_of(inputs); block++)
-            for (int r = 0; r < ROWS; r++)
-                for (int j = 0; j < 4; j++) {
-                    uint8_t byte = 0;
-                    for (int k = 0; k < 4; k++) {
-                        const int row = group * ROWS + r, input = block * BLOCK + k * 4 + j;
-                        const int code = row < rows && input < inputs ? codes[size_t(row) * inputs + input] : 0;
-                        byte |= uint8_t(code + 1) << 2 * k;
-                    }
-                    *packed++ = byte;
-                }
-}
 
 // One group of rows times one token: the decode step. x is padded with zeros to whole blocks.
 inline void group_dot(const uint8_t* w, const int8_t* x, int blocks, int32_t* out) {

@@ -1,0 +1,319 @@
+// The whole step of a decoder: embedding, norms, int8 activations, ternary products, rotary positions, attention on the
+// cache, output head. No Python and no dispatch between two tokens.
+//
+// A step takes rows (token, sequence, position). One prompt is many rows of one sequence, a batch is one row of each of
+// many sequences; both share one pass over the weights. Threads divide heads in the attention and rows of the matrices
+// elsewhere, and meet four times a layer.
+//
+// The mathematics is that of model/layers.py and quant/functional.py: the integers are equal, float sums run in another
+// order. A dense model runs with float products in place of the integer ones.
+#pragma once
+
+#include "cache.h"
+#include "kernels.h"
+#include "threads.h"
+
+extern "C" {
+
+struct Shape {
+    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_int8, cache_int8, threads;
+    float eps, rope_theta;
+};
+
+struct Matrix {  // one of the three
+    const uint8_t* packed;  // packing.h; times scale
+    const float* floats;    // (O, I)
+    const bfloat16* bfloats;
+    float scale;
+};
+
+struct Layer {
+    const float *input_norm, *attn_norm, *post_norm, *ffn_norm;  // null where there is none
+    Matrix q, k, v, o, gate, up, down;
+};
+
+struct Weights {
+    Matrix embedding, head;    // (vocab, hidden), dense
+    const float* norm;
+    const int8_t* head_codes;  // (vocab, padded hidden) int8, where head_int8
+    const float* head_scales;  // (vocab)
+};
+}
+
+namespace {
+
+// What becomes of a product: functions of their own types, so that the loops around them are compiled with them.
+constexpr auto set = [](float& place, float value) { place = value; };
+constexpr auto add = [](float& place, float value) { place += value; };
+constexpr auto times = [](float& place, float value) { place *= value; };
+
+struct Row {
+    int32_t token, position;
+    Cache* cache;
+};
+
+struct Engine {
+    Shape s;
+    CacheShape cache_shape;
+    std::vector<Layer> layers;
+    Weights w;
+    Pool pool;
+    int hidden_pad, attention, widest;
+    // of all rows of a step
+    Buffer<float> x, q, k, v, attended, gated, normed;
+    Buffer<int8_t> codes, high, low;
+    Buffer<float> scales, head_scales, noise, bounds;
+    std::vector<int32_t> sums;
+    std::vector<int64_t> head_sums;
+    Buffer<float> cosine, sine;  // (context, head_dim / 2)
+    int capacity = 0;
+
+    Engine(const Shape& shape, const Layer* l, const Weights& weights)
+        : s(shape), cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, bool(s.cache_int8)},
+          layers(l, l + shape.layers), w(weights), pool(shape.threads) {
+        hidden_pad = padded(s.hidden), attention = s.heads * s.head_dim;
+        widest = std::max({hidden_pad, padded(attention), padded(s.ffn)});
+        const int half = s.head_dim / 2;
+        cosine.reset(size_t(s.context) * half), sine.reset(size_t(s.context) * half);
+        for (int p = 0; p < s.context; p++)
+            for (int i = 0; i < half; i++) {
+                const float angle = float(p) * (1.0f / std::pow(s.rope_theta, float(2 * i) / float(s.head_dim)));
+                cosine[size_t(p) * half + i] = std::cos(angle), sine[size_t(p) * half + i] = std::sin(angle);
+            }
+    }
+
+    void reserve(int rows) {
+        if (rows <= capacity) return;
+        capacity = rows;
+        x.reset(size_t(rows) * s.hidden), q.reset(size_t(rows) * attention), attended.reset(size_t(rows) * attention);
+        k.reset(size_t(rows) * s.kv_heads * s.head_dim), v.reset(size_t(rows) * s.kv_heads * s.head_dim);
+        gated.reset(size_t(rows) * s.ffn);
+        // One token's codes are made by every thread for itself: cheaper than a barrier.
+        const size_t copies = std::max(rows, s.threads);
+        normed.reset(copies * widest);
+        codes.reset(copies * widest), scales.reset(copies), sums.assign(copies, 0);
+        high.reset(size_t(rows) * hidden_pad), low.reset(size_t(rows) * hidden_pad);
+        head_scales.reset(rows), noise.reset(rows), bounds.reset(size_t(rows) * s.threads), head_sums.assign(rows, 0);
+    }
+
+    // What enters a projection: the norm (or none) of one token, and of a BitNet its rounding to int8,
+    // `quantize_activations` of quant/functional.py.
+    ONCE void prepare(const float* in, const float* norm, int n, int slot) {
+        float* value = normed + size_t(slot) * widest;
+        if (norm) {
+            const float factor = 1.0f / std::sqrt(sum_of_squares(in, n) / float(n) + s.eps);
+            for (int i = 0; i < n; i++) value[i] = in[i] * factor * norm[i];
+        } else {
+            std::memcpy(value, in, size_t(n) * sizeof(float));
+        }
+        if (s.dense) return;
+        int8_t* out = codes + size_t(slot) * widest;
+        const float largest = std::max(largest_magnitude(value, n), 1e-5f), factor = 127.0f / largest;
+        int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < n; i++) {
+            const int32_t code = int32_t(std::nearbyint(value[i] * factor));
+            out[i] = int8_t(code), sum += code;
+        }
+        std::memset(out + n, 0, size_t(padded(n) - n));
+        scales[slot] = largest / 127.0f, sums[slot] = sum;
+    }
+
+    // All rows; returns the slot of row 0 as this thread reads it.
+    int prepare_rows(int thread, int rows, const float* in, size_t stride, const float* norm, int n) {
+        if (rows == 1) return prepare(in, norm, n, thread), thread;
+        for (int r = thread; r < rows; r += pool.count) prepare(in + r * stride, norm, n, r);
+        pool.barrier();
+        return 0;
+    }
+
+    // Rows [from, to) of a matrix times all tokens; use(place, value) gets each value and where it belongs in an output of
+    // `stride` floats a token.
+    template <class Use>
+    void multiply(const Matrix& m, int slot, int tokens, int inputs, int from, int to, float* out, size_t stride,
+                  const Use& use) {
+        if (!m.packed) return multiply_dense(m, normed + size_t(slot) * widest, widest, tokens, inputs, from, to, out, stride, use);
+        const int blocks = blocks_of(inputs);
+        const int8_t* in = codes + size_t(slot) * widest;
+        thread_local std::vector<int32_t> products;
+        products.resize(size_t(tokens) * ROWS);
+        for (int group = from / ROWS; group * ROWS < to; group++) {
+            group_dots(m.packed + group * group_bytes(inputs), in, widest, tokens, blocks, products.data());
+            // Heads may begin inside a group; the rows outside are another thread's.
+            const int first = std::max(from - group * ROWS, 0), last = std::min(ROWS, to - group * ROWS);
+            float* place = out + group * ROWS;
+            for (int t = 0; t < tokens; t++, place += stride) {
+                const float scale = scales[slot + t] * m.scale;
+                const int32_t sum = sums[slot + t];
+                float values[ROWS];
+                for (int r = 0; r < ROWS; r++) values[r] = float(products[t * ROWS + r] - sum) * scale;
+                if (last - first == ROWS)
+                    for (int r = 0; r < ROWS; r++) use(place[r], values[r]);
+                else
+                    for (int r = first; r < last; r++) use(place[r], values[r]);
+            }
+        }
+    }
+
+    template <class Use>
+    void multiply_dense(const Matrix& m, const float* in, size_t in_stride, int tokens, int inputs, int from, int to,
+                        float* out, size_t stride, const Use& use) {
+        thread_local std::vector<float> products;
+        products.resize(tokens);
+        for (int row = from; row < to; row++) {
+            dense_dots_of(m, row, in, in_stride, tokens, inputs, products.data());
+            for (int t = 0; t < tokens; t++) use(out[t * stride + row], products[t]);
+        }
+    }
+
+    static void dense_dots_of(const Matrix& m, int row, const float* in, size_t stride, int tokens, int inputs, float* out) {
+        const size_t at = size_t(row) * inputs;
+        if (m.floats) dense_row(m.floats + at, in, stride, tokens, inputs, out);
+        else dense_row(m.bfloats + at, in, stride, tokens, inputs, out);
+    }
+
+    // A share of `count` things, in units: [from, to) for this thread.
+    std::pair<int, int> share(int thread, int count, int unit) const {
+        const int units = (count + unit - 1) / unit;
+        const int from = units * thread / pool.count * unit, to = units * (thread + 1) / pool.count * unit;
+        return {std::min(from, count), std::min(to, count)};
+    }
+
+    ONCE void rotate(float* head, int position) const {
+        const int half = s.head_dim / 2;
+        const float *c = cosine + size_t(position) * half, *n = sine + size_t(position) * half;
+        for (int i = 0; i < half; i++) {
+            const float a = head[i], b = head[i + half];
+            head[i] = a * c[i] - b * n[i], head[i + half] = b * c[i] + a * n[i];
+        }
+    }
+
+    // Heads are divided by groups that share keys, so that a thread reads only what it wrote itself.
+    template <class E>
+    void attention_part(int thread, int index, const Row* rows, int count) {
+        const Layer& l = layers[index];
+        const int p = s.head_dim, group = s.heads / s.kv_heads, kv = s.kv_heads * p;
+        const int slot = prepare_rows(thread, count, x, s.hidden, l.input_norm, s.hidden);
+        const auto [from, to] = share(thread, s.kv_heads, 1);
+        multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p, q, attention, set);
+        multiply(l.k, slot, count, s.hidden, from * p, to * p, k, kv, set);
+        multiply(l.v, slot, count, s.hidden, from * p, to * p, v, kv, set);
+        thread_local std::vector<E> scratch;
+        thread_local std::vector<float> scores;
+        scratch.resize(p), scores.resize(round_up(s.context, LANES));
+        for (int t = 0; t < count; t++)
+            for (int h = from; h < to; h++) {
+                float* key = k + size_t(t) * kv + h * p;
+                rotate(key, rows[t].position);
+                const float* value = v + size_t(t) * kv + h * p;
+                put(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, value, scratch.data());
+            }
+        for (int h = from; h < to; h++)
+            for (int t = 0; t < count; t++)
+                for (int g = h * group; g < (h + 1) * group; g++) {
+                    float* query = q + size_t(t) * attention + g * p;
+                    rotate(query, rows[t].position);
+                    attend<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position + 1, query,
+                              scores.data(), attended + size_t(t) * attention + g * p);
+                }
+        pool.barrier();
+        const int slot_o = prepare_rows(thread, count, attended, attention, l.attn_norm, attention);
+        const auto [first, last] = share(thread, s.hidden, ROWS);
+        multiply(l.o, slot_o, count, attention, first, last, x, s.hidden, add);
+        pool.barrier();
+    }
+
+    void feed_forward_part(int thread, int index, int count) {
+        const Layer& l = layers[index];
+        const int slot = prepare_rows(thread, count, x, s.hidden, l.post_norm, s.hidden);
+        const auto [from, to] = share(thread, s.ffn, ROWS);
+        multiply(l.gate, slot, count, s.hidden, from, to, gated, s.ffn, set);
+        for (int t = 0; t < count; t++) {
+            float* gate = gated + size_t(t) * s.ffn;
+            if (s.relu2)
+                for (int i = from; i < to; i++) gate[i] = gate[i] > 0 ? gate[i] * gate[i] : 0;
+            else
+                for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i]));
+        }
+        multiply(l.up, slot, count, s.hidden, from, to, gated, s.ffn, times);
+        pool.barrier();
+        const int slot_down = prepare_rows(thread, count, gated, s.ffn, l.ffn_norm, s.ffn);
+        const auto [first, last] = share(thread, s.hidden, ROWS);
+        multiply(l.down, slot_down, count, s.ffn, first, last, x, s.hidden, add);
+        pool.barrier();
+    }
+
+    // Final norm of a wanted row, to slot; and 16-bit activations as two bytes where the head is int8.
+    ONCE void head_input(const float* in, int slot) {
+        float* row = normed + size_t(slot) * widest;
+        const float factor = 1.0f / std::sqrt(sum_of_squares(in, s.hidden) / float(s.hidden) + s.eps);
+        for (int i = 0; i < s.hidden; i++) row[i] = in[i] * factor * w.norm[i];
+        if (!s.head_int8) return;
+        const float largest = std::max(largest_magnitude(row, s.hidden), 1e-5f);
+        const float to_codes = 32000.0f / largest;  // below 127 * 256 + 127
+        int64_t sum = 0;
+        int8_t *h = high + size_t(slot) * hidden_pad, *l = low + size_t(slot) * hidden_pad;
+        for (int i = 0; i < s.hidden; i++) {
+            const int32_t code = int32_t(std::nearbyint(row[i] * to_codes)), top = (code + 128) >> 8;
+            h[i] = int8_t(top), l[i] = int8_t(code - 256 * top), sum += code;
+        }
+        head_scales[slot] = largest / 32000.0f, head_sums[slot] = sum;
+        noise[slot] = 6.0f * std::sqrt(sum_of_squares(row, s.hidden) / 12.0f);
+    }
+
+    void head_part(int thread, const std::vector<int>& wanted, float* logits) {
+        const int count = int(wanted.size());
+        for (int i = thread; i < count; i += pool.count) head_input(x + size_t(wanted[i]) * s.hidden, i);
+        pool.barrier();
+        const auto [from, to] = share(thread, s.vocab, 16);
+        if (!s.head_int8)
+            return multiply_dense(w.head, normed, widest, count, s.hidden, from, to, logits, s.vocab, set);
+        for (int v = from; v < to; v++)
+            for (int i = 0; i < count; i++) {
+                const double product = head_dot(w.head_codes + size_t(v) * hidden_pad, high + size_t(i) * hidden_pad,
+                                                low + size_t(i) * hidden_pad, hidden_pad, head_sums[i]);
+                logits[size_t(i) * s.vocab + v] = float(product) * (head_scales[i] * w.head_scales[v]);
+            }
+        // Whatever could be the likeliest token but for the rounding of the head's rows gets its exact logit. The rounding
+        // of a row is noise of its scale / sqrt(12) for each input: six of its deviations on either side.
+        for (int i = 0; i < count; i++) {
+            const float* row = logits + size_t(i) * s.vocab;
+            const float wide = noise[i];
+            float bound = -INFINITY;
+#pragma omp simd reduction(max : bound)
+            for (int v = from; v < to; v++) bound = std::max(bound, row[v] - wide * w.head_scales[v]);
+            bounds[i * pool.count + thread] = bound;
+        }
+        pool.barrier();
+        for (int i = 0; i < count; i++) {
+            float* row = logits + size_t(i) * s.vocab;
+            const float bound = *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count);
+            for (int v = from; v < to; v++)
+                if (row[v] + noise[i] * w.head_scales[v] >= bound)
+                    dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
+        }
+    }
+
+    void embed(int token, float* out) const {
+        const size_t at = size_t(token) * s.hidden;
+        for (int i = 0; i < s.hidden; i++)
+            out[i] = w.embedding.floats ? w.embedding.floats[at + i] : as_float(w.embedding.bfloats[at + i]);
+    }
+
+    void step(const std::vector<Row>& rows, const std::vector<int>& wanted, float* logits) {
+        const int count = int(rows.size());
+        reserve(count);
+        for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
+        for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * s.hidden);
+        pool.run([&](int thread) {
+            for (int i = 0; i < s.layers; i++) {
+                if (s.cache_int8) attention_part<int8_t>(thread, i, rows.data(), count);
+                else attention_part<float>(thread, i, rows.data(), count);
+                feed_forward_part(thread, i, count);
+            }
+            head_part(thread, wanted, logits);
+        });
+    }
+};
+
+}  // namespace

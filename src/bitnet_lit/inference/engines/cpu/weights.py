@@ -1,0 +1,161 @@
+"""From a `Source` to weights in the layout of the kernels (packing.h), without torch and one matrix at a time.
+
+A packed folder's codes are laid out anew; latent weights are rounded on the way, by the scale that is noted beside them
+or, where none is, by the definition in `quant/functional.py`, which imports torch. Files are mapped, and their pages
+given back at the end: what stays in memory is what a step reads, and the embedding stays in the file.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_lit.artifacts.source import Source
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.engines.cpu import native
+
+ALIGN = 64
+PIECE = 64 * 2**20
+PADDED = 64  # inputs of activations and of the head are padded to a multiple, as `padded` in floats.h does
+
+
+class Arena:
+    """Memory for weights in large pieces, on huge pages where the system has them: a step walks through all of it, and
+    would meet the end of a 4 KiB page at every turn."""
+
+    def __init__(self) -> None:
+        self._piece, self._used = mmap.mmap(-1, ALIGN), ALIGN
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Zeros that begin at a multiple of a cache line."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self._used + size > len(self._piece):
+            self._piece, self._used = mmap.mmap(-1, max(size, PIECE)), 0
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._piece.madvise(mmap.MADV_HUGEPAGE)
+        array = np.frombuffer(self._piece, dtype=dtype, count=math.prod(shape), offset=self._used)
+        self._used += -(-size // ALIGN) * ALIGN
+        return array.reshape(shape)
+
+
+def _addresses(array: NDArray[Any]) -> tuple[int | None, int | None]:
+    """Where a dense matrix lies, as (float32, bfloat16) pointers, one of them None."""
+    return (None, array.ctypes.data) if array.dtype == np.uint16 else (array.ctypes.data, None)
+
+
+def pack(codes: NDArray[np.int8], arena: Arena) -> NDArray[np.uint8]:
+    """int8 (O, I) codes in {-1, 0, +1} to the layout of the kernels."""
+    codes = np.ascontiguousarray(codes, dtype=np.int8)
+    packed = arena.take((native.library().bitnet_packed_bytes(*codes.shape),), np.uint8)
+    native.library().bitnet_pack_codes(codes.ctypes.data, *codes.shape, packed.ctypes.data)
+    return packed
+
+
+def quantize_head(weight: NDArray[Any], arena: Arena) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """float32, or bfloat16 as its bits, (V, D) to int8 (V, D padded) and a scale for each row, float32 (V,)."""
+    rows, inputs = weight.shape
+    codes = arena.take((rows, -(-inputs // PADDED) * PADDED), np.int8)
+    scales = np.empty(rows, dtype=np.float32)
+    native.library().bitnet_quantize_head(*_addresses(weight), rows, inputs, codes.ctypes.data, scales.ctypes.data)
+    return codes, scales
+
+
+class Weights:
+    """Reads the weights of `source` and keeps them as long as it lives.
+
+    Attributes:
+        bytes_per_token: what a decode step reads of them.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.bytes_per_token = 0
+        self._arena = Arena()
+        self._kept: list[NDArray[Any]] = []  # what the engine points to
+
+    def _keep(self, array: NDArray[Any]) -> NDArray[Any]:
+        self._kept.append(array)
+        return array
+
+    def _dense(self, name: str) -> NDArray[Any]:
+        """float32 or bfloat16 bits (O, I), mapped where the file can be."""
+        mapped = self.source.reader.mapped(name)
+        return self.source.array(name) if mapped is None or mapped.dtype == np.uint8 else mapped
+
+    def vector(self, name: str) -> int | None:
+        """The address of a float32 vector; None where the network has none of that name."""
+        return self._keep(self.source.array(name)).ctypes.data if name in self.source.tensors else None
+
+    def table(self, name: str) -> native.Matrix:
+        """A dense matrix of which a step reads some rows: left in the file."""
+        floats, bfloats = _addresses(self._keep(self._dense(name)))
+        return native.Matrix(None, floats, bfloats, 1.0)
+
+    def projection(self, name: str) -> native.Matrix:
+        """A matrix that a step reads from beginning to end: packed, or dense and copied to where reading is fastest."""
+        if name in self.source.quantized:
+            packed, scale = self._packed(name)
+            self.bytes_per_token += self._keep(packed).nbytes
+            return native.Matrix(packed.ctypes.data, None, None, scale)
+        stored = self._dense(name)
+        copy = self._keep(self._arena.take(stored.shape, stored.dtype))
+        copy[...] = stored
+        self.bytes_per_token += copy.nbytes
+        return native.Matrix(None, *_addresses(copy), 1.0)
+
+    def int8_head(self, name: str) -> tuple[int, int]:
+        """Addresses of the head's int8 rows and of their scales."""
+        codes, scales = quantize_head(self._dense(name), self._arena)
+        self.bytes_per_token += codes.nbytes + scales.nbytes
+        return self._keep(codes).ctypes.data, self._keep(scales).ctypes.data
+
+    def _packed(self, name: str) -> tuple[NDArray[np.uint8], float]:
+        source, (rows, inputs) = self.source, self.source.tensors[name]
+        if not source.holds_codes(name):
+            return self._rounded(name)
+        stored = source.reader.mapped(name)
+        if stored is None or stored.dtype != np.uint8 or stored.shape[0] == rows:  # a byte or more for each code
+            codes, scale = source.codes(name)
+            return pack(codes.numpy(), self._arena), float(scale)
+        packed = self._arena.take((native.library().bitnet_packed_bytes(rows, inputs),), np.uint8)
+        if not native.library().bitnet_pack_folder(stored.ctypes.data, rows, inputs, packed.ctypes.data):
+            raise UserError(f"{source.path}: tensor {name} holds no ternary codes: copy it again")
+        return packed, float(source.scale(name))
+
+    def _rounded(self, name: str) -> tuple[NDArray[np.uint8], float]:
+        """Latent weights as codes."""
+        (rows, inputs), latent = self.source.tensors[name], self._dense(name)
+        packed = self._arena.take((native.library().bitnet_packed_bytes(rows, inputs),), np.uint8)
+
+        def round_by(scale: float, center: float) -> native.Rounding:
+            rounding = native.Rounding(scale=scale, center=center, binary=self.source.quant.name == "b1")
+            native.library().bitnet_pack_latent(*_addresses(latent), rows, inputs, rounding, packed.ctypes.data)
+            return rounding
+
+        noted = self.source.noted_statistics(name)
+        if noted and self._plausible(round_by(*noted), rows * inputs):
+            return packed, noted[0]
+        import torch
+
+        from bitnet_lit.quant.functional import weight_statistics
+
+        scale, center = map(float, weight_statistics(torch.from_numpy(self.source.array(name)), self.source.quant))
+        round_by(scale, center)
+        return packed, scale
+
+    def _plausible(self, rounding: native.Rounding, count: int) -> bool:
+        """Whether noted statistics are of these weights and not of others that were put in their place."""
+        scale, tolerance = rounding.scale, 1e-4 * rounding.scale  # float32 sums are right to a few millionths
+        if abs(rounding.sum / count - rounding.center) > tolerance and rounding.binary:
+            return False
+        if self.source.quant.weight_scale == "absmedian":
+            return 2 * max(rounding.below, rounding.above) <= count
+        return abs(rounding.magnitude / count - scale) <= tolerance or rounding.magnitude / count < scale <= 1e-5
+
+    def done(self) -> None:
+        """Everything was read: give the file's pages back."""
+        self.source.reader.release()
