@@ -8,6 +8,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 // Inlined in two places, the compiler may contract a sum in two ways; one token must not differ from one of many.
 #define ONCE __attribute__((noinline))
 
@@ -19,17 +23,26 @@ inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 inline int padded(int inputs) { return round_up(inputs, 64); }  // whole vectors of every width
 
 inline Floats load_floats(const float* p) { Floats v; std::memcpy(&v, p, sizeof(v)); return v; }
+#if defined(__AVX512F__)  // of the loops below, which others compile well, GCC makes 128-bit pieces here
 inline Floats load_floats(const int8_t* p) {
-    int8_t __attribute__((vector_size(16))) v;
-    std::memcpy(&v, p, sizeof(v));
-    return __builtin_convertvector(v, Floats);
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-inline Floats load_floats(const bfloat16* p) {  // the upper half of a float
+inline Floats load_floats(const bfloat16* p) {
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+#else
+inline Floats load_floats(const int8_t* p) {
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = float(p[i]);
+    return v;
+}
+inline Floats load_floats(const bfloat16* p) {
     using Words = uint32_t __attribute__((vector_size(64)));
-    uint16_t __attribute__((vector_size(32))) v;
-    std::memcpy(&v, p, sizeof(v));
-    return (Floats)(__builtin_convertvector(v, Words) << 16);
+    Words v;
+    for (int i = 0; i < LANES; i++) v[i] = uint32_t(p[i].bits) << 16;  // the upper half of a float
+    return (Floats)v;
 }
+#endif
 inline void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
 inline float as_float(float value) { return value; }
 inline float as_float(bfloat16 value) { const uint32_t word = uint32_t(value.bits) << 16; float f; std::memcpy(&f, &word, 4); return f; }

@@ -1,0 +1,49 @@
+"""The infer door with several texts: prompts from a file, samples of one prompt, in order and separated."""
+
+import pytest
+
+from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.cli import compose
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.run import infer
+from tests.support import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
+    return tmp_path
+
+
+def told(folder, capsys, *arguments):
+    """The texts that the door returns and those it wrote, which must be the same."""
+    texts = infer(compose("infer", [f"checkpoint={folder}/model", "max_new_tokens=12", "seed=4", *arguments]))
+    assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
+    return texts
+
+
+def test_a_file_of_prompts_more_than_one_batch_holds(folder, capsys):
+    prompts = [f"Lily has {number} cats" for number in range(19)]
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    texts = told(folder, capsys, f"prompts={folder}/prompts.txt")
+    assert [text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True)] == [True] * 19
+
+
+def test_samples_are_different_and_the_first_is_that_of_one(folder, capsys):
+    texts = told(folder, capsys, "num_samples=3")
+    assert len(set(texts)) == 3 and told(folder, capsys) == texts[:1]
+    (folder / "prompts.txt").write_text("Lily\n\nTom", encoding="utf-8")
+    texts = told(folder, capsys, f"prompts={folder}/prompts.txt", "num_samples=2")
+    assert [text.startswith("Lily") for text in texts] == [True, True, False, False, False, False]
+    assert len(set(texts)) == 6 and all(text.startswith("Tom") for text in texts[4:])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "cannot be read"), (b"", "is empty"), (b"\xff\xfe", "not a text in UTF-8")]
+)
+def test_files_that_hold_no_prompts(folder, content, says):
+    if content is not None:
+        (folder / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        infer(compose("infer", [f"checkpoint={folder}/model", f"prompts={folder}/prompts.txt"]))
