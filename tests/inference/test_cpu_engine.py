@@ -78,7 +78,7 @@ def step_all(model, ids, caches=None):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_logits_equal_the_networks(tmp_path, quant, sizes, threads):
     source = saved(tmp_path / "model", quant, **sizes)
-    model = NativeModel(source, head="float", threads=threads)
+    model = NativeModel(source, head="float", kv_cache="float", threads=threads)
     ids = torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = load(source).model(ids)
@@ -109,8 +109,8 @@ def test_the_past_can_be_cut_and_grows_to_the_context(tmp_path):
 
 
 @needs_compiler
-def test_the_int8_head_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
-    """On a trained model: loss within 0.1 %, 200 greedy tokens the same."""
+def test_what_is_rounded_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
+    """On a trained model: loss within 0.1 %; with the int8 head 200 greedy tokens are the same."""
     from bitnet_lit.cli import compose
     from bitnet_lit.data.shards import open_shards
     from bitnet_lit.model import next_token_loss
@@ -123,25 +123,31 @@ def test_the_int8_head_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
     source = open_source(tmp_path / "model")
     split = open_shards(shards).validation(128)
     ids = torch.from_numpy(split.gather(np.arange(4)))
-    losses, texts = [], []
-    for head in ("float", "int8"):
-        model = NativeModel(source, head=head, threads=2)
-        losses.append(float(next_token_loss(step_all(model, ids[:, :-1]), ids[:, 1:])))
+    losses, texts = {}, {}
+    for head, kv_cache in (("float", "float"), ("int8", "float"), ("float", "half"), ("float", "int8")):
+        model = NativeModel(source, head, kv_cache, threads=2)
+        rounded = head, kv_cache
+        losses[rounded] = float(next_token_loss(step_all(model, ids[:, :-1]), ids[:, 1:]))
         cache, text = model.new_cache(), [tokenizer.bos_id]
         for _ in range(200):
             text.append(int(model.step(text[-1:], [cache], [0])[0].argmax()))
-        texts.append(text)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] < 4
-    assert texts[0] == texts[1]
+        texts[rounded] = text
+    assert losses["float", "float"] < 4
+    for rounded, loss in losses.items():
+        assert loss == pytest.approx(losses["float", "float"], rel=1e-3), rounded
+    assert texts["int8", "float"] == texts["float", "float"]
 
 
 @needs_compiler
 def test_head_rows_are_rounded_by_half_a_step_at_most():
     weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).numpy()
     weight[7] = 0
-    codes, scales = quantize_head(weight, Arena())
-    assert codes.shape == (50, 128) and not codes[:, 70:].any() and not codes[7].any()
-    assert np.all(np.abs(codes[:, :70] * scales[:, None] - weight) <= scales[:, None] * 0.5001)
+    codes, rows = quantize_head(weight, Arena())
+    codes = codes.reshape(4, 32, 16, 4).transpose(0, 2, 1, 3).reshape(64, 128)  # groups, quads, rows, inputs: head.h
+    scales = rows["scale"].reshape(64, 1)
+    assert not codes[:, 70:].any() and not codes[50:].any() and not codes[7].any() and not scales[50:].any()
+    assert np.all(np.abs(codes[:50, :70] * scales[:50] - weight) <= scales[:50] * 0.5001)
+    assert np.array_equal(rows["zero"].reshape(64), 2048 * codes.sum(1, dtype=np.int32))
 
 
 @needs_compiler
@@ -202,7 +208,7 @@ def test_two_processes_compile_at_once(tmp_path):
 @needs_compiler
 def test_texts_of_a_batch_and_of_a_fork_are_those_of_each_alone(tmp_path, tokenizer):
     save_model_folder(tmp_path / "model", tiny_model(max_position_embeddings=300), QuantConfig(), tokenizer)
-    for kv_cache in ("float", "int8"):
+    for kv_cache in ("half", "float", "int8"):
         model = bitnet_lit.load(tmp_path / "model", threads=2, kv_cache=kv_cache)
         prompts = ["Lily", "", "Lily", "Once upon a time, there was a boy", "Lily"]
         options = {"max_new_tokens": 280, "temperature": 1.0, "seed": 3}  # beyond the cache's first room
@@ -214,22 +220,38 @@ def test_texts_of_a_batch_and_of_a_fork_are_those_of_each_alone(tmp_path, tokeni
 @needs_compiler
 @pytest.mark.parametrize("quant", ["b158", "none"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_an_int8_cache_is_close_to_the_float_one(tmp_path, quant, sizes):
+def test_rounded_caches_are_close_to_the_float_one(tmp_path, quant, sizes):
     source = saved(tmp_path / "model", quant, **sizes)
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(0))
-    by_cache = [step_all(NativeModel(source, "float", cache, 2), ids) for cache in ("float", "int8")]
-    difference = (by_cache[0] - by_cache[1]).abs().mean() / by_cache[0].std()
-    # Keys and values are rounded by 1/254 of their largest at most.
-    assert 0 < float(difference) < 0.05
+    exact, half, int8 = (step_all(NativeModel(source, "float", cache, 2), ids) for cache in ("float", "half", "int8"))
+    # Keys and values are rounded by 2**-12 of themselves or 1/254 of their largest at most; an int8 code of a later layer
+    # that this moves goes through the rest of the network.
+    assert 0 < float((half - exact).abs().mean() / exact.std()) < (0.02 if quant == "b158" else 1e-3)
+    assert 0 < float((int8 - exact).abs().mean() / exact.std()) < 0.05
 
 
 @needs_compiler
-def test_an_int8_cache_reads_a_quarter(tmp_path):
+def test_what_the_caches_read(tmp_path):
     source = saved(tmp_path / "model", hidden_size=128, num_attention_heads=2)
-    weights, *rest = (
-        NativeModel(source, kv_cache=cache).bytes_per_token(length)
-        for cache, length in (("float", 0), ("float", 64), ("int8", 64))
-    )
-    per_position = 2 * source.config.num_hidden_layers * 128
-    assert rest[0] - weights == 64 * 4 * per_position
-    assert rest[1] - weights == 64 * (per_position + 2 * 2 * 4 * source.config.num_hidden_layers)
+    weights = NativeModel(source).bytes_per_token(0)
+    read = {
+        cache: NativeModel(source, kv_cache=cache).bytes_per_token(64) - weights for cache in ("float", "half", "int8")
+    }
+    elements = 64 * 2 * source.config.num_hidden_layers * 128
+    scales = 64 * 2 * source.config.num_hidden_layers * 2  # of each key and value of two heads
+    assert read == {"float": 4 * elements, "half": 2 * elements, "int8": elements + 4 * scales}
+
+
+@needs_compiler
+def test_the_likeliest_token_is_exact(tmp_path):
+    """Rows of the head that differ by less than their rounding: the int8 head still finds the largest logit."""
+    model = tiny_model(vocab_size=3001, tie_word_embeddings=False)
+    rows = model.lm_head.weight.data
+    rows[:] = rows[torch.arange(3001) % 300] + 1e-4 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    save_model_folder(tmp_path, model, QuantConfig(), None)
+    source = open_source(tmp_path)
+    ids = torch.randint(0, 3001, (4, 40), generator=torch.Generator().manual_seed(0))
+    exact, rounded = (step_all(NativeModel(source, head, threads=2), ids) for head in ("float", "int8"))
+    assert torch.equal(exact.argmax(-1), rounded.argmax(-1)) and not torch.equal(exact, rounded)
+    # 7-bit weights: 1/254 of a row's largest, which is three times its spread; 12 bits of activations add little.
+    assert float((rounded - exact).abs().mean() / exact.std()) < 0.01

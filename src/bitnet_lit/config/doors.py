@@ -95,8 +95,8 @@ class InferConfig:
     """Of the cpu engine. null: one on each physical core."""
     head: str = "int8"
     """Of the cpu engine: int8 (its rows rounded to 8 bits) or float (exact, slower)."""
-    kv_cache: str = "float"
-    """Of the cpu engine: keys and values as float, or as int8 with a scale each (a quarter of the memory)."""
+    kv_cache: str = "half"
+    """Of the cpu engine: keys and values as half (float16), as float, or as int8 with a scale each."""
 
     def __post_init__(self) -> None:
         positive(
@@ -108,7 +108,7 @@ class InferConfig:
         )
         one_of("engine", self.engine, ("auto", "cpu", "torch"))
         one_of("head", self.head, ("int8", "float"))
-        one_of("kv_cache", self.kv_cache, ("float", "int8"))
+        one_of("kv_cache", self.kv_cache, ("half", "float", "int8"))
         one_of("device", self.device, ("cpu", "cuda", "mps"))
         if self.temperature < 0:
             raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")

@@ -115,7 +115,7 @@ def load(
     engine: str = "auto",
     threads: int | None = None,
     head: str = "int8",
-    kv_cache: str = "float",
+    kv_cache: str = "half",
 ) -> LanguageModel:
     """Open a model.
 
@@ -127,7 +127,7 @@ def load(
         engine: cpu (compiled code), torch, or auto: cpu where it can run the model.
         threads: of the cpu engine; None: one on each physical core.
         head: of the cpu engine: int8 or float (exact, slower).
-        kv_cache: of the cpu engine: float or int8 (a quarter of the memory).
+        kv_cache: of the cpu engine: half (float16), float, or int8 (half the memory of half).
 
     Raises:
         UserError: no model there, no such device, or an engine that cannot run it.

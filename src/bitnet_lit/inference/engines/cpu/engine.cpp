@@ -18,9 +18,10 @@ void bitnet_pack_latent(const float* floats, const bfloat16* bfloats, int rows, 
     if (floats) pack_latent(floats, rows, inputs, *by, packed);
     else pack_latent(bfloats, rows, inputs, *by, packed);
 }
-void bitnet_quantize_head(const float* floats, const bfloat16* bfloats, int rows, int inputs, int8_t* codes, float* scales) {
-    if (floats) quantize_head(floats, rows, inputs, codes, scales);
-    else quantize_head(bfloats, rows, inputs, codes, scales);
+int64_t bitnet_head_bytes(int vocab, int inputs) { return int64_t(groups_of(vocab)) * head_group_bytes(inputs); }
+void bitnet_quantize_head(const float* floats, const bfloat16* bfloats, int vocab, int inputs, int8_t* codes, HeadRows* rows) {
+    if (floats) quantize_head(floats, vocab, inputs, codes, rows);
+    else quantize_head(bfloats, vocab, inputs, codes, rows);
 }
 
 // sum(codes * x) of every row and token; x is int8 (tokens, inputs padded to 64), out int32 (tokens, rows). For tests.
@@ -49,8 +50,8 @@ void* bitnet_cache_fork(void* engine, const void* cache) { return ((const Cache*
 void bitnet_cache_truncate(void* cache, int length) { ((Cache*)cache)->length = std::min(((Cache*)cache)->length, length); }
 int64_t bitnet_cache_bytes(void* engine, int positions) {  // read by a decode step
     const CacheShape& s = ((Engine*)engine)->cache_shape;
-    const int64_t scales = s.int8 ? 2 * sizeof(float) : 0;
-    return int64_t(s.lanes) * round_up(positions, LANES) * ((s.head_dim + s.width()) * int64_t(s.element()) + scales);
+    const int64_t scales = s.scaled() ? 2 * sizeof(float) : 0;
+    return int64_t(s.lanes) * positions * ((s.head_dim + s.width()) * int64_t(s.element()) + scales);
 }
 
 // `count` tokens; token i goes to the end of caches[i]. Logits of the rows named in `wanted`: float32 (n_wanted, vocab).
@@ -80,7 +81,9 @@ double bitnet_read_bandwidth(int64_t bytes, int threads, int rounds) {
                 std::memcpy(&part, buffer + i, sizeof(part));
                 sums = simd::add(sums, part);
             }
-            found[thread] += simd::total(sums);
+            int32_t lanes[simd::W / 4];
+            simd::store(lanes, sums);
+            found[thread] += lanes[0];
         });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     return found[0] == 1 ? 0.0 : double(bytes) * rounds / seconds.count();  // the sums must not be optimized away

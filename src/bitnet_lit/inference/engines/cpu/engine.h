@@ -9,14 +9,14 @@
 // order. A dense model runs with float products in place of the integer ones.
 #pragma once
 
-#include "cache.h"
-#include "kernels.h"
+#include "attention.h"
+#include "head.h"
 #include "threads.h"
 
 extern "C" {
 
 struct Shape {
-    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_int8, cache_int8, threads;
+    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_int8, cache_type, threads;
     float eps, rope_theta;
 };
 
@@ -35,8 +35,8 @@ struct Layer {
 struct Weights {
     Matrix embedding, head;    // (vocab, hidden), dense
     const float* norm;
-    const int8_t* head_codes;  // (vocab, padded hidden) int8, where head_int8
-    const float* head_scales;  // (vocab)
+    const int8_t* head_codes;  // head.h, where head_int8
+    const HeadRows* head_rows;
 };
 }
 
@@ -58,21 +58,23 @@ struct Engine {
     std::vector<Layer> layers;
     Weights w;
     Pool pool;
-    int hidden_pad, attention, widest;
+    int attention, widest;
     // of all rows of a step
     Buffer<float> x, q, k, v, attended, gated, normed;
-    Buffer<int8_t> codes, high, low;
-    Buffer<float> scales, head_scales, noise, bounds;
+    Buffer<int8_t> codes;
+    Buffer<uint8_t> halves;
+    Buffer<float> scales, bounds;
     std::vector<int32_t> sums;
-    std::vector<int64_t> head_sums;
+    std::vector<HeadInput> head_inputs;
+    std::vector<Reach> reach;  // [wanted row][group of the head]
     Buffer<float> cosine, sine;  // (context, head_dim / 2)
     int capacity = 0;
 
     Engine(const Shape& shape, const Layer* l, const Weights& weights)
-        : s(shape), cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, bool(s.cache_int8)},
+        : s(shape), cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, CacheType(s.cache_type)},
           layers(l, l + shape.layers), w(weights), pool(shape.threads) {
-        hidden_pad = padded(s.hidden), attention = s.heads * s.head_dim;
-        widest = std::max({hidden_pad, padded(attention), padded(s.ffn)});
+        attention = s.heads * s.head_dim;
+        widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)});
         const int half = s.head_dim / 2;
         cosine.reset(size_t(s.context) * half), sine.reset(size_t(s.context) * half);
         for (int p = 0; p < s.context; p++)
@@ -92,8 +94,9 @@ struct Engine {
         const size_t copies = std::max(rows, s.threads);
         normed.reset(copies * widest);
         codes.reset(copies * widest), scales.reset(copies), sums.assign(copies, 0);
-        high.reset(size_t(rows) * hidden_pad), low.reset(size_t(rows) * hidden_pad);
-        head_scales.reset(rows), noise.reset(rows), bounds.reset(size_t(rows) * s.threads), head_sums.assign(rows, 0);
+        const size_t half = padded(s.hidden);
+        halves.reset(rows * 2 * half), head_inputs.resize(rows), bounds.reset(size_t(rows) * s.threads);
+        for (int i = 0; i < rows; i++) head_inputs[i] = {halves + 2 * i * half, halves + (2 * i + 1) * half, 0, 0};
     }
 
     // What enters a projection: the norm (or none) of one token, and of a BitNet its rounding to int8,
@@ -198,24 +201,29 @@ struct Engine {
         multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p, q, attention, set);
         multiply(l.k, slot, count, s.hidden, from * p, to * p, k, kv, set);
         multiply(l.v, slot, count, s.hidden, from * p, to * p, v, kv, set);
-        thread_local std::vector<E> scratch;
-        thread_local std::vector<float> scores;
-        scratch.resize(p), scores.resize(round_up(s.context, LANES));
-        for (int t = 0; t < count; t++)
+        for (int t = 0; t < count; t++) {
+            for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * attention + g * p, rows[t].position);
             for (int h = from; h < to; h++) {
                 float* key = k + size_t(t) * kv + h * p;
                 rotate(key, rows[t].position);
-                const float* value = v + size_t(t) * kv + h * p;
-                put(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, value, scratch.data());
+                put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * kv + h * p);
             }
+        }
+        thread_local std::vector<Query> queries;
+        thread_local std::vector<float> scores;
         for (int h = from; h < to; h++)
-            for (int t = 0; t < count; t++)
-                for (int g = h * group; g < (h + 1) * group; g++) {
-                    float* query = q + size_t(t) * attention + g * p;
-                    rotate(query, rows[t].position);
-                    attend<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position + 1, query,
-                              scores.data(), attended + size_t(t) * attention + g * p);
-                }
+            for (int t = 0, next; t < count; t = next) {
+                const Cache* cache = rows[t].cache;
+                queries.clear();
+                for (next = t; next < count && rows[next].cache == cache; next++)
+                    for (int g = h * group; g < (h + 1) * group; g++) {
+                        const size_t at = size_t(next) * attention + g * p;
+                        queries.push_back({q + at, attended + at, rows[next].position + 1});
+                    }
+                const size_t stride = round_up(rows[next - 1].position + 1, LANES);
+                scores.resize(std::max(scores.size(), QUERIES * stride));
+                attend<E>(*cache, cache_shape, index * s.kv_heads + h, queries.data(), int(queries.size()), scores.data(), stride);
+            }
         pool.barrier();
         const int slot_o = prepare_rows(thread, count, attended, attention, l.attn_norm, attention);
         const auto [first, last] = share(thread, s.hidden, ROWS);
@@ -243,54 +251,40 @@ struct Engine {
         pool.barrier();
     }
 
-    // Final norm of a wanted row, to slot; and 16-bit activations as two bytes where the head is int8.
+    // Final norm of a wanted row, to slot; and its halves where the head is int8.
     ONCE void head_input(const float* in, int slot) {
         float* row = normed + size_t(slot) * widest;
         const float factor = 1.0f / std::sqrt(sum_of_squares(in, s.hidden) / float(s.hidden) + s.eps);
         for (int i = 0; i < s.hidden; i++) row[i] = in[i] * factor * w.norm[i];
-        if (!s.head_int8) return;
-        const float largest = std::max(largest_magnitude(row, s.hidden), 1e-5f);
-        const float to_codes = 32000.0f / largest;  // below 127 * 256 + 127
-        int64_t sum = 0;
-        int8_t *h = high + size_t(slot) * hidden_pad, *l = low + size_t(slot) * hidden_pad;
-        for (int i = 0; i < s.hidden; i++) {
-            const int32_t code = int32_t(std::nearbyint(row[i] * to_codes)), top = (code + 128) >> 8;
-            h[i] = int8_t(top), l[i] = int8_t(code - 256 * top), sum += code;
-        }
-        head_scales[slot] = largest / 32000.0f, head_sums[slot] = sum;
-        noise[slot] = 6.0f * std::sqrt(sum_of_squares(row, s.hidden) / 12.0f);
+        if (s.head_int8) quantize_head_input(row, s.hidden, head_inputs[slot]);
     }
 
     void head_part(int thread, const std::vector<int>& wanted, float* logits) {
-        const int count = int(wanted.size());
+        const int count = int(wanted.size()), quads = quads_of(s.hidden);
         for (int i = thread; i < count; i += pool.count) head_input(x + size_t(wanted[i]) * s.hidden, i);
         pool.barrier();
-        const auto [from, to] = share(thread, s.vocab, 16);
+        const auto [from, to] = share(thread, s.vocab, ROWS);
         if (!s.head_int8)
             return multiply_dense(w.head, normed, widest, count, s.hidden, from, to, logits, s.vocab, set);
-        for (int v = from; v < to; v++)
-            for (int i = 0; i < count; i++) {
-                const double product = head_dot(w.head_codes + size_t(v) * hidden_pad, high + size_t(i) * hidden_pad,
-                                                low + size_t(i) * hidden_pad, hidden_pad, head_sums[i]);
-                logits[size_t(i) * s.vocab + v] = float(product) * (head_scales[i] * w.head_scales[v]);
-            }
-        // Whatever could be the likeliest token but for the rounding of the head's rows gets its exact logit. The rounding
-        // of a row is noise of its scale / sqrt(12) for each input: six of its deviations on either side.
+        const size_t groups = groups_of(s.vocab);
+        for (int v = from; v < to; v += ROWS)
+            head_logits(w.head_codes + v / ROWS * head_group_bytes(s.hidden), w.head_rows[v / ROWS], std::min(ROWS, to - v),
+                        head_inputs.data(), count, quads, logits + v, s.vocab, &reach[v / ROWS], groups);
         for (int i = 0; i < count; i++) {
-            const float* row = logits + size_t(i) * s.vocab;
-            const float wide = noise[i];
-            float bound = -INFINITY;
-#pragma omp simd reduction(max : bound)
-            for (int v = from; v < to; v++) bound = std::max(bound, row[v] - wide * w.head_scales[v]);
-            bounds[i * pool.count + thread] = bound;
+            float& bound = bounds[i * pool.count + thread] = -INFINITY;
+            for (int v = from; v < to; v += ROWS) bound = std::max(bound, reach[i * groups + v / ROWS].least);
         }
         pool.barrier();
+        // Whatever could be the likeliest token but for the rounding gets its exact logit.
         for (int i = 0; i < count; i++) {
             float* row = logits + size_t(i) * s.vocab;
             const float bound = *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count);
-            for (int v = from; v < to; v++)
-                if (row[v] + noise[i] * w.head_scales[v] >= bound)
-                    dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
+            for (int g = from / ROWS; g * ROWS < to; g++) {
+                if (reach[i * groups + g].most < bound) continue;
+                for (int v = g * ROWS; v < std::min(to, (g + 1) * ROWS); v++)
+                    if (row[v] + head_inputs[i].noise * w.head_rows[g].scale[v % ROWS] >= bound)
+                        dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
+            }
         }
     }
 
@@ -303,11 +297,13 @@ struct Engine {
     void step(const std::vector<Row>& rows, const std::vector<int>& wanted, float* logits) {
         const int count = int(rows.size());
         reserve(count);
+        if (s.head_int8) reach.resize(std::max(reach.size(), wanted.size() * groups_of(s.vocab)));
         for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
         for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * s.hidden);
         pool.run([&](int thread) {
             for (int i = 0; i < s.layers; i++) {
-                if (s.cache_int8) attention_part<int8_t>(thread, i, rows.data(), count);
+                if (cache_shape.type == CACHE_INT8) attention_part<int8_t>(thread, i, rows.data(), count);
+                else if (cache_shape.type == CACHE_HALF) attention_part<float16>(thread, i, rows.data(), count);
                 else attention_part<float>(thread, i, rows.data(), count);
                 feed_forward_part(thread, i, count);
             }

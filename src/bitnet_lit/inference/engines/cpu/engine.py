@@ -36,6 +36,7 @@ NORMS = {
     "post_norm": "post_attention_layernorm",
     "ffn_norm": "mlp.ffn_sub_norm",
 }
+CACHE_TYPES = ("float", "half", "int8")  # `CacheType` of cache.h
 ROWS_AT_ONCE = 512  # tokens of a long prompt in one step: their activations stay in the cache
 
 
@@ -67,14 +68,14 @@ class NativeModel:
     Args:
         source: a model that `supports` allows.
         head: "int8" or "float".
-        kv_cache: "float" or "int8".
+        kv_cache: "half" (float16), "float" or "int8".
         threads: None for one on each physical core.
 
     Raises:
         UserError: stored codes that are none.
     """
 
-    def __init__(self, source: Source, head: str = "int8", kv_cache: str = "float", threads: int | None = None) -> None:
+    def __init__(self, source: Source, head: str = "int8", kv_cache: str = "half", threads: int | None = None) -> None:
         config = self.config = source.config
         self.threads = threads or physical_cores()
         weights = self._weights = Weights(source)
@@ -85,7 +86,7 @@ class NativeModel:
         others = native.Weights(embedding=weights.table(EMBEDDING), norm=weights.vector("model.norm.weight"))
         if head == "int8":
             others.head = weights.table(head_name)
-            others.head_codes, others.head_scales = weights.int8_head(head_name)
+            others.head_codes, others.head_rows = weights.int8_head(head_name)
         else:
             others.head = weights.projection(head_name)
         weights.done()
@@ -101,7 +102,7 @@ class NativeModel:
             relu2=config.hidden_act == "relu2",
             dense=source.quant.name == "none",
             head_int8=head == "int8",
-            cache_int8=kv_cache == "int8",
+            cache_type=CACHE_TYPES.index(kv_cache),
             threads=self.threads,
             eps=config.rms_norm_eps,
             rope_theta=config.rope_theta,

@@ -1,5 +1,5 @@
-// Sums over floats, sixteen at a time. The vectors are the compiler's own, so one source serves every processor; no option
-// lets the compiler change the order of a sum, so a token alone and a token among many get the same bits.
+// Vectors of floats, LANES at a time, and what the engine needs of them. The order of every sum is fixed in the source and
+// products are added by an explicit fused multiply-add, so a token alone and a token among many get the same bits.
 #pragma once
 
 #include <algorithm>
@@ -8,44 +8,83 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 // Inlined in two places, the compiler may contract a sum in two ways; one token must not differ from one of many.
 #define ONCE __attribute__((noinline))
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
-using Floats = float __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
 struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 inline int padded(int inputs) { return round_up(inputs, 64); }  // whole vectors of every width
 
+inline Floats all(float value) { return value - Floats{}; }
 inline Floats load_floats(const float* p) { Floats v; std::memcpy(&v, p, sizeof(v)); return v; }
-#if defined(__AVX512F__)  // of the loops below, which others compile well, GCC makes 128-bit pieces here
+inline void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+
+#if defined(__AVX512F__)
+inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline Floats load_floats(const int8_t* p) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline Floats load_floats(const bfloat16* p) {
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
-#else
+inline Floats load_floats(const float16* p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline Floats load_floats(const int8_t* p) {
-    Floats v;
-    for (int i = 0; i < LANES; i++) v[i] = float(p[i]);
-    return v;
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline Floats load_floats(const bfloat16* p) {
-    using Words = uint32_t __attribute__((vector_size(64)));
-    Words v;
-    for (int i = 0; i < LANES; i++) v[i] = uint32_t(p[i].bits) << 16;  // the upper half of a float
-    return (Floats)v;
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+inline Floats load_floats(const float16* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#else
+#if defined(__ARM_NEON)
+inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
+#endif
+inline float as_float(int8_t value) { return float(value); }
+inline float as_float(bfloat16 value);
+inline float as_float(float16 value);
+template <class E>
+inline Floats load_floats(const E* p) {
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = as_float(p[i]);
+    return v;
 }
 #endif
-inline void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+
 inline float as_float(float value) { return value; }
-inline float as_float(bfloat16 value) { const uint32_t word = uint32_t(value.bits) << 16; float f; std::memcpy(&f, &word, 4); return f; }
+inline float as_float(bfloat16 value) {  // the upper half of a float
+    const uint32_t word = uint32_t(value.bits) << 16;
+    float f;
+    std::memcpy(&f, &word, 4);
+    return f;
+}
+inline float as_float(float16 value) { _Float16 half; std::memcpy(&half, &value, 2); return float(half); }
+inline float16 to_float16(float value) {  // what would be infinite becomes the largest
+    const _Float16 half = _Float16(std::min(65504.0f, std::max(-65504.0f, value)));
+    float16 bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
 
 inline float sum_of_lanes(Floats v) {
     float lanes[LANES];
@@ -58,25 +97,27 @@ inline float sum_of_lanes(Floats v) {
 // One row of a dense matrix times T tokens, x of `stride` floats a token.
 template <int T, class W>
 inline void dense_dots(const W* w, const float* x, size_t stride, int n, float* out) {
-    Floats even[T], odd[T];  // independent chains of additions
-    for (int t = 0; t < T; t++) even[t] = odd[t] = Floats{};
+    constexpr int CHAINS = 4;  // independent chains of additions
+    Floats sums[T][CHAINS]{};
     int i = 0;
-    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    for (; i + CHAINS * LANES <= n; i += CHAINS * LANES) {
         __builtin_prefetch((const char*)(w + i) + 4096, 0, 2);  // as in kernels.h
-        const Floats a = load_floats(w + i), b = load_floats(w + i + LANES);
-        for (int t = 0; t < T; t++) even[t] += a * load_floats(x + t * stride + i), odd[t] += b * load_floats(x + t * stride + i + LANES);
+        for (int c = 0; c < CHAINS; c++) {
+            const Floats weights = load_floats(w + i + c * LANES);
+            for (int t = 0; t < T; t++) sums[t][c] = fused(weights, load_floats(x + t * stride + i + c * LANES), sums[t][c]);
+        }
     }
     for (int t = 0; t < T; t++) {
-        float sum = sum_of_lanes(even[t] + odd[t]);
-        for (int j = i; j < n; j++) sum += as_float(w[j]) * x[t * stride + j];
+        float sum = sum_of_lanes((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
+        for (int j = i; j < n; j++) sum = std::fma(as_float(w[j]), x[t * stride + j], sum);
         out[t] = sum;
     }
 }
 
-constexpr int DENSE_TOKENS = 4;
+constexpr int DENSE_TOKENS = LANES == 16 ? 4 : 2;
 
 template <class W>
-ONCE void dense_row(const W* w, const float* x, size_t stride, int tokens, int n, float* out) {
+inline void dense_row(const W* w, const float* x, size_t stride, int tokens, int n, float* out) {
     int t = 0;
     for (; t + DENSE_TOKENS <= tokens; t += DENSE_TOKENS) dense_dots<DENSE_TOKENS>(w, x + t * stride, stride, n, out + t);
     for (; t < tokens; t++) dense_dots<1>(w, x + t * stride, stride, n, out + t);

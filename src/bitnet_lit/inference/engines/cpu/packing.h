@@ -10,7 +10,7 @@
 
 constexpr int BLOCK = 16, ROWS = 16;
 
-inline int blocks_of(int inputs) { return (inputs + BLOCK - 1) / BLOCK; }
+inline int blocks_of(int inputs) { return round_up(inputs, 2 * BLOCK) / BLOCK; }  // even: kernels take two at once
 inline int groups_of(int rows) { return (rows + ROWS - 1) / ROWS; }
 inline size_t group_bytes(int inputs) { return size_t(blocks_of(inputs)) * 64; }
 
@@ -87,17 +87,4 @@ inline void pack_latent(const W* weights, int rows, int inputs, Rounding& by, ui
         }
         by.sum += sum, by.magnitude += magnitude, by.below += below, by.above += above;
     });
-}
-
-// Rows of the output head to int8 (V, padded inputs) with a scale each.
-template <class W>
-inline void quantize_head(const W* weights, int rows, int inputs, int8_t* codes, float* scales) {
-    Buffer<float> row{size_t(inputs)};
-    for (int r = 0; r < rows; r++) {
-        for (int i = 0; i < inputs; i++) row[i] = as_float(weights[size_t(r) * inputs + i]);
-        scales[r] = std::max(largest_magnitude(row, inputs), 1e-12f) / 127.0f;
-        int8_t* out = codes + size_t(r) * padded(inputs);
-        for (int i = 0; i < inputs; i++) out[i] = int8_t(std::nearbyint(row[i] / scales[r]));
-        std::memset(out + inputs, 0, size_t(padded(inputs) - inputs));
-    }
 }

@@ -1,5 +1,14 @@
-// The few vector operations that the kernels need, for x86 (AVX-512 VNNI, AVX2) and ARM (NEON dot product), and as plain
-// loops for everything else. A vector holds W bytes; products of bytes are summed in fours into 32-bit lanes.
+// Vectors of bytes: the few operations that the integer kernels need, for x86 (AVX-512 VNNI, AVX2) and ARM (NEON dot
+// product), and as plain loops for everything else. A vector holds W bytes; products of bytes are summed in fours into
+// 32-bit lanes (Sums), where the instruction set has it directly, or by way of 16-bit sums (Partial) that are added up
+// before they overflow.
+//
+//     four(p)          the same four bytes in every lane
+//     spread(w, c)     the bit pairs of each byte as four vectors of codes, c[k] being pair k times a power of two
+//     gather(acc)      the sum of four Partials made with spread's codes, without those powers
+//     pair<K>(w)       bit pair K of each byte
+//     dot(acc, u, s)   acc + unsigned u times signed s, where u is a code or what spread made of one
+//     dot_two(...)     acc + u * s + v * t into Sums, for u and v of 0..63 and any s and t but -128
 #pragma once
 
 #include <cstdint>
@@ -13,24 +22,25 @@ namespace simd {
 constexpr int W = 64;
 using Bytes = __m512i;
 using Sums = __m512i;
+using Partial = Sums;
+constexpr int RUN = 1 << 20;  // blocks (packing.h) before a Partial is full
 inline Bytes load(const void* p) { return _mm512_loadu_si512(p); }
-inline Bytes four(const int8_t* p) { int32_t v; std::memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
+inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
 inline void store(int32_t* p, Sums a) { _mm512_storeu_si512(p, a); }
 inline Sums zero() { return _mm512_setzero_si512(); }
 inline Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
-inline int32_t total(Sums a) { return _mm512_reduce_add_epi32(a); }
-// Codes of bit pair K, 0..2, still times 4^K: the factor is taken out of the sum.
-template <int K> inline Bytes scaled_pair(Bytes w) { return _mm512_and_si512(w, _mm512_set1_epi8(char(3 << 2 * K))); }
-template <int K> inline Sums unscale(Sums a) { return _mm512_srai_epi32(a, 2 * K); }
+inline Sums widen(Partial a) { return a; }
+inline void spread(Bytes w, Bytes (&codes)[4]) {
+    for (int k = 0; k < 4; k++) codes[k] = _mm512_and_si512(w, _mm512_set1_epi8(char(3 << 2 * k)));
+}
+inline Sums gather(const Partial (&a)[4]) {
+    return add(add(a[0], _mm512_srai_epi32(a[1], 2)), add(_mm512_srai_epi32(a[2], 4), _mm512_srai_epi32(a[3], 6)));
+}
 template <int K> inline Bytes pair(Bytes w) {
     return _mm512_and_si512(_mm512_srli_epi16(w, 2 * K), _mm512_set1_epi8(3));
 }
-inline Sums dot_unsigned(Sums acc, Bytes codes, Bytes x) { return _mm512_dpbusd_epi32(acc, codes, x); }
-// Signed weights: the instruction wants one side unsigned, so 128 is added to them and 128 * sum(x) comes out too much.
-constexpr int SIGNED_OFFSET = 128;
-inline Sums dot_signed(Sums acc, Bytes w, Bytes x) {
-    return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(w, _mm512_set1_epi8(char(0x80))), x);
-}
+inline Partial dot(Partial acc, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(acc, u, s); }
+inline Sums dot_two(Sums acc, Bytes u, Bytes s, Bytes v, Bytes t) { return dot(dot(acc, u, s), v, t); }
 }  // namespace simd
 
 #elif defined(__AVX2__)
@@ -41,33 +51,34 @@ namespace simd {
 constexpr int W = 32;
 using Bytes = __m256i;
 using Sums = __m256i;
+using Partial = __m256i;  // 16-bit
+// In a block a Partial gets four products of codes to 2, or one of codes to 8, each a sum of two: 16 * 4 * 2 * 2 * 127
+// and 16 * 2 * 8 * 127 are 32512, and 255 more would not fit.
+constexpr int RUN = 16;
 inline Bytes load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
-inline Bytes four(const int8_t* p) { int32_t v; std::memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
+inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
 inline void store(int32_t* p, Sums a) { _mm256_storeu_si256((__m256i*)p, a); }
 inline Sums zero() { return _mm256_setzero_si256(); }
 inline Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
-inline int32_t total(Sums a) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1));
-    return _mm_cvtsi128_si32(s);
+inline Sums widen(Partial a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+inline void spread(Bytes w, Bytes (&codes)[4]) {  // one shift for two pairs; the odd ones stay times 4
+    const Bytes high = _mm256_srli_epi16(w, 4), even = _mm256_set1_epi8(3), odd = _mm256_set1_epi8(12);
+    codes[0] = _mm256_and_si256(w, even), codes[1] = _mm256_and_si256(w, odd);
+    codes[2] = _mm256_and_si256(high, even), codes[3] = _mm256_and_si256(high, odd);
+}
+inline Sums gather(const Partial (&a)[4]) {
+    return add(widen(_mm256_add_epi16(a[0], a[2])), _mm256_srai_epi32(add(widen(a[1]), widen(a[3])), 2));
 }
 template <int K> inline Bytes pair(Bytes w) {
     return _mm256_and_si256(_mm256_srli_epi16(w, 2 * K), _mm256_set1_epi8(3));
 }
-template <int K> inline Bytes scaled_pair(Bytes w) { return _mm256_and_si256(w, _mm256_set1_epi8(char(3 << 2 * K))); }
-template <int K> inline Sums unscale(Sums a) { return _mm256_srai_epi32(a, 2 * K); }
-// The largest pair of products is 2 * 128 * 128 = 32768, one more than 16 bits hold; activations stop at -127.
-inline Sums dot_unsigned(Sums acc, Bytes codes, Bytes x) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+inline Partial dot(Partial acc, Bytes u, Bytes s) {
+    acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s));
+    asm("" : "+x"(acc));  // GCC would make trees of the additions, for which the registers do not suffice
+    return acc;
 }
-constexpr int SIGNED_OFFSET = 0;
-inline Sums dot_signed(Sums acc, Bytes w, Bytes x) {
-    const __m256i low = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)),
-                                          _mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)));
-    const __m256i high = _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1)),
-                                           _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1)));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(low, high));
+inline Sums dot_two(Sums acc, Bytes u, Bytes s, Bytes v, Bytes t) {  // 2 * 2 * 63 * 127 is 32004
+    return add(acc, widen(_mm256_add_epi16(_mm256_maddubs_epi16(u, s), _mm256_maddubs_epi16(v, t))));
 }
 }  // namespace simd
 
@@ -79,27 +90,28 @@ namespace simd {
 constexpr int W = 16;
 using Bytes = uint8x16_t;
 using Sums = int32x4_t;
+using Partial = Sums;
+constexpr int RUN = 1 << 20;
 inline Bytes load(const void* p) { return vld1q_u8((const uint8_t*)p); }
-inline Bytes four(const int8_t* p) { int32_t v; std::memcpy(&v, p, 4); return vreinterpretq_u8_s32(vdupq_n_s32(v)); }
+inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return vreinterpretq_u8_s32(vdupq_n_s32(v)); }
 inline void store(int32_t* p, Sums a) { vst1q_s32(p, a); }
 inline Sums zero() { return vdupq_n_s32(0); }
 inline Sums add(Sums a, Sums b) { return vaddq_s32(a, b); }
-inline int32_t total(Sums a) { return vaddvq_s32(a); }
+inline Sums widen(Partial a) { return a; }
+inline void spread(Bytes w, Bytes (&codes)[4]) {  // both sides of the product are signed: 2 << 6 would not fit
+    for (int k = 0; k < 3; k++) codes[k] = vandq_u8(w, vdupq_n_u8(3 << 2 * k));
+    codes[3] = vshrq_n_u8(w, 6);
+}
+inline Sums gather(const Partial (&a)[4]) {
+    return add(add(a[0], vshrq_n_s32(a[1], 2)), add(vshrq_n_s32(a[2], 4), a[3]));
+}
 template <int K> inline Bytes pair(Bytes w) {
     if constexpr (K == 0) return vandq_u8(w, vdupq_n_u8(3));
     else if constexpr (K == 3) return vshrq_n_u8(w, 6);
     else return vandq_u8(vshrq_n_u8(w, 2 * K), vdupq_n_u8(3));
 }
-// Both sides are signed here, and 2 * 64 would not fit: shift instead.
-template <int K> inline Bytes scaled_pair(Bytes w) { return pair<K>(w); }
-template <int K> inline Sums unscale(Sums a) { return a; }
-inline Sums dot_unsigned(Sums acc, Bytes codes, Bytes x) {
-    return vdotq_s32(acc, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(x));
-}
-constexpr int SIGNED_OFFSET = 0;
-inline Sums dot_signed(Sums acc, Bytes w, Bytes x) {
-    return vdotq_s32(acc, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x));
-}
+inline Partial dot(Partial acc, Bytes u, Bytes s) { return vdotq_s32(acc, vreinterpretq_s8_u8(u), vreinterpretq_s8_u8(s)); }
+inline Sums dot_two(Sums acc, Bytes u, Bytes s, Bytes v, Bytes t) { return dot(dot(acc, u, s), v, t); }
 }  // namespace simd
 
 #else
@@ -109,23 +121,23 @@ namespace simd {
 constexpr int W = 16;
 struct Bytes { uint8_t b[16]; };
 struct Sums { int32_t s[4]; };
+using Partial = Sums;
+constexpr int RUN = 1 << 20;
 inline Bytes load(const void* p) { Bytes v; std::memcpy(&v, p, 16); return v; }
-inline Bytes four(const int8_t* p) { Bytes v; for (int i = 0; i < 4; i++) std::memcpy(v.b + 4 * i, p, 4); return v; }
+inline Bytes four(const void* p) { Bytes v; for (int i = 0; i < 4; i++) std::memcpy(v.b + 4 * i, p, 4); return v; }
 inline void store(int32_t* p, Sums a) { std::memcpy(p, a.s, 16); }
 inline Sums zero() { return Sums{}; }
 inline Sums add(Sums a, Sums b) { for (int i = 0; i < 4; i++) a.s[i] += b.s[i]; return a; }
-inline int32_t total(Sums a) { return a.s[0] + a.s[1] + a.s[2] + a.s[3]; }
+inline Sums widen(Partial a) { return a; }
 template <int K> inline Bytes pair(Bytes w) { for (auto& b : w.b) b = b >> 2 * K & 3; return w; }
-template <int K> inline Bytes scaled_pair(Bytes w) { return pair<K>(w); }
-template <int K> inline Sums unscale(Sums a) { return a; }
-inline Sums dot_unsigned(Sums acc, Bytes codes, Bytes x) {
-    for (int i = 0; i < 16; i++) acc.s[i / 4] += int(codes.b[i]) * int(int8_t(x.b[i]));
+inline void spread(Bytes w, Bytes (&codes)[4]) {
+    codes[0] = pair<0>(w), codes[1] = pair<1>(w), codes[2] = pair<2>(w), codes[3] = pair<3>(w);
+}
+inline Sums gather(const Partial (&a)[4]) { return add(add(a[0], a[1]), add(a[2], a[3])); }
+inline Partial dot(Partial acc, Bytes u, Bytes s) {
+    for (int i = 0; i < 16; i++) acc.s[i / 4] += int(u.b[i]) * int(int8_t(s.b[i]));
     return acc;
 }
-constexpr int SIGNED_OFFSET = 0;
-inline Sums dot_signed(Sums acc, Bytes w, Bytes x) {
-    for (int i = 0; i < 16; i++) acc.s[i / 4] += int(int8_t(w.b[i])) * int(int8_t(x.b[i]));
-    return acc;
-}
+inline Sums dot_two(Sums acc, Bytes u, Bytes s, Bytes v, Bytes t) { return dot(dot(acc, u, s), v, t); }
 }  // namespace simd
 #endif

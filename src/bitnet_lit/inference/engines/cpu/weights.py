@@ -55,13 +55,16 @@ def pack(codes: NDArray[np.int8], arena: Arena) -> NDArray[np.uint8]:
     return packed
 
 
-def quantize_head(weight: NDArray[Any], arena: Arena) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """float32, or bfloat16 as its bits, (V, D) to int8 (V, D padded) and a scale for each row, float32 (V,)."""
-    rows, inputs = weight.shape
-    codes = arena.take((rows, -(-inputs // PADDED) * PADDED), np.int8)
-    scales = np.empty(rows, dtype=np.float32)
-    native.library().bitnet_quantize_head(*_addresses(weight), rows, inputs, codes.ctypes.data, scales.ctypes.data)
-    return codes, scales
+HEAD_ROWS = np.dtype([("scale", np.float32, 16), ("zero", np.int32, 16)])  # `struct HeadRows` of head.h
+
+
+def quantize_head(weight: NDArray[Any], arena: Arena) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """float32, or bfloat16 as its bits, (V, D) to int8 in the layout of head.h and (V / 16,) `HEAD_ROWS`."""
+    vocab, inputs = weight.shape
+    codes = arena.take((native.library().bitnet_head_bytes(vocab, inputs),), np.int8)
+    rows = arena.take((-(-vocab // 16),), HEAD_ROWS)
+    native.library().bitnet_quantize_head(*_addresses(weight), vocab, inputs, codes.ctypes.data, rows.ctypes.data)
+    return codes, rows
 
 
 class Weights:
@@ -108,10 +111,10 @@ class Weights:
         return native.Matrix(None, *_addresses(copy), 1.0)
 
     def int8_head(self, name: str) -> tuple[int, int]:
-        """Addresses of the head's int8 rows and of their scales."""
-        codes, scales = quantize_head(self._dense(name), self._arena)
-        self.bytes_per_token += codes.nbytes + scales.nbytes
-        return self._keep(codes).ctypes.data, self._keep(scales).ctypes.data
+        """Addresses of the head's int8 rows and of their scales and sums."""
+        codes, rows = quantize_head(self._dense(name), self._arena)
+        self.bytes_per_token += codes.nbytes + rows.nbytes
+        return self._keep(codes).ctypes.data, self._keep(rows).ctypes.data
 
     def _packed(self, name: str) -> tuple[NDArray[np.uint8], float]:
         source, (rows, inputs) = self.source, self.source.tensors[name]
