@@ -27,7 +27,7 @@ struct Cache {
 
     void grow(const CacheShape& s, int needed) {
         if (needed <= room) return;
-        resize(s, round_up(std::min(std::max({needed, 2 * room, 256}), s.context), LANES), *this);
+        resize(s, round_up(std::min(std::max({needed, 2 * room, 64}), s.context), LANES), *this);
     }
 
     // Room for `positions`, with what `from` holds.

@@ -69,6 +69,7 @@ void bitnet_step(void* engine, int count, const int32_t* tokens, void* const* ca
 // step, which reads every weight once.
 double bitnet_read_bandwidth(int64_t bytes, int threads, int rounds) {
     Buffer<uint8_t> buffer{size_t(bytes)};
+    std::memset(buffer, 1, size_t(bytes));  // pages nobody wrote to are all the same one
     Pool pool(threads);
     std::vector<int32_t> found(threads);
     const auto start = std::chrono::steady_clock::now();

@@ -58,7 +58,8 @@ struct Engine {
     std::vector<Layer> layers;
     Weights w;
     Pool pool;
-    int attention, widest;
+    int attention;
+    int widest;  // numbers from one token to the next in all that follows
     // of all rows of a step
     Buffer<float> x, q, k, v, attended, gated, normed;
     Buffer<int8_t> codes;
@@ -74,7 +75,7 @@ struct Engine {
         : s(shape), cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, CacheType(s.cache_type)},
           layers(l, l + shape.layers), w(weights), pool(shape.threads) {
         attention = s.heads * s.head_dim;
-        widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)});
+        widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)}) + 64;  // not 4 KiB: those would share sets of the caches
         const int half = s.head_dim / 2;
         cosine.reset(size_t(s.context) * half), sine.reset(size_t(s.context) * half);
         for (int p = 0; p < s.context; p++)
@@ -87,9 +88,7 @@ struct Engine {
     void reserve(int rows) {
         if (rows <= capacity) return;
         capacity = rows;
-        x.reset(size_t(rows) * s.hidden), q.reset(size_t(rows) * attention), attended.reset(size_t(rows) * attention);
-        k.reset(size_t(rows) * s.kv_heads * s.head_dim), v.reset(size_t(rows) * s.kv_heads * s.head_dim);
-        gated.reset(size_t(rows) * s.ffn);
+        for (auto* buffer : {&x, &q, &k, &v, &attended, &gated}) buffer->reset(size_t(rows) * widest);
         // One token's codes are made by every thread for itself: cheaper than a barrier.
         const size_t copies = std::max(rows, s.threads);
         normed.reset(copies * widest);
@@ -123,19 +122,17 @@ struct Engine {
     }
 
     // All rows; returns the slot of row 0 as this thread reads it.
-    int prepare_rows(int thread, int rows, const float* in, size_t stride, const float* norm, int n) {
+    int prepare_rows(int thread, int rows, const float* in, const float* norm, int n) {
         if (rows == 1) return prepare(in, norm, n, thread), thread;
-        for (int r = thread; r < rows; r += pool.count) prepare(in + r * stride, norm, n, r);
+        for (int r = thread; r < rows; r += pool.count) prepare(in + size_t(r) * widest, norm, n, r);
         pool.barrier();
         return 0;
     }
 
-    // Rows [from, to) of a matrix times all tokens; use(place, value) gets each value and where it belongs in an output of
-    // `stride` floats a token.
+    // Rows [from, to) of a matrix times all tokens; use(place, value) gets each value and where it belongs in the output.
     template <class Use>
-    void multiply(const Matrix& m, int slot, int tokens, int inputs, int from, int to, float* out, size_t stride,
-                  const Use& use) {
-        if (!m.packed) return multiply_dense(m, normed + size_t(slot) * widest, widest, tokens, inputs, from, to, out, stride, use);
+    void multiply(const Matrix& m, int slot, int tokens, int inputs, int from, int to, float* out, const Use& use) {
+        if (!m.packed) return multiply_dense(m, normed + size_t(slot) * widest, tokens, inputs, from, to, out, widest, use);
         const int blocks = blocks_of(inputs);
         const int8_t* in = codes + size_t(slot) * widest;
         thread_local std::vector<int32_t> products;
@@ -145,7 +142,7 @@ struct Engine {
             // Heads may begin inside a group; the rows outside are another thread's.
             const int first = std::max(from - group * ROWS, 0), last = std::min(ROWS, to - group * ROWS);
             float* place = out + group * ROWS;
-            for (int t = 0; t < tokens; t++, place += stride) {
+            for (int t = 0; t < tokens; t++, place += widest) {
                 const float scale = scales[slot + t] * m.scale;
                 const int32_t sum = sums[slot + t];
                 float values[ROWS];
@@ -159,12 +156,12 @@ struct Engine {
     }
 
     template <class Use>
-    void multiply_dense(const Matrix& m, const float* in, size_t in_stride, int tokens, int inputs, int from, int to,
-                        float* out, size_t stride, const Use& use) {
+    void multiply_dense(const Matrix& m, const float* in, int tokens, int inputs, int from, int to, float* out,
+                        size_t stride, const Use& use) {
         thread_local std::vector<float> products;
         products.resize(tokens);
         for (int row = from; row < to; row++) {
-            dense_dots_of(m, row, in, in_stride, tokens, inputs, products.data());
+            dense_dots_of(m, row, in, widest, tokens, inputs, products.data());
             for (int t = 0; t < tokens; t++) use(out[t * stride + row], products[t]);
         }
     }
@@ -195,18 +192,18 @@ struct Engine {
     template <class E>
     void attention_part(int thread, int index, const Row* rows, int count) {
         const Layer& l = layers[index];
-        const int p = s.head_dim, group = s.heads / s.kv_heads, kv = s.kv_heads * p;
-        const int slot = prepare_rows(thread, count, x, s.hidden, l.input_norm, s.hidden);
+        const int p = s.head_dim, group = s.heads / s.kv_heads;
+        const int slot = prepare_rows(thread, count, x, l.input_norm, s.hidden);
         const auto [from, to] = share(thread, s.kv_heads, 1);
-        multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p, q, attention, set);
-        multiply(l.k, slot, count, s.hidden, from * p, to * p, k, kv, set);
-        multiply(l.v, slot, count, s.hidden, from * p, to * p, v, kv, set);
+        multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p, q, set);
+        multiply(l.k, slot, count, s.hidden, from * p, to * p, k, set);
+        multiply(l.v, slot, count, s.hidden, from * p, to * p, v, set);
         for (int t = 0; t < count; t++) {
-            for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * attention + g * p, rows[t].position);
+            for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
             for (int h = from; h < to; h++) {
-                float* key = k + size_t(t) * kv + h * p;
+                float* key = k + size_t(t) * widest + h * p;
                 rotate(key, rows[t].position);
-                put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * kv + h * p);
+                put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * widest + h * p);
             }
         }
         thread_local std::vector<Query> queries;
@@ -217,7 +214,7 @@ struct Engine {
                 queries.clear();
                 for (next = t; next < count && rows[next].cache == cache; next++)
                     for (int g = h * group; g < (h + 1) * group; g++) {
-                        const size_t at = size_t(next) * attention + g * p;
+                        const size_t at = size_t(next) * widest + g * p;
                         queries.push_back({q + at, attended + at, rows[next].position + 1});
                     }
                 const size_t stride = round_up(rows[next - 1].position + 1, LANES);
@@ -225,29 +222,29 @@ struct Engine {
                 attend<E>(*cache, cache_shape, index * s.kv_heads + h, queries.data(), int(queries.size()), scores.data(), stride);
             }
         pool.barrier();
-        const int slot_o = prepare_rows(thread, count, attended, attention, l.attn_norm, attention);
+        const int slot_o = prepare_rows(thread, count, attended, l.attn_norm, attention);
         const auto [first, last] = share(thread, s.hidden, ROWS);
-        multiply(l.o, slot_o, count, attention, first, last, x, s.hidden, add);
+        multiply(l.o, slot_o, count, attention, first, last, x, add);
         pool.barrier();
     }
 
     void feed_forward_part(int thread, int index, int count) {
         const Layer& l = layers[index];
-        const int slot = prepare_rows(thread, count, x, s.hidden, l.post_norm, s.hidden);
+        const int slot = prepare_rows(thread, count, x, l.post_norm, s.hidden);
         const auto [from, to] = share(thread, s.ffn, ROWS);
-        multiply(l.gate, slot, count, s.hidden, from, to, gated, s.ffn, set);
+        multiply(l.gate, slot, count, s.hidden, from, to, gated, set);
         for (int t = 0; t < count; t++) {
-            float* gate = gated + size_t(t) * s.ffn;
+            float* gate = gated + size_t(t) * widest;
             if (s.relu2)
                 for (int i = from; i < to; i++) gate[i] = gate[i] > 0 ? gate[i] * gate[i] : 0;
             else
                 for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i]));
         }
-        multiply(l.up, slot, count, s.hidden, from, to, gated, s.ffn, times);
+        multiply(l.up, slot, count, s.hidden, from, to, gated, times);
         pool.barrier();
-        const int slot_down = prepare_rows(thread, count, gated, s.ffn, l.ffn_norm, s.ffn);
+        const int slot_down = prepare_rows(thread, count, gated, l.ffn_norm, s.ffn);
         const auto [first, last] = share(thread, s.hidden, ROWS);
-        multiply(l.down, slot_down, count, s.ffn, first, last, x, s.hidden, add);
+        multiply(l.down, slot_down, count, s.ffn, first, last, x, add);
         pool.barrier();
     }
 
@@ -261,11 +258,11 @@ struct Engine {
 
     void head_part(int thread, const std::vector<int>& wanted, float* logits) {
         const int count = int(wanted.size()), quads = quads_of(s.hidden);
-        for (int i = thread; i < count; i += pool.count) head_input(x + size_t(wanted[i]) * s.hidden, i);
+        for (int i = thread; i < count; i += pool.count) head_input(x + size_t(wanted[i]) * widest, i);
         pool.barrier();
         const auto [from, to] = share(thread, s.vocab, ROWS);
         if (!s.head_int8)
-            return multiply_dense(w.head, normed, widest, count, s.hidden, from, to, logits, s.vocab, set);
+            return multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set);
         const size_t groups = groups_of(s.vocab);
         for (int v = from; v < to; v += ROWS)
             head_logits(w.head_codes + v / ROWS * head_group_bytes(s.hidden), w.head_rows[v / ROWS], std::min(ROWS, to - v),
@@ -299,7 +296,7 @@ struct Engine {
         reserve(count);
         if (s.head_int8) reach.resize(std::max(reach.size(), wanted.size() * groups_of(s.vocab)));
         for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
-        for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * s.hidden);
+        for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * widest);
         pool.run([&](int thread) {
             for (int i = 0; i < s.layers; i++) {
                 if (cache_shape.type == CACHE_INT8) attention_part<int8_t>(thread, i, rows.data(), count);

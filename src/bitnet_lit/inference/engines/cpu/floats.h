@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
+
+#include <sys/mman.h>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -148,16 +151,31 @@ inline float largest_magnitude(const float* x, int n) {
 }
 
 template <class T>
-struct Buffer {  // aligned to cache lines, zeroed
+struct Buffer {  // zeroed, aligned to cache lines; large ones on huge pages where the system has them
     T* data = nullptr;
+    size_t bytes = 0;
     explicit Buffer(size_t count = 0) { reset(count); }
-    ~Buffer() { std::free(data); }
+    ~Buffer() { reset(0); }
     Buffer(const Buffer&) = delete;
     void reset(size_t count) {
-        std::free(data);
-        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-        data = bytes ? (T*)std::aligned_alloc(64, bytes) : nullptr;
-        if (data) std::memset((void*)data, 0, bytes);
+        if (data && bytes >= MAPPED) munmap((void*)data, bytes);
+        else std::free(data);
+        data = nullptr, bytes = (count * sizeof(T) + 63) / 64 * 64;
+        if (bytes >= MAPPED) {
+            void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (memory == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+            madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+            data = (T*)memory;
+        } else if (bytes) {
+            data = (T*)std::aligned_alloc(64, bytes);
+            if (!data) throw std::bad_alloc();
+            std::memset((void*)data, 0, bytes);
+        }
     }
     operator T*() const { return data; }
+
+   private:
+    static constexpr size_t MAPPED = 1 << 21;
 };

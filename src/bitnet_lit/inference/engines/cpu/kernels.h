@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "packing.h"
 #include "simd.h"
@@ -53,8 +54,22 @@ ONCE void few_dot(const uint8_t* w, const int8_t* x, size_t stride, int blocks, 
         for (int p = 0; p < PARTS; p++) store(out + t * ROWS + p * W / 4, sums[t][p]);
 }
 
-// The same with one sum for all codes: more tokens than few_dot has registers for.
-template <int T>
+// Codes + 1 of a group, a byte each: what pair<K> makes of each block, one after the other.
+inline void unpack_group(const uint8_t* w, int blocks, uint8_t* codes) {
+    using namespace simd;
+    for (int block = 0; block < blocks; block++, w += 64, codes += 256) {
+        prefetch(w + AHEAD);
+        for (int p = 0; p < PARTS; p++) {
+            const Bytes v = load(w + p * W);
+            store(codes + p * W, pair<0>(v)), store(codes + 64 + p * W, pair<1>(v));
+            store(codes + 128 + p * W, pair<2>(v)), store(codes + 192 + p * W, pair<3>(v));
+        }
+    }
+}
+
+// The same as few_dot with one sum for all codes, for more tokens than that has registers for. w is a packed group, or an
+// unpacked one.
+template <int T, bool UNPACKED>
 ONCE void tile_dot(const uint8_t* w, const int8_t* x, size_t stride, int blocks, int32_t* out) {
     using namespace simd;
     std::memset(out, 0, size_t(T) * ROWS * sizeof(int32_t));
@@ -63,10 +78,10 @@ ONCE void tile_dot(const uint8_t* w, const int8_t* x, size_t stride, int blocks,
         for (auto& token : acc)
             for (auto& a : token) a = zero();
         const int end = std::min(blocks, block + RUN);
-        for (; block < end; block++, w += 64, x += BLOCK) {
+        for (; block < end; block++, w += UNPACKED ? 256 : 64, x += BLOCK) {
             const auto quarter = [&]<int K>() {
                 Bytes codes[PARTS];
-                for (int p = 0; p < PARTS; p++) codes[p] = pair<K>(load(w + p * W));
+                for (int p = 0; p < PARTS; p++) codes[p] = UNPACKED ? load(w + 64 * K + p * W) : pair<K>(load(w + p * W));
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     const Bytes in = four(x + t * stride + 4 * K);
@@ -88,23 +103,30 @@ ONCE void tile_dot(const uint8_t* w, const int8_t* x, size_t stride, int blocks,
     }
 }
 
-// Tokens whose sums fit into the registers.
+// Tokens whose sums fit into the registers, and from how many on it pays to unpack a group before.
 constexpr int FEW = simd::W == 64 ? 4 : 1;
-constexpr int TILE = simd::W == 64 ? 16 : simd::W == 32 ? 5 : 6;
+constexpr int TILE = simd::W == 64 ? 16 : simd::W == 32 ? 4 : 6;
+constexpr int MANY = 4 * TILE;
 
 template <int T>
-inline void up_to(int tokens, const uint8_t* w, const int8_t* x, size_t stride, int blocks, int32_t* out) {
-    if (tokens != T) {
-        if constexpr (T > 1) up_to<T - 1>(tokens, w, x, stride, blocks, out);
-    } else if constexpr (T <= FEW) {
-        few_dot<T>(w, x, stride, blocks, out);
-    } else {
-        tile_dot<T>(w, x, stride, blocks, out);
+inline void up_to(int tokens, const uint8_t* w, bool unpacked, const int8_t* x, size_t stride, int blocks, int32_t* out) {
+    if (tokens == T && unpacked) return tile_dot<T, true>(w, x, stride, blocks, out);
+    if constexpr (T <= FEW) {
+        if (tokens == T) return few_dot<T>(w, x, stride, blocks, out);
+    } else if (tokens == T) {
+        return tile_dot<T, false>(w, x, stride, blocks, out);
     }
+    if constexpr (T > 1) up_to<T - 1>(tokens, w, unpacked, x, stride, blocks, out);
 }
 
 // One group of rows times `tokens` tokens; out[token * ROWS + row].
 inline void group_dots(const uint8_t* w, const int8_t* x, size_t stride, int tokens, int blocks, int32_t* out) {
+    thread_local std::vector<uint8_t> codes;
+    if (tokens >= MANY) {
+        codes.resize(std::max(codes.size(), size_t(blocks) * 256));
+        unpack_group(w, blocks, codes.data());
+        w = codes.data();
+    }
     for (int t = 0; t < tokens; t += TILE)
-        up_to<TILE>(std::min(TILE, tokens - t), w, x + t * stride, stride, blocks, out + t * ROWS);
+        up_to<TILE>(std::min(TILE, tokens - t), w, tokens >= MANY, x + t * stride, stride, blocks, out + t * ROWS);
 }

@@ -26,7 +26,7 @@ using Partial = Sums;
 constexpr int RUN = 1 << 20;  // blocks (packing.h) before a Partial is full
 inline Bytes load(const void* p) { return _mm512_loadu_si512(p); }
 inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
-inline void store(int32_t* p, Sums a) { _mm512_storeu_si512(p, a); }
+inline void store(void* p, Bytes a) { _mm512_storeu_si512(p, a); }  // or Sums
 inline Sums zero() { return _mm512_setzero_si512(); }
 inline Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Sums widen(Partial a) { return a; }
@@ -57,7 +57,7 @@ using Partial = __m256i;  // 16-bit
 constexpr int RUN = 16;
 inline Bytes load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
-inline void store(int32_t* p, Sums a) { _mm256_storeu_si256((__m256i*)p, a); }
+inline void store(void* p, Bytes a) { _mm256_storeu_si256((__m256i*)p, a); }  // or Sums
 inline Sums zero() { return _mm256_setzero_si256(); }
 inline Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 inline Sums widen(Partial a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
@@ -95,6 +95,7 @@ constexpr int RUN = 1 << 20;
 inline Bytes load(const void* p) { return vld1q_u8((const uint8_t*)p); }
 inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return vreinterpretq_u8_s32(vdupq_n_s32(v)); }
 inline void store(int32_t* p, Sums a) { vst1q_s32(p, a); }
+inline void store(uint8_t* p, Bytes a) { vst1q_u8(p, a); }
 inline Sums zero() { return vdupq_n_s32(0); }
 inline Sums add(Sums a, Sums b) { return vaddq_s32(a, b); }
 inline Sums widen(Partial a) { return a; }
@@ -126,6 +127,7 @@ constexpr int RUN = 1 << 20;
 inline Bytes load(const void* p) { Bytes v; std::memcpy(&v, p, 16); return v; }
 inline Bytes four(const void* p) { Bytes v; for (int i = 0; i < 4; i++) std::memcpy(v.b + 4 * i, p, 4); return v; }
 inline void store(int32_t* p, Sums a) { std::memcpy(p, a.s, 16); }
+inline void store(uint8_t* p, Bytes a) { std::memcpy(p, a.b, 16); }
 inline Sums zero() { return Sums{}; }
 inline Sums add(Sums a, Sums b) { for (int i = 0; i < 4; i++) a.s[i] += b.s[i]; return a; }
 inline Sums widen(Partial a) { return a; }
