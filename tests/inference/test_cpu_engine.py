@@ -224,8 +224,8 @@ def test_rounded_caches_are_close_to_the_float_one(tmp_path, quant, sizes):
     source = saved(tmp_path / "model", quant, **sizes)
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(0))
     exact, half, int8 = (step_all(NativeModel(source, "float", cache, 2), ids) for cache in ("float", "half", "int8"))
-    # Keys and values are rounded by 2**-12 of themselves or 1/254 of their largest at most; an int8 code of a later layer
-    # that this moves goes through the rest of the network.
+    # Keys and values are rounded by 2**-12 of themselves or 1/254 of their largest at most; an int8 code of a later
+    # layer that this moves goes through the rest of the network.
     assert 0 < float((half - exact).abs().mean() / exact.std()) < (0.02 if quant == "b158" else 1e-3)
     assert 0 < float((int8 - exact).abs().mean() / exact.std()) < 0.05
 
@@ -247,7 +247,9 @@ def test_the_likeliest_token_is_exact(tmp_path):
     """Rows of the head that differ by less than their rounding: the int8 head still finds the largest logit."""
     model = tiny_model(vocab_size=3001, tie_word_embeddings=False)
     rows = model.lm_head.weight.data
-    rows[:] = rows[torch.arange(3001) % 300] + 1e-4 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    rows[:] = rows[torch.arange(3001) % 300] + 1e-4 * torch.randn(
+        rows.shape, generator=torch.Generator().manual_seed(0)
+    )
     save_model_folder(tmp_path, model, QuantConfig(), None)
     source = open_source(tmp_path)
     ids = torch.randint(0, 3001, (4, 40), generator=torch.Generator().manual_seed(0))
