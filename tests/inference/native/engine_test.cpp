@@ -1,0 +1,231 @@
+// The native engine against plain loops: compiled by test_native.py for several processors and with sanitizers.
+//
+// Every kernel at sizes that are no multiple of anything, then whole steps: a model of random weights must give the same
+// bits for a token alone and among others, for one thread and three. Prints what was wrong and returns 1.
+#include <bit>
+#include <cstdio>
+#include <random>
+
+#include "engine.h"
+
+namespace {
+
+std::mt19937 random_bits(1);
+int uniform(int from, int to) { return std::uniform_int_distribution<int>(from, to)(random_bits); }
+float normal() { return std::normal_distribution<float>()(random_bits); }
+int failures = 0;
+
+#define CHECK(condition, ...) \
+    if (!(condition)) failures++, std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition), std::printf(__VA_ARGS__), std::printf("\n")
+
+template <class T> std::vector<T> filled(size_t n, auto value) {
+    std::vector<T> v(n);
+    for (auto& x : v) x = T(value());
+    return v;
+}
+
+std::vector<uint8_t> packed_codes(const std::vector<int8_t>& codes, int rows, int inputs) {
+    std::vector<uint8_t> packed(groups_of(rows) * group_bytes(inputs));
+    pack_codes(codes.data(), rows, inputs, packed.data());
+    return packed;
+}
+
+void ternary_products(int rows, int inputs, int tokens, bool extremes) {
+    const auto codes = filled<int8_t>(size_t(rows) * inputs, [&] { return extremes ? 1 : uniform(-1, 1); });
+    const auto packed = packed_codes(codes, rows, inputs);
+    const int stride = padded(inputs);
+    std::vector<int8_t> x(size_t(tokens) * stride);
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < inputs; i++) x[size_t(t) * stride + i] = int8_t(extremes ? (t % 2 ? -127 : 127) : uniform(-127, 127));
+    std::vector<int32_t> out(size_t(tokens) * ROWS);
+    for (int g = 0; g < groups_of(rows); g++) {
+        group_dots(packed.data() + g * group_bytes(inputs), x.data(), stride, tokens, blocks_of(inputs), out.data());
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < ROWS && g * ROWS + r < rows; r++) {
+                int32_t expected = 0;
+                for (int i = 0; i < inputs; i++)
+                    expected += (codes[size_t(g * ROWS + r) * inputs + i] + 1) * x[size_t(t) * stride + i];
+                CHECK(out[t * ROWS + r] == expected, "rows %d inputs %d tokens %d", rows, inputs, tokens);
+            }
+    }
+}
+
+void head(int vocab, int inputs, int tokens) {
+    const auto weights = filled<float>(size_t(vocab) * inputs, normal);
+    std::vector<int8_t> codes(groups_of(vocab) * head_group_bytes(inputs));
+    std::vector<HeadRows> rows(groups_of(vocab));
+    quantize_head(weights.data(), vocab, inputs, codes.data(), rows.data());
+    const auto x = filled<float>(size_t(tokens) * inputs, normal);
+    std::vector<uint8_t> halves(size_t(2) * tokens * padded(inputs));
+    std::vector<HeadInput> in(tokens);
+    for (int t = 0; t < tokens; t++) {
+        in[t] = {&halves[size_t(2) * t * padded(inputs)], &halves[(size_t(2) * t + 1) * padded(inputs)], 0, 0};
+        quantize_head_input(&x[size_t(t) * inputs], inputs, in[t]);
+    }
+    std::vector<float> logits(size_t(tokens) * vocab);
+    std::vector<Reach> reach(tokens);
+    for (int g = 0; g < groups_of(vocab); g++) {
+        const int count = std::min(ROWS, vocab - g * ROWS);
+        head_logits(codes.data() + g * head_group_bytes(inputs), rows[g], count, in.data(), tokens, quads_of(inputs),
+                    &logits[g * ROWS], vocab, reach.data(), 1);
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < count; r++) {
+                const int v = g * ROWS + r;
+                double exact = 0;
+                for (int i = 0; i < inputs; i++) exact += double(weights[size_t(v) * inputs + i]) * x[size_t(t) * inputs + i];
+                const float found = logits[size_t(t) * vocab + v], margin = in[t].noise * rows[g].scale[r];
+                CHECK(std::abs(found - exact) <= margin, "%g and %g, margin %g", found, exact, margin);
+                const float slack = 1e-6f * (std::abs(found) + margin);  // the same sum may be rounded once or twice
+                CHECK(found + margin <= reach[t].most + slack && found - margin <= reach[t].least + slack, "row %d", v);
+            }
+    }
+}
+
+template <class E>
+void attention(CacheType type, int head_dim, int length, int queries, double tolerance) {
+    const CacheShape shape{2, head_dim, length, type};
+    Cache cache;
+    cache.grow(shape, (length + 1) / 2), cache.length = (length + 1) / 2;  // and moves what it holds as it grows
+    std::vector<std::vector<float>> keys, values;
+    for (int j = 0; j < length; j++) {
+        keys.push_back(filled<float>(head_dim, normal)), values.push_back(filled<float>(head_dim, normal));
+        if (j >= cache.room) cache.grow(shape, j + 1);
+        put<E>(cache, shape, 1, j, keys[j].data(), values[j].data());
+    }
+    const auto q = filled<float>(size_t(queries) * head_dim, normal);
+    std::vector<float> out(size_t(queries) * head_dim), alone(head_dim);
+    const size_t stride = round_up(length, LANES);
+    std::vector<float> scores(QUERIES * stride);
+    std::vector<Query> list;
+    for (int i = 0; i < queries; i++) list.push_back({&q[size_t(i) * head_dim], &out[size_t(i) * head_dim], std::max(1, length - i)});
+    attend<E>(cache, shape, 1, list.data(), queries, scores.data(), stride);
+    for (int i = 0; i < queries; i++) {
+        const int n = list[i].length;
+        Query single{list[i].at, alone.data(), n};
+        attend<E>(cache, shape, 1, &single, 1, scores.data(), stride);
+        CHECK(std::equal(alone.begin(), alone.end(), list[i].out), "head_dim %d length %d query %d", head_dim, n, i);
+        std::vector<double> weights, expected(head_dim);
+        double total = 0;
+        for (int j = 0; j < n; j++) {
+            double dot = 0;
+            for (int d = 0; d < head_dim; d++) dot += double(list[i].at[d]) * keys[j][d];
+            weights.push_back(std::exp(dot / std::sqrt(double(head_dim)))), total += weights.back();
+        }
+        for (int d = 0; d < head_dim; d++) {
+            for (int j = 0; j < n; j++) expected[d] += weights[j] / total * values[j][d];
+            CHECK(std::abs(expected[d] - list[i].out[d]) < tolerance, "%g and %g", expected[d], double(list[i].out[d]));
+        }
+    }
+}
+
+void dense(int inputs, int tokens) {
+    const auto w = filled<float>(inputs, normal), x = filled<float>(size_t(tokens) * inputs, normal);
+    std::vector<bfloat16> halves;
+    for (float value : w) halves.push_back({uint16_t(std::bit_cast<uint32_t>(value) >> 16)});
+    std::vector<float> out(tokens), single(1);
+    const auto check = [&](const auto* weights) {
+        dense_row(weights, x.data(), inputs, tokens, inputs, out.data());
+        for (int t = 0; t < tokens; t++) {
+            double expected = 0;
+            for (int i = 0; i < inputs; i++) expected += double(as_float(weights[i])) * x[size_t(t) * inputs + i];
+            CHECK(std::abs(out[t] - expected) < 1e-5 * inputs, "%g and %g", double(out[t]), expected);
+            dense_row(weights, &x[size_t(t) * inputs], inputs, 1, inputs, single.data());
+            CHECK(single[0] == out[t], "inputs %d", inputs);
+        }
+    };
+    check(w.data()), check(halves.data());
+}
+
+void exponentials() {
+    for (float x = -100; x < 90; x += 0.0371f) {
+        const double exact = std::exp(double(std::min(88.0f, std::max(-87.0f, x))));
+        CHECK(std::abs(fast_exp(x) / exact - 1) < 1e-5, "exp(%g) = %g", double(x), double(fast_exp(x)));  // the argument's own rounding: 127 * 2^-24
+    }
+}
+
+struct RandomModel {
+    Shape shape;
+    std::vector<std::vector<uint8_t>> packed;
+    std::vector<std::vector<float>> floats;
+    std::vector<Layer> layers;
+    Weights weights{};
+    std::vector<int8_t> head_codes;
+    std::vector<HeadRows> head_rows;
+
+    explicit RandomModel(const Shape& s) : shape(s) {
+        const int q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
+        for (int i = 0; i < s.layers; i++)
+            layers.push_back({norm(s.hidden), norm(q), norm(s.hidden), norm(s.ffn), matrix(q, s.hidden), matrix(kv, s.hidden),
+                              matrix(kv, s.hidden), matrix(s.hidden, q), matrix(s.ffn, s.hidden), matrix(s.ffn, s.hidden),
+                              matrix(s.hidden, s.ffn)});
+        weights.norm = norm(s.hidden);
+        floats.push_back(filled<float>(size_t(s.vocab) * s.hidden, normal));
+        weights.embedding = weights.head = {nullptr, floats.back().data(), nullptr, 1};
+        head_codes.resize(groups_of(s.vocab) * head_group_bytes(s.hidden)), head_rows.resize(groups_of(s.vocab));
+        quantize_head(floats.back().data(), s.vocab, s.hidden, head_codes.data(), head_rows.data());
+        weights.head_codes = head_codes.data(), weights.head_rows = head_rows.data();
+    }
+    const float* norm(int n) { return floats.emplace_back(filled<float>(n, [] { return 1 + 0.1f * normal(); })).data(); }
+    Matrix matrix(int rows, int inputs) {
+        if (shape.dense) return {nullptr, floats.emplace_back(filled<float>(size_t(rows) * inputs, [] { return 0.1f * normal(); })).data(), nullptr, 1};
+        const auto codes = filled<int8_t>(size_t(rows) * inputs, [] { return uniform(-1, 1); });
+        return {packed.emplace_back(packed_codes(codes, rows, inputs)).data(), nullptr, nullptr, 0.05f};
+    }
+    // Logits of the tokens of several texts, `at_once` tokens of each in a step.
+    std::vector<float> logits(int threads, int texts, int length, int at_once) const {
+        Shape s = shape;
+        s.threads = threads;
+        Engine engine(s, layers.data(), weights);
+        std::vector<Cache> caches(texts);
+        std::vector<float> out(size_t(texts) * length * s.vocab);
+        for (int start = 0; start < length; start += at_once) {
+            std::vector<Row> rows;
+            std::vector<int> wanted;
+            for (int text = 0; text < texts; text++)
+                for (int i = start; i < std::min(length, start + at_once); i++) {
+                    wanted.push_back(int(rows.size()));
+                    rows.push_back({(7 * text + 3 * i) % s.vocab, caches[text].length++, &caches[text]});
+                }
+            std::vector<float> part(wanted.size() * s.vocab);
+            engine.step(rows, wanted, part.data());
+            for (size_t r = 0; r < rows.size(); r++) {
+                const size_t text = r / (rows.size() / texts), i = rows[r].position;
+                std::copy_n(&part[r * s.vocab], s.vocab, &out[(text * length + i) * s.vocab]);
+            }
+        }
+        return out;
+    }
+};
+
+void steps(Shape shape) {
+    const RandomModel model(shape);
+    const auto expected = model.logits(1, 2, 23, 1);
+    CHECK(std::all_of(expected.begin(), expected.end(), [](float x) { return std::isfinite(x); }), "not finite");
+    for (int threads : {1, 3})
+        for (int at_once : {1, 5, 23}) CHECK(model.logits(threads, 2, 23, at_once) == expected, "threads %d at_once %d", threads, at_once);
+}
+
+}  // namespace
+
+int main() {
+    for (int inputs : {1, 3, 16, 31, 64, 96, 300, 1000, 2048})
+        for (int tokens : {1, 2, 3, 4, 5, 7, 16, 17, 70})
+            for (bool extremes : {false, true}) ternary_products(uniform(1, 40), inputs, tokens, extremes);
+    for (int inputs : {1, 5, 64, 100, 700, 9000})
+        for (int tokens : {1, 2, 3, 5, 9}) head(uniform(1, 50), inputs, tokens), dense(inputs, tokens);
+    for (int head_dim : {2, 18, 32, 64, 96})
+        for (int length : {1, 7, 16, 33, 150})
+            for (int queries : {1, 4, 6}) {
+                // 2^-12 of a key or value of up to four; 1/254 of the same; and what that makes of the scores.
+                attention<float>(CACHE_FLOAT, head_dim, length, queries, 1e-5);
+                attention<float16>(CACHE_HALF, head_dim, length, queries, 5e-3);
+                attention<int8_t>(CACHE_INT8, head_dim, length, queries, 1e-1);
+            }
+    exponentials();
+    for (int type : {CACHE_FLOAT, CACHE_HALF, CACHE_INT8})
+        for (int dense : {0, 1})
+            for (int head_int8 : {0, 1})
+                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_int8, type, 1, 1e-5f, 1e4f});
+    std::printf("%s: %d failures\n", SIMD_NAME, failures);
+    return failures != 0;
+}
