@@ -8,15 +8,53 @@ what moves codes: at small scale it gains more than any other choice in the reci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from bitnet_lit.config import AdamWConfig, MuonConfig
 from bitnet_lit.errors import UserError
+
+
+def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Newton-Schulz in the dtype of `matrix` (M, N): its singular values come near to 1, its directions stay."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller Gram matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Float32Muon(Muon):
+    """`torch.optim.Muon` with Newton-Schulz in float32 instead of bfloat16, for CPUs.
+
+    Most CPUs have no bfloat16 arithmetic, and PyTorch's products of it are then plain loops: a step of a small model on
+    AVX2 took ten times as long. State and results are Muon's up to that rounding, so checkpoints go from one to the other.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One step. `MuonAdamW` has called the closure."""
+        assert closure is None
+        for group in self.param_groups:
+            lr, momentum = float(group["lr"]), group["momentum"]
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                direction = gradient.lerp(average, momentum) if group["nesterov"] else average
+                update = orthogonalize(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parameter.add_(update, alpha=-lr * math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1])))
 
 
 class MuonAdamW(Optimizer):
@@ -77,7 +115,8 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Optim
         return adamw(named, config.learning_rate)
     hidden = [p for name, p in named if _is_hidden_matrix(name)]
     others = [(name, p) for name, p in named if not _is_hidden_matrix(name)]
-    muon = Muon(
+    on_cpu = all(parameter.device.type == "cpu" for parameter in hidden)
+    muon = (Float32Muon if on_cpu else Muon)(
         hidden,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
