@@ -34,8 +34,8 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 class Float32Muon(Muon):
     """`torch.optim.Muon` with Newton-Schulz in float32 instead of bfloat16, for CPUs.
 
-    Most CPUs have no bfloat16 arithmetic, and PyTorch's products of it are then plain loops: a step of a small model on
-    AVX2 took ten times as long. State and results are Muon's up to that rounding, so checkpoints go from one to the other.
+    Most CPUs have no bfloat16 arithmetic, and PyTorch's products of it are then plain loops: on AVX2 a step of a small
+    model took ten times as long. State and results are Muon's up to that rounding: checkpoints go from one to the other.
     """
 
     @torch.no_grad()
