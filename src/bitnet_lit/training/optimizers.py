@@ -35,7 +35,7 @@ class Float32Muon(Muon):
     """`torch.optim.Muon` with Newton-Schulz in float32 instead of bfloat16, for CPUs.
 
     Most CPUs have no bfloat16 arithmetic, and PyTorch's products of it are then plain loops: on AVX2 a step of a small
-    model took ten times as long. State and results are Muon's up to that rounding: checkpoints go from one to the other.
+    model took ten times as long. State and results are Muon's up to that rounding: checkpoints serve both.
     """
 
     @torch.no_grad()
