@@ -40,7 +40,7 @@ from bitnet_lit.inference.engines.torch_engine import TorchEngine
 SHAPES = ((256, 6, 768, 8), (768, 12, 2048, 12), (1536, 24, 4096, 16))
 VOCABULARY = 32000
 PROMPT = NEW = 128  # tokens
-NEW_OF_SLOW = 8  # tokens that PyTorch decodes: its rate does not need more
+NEW_OF_SLOW = 8  # tokens decoded by what takes long for each: its rate does not need more
 BANDWIDTH_BYTES = 2**30  # larger than any cache
 
 Timed = Callable[[], float]
@@ -147,6 +147,34 @@ def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
     return decode, prefill
 
 
+def _transformers_pair(folder: Path) -> tuple[Timed, Timed]:
+    """The same packed folder in `transformers`, which unpacks each matrix whenever it is used."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = torch.arange(3, 3 + PROMPT)[None]
+
+    @torch.inference_mode()
+    def prefill() -> float:
+        return _rate(PROMPT, lambda: model(prompt, logits_to_keep=1))
+
+    @torch.inference_mode()
+    def decode() -> float:
+        past = model(prompt, logits_to_keep=1).past_key_values
+
+        def run() -> None:
+            for token in range(NEW_OF_SLOW):
+                model(torch.tensor([[3 + token]]), past_key_values=past)
+
+        return _rate(NEW_OF_SLOW, run)
+
+    return decode, prefill
+
+
+def _installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
 def _after_a_pause(run: Timed) -> float:
     """Threads of whoever ran before still wait for work, and take a core while they do: let them fall asleep."""
     time.sleep(0.3)
@@ -185,14 +213,17 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
             name = source.config.name
             model = NativeModel(source, threads=threads)
             ours = _engine_pair(CpuEngine(model), NEW)
-            if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+            if _installed("llama_cpp", "gguf"):
                 path = Path(scratch) / "model.gguf"
                 write_gguf(source, path, "tq2_0", "q8_0")
                 rows += _rows(name, "llama.cpp TQ2_0", ours, _llama_cpp_pair(path, threads), rounds)
                 path.unlink()
+            few = max(1, rounds // 3)
             torch_engine = TorchEngine(load(source).model)
-            rows += _rows(name, "PyTorch, eager", ours, _engine_pair(torch_engine, NEW_OF_SLOW), max(1, rounds // 3))
+            rows += _rows(name, "PyTorch, eager", ours, _engine_pair(torch_engine, NEW_OF_SLOW), few)
             del torch_engine
+            if _installed("transformers", "accelerate"):
+                rows += _rows(name, "transformers, eager", ours, _transformers_pair(source.path), few)
             bandwidth = [
                 native.library().bitnet_read_bandwidth(BANDWIDTH_BYTES, threads, 3) / 1e9 for _ in range(rounds)
             ]
