@@ -110,7 +110,7 @@ def test_the_past_can_be_cut_and_grows_to_the_context(tmp_path):
 
 @needs_compiler
 def test_what_is_rounded_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
-    """On a trained model: loss within 0.1 %; with the int8 head 200 greedy tokens are the same."""
+    """On a trained model: loss within 0.1 %; with an integer head 200 greedy tokens are the same."""
     from bitnet_lit.cli import compose
     from bitnet_lit.data.shards import open_shards
     from bitnet_lit.model import next_token_loss
@@ -124,7 +124,8 @@ def test_what_is_rounded_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer
     split = open_shards(shards).validation(128)
     ids = torch.from_numpy(split.gather(np.arange(4)))
     losses, texts = {}, {}
-    for head, kv_cache in (("float", "float"), ("int8", "float"), ("float", "half"), ("float", "int8")):
+    combinations = [(head, "float") for head in ("float", "int8", "int4")] + [("float", "half"), ("float", "int8")]
+    for head, kv_cache in combinations:
         model = NativeModel(source, head, kv_cache, threads=2)
         rounded = head, kv_cache
         losses[rounded] = float(next_token_loss(step_all(model, ids[:, :-1]), ids[:, 1:]))
@@ -135,19 +136,30 @@ def test_what_is_rounded_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer
     assert losses["float", "float"] < 4
     for rounded, loss in losses.items():
         assert loss == pytest.approx(losses["float", "float"], rel=1e-3), rounded
-    assert texts["int8", "float"] == texts["float", "float"]
+    assert texts["int8", "float"] == texts["int4", "float"] == texts["float", "float"]
 
 
 @needs_compiler
 def test_head_rows_are_rounded_by_half_a_step_at_most():
     weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).numpy()
     weight[7] = 0
-    codes, rows = quantize_head(weight, Arena())
-    codes = codes.reshape(4, 32, 16, 4).transpose(0, 2, 1, 3).reshape(64, 128)  # groups, quads, rows, inputs: head.h
-    scales = rows["scale"].reshape(64, 1)
-    assert not codes[:, 70:].any() and not codes[50:].any() and not codes[7].any() and not scales[50:].any()
-    assert np.all(np.abs(codes[:50, :70] * scales[:50] - weight) <= scales[:50] * 0.5001)
-    assert np.array_equal(rows["zero"].reshape(64), 2048 * codes.sum(1, dtype=np.int32))
+
+    def of_rows(quads):  # groups, quads, rows, inputs (head.h) to rows of codes
+        return quads.transpose(0, 2, 1, 3).reshape(64, 128).astype(np.int32)
+
+    for bits in (8, 4):
+        stored, rows, fine = quantize_head(weight, bits, Arena())
+        if bits == 8:
+            codes = of_rows(stored.view(np.int8).reshape(4, 32, 16, 4))
+            assert np.array_equal(rows["zero"].reshape(64), 2048 * codes.sum(1))
+        else:
+            halves = stored.reshape(4, 16, 1, 16, 4) >> np.array([0, 4], dtype=np.uint8).reshape(2, 1, 1) & 15
+            codes = of_rows(halves.reshape(4, 32, 16, 4)) - 8
+            codes[50:], codes[:, 70:] = codes[50:] + 8, codes[:, 70:] + 8  # what does not exist is stored as 0
+        scales = rows["scale"].reshape(64, 1)
+        assert not codes[:50, 70:].any() and not codes[50:].any() and not codes[7].any() and not scales[50:].any()
+        assert np.all(np.abs(codes[:50, :70] * scales[:50] - weight) <= scales[:50] * 0.5001)
+    assert np.all(np.abs(fine[:, :70] * (scales[:50] * 7 / 127) - weight) <= scales[:50] * 0.5001 * 7 / 127)
 
 
 @needs_compiler
@@ -253,7 +265,11 @@ def test_the_likeliest_token_is_exact(tmp_path):
     save_model_folder(tmp_path, model, QuantConfig(), None)
     source = open_source(tmp_path)
     ids = torch.randint(0, 3001, (4, 40), generator=torch.Generator().manual_seed(0))
-    exact, rounded = (step_all(NativeModel(source, head, threads=2), ids) for head in ("float", "int8"))
-    assert torch.equal(exact.argmax(-1), rounded.argmax(-1)) and not torch.equal(exact, rounded)
-    # 7-bit weights: 1/254 of a row's largest, which is three times its spread; 12 bits of activations add little.
-    assert float((rounded - exact).abs().mean() / exact.std()) < 0.01
+    exact, int8, int4 = (step_all(NativeModel(source, head, threads=2), ids) for head in ("float", "int8", "int4"))
+    # Half a step is 1/254 or 1/14 of a row's largest, which is two to three times its spread; activations add little.
+    for rounded, error in ((int8, 0.01), (int4, 0.15)):
+        assert torch.equal(exact.argmax(-1), rounded.argmax(-1)) and not torch.equal(exact, rounded)
+        assert float((rounded - exact).abs().mean() / exact.std()) < error
+    # Of the 4-bit head the likely tokens are as good as those of the 8-bit one.
+    best = exact.topk(100).indices
+    assert float((int4 - exact).gather(-1, best).abs().mean() / exact.std()) < 0.01

@@ -93,8 +93,9 @@ class InferConfig:
     """cpu (compiled code), torch, or auto: cpu where it can run the model."""
     threads: int | None = None
     """Of the cpu engine. null: one on each physical core."""
-    head: str = "int8"
-    """Of the cpu engine: int8 (its rows rounded to 8 bits) or float (exact, slower)."""
+    head: str = "auto"
+    """Of the cpu engine: rows of int8, of int4 (and int8 for likely tokens), of float (exact, slower), or auto: int4
+    where int8 rows are larger than caches are."""
     kv_cache: str = "half"
     """Of the cpu engine: keys and values as half (float16), as float, or as int8 with a scale each."""
 
@@ -107,7 +108,7 @@ class InferConfig:
             threads=self.threads,
         )
         one_of("engine", self.engine, ("auto", "cpu", "torch"))
-        one_of("head", self.head, ("int8", "float"))
+        one_of("head", self.head, ("auto", "int8", "int4", "float"))
         one_of("kv_cache", self.kv_cache, ("half", "float", "int8"))
         one_of("device", self.device, ("cpu", "cuda", "mps"))
         if self.temperature < 0:

@@ -114,7 +114,7 @@ def load(
     tokenizer: str | Path | None = None,
     engine: str = "auto",
     threads: int | None = None,
-    head: str = "int8",
+    head: str = "auto",
     kv_cache: str = "half",
 ) -> LanguageModel:
     """Open a model.
@@ -126,7 +126,7 @@ def load(
         tokenizer: of a model that comes without one: a SentencePiece model or a tokenizer.json.
         engine: cpu (compiled code), torch, or auto: cpu where it can run the model.
         threads: of the cpu engine; None: one on each physical core.
-        head: of the cpu engine: int8 or float (exact, slower).
+        head: of the cpu engine: int8, int4, float (exact, slower), or auto: see `InferConfig`.
         kv_cache: of the cpu engine: half (float16), float, or int8 (half the memory of half).
 
     Raises:

@@ -50,33 +50,48 @@ void ternary_products(int rows, int inputs, int tokens, bool extremes) {
     }
 }
 
+template <int BITS>
 void head(int vocab, int inputs, int tokens) {
     const auto weights = filled<float>(size_t(vocab) * inputs, normal);
-    std::vector<int8_t> codes(groups_of(vocab) * head_group_bytes(inputs));
+    std::vector<uint8_t> codes(groups_of(vocab) * head_group_bytes<BITS>(inputs));
     std::vector<HeadRows> rows(groups_of(vocab));
-    quantize_head(weights.data(), vocab, inputs, codes.data(), rows.data());
+    std::vector<int8_t> fine(size_t(vocab) * padded(inputs));
+    quantize_head<BITS>(weights.data(), vocab, inputs, codes.data(), rows.data(), fine.data());
     const auto x = filled<float>(size_t(tokens) * inputs, normal);
-    std::vector<uint8_t> halves(size_t(2) * tokens * padded(inputs));
+    const size_t pad = padded(inputs);
+    std::vector<uint8_t> halves(2 * tokens * pad);
+    std::vector<int16_t> fine_x(tokens * pad);
     std::vector<HeadInput> in(tokens);
     for (int t = 0; t < tokens; t++) {
-        in[t] = {&halves[size_t(2) * t * padded(inputs)], &halves[(size_t(2) * t + 1) * padded(inputs)], 0, 0};
-        quantize_head_input(&x[size_t(t) * inputs], inputs, in[t]);
+        in[t] = {&halves[2 * t * pad], &halves[(2 * t + 1) * pad], 0, 0, 0, &fine_x[t * pad], 0};
+        quantize_head_input<BITS>(&x[size_t(t) * inputs], inputs, in[t]);
     }
     std::vector<float> logits(size_t(tokens) * vocab);
     std::vector<Reach> reach(tokens);
     for (int g = 0; g < groups_of(vocab); g++) {
         const int count = std::min(ROWS, vocab - g * ROWS);
-        head_logits(codes.data() + g * head_group_bytes(inputs), rows[g], count, in.data(), tokens, quads_of(inputs),
-                    &logits[g * ROWS], vocab, reach.data(), 1);
+        head_logits<BITS>(codes.data() + g * head_group_bytes<BITS>(inputs), rows[g], count, in.data(), tokens, quads_of(inputs),
+                          &logits[g * ROWS], vocab, reach.data(), 1);
         for (int t = 0; t < tokens; t++)
             for (int r = 0; r < count; r++) {
                 const int v = g * ROWS + r;
-                double exact = 0;
-                for (int i = 0; i < inputs; i++) exact += double(weights[size_t(v) * inputs + i]) * x[size_t(t) * inputs + i];
+                double exact = 0, size = 0;
+                for (int i = 0; i < inputs; i++) {
+                    const double product = double(weights[size_t(v) * inputs + i]) * x[size_t(t) * inputs + i];
+                    exact += product, size += std::abs(product);
+                }
                 const float found = logits[size_t(t) * vocab + v], margin = in[t].noise * rows[g].scale[r];
-                CHECK(std::abs(found - exact) <= margin, "%g and %g, margin %g", found, exact, margin);
                 const float slack = 1e-6f * (std::abs(found) + margin);  // the same sum may be rounded once or twice
-                CHECK(found + margin <= reach[t].most + slack && found - margin <= reach[t].least + slack, "row %d", v);
+                CHECK(std::abs(found - exact) <= margin, "%g and %g, margin %g", double(found), exact, double(margin));
+                CHECK(found <= reach[t].best && found + margin <= reach[t].most + slack && found - margin <= reach[t].least + slack,
+                      "row %d", v);
+                if constexpr (BITS == 4) {
+                    const float scale = rows[g].scale[r] * 7 / 127 * in[t].fine_step;
+                    const double finer = double(fine_product(&fine[v * pad], in[t].fine, inputs)) * scale;
+                    // Half a step of the largest weight and of the largest activation, at every input.
+                    CHECK(std::abs(finer - exact) <= inputs * (rows[g].scale[r] * 7 / 254 * 5 + in[t].fine_step * 3) + 1e-5 * size,
+                          "%g and %g", finer, exact);
+                }
             }
     }
 }
@@ -149,7 +164,8 @@ struct RandomModel {
     std::vector<std::vector<float>> floats;
     std::vector<Layer> layers;
     Weights weights{};
-    std::vector<int8_t> head_codes;
+    std::vector<uint8_t> head_codes;
+    std::vector<int8_t> head_fine;
     std::vector<HeadRows> head_rows;
 
     explicit RandomModel(const Shape& s) : shape(s) {
@@ -161,9 +177,14 @@ struct RandomModel {
         weights.norm = norm(s.hidden);
         floats.push_back(filled<float>(size_t(s.vocab) * s.hidden, normal));
         weights.embedding = weights.head = {nullptr, floats.back().data(), nullptr, 1};
-        head_codes.resize(groups_of(s.vocab) * head_group_bytes(s.hidden)), head_rows.resize(groups_of(s.vocab));
-        quantize_head(floats.back().data(), s.vocab, s.hidden, head_codes.data(), head_rows.data());
-        weights.head_codes = head_codes.data(), weights.head_rows = head_rows.data();
+        head_codes.resize(groups_of(s.vocab) * head_group_bytes<8>(s.hidden)), head_rows.resize(groups_of(s.vocab));
+        head_fine.resize(size_t(s.vocab) * padded(s.hidden));
+        const auto quantize = [&]<int BITS>() {
+            quantize_head<BITS>(floats.back().data(), s.vocab, s.hidden, head_codes.data(), head_rows.data(), head_fine.data());
+        };
+        if (s.head_bits == 4) quantize.operator()<4>();
+        else quantize.operator()<8>();
+        weights.head_codes = head_codes.data(), weights.head_rows = head_rows.data(), weights.head_fine = head_fine.data();
     }
     const float* norm(int n) { return floats.emplace_back(filled<float>(n, [] { return 1 + 0.1f * normal(); })).data(); }
     Matrix matrix(int rows, int inputs) {
@@ -212,7 +233,10 @@ int main() {
         for (int tokens : {1, 2, 3, 4, 5, 7, 16, 17, 70})
             for (bool extremes : {false, true}) ternary_products(uniform(1, 40), inputs, tokens, extremes);
     for (int inputs : {1, 5, 64, 100, 700, 9000})
-        for (int tokens : {1, 2, 3, 5, 9}) head(uniform(1, 50), inputs, tokens), dense(inputs, tokens);
+        for (int tokens : {1, 2, 3, 5, 9}) {
+            head<8>(uniform(1, 50), inputs, tokens), head<4>(uniform(1, 50), inputs, tokens);
+            dense(inputs, tokens);
+        }
     for (int head_dim : {2, 18, 32, 64, 96})
         for (int length : {1, 7, 16, 33, 150})
             for (int queries : {1, 4, 6}) {
@@ -224,8 +248,8 @@ int main() {
     exponentials();
     for (int type : {CACHE_FLOAT, CACHE_HALF, CACHE_INT8})
         for (int dense : {0, 1})
-            for (int head_int8 : {0, 1})
-                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_int8, type, 1, 1e-5f, 1e4f});
+            for (int head_bits : {4, 8, 32})
+                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f});
     std::printf("%s: %d failures\n", SIMD_NAME, failures);
     return failures != 0;
 }

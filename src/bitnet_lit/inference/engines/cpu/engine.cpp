@@ -18,10 +18,17 @@ void bitnet_pack_latent(const float* floats, const bfloat16* bfloats, int rows, 
     if (floats) pack_latent(floats, rows, inputs, *by, packed);
     else pack_latent(bfloats, rows, inputs, *by, packed);
 }
-int64_t bitnet_head_bytes(int vocab, int inputs) { return int64_t(groups_of(vocab)) * head_group_bytes(inputs); }
-void bitnet_quantize_head(const float* floats, const bfloat16* bfloats, int vocab, int inputs, int8_t* codes, HeadRows* rows) {
-    if (floats) quantize_head(floats, vocab, inputs, codes, rows);
-    else quantize_head(bfloats, vocab, inputs, codes, rows);
+int64_t bitnet_head_bytes(int bits, int vocab, int inputs) {
+    return int64_t(groups_of(vocab)) * (bits == 8 ? head_group_bytes<8>(inputs) : head_group_bytes<4>(inputs));
+}
+void bitnet_quantize_head(int bits, const float* floats, const bfloat16* bfloats, int vocab, int inputs, uint8_t* codes,
+                          HeadRows* rows, int8_t* fine) {
+    const auto quantize = [&](const auto* weights) {
+        if (bits == 8) quantize_head<8>(weights, vocab, inputs, codes, rows, fine);
+        else quantize_head<4>(weights, vocab, inputs, codes, rows, fine);
+    };
+    if (floats) quantize(floats);
+    else quantize(bfloats);
 }
 
 // sum(codes * x) of every row and token; x is int8 (tokens, inputs padded to 64), out int32 (tokens, rows). For tests.

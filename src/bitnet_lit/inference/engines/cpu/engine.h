@@ -16,7 +16,7 @@
 extern "C" {
 
 struct Shape {
-    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_int8, cache_type, threads;
+    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_bits, cache_type, threads;
     float eps, rope_theta;
 };
 
@@ -35,8 +35,9 @@ struct Layer {
 struct Weights {
     Matrix embedding, head;    // (vocab, hidden), dense
     const float* norm;
-    const int8_t* head_codes;  // head.h, where head_int8
+    const uint8_t* head_codes;  // head.h, where head_bits is not 32
     const HeadRows* head_rows;
+    const int8_t* head_fine;   // (vocab, padded hidden), where head_bits is 4
 };
 }
 
@@ -64,6 +65,7 @@ struct Engine {
     Buffer<float> x, q, k, v, attended, gated, normed;
     Buffer<int8_t> codes;
     Buffer<uint8_t> halves;
+    Buffer<int16_t> fine;
     Buffer<float> scales, bounds;
     std::vector<int32_t> sums;
     std::vector<HeadInput> head_inputs;
@@ -94,8 +96,9 @@ struct Engine {
         normed.reset(copies * widest);
         codes.reset(copies * widest), scales.reset(copies), sums.assign(copies, 0);
         const size_t half = padded(s.hidden);
-        halves.reset(rows * 2 * half), head_inputs.resize(rows), bounds.reset(size_t(rows) * s.threads);
-        for (int i = 0; i < rows; i++) head_inputs[i] = {halves + 2 * i * half, halves + (2 * i + 1) * half, 0, 0};
+        halves.reset(rows * 2 * half), fine.reset(rows * half), head_inputs.resize(rows);
+        bounds.reset(size_t(rows) * s.threads);
+        for (int i = 0; i < rows; i++) head_inputs[i] = {halves + 2 * i * half, halves + (2 * i + 1) * half, 0, 0, 0, fine + i * half, 0};
     }
 
     // What enters a projection: the norm (or none) of one token, and of a BitNet its rounding to int8,
@@ -248,41 +251,70 @@ struct Engine {
         pool.barrier();
     }
 
-    // Final norm of a wanted row, to slot; and its halves where the head is int8.
+    // Final norm of a wanted row, to slot; and what an integer head takes.
+    template <int BITS>
     ONCE void head_input(const float* in, int slot) {
         float* row = normed + size_t(slot) * widest;
         const float factor = 1.0f / std::sqrt(sum_of_squares(in, s.hidden) / float(s.hidden) + s.eps);
         for (int i = 0; i < s.hidden; i++) row[i] = in[i] * factor * w.norm[i];
-        if (s.head_int8) quantize_head_input(row, s.hidden, head_inputs[slot]);
+        if constexpr (BITS < 32) quantize_head_input<BITS>(row, s.hidden, head_inputs[slot]);
     }
 
+    template <int BITS>
     void head_part(int thread, const std::vector<int>& wanted, float* logits) {
-        const int count = int(wanted.size()), quads = quads_of(s.hidden);
-        for (int i = thread; i < count; i += pool.count) head_input(x + size_t(wanted[i]) * widest, i);
+        const int count = int(wanted.size());
+        for (int i = thread; i < count; i += pool.count) head_input<BITS>(x + size_t(wanted[i]) * widest, i);
         pool.barrier();
         const auto [from, to] = share(thread, s.vocab, ROWS);
-        if (!s.head_int8)
-            return multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set);
+        if constexpr (BITS == 32) multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set);
+        else integer_head<BITS>(thread, count, from, to, logits);
+    }
+
+    template <int BITS>
+    void integer_head(int thread, int count, int from, int to, float* logits) {
         const size_t groups = groups_of(s.vocab);
-        for (int v = from; v < to; v += ROWS)
-            head_logits(w.head_codes + v / ROWS * head_group_bytes(s.hidden), w.head_rows[v / ROWS], std::min(ROWS, to - v),
-                        head_inputs.data(), count, quads, logits + v, s.vocab, &reach[v / ROWS], groups);
+        const int quads = quads_of(s.hidden), first = from / ROWS, last = groups_of(to);
+        for (int g = first; g < last; g++)
+            head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(ROWS, to - g * ROWS),
+                              head_inputs.data(), count, quads, logits + g * ROWS, s.vocab, &reach[g], groups);
         for (int i = 0; i < count; i++) {
             float& bound = bounds[i * pool.count + thread] = -INFINITY;
-            for (int v = from; v < to; v += ROWS) bound = std::max(bound, reach[i * groups + v / ROWS].least);
+            for (int g = first; g < last; g++) bound = std::max(bound, reach[i * groups + g].least);
         }
         pool.barrier();
-        // Whatever could be the likeliest token but for the rounding gets its exact logit.
+        thread_local std::vector<int> finer;
         for (int i = 0; i < count; i++) {
             float* row = logits + size_t(i) * s.vocab;
+            const Reach* of = &reach[i * groups];
+            const HeadInput& in = head_inputs[i];
             const float bound = *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count);
-            for (int g = from / ROWS; g * ROWS < to; g++) {
-                if (reach[i * groups + g].most < bound) continue;
-                for (int v = g * ROWS; v < std::min(to, (g + 1) * ROWS); v++)
-                    if (row[v] + head_inputs[i].noise * w.head_rows[g].scale[v % ROWS] >= bound)
+            const float enough = BITS == 4 ? quartile_best(of, int(groups)) : INFINITY;
+            finer.clear();
+            for (int g = first; g < last; g++) {
+                if (of[g].most < bound && of[g].best < enough) continue;
+                for (int v = g * ROWS; v < std::min(to, (g + 1) * ROWS); v++) {
+                    if (row[v] + in.noise * w.head_rows[g].scale[v % ROWS] >= bound)
                         dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
+                    else if (row[v] >= enough)
+                        finer.push_back(v), __builtin_prefetch(w.head_fine + size_t(v) * padded(s.hidden));
+                }
+            }
+            for (int v : finer) {
+                const float scale = w.head_rows[v / ROWS].scale[v % ROWS] * (float(LARGEST_CODE<4>) / 127.0f) * in.fine_step;
+                row[v] = float(fine_product(w.head_fine + size_t(v) * padded(s.hidden), in.fine, s.hidden)) * scale;
             }
         }
+    }
+
+    // What the best logits of three quarters of the groups reach: above it are about a twelfth of the rows. Every thread finds
+    // it for itself, among all groups, so that a text does not depend on the number of threads.
+    static float quartile_best(const Reach* groups, int count) {
+        thread_local std::vector<float> bests;
+        bests.clear();
+        for (int g = 0; g < count; g++) bests.push_back(groups[g].best);
+        const auto quarter = bests.begin() + count / 4;
+        std::nth_element(bests.begin(), quarter, bests.end());
+        return *quarter;
     }
 
     void embed(int token, float* out) const {
@@ -294,7 +326,7 @@ struct Engine {
     void step(const std::vector<Row>& rows, const std::vector<int>& wanted, float* logits) {
         const int count = int(rows.size());
         reserve(count);
-        if (s.head_int8) reach.resize(std::max(reach.size(), wanted.size() * groups_of(s.vocab)));
+        if (s.head_bits < 32) reach.resize(std::max(reach.size(), wanted.size() * groups_of(s.vocab)));
         for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
         for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * widest);
         pool.run([&](int thread) {
@@ -304,7 +336,9 @@ struct Engine {
                 else attention_part<float>(thread, i, rows.data(), count);
                 feed_forward_part(thread, i, count);
             }
-            head_part(thread, wanted, logits);
+            if (s.head_bits == 4) head_part<4>(thread, wanted, logits);
+            else if (s.head_bits == 8) head_part<8>(thread, wanted, logits);
+            else head_part<32>(thread, wanted, logits);
         });
     }
 };

@@ -1,9 +1,8 @@
 """The native CPU engine: a BitNet's whole step in one call of compiled code.
 
-Weights are packed at load into the layout of the kernels (kernels.h): 2 bits a projection weight; latent weights are
-not kept. The output head, half of a small model's bytes, is int8 with a scale for each row (`head="int8"`) or float32
-(`head="float"`); its activations have 16 bits, so the rounding of its weights is its whole error, and tokens that could
-be the likeliest but for that are computed exactly.
+Weights are packed at load into the layout of the kernels (packing.h): 2 bits a projection weight; latent weights are
+not kept. The output head, half of a small model's bytes, has rows of 8 bits with a scale each, of 4 bits for all rows
+and 8 for the likely ones, or of floats; which token is the likeliest is exact with each of them (head.h).
 """
 
 from __future__ import annotations
@@ -36,6 +35,8 @@ NORMS = {
     "post_norm": "post_attention_layernorm",
     "ffn_norm": "mlp.ffn_sub_norm",
 }
+HEAD_IN_CACHE = 16 * 2**20  # bytes of int8 rows that a processor's caches may hold: half of them gain nothing there
+HEAD_BITS = {"int4": 4, "int8": 8, "float": 32}
 CACHE_TYPES = ("float", "half", "int8")  # `CacheType` of cache.h
 ROWS_AT_ONCE = 512  # tokens of a long prompt in one step: their activations stay in the cache
 
@@ -67,7 +68,7 @@ class NativeModel:
 
     Args:
         source: a model that `supports` allows.
-        head: "int8" or "float".
+        head: "int4", "int8", "float", or "auto": int4 where int8 rows are larger than caches are.
         kv_cache: "half" (float16), "float" or "int8".
         threads: None for one on each physical core.
 
@@ -75,20 +76,22 @@ class NativeModel:
         UserError: stored codes that are none.
     """
 
-    def __init__(self, source: Source, head: str = "int8", kv_cache: str = "half", threads: int | None = None) -> None:
+    def __init__(self, source: Source, head: str = "auto", kv_cache: str = "half", threads: int | None = None) -> None:
         config = self.config = source.config
         self.threads = threads or physical_cores()
         weights = self._weights = Weights(source)
         layers = (native.Layer * config.num_hidden_layers)(
             *(self._layer(f"model.layers.{i}.") for i in range(config.num_hidden_layers))
         )
+        if head == "auto":
+            head = "int4" if config.hidden_size * (config.vocab_size or 0) > HEAD_IN_CACHE else "int8"
         head_name = HEAD if HEAD in source.tensors else EMBEDDING
         others = native.Weights(embedding=weights.table(EMBEDDING), norm=weights.vector("model.norm.weight"))
-        if head == "int8":
-            others.head = weights.table(head_name)
-            others.head_codes, others.head_rows = weights.int8_head(head_name)
-        else:
+        if head == "float":
             others.head = weights.projection(head_name)
+        else:
+            others.head = weights.table(head_name)
+            others.head_codes, others.head_rows, others.head_fine = weights.integer_head(head_name, HEAD_BITS[head])
         weights.done()
         shape = native.Shape(
             hidden=config.hidden_size,
@@ -101,7 +104,7 @@ class NativeModel:
             context=config.max_position_embeddings,
             relu2=config.hidden_act == "relu2",
             dense=source.quant.name == "none",
-            head_int8=head == "int8",
+            head_bits=HEAD_BITS[head],
             cache_type=CACHE_TYPES.index(kv_cache),
             threads=self.threads,
             eps=config.rms_norm_eps,

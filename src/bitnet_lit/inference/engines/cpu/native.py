@@ -15,7 +15,7 @@ class Shape(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int32) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context")),
-        *((name, c_int32) for name in ("relu2", "dense", "head_int8", "cache_type", "threads")),
+        *((name, c_int32) for name in ("relu2", "dense", "head_bits", "cache_type", "threads")),
         ("eps", c_float),
         ("rope_theta", c_float),
     )
@@ -42,7 +42,7 @@ class Weights(ctypes.Structure):
 
     _fields_ = (
         *((name, Matrix) for name in ("embedding", "head")),
-        *((name, c_void_p) for name in ("norm", "head_codes", "head_rows")),
+        *((name, c_void_p) for name in ("norm", "head_codes", "head_rows", "head_fine")),
     )
 
 
@@ -71,8 +71,8 @@ def library() -> Any:
         "bitnet_pack_codes": (None, [c_void_p, c_int, c_int, c_void_p]),
         "bitnet_pack_folder": (c_int, [c_void_p, c_int, c_int, c_void_p]),
         "bitnet_pack_latent": (None, [c_void_p, c_void_p, c_int, c_int, POINTER(Rounding), c_void_p]),
-        "bitnet_head_bytes": (c_int64, [c_int, c_int]),
-        "bitnet_quantize_head": (None, [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p]),
+        "bitnet_head_bytes": (c_int64, [c_int, c_int, c_int]),
+        "bitnet_quantize_head": (None, [c_int, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p]),
         "bitnet_multiply": (None, [c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
         "bitnet_new": (c_void_p, [POINTER(Shape), POINTER(Layer), POINTER(Weights)]),
         "bitnet_free": (None, [c_void_p]),

@@ -8,6 +8,7 @@
 //     gather(acc)      the sum of four Partials made with spread's codes, without those powers
 //     pair<K>(w)       bit pair K of each byte
 //     dot(acc, u, s)   acc + unsigned u times signed s, where u is a code or what spread made of one
+//     low_nibbles, high_nibbles: the halves of each byte; NIBBLE_RUN of their products fit into a Partial
 //     dot_two(...)     acc + u * s + v * t into Sums, for u and v of 0..63 and any s and t but -128
 #pragma once
 
@@ -23,7 +24,7 @@ constexpr int W = 64;
 using Bytes = __m512i;
 using Sums = __m512i;
 using Partial = Sums;
-constexpr int RUN = 1 << 20;  // blocks (packing.h) before a Partial is full
+constexpr int RUN = 1 << 20, NIBBLE_RUN = 1 << 20;  // blocks (packing.h) before a Partial is full, and products of nibbles
 inline Bytes load(const void* p) { return _mm512_loadu_si512(p); }
 inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
 inline void store(void* p, Bytes a) { _mm512_storeu_si512(p, a); }  // or Sums
@@ -39,6 +40,8 @@ inline Sums gather(const Partial (&a)[4]) {
 template <int K> inline Bytes pair(Bytes w) {
     return _mm512_and_si512(_mm512_srli_epi16(w, 2 * K), _mm512_set1_epi8(3));
 }
+inline Bytes low_nibbles(Bytes w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
 inline Partial dot(Partial acc, Bytes u, Bytes s) { return _mm512_dpbusd_epi32(acc, u, s); }
 inline Sums dot_two(Sums acc, Bytes u, Bytes s, Bytes v, Bytes t) { return dot(dot(acc, u, s), v, t); }
 }  // namespace simd
@@ -54,7 +57,7 @@ using Sums = __m256i;
 using Partial = __m256i;  // 16-bit
 // In a block a Partial gets four products of codes to 2, or one of codes to 8, each a sum of two: 16 * 4 * 2 * 2 * 127
 // and 16 * 2 * 8 * 127 are 32512, and 255 more would not fit.
-constexpr int RUN = 16;
+constexpr int RUN = 16, NIBBLE_RUN = 8;  // 8 * 2 * 15 * 127 is 30480
 inline Bytes load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
 inline void store(void* p, Bytes a) { _mm256_storeu_si256((__m256i*)p, a); }  // or Sums
@@ -72,6 +75,8 @@ inline Sums gather(const Partial (&a)[4]) {
 template <int K> inline Bytes pair(Bytes w) {
     return _mm256_and_si256(_mm256_srli_epi16(w, 2 * K), _mm256_set1_epi8(3));
 }
+inline Bytes low_nibbles(Bytes w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+inline Bytes high_nibbles(Bytes w) { return low_nibbles(_mm256_srli_epi16(w, 4)); }
 inline Partial dot(Partial acc, Bytes u, Bytes s) {
     acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s));
     asm("" : "+x"(acc));  // GCC would make trees of the additions, for which the registers do not suffice
@@ -91,7 +96,7 @@ constexpr int W = 16;
 using Bytes = uint8x16_t;
 using Sums = int32x4_t;
 using Partial = Sums;
-constexpr int RUN = 1 << 20;
+constexpr int RUN = 1 << 20, NIBBLE_RUN = 1 << 20;
 inline Bytes load(const void* p) { return vld1q_u8((const uint8_t*)p); }
 inline Bytes four(const void* p) { int32_t v; std::memcpy(&v, p, 4); return vreinterpretq_u8_s32(vdupq_n_s32(v)); }
 inline void store(int32_t* p, Sums a) { vst1q_s32(p, a); }
@@ -111,6 +116,8 @@ template <int K> inline Bytes pair(Bytes w) {
     else if constexpr (K == 3) return vshrq_n_u8(w, 6);
     else return vandq_u8(vshrq_n_u8(w, 2 * K), vdupq_n_u8(3));
 }
+inline Bytes low_nibbles(Bytes w) { return vandq_u8(w, vdupq_n_u8(15)); }
+inline Bytes high_nibbles(Bytes w) { return vshrq_n_u8(w, 4); }
 inline Partial dot(Partial acc, Bytes u, Bytes s) { return vdotq_s32(acc, vreinterpretq_s8_u8(u), vreinterpretq_s8_u8(s)); }
 inline Sums dot_two(Sums acc, Bytes u, Bytes s, Bytes v, Bytes t) { return dot(dot(acc, u, s), v, t); }
 }  // namespace simd
@@ -123,7 +130,7 @@ constexpr int W = 16;
 struct Bytes { uint8_t b[16]; };
 struct Sums { int32_t s[4]; };
 using Partial = Sums;
-constexpr int RUN = 1 << 20;
+constexpr int RUN = 1 << 20, NIBBLE_RUN = 1 << 20;
 inline Bytes load(const void* p) { Bytes v; std::memcpy(&v, p, 16); return v; }
 inline Bytes four(const void* p) { Bytes v; for (int i = 0; i < 4; i++) std::memcpy(v.b + 4 * i, p, 4); return v; }
 inline void store(int32_t* p, Sums a) { std::memcpy(p, a.s, 16); }
@@ -136,6 +143,8 @@ inline void spread(Bytes w, Bytes (&codes)[4]) {
     codes[0] = pair<0>(w), codes[1] = pair<1>(w), codes[2] = pair<2>(w), codes[3] = pair<3>(w);
 }
 inline Sums gather(const Partial (&a)[4]) { return add(add(a[0], a[1]), add(a[2], a[3])); }
+inline Bytes low_nibbles(Bytes w) { for (auto& b : w.b) b &= 15; return w; }
+inline Bytes high_nibbles(Bytes w) { for (auto& b : w.b) b >>= 4; return w; }
 inline Partial dot(Partial acc, Bytes u, Bytes s) {
     for (int i = 0; i < 16; i++) acc.s[i / 4] += int(u.b[i]) * int(int8_t(s.b[i]));
     return acc;

@@ -58,13 +58,20 @@ def pack(codes: NDArray[np.int8], arena: Arena) -> NDArray[np.uint8]:
 HEAD_ROWS = np.dtype([("scale", np.float32, 16), ("zero", np.int32, 16)])  # `struct HeadRows` of head.h
 
 
-def quantize_head(weight: NDArray[Any], arena: Arena) -> tuple[NDArray[np.int8], NDArray[Any]]:
-    """float32, or bfloat16 as its bits, (V, D) to int8 in the layout of head.h and (V / 16,) `HEAD_ROWS`."""
+def quantize_head(weight: NDArray[Any], bits: int, arena: Arena) -> tuple[NDArray[Any], ...]:
+    """float32, or bfloat16 as its bits, (V, D) to the layout of head.h.
+
+    Returns:
+        Codes of `bits`, 4 or 8; (V / 16,) `HEAD_ROWS`; for 4 bits also int8 (V, D padded), else (0, 0).
+    """
     vocab, inputs = weight.shape
-    codes = arena.take((native.library().bitnet_head_bytes(vocab, inputs),), np.int8)
+    codes = arena.take((native.library().bitnet_head_bytes(bits, vocab, inputs),), np.uint8)
     rows = arena.take((-(-vocab // 16),), HEAD_ROWS)
-    native.library().bitnet_quantize_head(*_addresses(weight), vocab, inputs, codes.ctypes.data, rows.ctypes.data)
-    return codes, rows
+    fine = arena.take((vocab, -(-inputs // PADDED) * PADDED) if bits == 4 else (0, 0), np.int8)
+    native.library().bitnet_quantize_head(
+        bits, *_addresses(weight), vocab, inputs, codes.ctypes.data, rows.ctypes.data, fine.ctypes.data
+    )
+    return codes, rows, fine
 
 
 class Weights:
@@ -110,11 +117,11 @@ class Weights:
         self.bytes_per_token += copy.nbytes
         return native.Matrix(None, *_addresses(copy), 1.0)
 
-    def int8_head(self, name: str) -> tuple[int, int]:
-        """Addresses of the head's int8 rows and of their scales and sums."""
-        codes, rows = quantize_head(self._dense(name), self._arena)
+    def integer_head(self, name: str, bits: int) -> tuple[int, ...]:
+        """Addresses of the head's codes, of their scales and sums, and of finer rows, of which a step reads some."""
+        codes, rows, fine = quantize_head(self._dense(name), bits, self._arena)
         self.bytes_per_token += codes.nbytes + rows.nbytes
-        return self._keep(codes).ctypes.data, self._keep(rows).ctypes.data
+        return tuple(self._keep(array).ctypes.data for array in (codes, rows, fine))
 
     def _packed(self, name: str) -> tuple[NDArray[np.uint8], float]:
         source, (rows, inputs) = self.source, self.source.tensors[name]
