@@ -29,12 +29,10 @@ from bitnet_lit.artifacts.locate import open_source
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from tests.artifacts.exporting import export_to, leave_out_other_tools, saved_model
+from tests.support import assert_close_but_for_borders
 
 # float32 sums in another order; logits here are about 1 in size
 DENSE = {"rtol": 1e-4, "atol": 1e-4}
-# the same, and where a last bit moves an activation over a rounding border its code changes by 1 of 127, and what it
-# moves in the next layer with it: 0.08 at most was seen, in 20 of 61,440 logits
-QUANTIZED = {"rtol": 0, "atol": 0.15}
 
 TINY = {
     "vocab_size": 512,
@@ -72,7 +70,7 @@ def randomized(model, seed=0):
     return model.eval()
 
 
-def agree(folder, tolerance, vocabulary=512):
+def agree(folder, vocabulary=512, quantized=True):
     """Logits of transformers and ours on the same folder."""
     with torch.inference_mode():
         other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -82,10 +80,10 @@ def agree(folder, tolerance, vocabulary=512):
         theirs = other(ids).logits
     ours = bitnet_lit.load(folder).logits(ids)
     assert ours.std() > 0.1, "a test on constant logits proves nothing"
-    torch.testing.assert_close(ours, theirs, **tolerance)
-    # A changed code touches all logits of its position and, a little, of those after it. Most have none (three quarters
-    # where it was fewest), and agree as dense ones do; another scale or another order leaves none that agree.
-    assert ((ours - theirs).abs() < 1e-3).float().mean() > 0.5
+    if quantized:
+        assert_close_but_for_borders(ours, theirs)
+    else:
+        torch.testing.assert_close(ours, theirs, **DENSE)
     return other
 
 
@@ -120,21 +118,21 @@ def bitnet_folder(folder, linear_class, mode, scale_dtype=torch.float32, dtype=t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitnet_with_latent_weights(tmp_path, dtype):
     folder = bitnet_folder(tmp_path / "hf", "autobitlinear", "online", dtype=dtype)
-    other = agree(folder, QUANTIZED)
+    other = agree(folder)
     assert type(other) is BitNetForCausalLM
     source = open_source(folder)
     assert source.quant == QuantConfig() and not source.packed and source.config.hidden_act == "relu2"
     assert len(source.quantized) == 14 and next(iter(latent_tensors(source, torch.float32)))
     # As transformers saves it once it was loaded.
     other.save_pretrained(tmp_path / "saved")
-    agree(tmp_path / "saved", QUANTIZED)
+    agree(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
 def test_bitnet_with_packed_codes(tmp_path, linear_class, scale_dtype):
     folder = bitnet_folder(tmp_path / "hf", linear_class, "offline", scale_dtype)
-    other = agree(folder, QUANTIZED)
+    other = agree(folder)
     source = open_source(folder)
     assert source.packed and source.inverse_scales == (linear_class == "bitlinear")
     # As it is in transformers once it was loaded: codes of AutoBitLinear are then plain numbers, one a weight, which
@@ -148,7 +146,7 @@ def test_bitnet_with_packed_codes(tmp_path, linear_class, scale_dtype):
         (tmp_path / "saved" / "config.json").write_text((folder / "config.json").read_text())
     stored = load_file(tmp_path / "saved" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert stored.shape[0] == (432 if linear_class == "autobitlinear" else 108)
-    agree(tmp_path / "saved", QUANTIZED)
+    agree(tmp_path / "saved")
     assert open_source(tmp_path / "saved").packed
 
 
@@ -161,12 +159,12 @@ def test_the_spellings_are_one_model(tmp_path):
     ]
     assert torch.equal(logits[0], logits[1])
     # 1 / (1 / scale) is the scale to the last bit or two.
-    torch.testing.assert_close(logits[2], logits[0], **QUANTIZED)
+    assert_close_but_for_borders(logits[2], logits[0])
 
 
 def test_bitnet_with_its_whole_vocabulary(tmp_path):
     sizes = {"vocab_size": 128256, "hidden_size": 80, "intermediate_size": 216, "num_hidden_layers": 1}
-    agree(bitnet_folder(tmp_path / "hf", "autobitlinear", "online", **sizes), QUANTIZED, vocabulary=128256)
+    agree(bitnet_folder(tmp_path / "hf", "autobitlinear", "online", **sizes), vocabulary=128256)
 
 
 DENSE_MODELS = [
@@ -191,7 +189,7 @@ def test_dense_models(tmp_path, cls, config, sizes, shard):
     model = randomized(cls(config(**{**TINY, **sizes})))
     model.save_pretrained(tmp_path, **({"max_shard_size": shard} if shard else {}))
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(shard)
-    other = agree(tmp_path, DENSE)
+    other = agree(tmp_path, quantized=False)
     assert type(other) is cls
     source = open_source(tmp_path)
     assert source.quant.name == "none" and not source.quantized
@@ -203,7 +201,7 @@ def test_sharded_bitnet(tmp_path):
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     other.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
-    agree(tmp_path / "sharded", QUANTIZED)
+    agree(tmp_path / "sharded")
 
 
 @pytest.mark.parametrize(
