@@ -61,13 +61,14 @@ def assert_close_but_for_borders(ours: torch.Tensor, expected: torch.Tensor) -> 
     """Logits of one quantized network whose float32 sums run in two orders, as every kind of processor has its own.
 
     Where a last bit moves an activation over a rounding border its code changes by 1 of 127, and what comes after with
-    it. 240 runs of `tiny_model` with last bits changed at random gave an RMS difference of at most 0.64 % of the
-    logits' spread, and left half of the logits or more as close as dense ones; another network differs by about 140 %,
-    another scale or order leaves no logit as close.
+    it. 240 runs of `tiny_model` with last bits changed at random gave differences of at most 15 % of their spread,
+    0.64 % in the RMS, and left at least 52 % of the logits as close as dense ones. Scales that are wrong by 0.1 % leave
+    1 % of them, another eps or rope_theta 3 %; another network differs by 140 % in the RMS.
     """
-    difference, spread = (ours - expected).float(), ours.float().std()
+    difference, spread = (ours - expected).float().abs(), ours.float().std()
+    assert difference.max() < 0.3 * spread
     assert difference.square().mean().sqrt() < 0.02 * spread
-    assert (difference.abs() < 1e-3 * spread).float().mean() > 0.3
+    assert (difference < 1e-4 * spread).float().mean() > 0.3
 
 
 def run_door(door: str, *arguments: str, cwd: Path, check: bool = True, **options) -> subprocess.CompletedProcess:
