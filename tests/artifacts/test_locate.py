@@ -75,6 +75,16 @@ def test_the_advice_names_every_target_and_remedy(tmp_path):
     assert refused.returncode == 2 and "did you mean" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("door", "arguments"), [("infer", ["engine=torch"]), ("infer", ["engine=auto"]), ("export", ["format=packed"])]
+)
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, door, arguments):
+    model = tiny_model(vocab_size=tokenizer.vocab_size - 1)
+    save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
+    result = run_door(door, "checkpoint=model", *arguments, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and f"the tokenizer has {tokenizer.vocab_size} pieces" in result.stderr
+
+
 def test_packed_codes_cannot_be_trained_further(tmp_path, shards, tokenizer):
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
     run_door("export", "checkpoint=model", "format=packed", "verify=false", cwd=tmp_path)

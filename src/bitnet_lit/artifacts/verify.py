@@ -11,8 +11,11 @@ Three comparisons, from exact to loose:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +34,7 @@ from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
 from bitnet_lit.quant import convert_linears
 
 TEXT_TOKENS = 256
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
 WHOLE_MODEL_BYTES = 2 * 2**30  # larger models are not loaded whole into another tool to be checked
 
 # Largest error of a stored value, relative to the largest magnitude in its tensor: half a step of the type. Q8_0 has
@@ -71,6 +74,13 @@ class TensorRow:
     def bits(self) -> float:
         """Bits per value."""
         return 8 * self.nbytes / math.prod(self.shape)
+
+
+def _trim_heap() -> None:
+    """Give what was freed back to the system: glibc keeps it, in pieces too small for the next large tensor."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def fixed_ids(source: Source, length: int = TEXT_TOKENS) -> Tensor:
@@ -114,6 +124,7 @@ def layerwise_logits(source: Source, ids: Tensor, float_activations: bool = Fals
             convert_linears(layer, source.quant)
             fill(layer, source, prefix)
         x = layer.eval()(x, cos, sin)
+        _trim_heap()
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight.copy_(source.tensor("model.norm.weight"))
     return norm(x) @ source.tensor(HEAD if HEAD in source.tensors else EMBEDDING).T
@@ -128,8 +139,11 @@ def largest_error(expected: Tensor, stored: Tensor) -> float:
     """Largest difference over the largest magnitude; some rows at a time, for the sake of memory."""
     low, high = map(float, expected.aminmax())
     parts = zip(expected.split(ROWS_AT_ONCE), stored.split(ROWS_AT_ONCE), strict=True)
-    # `max` of Python would lose a NaN, which must not pass for equal.
-    worst = torch.stack([(a - b).abs().max() for a, b in parts]).max()
+    # `max` of Python would lose a NaN, which must not pass for equal. One number is kept rather than one for each part:
+    # small ones that outlive a part keep the heap from reusing its memory.
+    worst = torch.zeros(())
+    for a, b in parts:
+        torch.maximum(worst, (a - b).abs_().max(), out=worst)
     return float(worst) / (max(-low, high) or 1.0)
 
 
@@ -140,6 +154,7 @@ def compare_tensors(source: Source, artefact: Source, rows: list[TensorRow]) -> 
         ParityError: codes that differ, or an error beyond what the type rounds.
     """
     for row in rows:
+        _trim_heap()
         if row.name in source.quantized and artefact.quant.name != "none":
             codes, scale = source.codes(row.name)
             found, found_scale = artefact.codes(row.name)
