@@ -83,6 +83,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, door, argu
     save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
     result = run_door(door, "checkpoint=model", *arguments, cwd=tmp_path, check=False)
     assert result.returncode == 2 and f"the tokenizer has {tokenizer.vocab_size} pieces" in result.stderr
+    save_model_folder(tmp_path / "none", model, QuantConfig(), None)
+    with pytest.raises(UserError, match="they are not of one model"):
+        load(tmp_path / "none", tokenizer=tokenizer.path)
 
 
 def test_packed_codes_cannot_be_trained_further(tmp_path, shards, tokenizer):

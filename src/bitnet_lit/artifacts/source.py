@@ -130,15 +130,23 @@ class Source:
                 f"{self.path}: the weights have {len(layers)} layers, the config says {self.config.num_hidden_layers}: "
                 "they are not of one model"
             )
+        self.check_tokenizer()
+        self.tensors = tensor_shapes(self.config)
+        self.quantized = quantized_names(self.config, self.quant)
+        self._check(stored)
+
+    def check_tokenizer(self) -> None:
+        """Refuse a tokenizer with more pieces than the embedding has rows.
+
+        Raises:
+            UserError: it is of another model.
+        """
         rows, pieces = self.config.vocab_size or 0, self.tokenizer.vocab_size if self.tokenizer else 0
         if pieces > rows:
             raise UserError(
                 f"{self.path}: the tokenizer has {pieces} pieces, the model's vocab_size is {rows}: they are not of "
                 "one model: take the tokenizer that it was trained with"
             )
-        self.tensors = tensor_shapes(self.config)
-        self.quantized = quantized_names(self.config, self.quant)
-        self._check(stored)
 
     def _check(self, stored: dict[str, tuple[int, ...]]) -> None:
         expected = {name: {shape} for name, shape in self.tensors.items()}

@@ -141,4 +141,5 @@ def load(
     source = open_source(find_model(path))
     if tokenizer is not None:
         source.tokenizer = open_tokenizer(tokenizer)
+        source.check_tokenizer()
     return LanguageModel(source, device, engine, threads, head, kv_cache)
