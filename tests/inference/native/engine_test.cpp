@@ -50,6 +50,35 @@ void ternary_products(int rows, int inputs, int tokens, bool extremes) {
     }
 }
 
+// Two matrices with the same inputs, the first from its second group on; many tokens of many rows go through lookup.h.
+void products_of_parts(int inputs, int tokens, bool extremes) {
+    const int rows[2] = {16 + uniform(500, 520), uniform(1, 40)}, stride = padded(inputs);
+    std::vector<int8_t> x(size_t(tokens) * stride), codes[2];
+    std::vector<uint8_t> packed[2];
+    for (int i = 0; i < 2; i++) {
+        codes[i] = filled<int8_t>(size_t(rows[i]) * inputs, [&] { return uniform(-1, 1); });
+        packed[i] = packed_codes(codes[i], rows[i], inputs);
+    }
+    for (int t = 0; t < tokens; t++)  // the largest sums that there are: of a row with itself
+        for (int i = 0; i < inputs; i++)
+            x[size_t(t) * stride + i] = int8_t(extremes ? 127 * codes[0][size_t(t + 20) * inputs + i] : uniform(-127, 127));
+    std::vector<int32_t> sums(tokens);
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < inputs; i++) sums[t] += x[size_t(t) * stride + i];
+    const Part parts[] = {{packed[0].data(), 1, groups_of(rows[0])}, {packed[1].data(), 0, groups_of(rows[1])}};
+    int seen = 0;
+    multiply_parts(parts, 2, x.data(), stride, tokens, blocks_of(inputs), sums.data(),
+                   [&](int part, int group, int first, int count, const int32_t* products, const int32_t* offsets) {
+        for (int t = 0; t < count; t++)
+            for (int r = group * ROWS; r < std::min(rows[part], (group + 1) * ROWS); r++, seen++) {
+                int32_t expected = 0;
+                for (int i = 0; i < inputs; i++) expected += codes[part][size_t(r) * inputs + i] * x[size_t(first + t) * stride + i];
+                CHECK(products[t * ROWS + r % ROWS] - offsets[t] == expected, "part %d row %d inputs %d tokens %d", part, r, inputs, tokens);
+            }
+    });
+    CHECK(seen == (rows[0] - ROWS + rows[1]) * tokens, "%d products", seen);
+}
+
 template <int BITS>
 void head(int vocab, int inputs, int tokens) {
     const auto weights = filled<float>(size_t(vocab) * inputs, normal);
@@ -218,12 +247,13 @@ struct RandomModel {
     }
 };
 
-void steps(Shape shape) {
+void steps(const Shape& shape, int length) {
     const RandomModel model(shape);
-    const auto expected = model.logits(1, 2, 23, 1);
+    const auto expected = model.logits(1, 2, length, 1);
     CHECK(std::all_of(expected.begin(), expected.end(), [](float x) { return std::isfinite(x); }), "not finite");
-    for (int threads : {1, 3})
-        for (int at_once : {1, 5, 23}) CHECK(model.logits(threads, 2, 23, at_once) == expected, "threads %d at_once %d", threads, at_once);
+    for (int threads : {1, 2, 3})
+        for (int at_once : {1, 5, length})
+            CHECK(model.logits(threads, 2, length, at_once) == expected, "threads %d at_once %d", threads, at_once);
 }
 
 }  // namespace
@@ -232,6 +262,9 @@ int main() {
     for (int inputs : {1, 3, 16, 31, 64, 96, 300, 1000, 2048})
         for (int tokens : {1, 2, 3, 4, 5, 7, 16, 17, 70})
             for (bool extremes : {false, true}) ternary_products(uniform(1, 40), inputs, tokens, extremes);
+    for (int inputs : {1, 31, 64, 300, 1000})
+        for (int tokens : {31, 32, 70})
+            for (bool extremes : {false, true}) products_of_parts(inputs, tokens, extremes);
     for (int inputs : {1, 5, 64, 100, 700, 9000})
         for (int tokens : {1, 2, 3, 5, 9}) {
             head<8>(uniform(1, 50), inputs, tokens), head<4>(uniform(1, 50), inputs, tokens);
@@ -249,7 +282,9 @@ int main() {
     for (int type : {CACHE_FLOAT, CACHE_HALF, CACHE_INT8})
         for (int dense : {0, 1})
             for (int head_bits : {4, 8, 32})
-                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f});
+                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f}, 23);
+    // So many rows and tokens that tokens are divided rather than rows, evenly (two threads) or not.
+    steps({48, 2, 3, 3, 18, 300, 77, 40, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 33);
     std::printf("%s: %d failures\n", SIMD_NAME, failures);
     return failures != 0;
 }

@@ -34,7 +34,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bitnet_lit"
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The path of a C++ compiler: $CXX, or the first of the usual names that is installed.
+
+    Raises:
+        NoCompilerError: there is none.
+    """
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if path := shutil.which(name):
             return path
@@ -57,8 +62,8 @@ def library_path() -> Path:
     Raises:
         NoCompilerError: no compiler, or it failed.
     """
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    command = compiler()
+    version = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
     sources = [*sorted(SOURCES.glob("*.h")), SOURCES / "engine.cpp"]
     content = b"".join(source.read_bytes() for source in sources)
     key = hashlib.sha256(content + repr((FLAGS, version, platform.machine(), _processor())).encode()).hexdigest()[:16]
@@ -67,10 +72,10 @@ def library_path() -> Path:
         temporary = library.with_name(f".{library.name}.{os.getpid()}.tmp")
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
-            command = [compiler, *FLAGS, str(SOURCES / "engine.cpp"), "-o", str(temporary)]
-            result = subprocess.run(command, capture_output=True, text=True)
+            arguments = [*FLAGS, str(SOURCES / "engine.cpp"), "-o", str(temporary)]
+            result = subprocess.run([command, *arguments], capture_output=True, text=True)
             if result.returncode:
-                raise NoCompilerError(f"{compiler} failed: {' '.join(result.stderr.split())[:300]}")
+                raise NoCompilerError(f"{command} failed: {' '.join(result.stderr.split())[:300]}")
             os.replace(temporary, library)
         except OSError as error:
             raise NoCompilerError(f"{library.parent}: {error.strerror}") from None

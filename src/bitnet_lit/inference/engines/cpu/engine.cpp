@@ -1,5 +1,6 @@
 // The engine's C interface: what native.py calls.
 #include <chrono>
+#include <numeric>
 
 #include "engine.h"
 
@@ -34,16 +35,15 @@ void bitnet_quantize_head(int bits, const float* floats, const bfloat16* bfloats
 // sum(codes * x) of every row and token; x is int8 (tokens, inputs padded to 64), out int32 (tokens, rows). For tests.
 void bitnet_multiply(const uint8_t* packed, int rows, int inputs, const int8_t* x, int tokens, int32_t* out) {
     const int stride = padded(inputs);
-    std::vector<int32_t> part(size_t(tokens) * ROWS);
-    for (int group = 0; group < groups_of(rows); group++) {
-        group_dots(packed + group * group_bytes(inputs), x, stride, tokens, blocks_of(inputs), part.data());
-        for (int t = 0; t < tokens; t++) {
-            int32_t sum = 0;
-            for (int i = 0; i < stride; i++) sum += x[size_t(t) * stride + i];
+    std::vector<int32_t> sums(tokens);
+    for (int t = 0; t < tokens; t++) sums[t] = std::accumulate(x + size_t(t) * stride, x + size_t(t + 1) * stride, 0);
+    const Part part = {packed, 0, groups_of(rows)};
+    multiply_parts(&part, 1, x, stride, tokens, blocks_of(inputs), sums.data(),
+                   [&](int, int group, int token, int count, const int32_t* products, const int32_t* offsets) {
+        for (int t = 0; t < count; t++)
             for (int r = 0; r < ROWS && group * ROWS + r < rows; r++)
-                out[size_t(t) * rows + group * ROWS + r] = part[t * ROWS + r] - sum;
-        }
-    }
+                out[size_t(token + t) * rows + group * ROWS + r] = products[t * ROWS + r] - offsets[t];
+    });
 }
 
 void* bitnet_new(const Shape* shape, const Layer* layers, const Weights* weights) {

@@ -2,8 +2,8 @@
 // cache, output head. No Python and no dispatch between two tokens.
 //
 // A step takes rows (token, sequence, position). One prompt is many rows of one sequence, a batch is one row of each of
-// many sequences; both share one pass over the weights. Threads divide heads in the attention and rows of the matrices
-// elsewhere, and meet four times a layer.
+// many sequences; both share one pass over the weights. Threads divide heads in the attention, elsewhere rows of the matrices
+// or, where there are many, tokens; they meet four or five times a layer.
 //
 // The mathematics is that of model/layers.py and quant/functional.py: the integers are equal, float sums run in another
 // order. A dense model runs with float products in place of the integer ones.
@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "head.h"
+#include "lookup.h"
 #include "threads.h"
 
 extern "C" {
@@ -46,7 +47,6 @@ namespace {
 // What becomes of a product: functions of their own types, so that the loops around them are compiled with them.
 constexpr auto set = [](float& place, float value) { place = value; };
 constexpr auto add = [](float& place, float value) { place += value; };
-constexpr auto times = [](float& place, float value) { place *= value; };
 
 struct Row {
     int32_t token, position;
@@ -62,7 +62,7 @@ struct Engine {
     int attention;
     int widest;  // numbers from one token to the next in all that follows
     // of all rows of a step
-    Buffer<float> x, q, k, v, attended, gated, normed;
+    Buffer<float> x, q, k, v, attended, gated, raised, normed;
     Buffer<int8_t> codes;
     Buffer<uint8_t> halves;
     Buffer<int16_t> fine;
@@ -90,7 +90,7 @@ struct Engine {
     void reserve(int rows) {
         if (rows <= capacity) return;
         capacity = rows;
-        for (auto* buffer : {&x, &q, &k, &v, &attended, &gated}) buffer->reset(size_t(rows) * widest);
+        for (auto* buffer : {&x, &q, &k, &v, &attended, &gated, &raised}) buffer->reset(size_t(rows) * widest);
         // One token's codes are made by every thread for itself: cheaper than a barrier.
         const size_t copies = std::max(rows, s.threads);
         normed.reset(copies * widest);
@@ -132,30 +132,64 @@ struct Engine {
         return 0;
     }
 
-    // Rows [from, to) of a matrix times all tokens; use(place, value) gets each value and where it belongs in the output.
-    template <class Use>
-    void multiply(const Matrix& m, int slot, int tokens, int inputs, int from, int to, float* out, const Use& use) {
-        if (!m.packed) return multiply_dense(m, normed + size_t(slot) * widest, tokens, inputs, from, to, out, widest, use);
-        const int blocks = blocks_of(inputs);
-        const int8_t* in = codes + size_t(slot) * widest;
-        thread_local std::vector<int32_t> products;
-        products.resize(size_t(tokens) * ROWS);
-        for (int group = from / ROWS; group * ROWS < to; group++) {
-            group_dots(m.packed + group * group_bytes(inputs), in, widest, tokens, blocks, products.data());
-            // Heads may begin inside a group; the rows outside are another thread's.
-            const int first = std::max(from - group * ROWS, 0), last = std::min(ROWS, to - group * ROWS);
-            float* place = out + group * ROWS;
-            for (int t = 0; t < tokens; t++, place += widest) {
-                const float scale = scales[slot + t] * m.scale;
-                const int32_t sum = sums[slot + t];
-                float values[ROWS];
-                for (int r = 0; r < ROWS; r++) values[r] = float(products[t * ROWS + r] - sum) * scale;
-                if (last - first == ROWS)
-                    for (int r = 0; r < ROWS; r++) use(place[r], values[r]);
-                else
-                    for (int r = first; r < last; r++) use(place[r], values[r]);
-            }
+    // A share of `count` things, in units: [from, to) for this thread.
+    std::pair<int, int> share(int thread, int count, int unit) const {
+        const int units = (count + unit - 1) / unit;
+        const int from = units * thread / pool.count * unit, to = units * (thread + 1) / pool.count * unit;
+        return {std::min(from, count), std::min(to, count)};
+    }
+
+    // Whether products are divided by tokens rather than by rows: a table of lookup.h then serves all rows.
+    bool by_tokens(int tokens) const {
+        int most = 0;
+        for (int thread = 0; thread < pool.count; thread++) {
+            const auto [from, to] = share(thread, tokens, LOOKUP_TOKENS);
+            most = std::max(most, to - from);
         }
+        return LOOKS_UP && !s.dense && most * pool.count <= tokens * 9 / 8;
+    }
+
+    struct Work { int from, to, first, last; };  // rows (or heads) [from, to) for the tokens [first, last)
+    Work work(int thread, int tokens, int rows, int unit) const {
+        if (by_tokens(tokens)) {
+            const auto [first, last] = share(thread, tokens, LOOKUP_TOKENS);
+            return {0, rows, first, last};
+        }
+        const auto [from, to] = share(thread, rows, unit);
+        return {from, to, 0, tokens};
+    }
+
+    struct Product { const Matrix& m; int from, to; float* out; };  // rows [from, to) of a matrix, and where they go
+
+    // Rows of matrices with the same inputs times the tokens [begin, end), of which token 0 is in `slot`; use(place, value)
+    // gets each value and where it belongs.
+    template <int N, class Use>
+    void multiply(const Product (&products)[N], int slot, int begin, int end, int inputs, const Use& use) {
+        slot += begin;
+        const size_t to = size_t(begin) * widest;
+        if (s.dense) {
+            for (const Product& p : products)
+                multiply_dense(p.m, normed + size_t(slot) * widest, end - begin, inputs, p.from, p.to, p.out + to, widest, use);
+            return;
+        }
+        Part parts[N];
+        for (int i = 0; i < N; i++) parts[i] = {products[i].m.packed, products[i].from / ROWS, groups_of(products[i].to)};
+        multiply_parts(parts, N, codes + size_t(slot) * widest, widest, end - begin, blocks_of(inputs), &sums[slot],
+            [&](int part, int group, int token, int count, const int32_t* found, const int32_t* offsets) {
+                const Product& p = products[part];
+                // Heads may begin inside a group; the rows outside are another thread's.
+                const int first = std::max(p.from - group * ROWS, 0), last = std::min(ROWS, p.to - group * ROWS);
+                float* place = p.out + to + size_t(token) * widest + group * ROWS;
+                for (int t = 0; t < count; t++, place += widest) {
+                    const float scale = scales[slot + token + t] * p.m.scale;
+                    float values[ROWS];
+                    for (int r = 0; r < ROWS; r++) values[r] = float(found[t * ROWS + r] - offsets[t]) * scale;
+                    if (last - first == ROWS)
+                        for (int r = 0; r < ROWS; r++) use(place[r], values[r]);
+                    else
+                        for (int r = first; r < last; r++) use(place[r], values[r]);
+                }
+            });
     }
 
     template <class Use>
@@ -175,13 +209,6 @@ struct Engine {
         else dense_row(m.bfloats + at, in, stride, tokens, inputs, out);
     }
 
-    // A share of `count` things, in units: [from, to) for this thread.
-    std::pair<int, int> share(int thread, int count, int unit) const {
-        const int units = (count + unit - 1) / unit;
-        const int from = units * thread / pool.count * unit, to = units * (thread + 1) / pool.count * unit;
-        return {std::min(from, count), std::min(to, count)};
-    }
-
     ONCE void rotate(float* head, int position) const {
         const int half = s.head_dim / 2;
         const float *c = cosine + size_t(position) * half, *n = sine + size_t(position) * half;
@@ -191,24 +218,25 @@ struct Engine {
         }
     }
 
-    // Heads are divided by groups that share keys, so that a thread reads only what it wrote itself.
+    // Heads are divided by groups that share keys, so that a thread, unless tokens are, reads only what it wrote itself.
     template <class E>
     void attention_part(int thread, int index, const Row* rows, int count) {
         const Layer& l = layers[index];
         const int p = s.head_dim, group = s.heads / s.kv_heads;
         const int slot = prepare_rows(thread, count, x, l.input_norm, s.hidden);
-        const auto [from, to] = share(thread, s.kv_heads, 1);
-        multiply(l.q, slot, count, s.hidden, from * group * p, to * group * p, q, set);
-        multiply(l.k, slot, count, s.hidden, from * p, to * p, k, set);
-        multiply(l.v, slot, count, s.hidden, from * p, to * p, v, set);
-        for (int t = 0; t < count; t++) {
-            for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
-            for (int h = from; h < to; h++) {
+        const Work w = work(thread, count, s.kv_heads, 1);
+        multiply({{l.q, w.from * group * p, w.to * group * p, q}, {l.k, w.from * p, w.to * p, k}, {l.v, w.from * p, w.to * p, v}},
+                 slot, w.first, w.last, s.hidden, set);
+        for (int t = w.first; t < w.last; t++) {
+            for (int g = w.from * group; g < w.to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
+            for (int h = w.from; h < w.to; h++) {
                 float* key = k + size_t(t) * widest + h * p;
                 rotate(key, rows[t].position);
                 put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * widest + h * p);
             }
         }
+        if (by_tokens(count)) pool.barrier();
+        const auto [from, to] = share(thread, s.kv_heads, 1);
         thread_local std::vector<Query> queries;
         thread_local std::vector<float> scores;
         for (int h = from; h < to; h++)
@@ -226,28 +254,27 @@ struct Engine {
             }
         pool.barrier();
         const int slot_o = prepare_rows(thread, count, attended, l.attn_norm, attention);
-        const auto [first, last] = share(thread, s.hidden, ROWS);
-        multiply(l.o, slot_o, count, attention, first, last, x, add);
+        const Work out = work(thread, count, s.hidden, ROWS);
+        multiply({{l.o, out.from, out.to, x}}, slot_o, out.first, out.last, attention, add);
         pool.barrier();
     }
 
     void feed_forward_part(int thread, int index, int count) {
         const Layer& l = layers[index];
         const int slot = prepare_rows(thread, count, x, l.post_norm, s.hidden);
-        const auto [from, to] = share(thread, s.ffn, ROWS);
-        multiply(l.gate, slot, count, s.hidden, from, to, gated, set);
-        for (int t = 0; t < count; t++) {
-            float* gate = gated + size_t(t) * widest;
+        const Work w = work(thread, count, s.ffn, ROWS);
+        multiply({{l.gate, w.from, w.to, gated}, {l.up, w.from, w.to, raised}}, slot, w.first, w.last, s.hidden, set);
+        for (int t = w.first; t < w.last; t++) {
+            float *gate = gated + size_t(t) * widest, *up = raised + size_t(t) * widest;
             if (s.relu2)
-                for (int i = from; i < to; i++) gate[i] = gate[i] > 0 ? gate[i] * gate[i] : 0;
+                for (int i = w.from; i < w.to; i++) gate[i] = (gate[i] > 0 ? gate[i] * gate[i] : 0) * up[i];
             else
-                for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i]));
+                for (int i = w.from; i < w.to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
         }
-        multiply(l.up, slot, count, s.hidden, from, to, gated, times);
         pool.barrier();
         const int slot_down = prepare_rows(thread, count, gated, l.ffn_norm, s.ffn);
-        const auto [first, last] = share(thread, s.hidden, ROWS);
-        multiply(l.down, slot_down, count, s.ffn, first, last, x, add);
+        const Work out = work(thread, count, s.hidden, ROWS);
+        multiply({{l.down, out.from, out.to, x}}, slot_down, out.first, out.last, s.ffn, add);
         pool.barrier();
     }
 

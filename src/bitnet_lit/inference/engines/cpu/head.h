@@ -1,9 +1,9 @@
 // The output head in integers: half of a small model's bytes, and a matrix that was not trained to be rounded.
 //
 // Rows are rounded to 8 or to 4 bits with a scale each, activations so finely that the rounding of the rows is nearly the
-// whole error. The logits are close; which token is the likeliest is exact: a logit has a margin that its error does not
-// pass, and every row that could be the best by that is computed again from the weights as they were (engine.h). With 4 bits
-// the best rows besides, about a twelfth, are computed again from 8 bits: what stays coarse are unlikely tokens.
+// whole error. The logits are close; which token is the likeliest is that of the weights as they were: every row that could be
+// the best within six standard deviations of the error is computed again from them (engine.h). With 4 bits the best rows
+// besides, about a twelfth, are computed again from 8 bits: what stays coarse are unlikely tokens.
 //
 // Rows lie in groups of 16, four inputs of each in a quad of 64 bytes (of 8 bits): as in packing.h a 32-bit lane belongs to
 // one row. Of products, processors have those of unsigned and signed bytes.

@@ -10,6 +10,8 @@
 //     dot(acc, u, s)   acc + unsigned u times signed s, where u is a code or what spread made of one
 //     low_nibbles, high_nibbles: the halves of each byte; NIBBLE_RUN of their products fit into a Partial
 //     dot_two(...)     acc + u * s + v * t into Sums, for u and v of 0..63 and any s and t but -128
+//
+// AVX2, whose products of bytes need a second instruction to be added, has besides what lookup.h needs (SIMD_LOOKUP).
 #pragma once
 
 #include <cstdint>
@@ -84,6 +86,49 @@ inline Partial dot(Partial acc, Bytes u, Bytes s) {
 }
 inline Sums dot_two(Sums acc, Bytes u, Bytes s, Bytes v, Bytes t) {  // 2 * 2 * 63 * 127 is 32004
     return add(acc, widen(_mm256_add_epi16(_mm256_maddubs_epi16(u, s), _mm256_maddubs_epi16(v, t))));
+}
+
+// What lookup.h needs: sixteen 16-bit numbers in a vector.
+#define SIMD_LOOKUP
+using Words = __m256i;
+inline Words add_words(Words a, Words b) { return _mm256_add_epi16(a, b); }
+inline Words sub_words(Words a, Words b) { return _mm256_sub_epi16(a, b); }
+inline Words abs_words(Words a) { return _mm256_abs_epi16(a); }
+inline bool any_negative(Words a) { return _mm256_movemask_epi8(a) & 0xaaaaaaaa; }
+// Sixteen bytes of each of sixteen rows to sixteen columns: four perfect shuffles turn the order of the eight bits of a
+// byte's number by four.
+inline void columns_of(const int8_t* rows, size_t stride, Words (&columns)[16]) {
+    __m128i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm_loadu_si128((const __m128i*)(rows + i * stride));
+    const auto shuffle = [](const __m128i (&from)[16], __m128i (&to)[16]) {
+        for (int i = 0; i < 8; i++)
+            to[2 * i] = _mm_unpacklo_epi8(from[i], from[i + 8]), to[2 * i + 1] = _mm_unpackhi_epi8(from[i], from[i + 8]);
+    };
+    shuffle(a, b), shuffle(b, a), shuffle(a, b), shuffle(b, a);
+    for (int i = 0; i < 16; i++) columns[i] = _mm256_cvtepi8_epi16(a[i]);
+}
+// Eight 16-bit numbers of each of eight rows to eight columns, in the same way.
+inline void columns_of(const int16_t* rows, size_t stride, Sums (&columns)[8]) {
+    __m128i a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm_loadu_si128((const __m128i*)(rows + i * stride));
+    const auto shuffle = [](const __m128i (&from)[8], __m128i (&to)[8]) {
+        for (int i = 0; i < 4; i++)
+            to[2 * i] = _mm_unpacklo_epi16(from[i], from[i + 4]), to[2 * i + 1] = _mm_unpackhi_epi16(from[i], from[i + 4]);
+    };
+    shuffle(a, b), shuffle(b, a), shuffle(a, b);
+    for (int i = 0; i < 8; i++) columns[i] = _mm256_cvtepi16_epi32(b[i]);
+}
+// Of each byte of a block (64 bytes), four codes + 1 in its bit pairs c0 to c3: 64 times c0 + 3 c1 + 9 c2 + 27 c3, in 16 bits.
+inline void set_places(const uint8_t* block, uint64_t* places) {
+    const Bytes low = _mm256_set1_epi8(15);
+    for (int p = 0; p < 2; p++, places += 8) {
+        const Bytes w = load(block + 32 * p);
+        const Bytes nines = _mm256_sub_epi8(w, _mm256_and_si256(_mm256_srli_epi16(w, 2), _mm256_set1_epi8(0x33)));  // c0 + 3 c1
+        const Bytes high = _mm256_and_si256(_mm256_srli_epi16(nines, 4), low);
+        const Bytes set = _mm256_add_epi8(_mm256_add_epi8(_mm256_and_si256(nines, low), high), _mm256_slli_epi16(high, 3));
+        store(places, _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(set)), 6));
+        store(places + 4, _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(set, 1)), 6));
+    }
 }
 }  // namespace simd
 
