@@ -309,27 +309,35 @@ struct Engine {
             for (int g = first; g < last; g++) bound = std::max(bound, reach[i * groups + g].least);
         }
         pool.barrier();
-        thread_local std::vector<int> finer;
+        thread_local std::vector<int> exact, finer;
+        const auto fine_row = [&](int v) { return w.head_fine + size_t(v) * padded(s.hidden); };
         for (int i = 0; i < count; i++) {
             float* row = logits + size_t(i) * s.vocab;
             const Reach* of = &reach[i * groups];
             const HeadInput& in = head_inputs[i];
             const float bound = *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count);
             const float enough = BITS == 4 ? quartile_best(of, int(groups)) : INFINITY;
-            finer.clear();
+            exact.clear(), finer.clear();
             for (int g = first; g < last; g++) {
                 if (of[g].most < bound && of[g].best < enough) continue;
                 for (int v = g * ROWS; v < std::min(to, (g + 1) * ROWS); v++) {
-                    if (row[v] + in.noise * w.head_rows[g].scale[v % ROWS] >= bound)
-                        dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
-                    else if (row[v] >= enough)
-                        finer.push_back(v), __builtin_prefetch(w.head_fine + size_t(v) * padded(s.hidden));
+                    if (row[v] + in.noise * w.head_rows[g].scale[v % ROWS] >= bound) {
+                        exact.push_back(v);
+                        if (w.head.floats) prefetch(w.head.floats + size_t(v) * s.hidden, s.hidden);
+                        else prefetch(w.head.bfloats + size_t(v) * s.hidden, s.hidden);
+                    } else if (row[v] >= enough) {
+                        finer.push_back(v);
+                    }
                 }
             }
-            for (int v : finer) {
+            // Rows from anywhere: the processor's own prefetching does not find them.
+            for (size_t n = 0; n < finer.size(); n++) {
+                if (n + FINE_AHEAD < finer.size()) prefetch(fine_row(finer[n + FINE_AHEAD]), s.hidden);
+                const int v = finer[n];
                 const float scale = w.head_rows[v / ROWS].scale[v % ROWS] * (float(LARGEST_CODE<4>) / 127.0f) * in.fine_step;
-                row[v] = float(fine_product(w.head_fine + size_t(v) * padded(s.hidden), in.fine, s.hidden)) * scale;
+                row[v] = float(fine_product(fine_row(v), in.fine, s.hidden)) * scale;
             }
+            for (int v : exact) dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
         }
     }
 

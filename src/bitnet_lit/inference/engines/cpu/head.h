@@ -162,6 +162,7 @@ inline void head_products(const uint8_t* w, const HeadInput* x, int quads, uint3
     else head_products_4<T>(w, x, quads, out);
 }
 
+constexpr int FINE_AHEAD = 6;  // rows of 8 bits that are asked for before they are needed
 constexpr int HEAD_TILE = simd::W == 64 ? 4 : 2;
 
 struct Reach { float best, most, least; };  // of a group: its largest logit, and the largest with margin added and taken off

@@ -16,6 +16,10 @@ constexpr int PARTS = 64 / simd::W;  // vectors in a block
 // a step reads each weight once. Half as fast again from memory (Sapphire Rapids); beyond the end of a matrix it is a no-op.
 constexpr int AHEAD = 4096;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+template <class T>
+inline void prefetch(const T* row, int count) {  // all of a row
+    for (size_t at = 0; at < size_t(count) * sizeof(T); at += 64) prefetch((const char*)row + at);
+}
 
 // Independent chains of additions for each code and token: AVX-512 adds into 32 bits at once, which takes some cycles.
 template <int T> constexpr int CHAINS = simd::W == 64 && T <= 2 ? 2 : 1;

@@ -34,7 +34,9 @@ class Arena:
         """Zeros that begin at a multiple of a cache line."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if self._used + size > len(self._piece):
-            self._piece, self._used = mmap.mmap(-1, max(size, PIECE)), 0
+            # Shared memory, which is mmap's default, gets no huge pages.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._piece, self._used = mmap.mmap(-1, max(size, PIECE), flags=flags), 0
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._piece.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(self._piece, dtype=dtype, count=math.prod(shape), offset=self._used)
