@@ -23,10 +23,11 @@ from bitnet_lit.inference.engines.cpu.weights import PADDED, Arena, pack, quanti
 from tests.support import tiny_config, tiny_model
 
 try:
-    NO_COMPILER = None if compiler() else ""
+    compiler()
+    NO_COMPILER = None
 except NoCompilerError as error:  # sources that do not compile are a failure
     NO_COMPILER = str(error)
-needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=f"{NO_COMPILER}")
+needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 
 
 @needs_compiler

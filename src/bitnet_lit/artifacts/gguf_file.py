@@ -29,7 +29,7 @@ from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.errors import UserError, needs_extra
 from bitnet_lit.quant.functional import SCALE_MIN
 
-ROWS_AT_ONCE = 256  # of a large matrix: bounds the memory of a conversion
+ROWS_AT_ONCE = 1024  # of a large matrix: bounds the memory of a conversion
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -139,14 +139,7 @@ def _converted(values: Callable[[int, int], NDArray[np.float32]], rows: int, kin
     convert = (
         quantize_q6_k if kind == "q6_k" else lambda v: gguf.quants.quantize(v, gguf.GGMLQuantizationType[kind.upper()])
     )
-    converted: NDArray[Any] | None = None  # parts that are collected one by one would fragment the heap
-    for start in range(0, rows, ROWS_AT_ONCE):
-        part = convert(values(start, min(start + ROWS_AT_ONCE, rows)))
-        if converted is None:
-            converted = np.empty((rows, *part.shape[1:]), part.dtype)
-        converted[start : start + len(part)] = part
-    assert converted is not None
-    return converted
+    return np.concatenate([convert(values(i, min(i + ROWS_AT_ONCE, rows))) for i in range(0, rows, ROWS_AT_ONCE)])
 
 
 def _bytes_of(source: Source, name: str, kind: str) -> NDArray[Any]:

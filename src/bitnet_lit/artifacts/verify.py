@@ -34,7 +34,7 @@ from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
 from bitnet_lit.quant import convert_linears
 
 TEXT_TOKENS = 256
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 1024
 WHOLE_MODEL_BYTES = 2 * 2**30  # larger models are not loaded whole into another tool to be checked
 
 # Largest error of a stored value, relative to the largest magnitude in its tensor: half a step of the type. Q8_0 has

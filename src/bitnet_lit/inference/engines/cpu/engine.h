@@ -141,12 +141,13 @@ struct Engine {
 
     // Whether products are divided by tokens rather than by rows: a table of lookup.h then serves all rows.
     bool by_tokens(int tokens) const {
+        if (!LOOKS_UP || s.dense || tokens < LOOKUP_TOKENS) return false;
         int most = 0;
         for (int thread = 0; thread < pool.count; thread++) {
             const auto [from, to] = share(thread, tokens, LOOKUP_TOKENS);
             most = std::max(most, to - from);
         }
-        return LOOKS_UP && !s.dense && most * pool.count <= tokens * 9 / 8;
+        return most * pool.count <= tokens * 9 / 8;
     }
 
     struct Work { int from, to, first, last; };  // rows (or heads) [from, to) for the tokens [first, last)

@@ -22,7 +22,7 @@ constexpr int LOOKUP_TOKENS = 32;  // a sum for all of them is a cache line
 #if defined(SIMD_LOOKUP)
 constexpr bool LOOKS_UP = true;
 constexpr int SETS = 81;
-constexpr int TOGETHER = 2;  // blocks whose tables are in use: 41 KB
+constexpr int TOGETHER = 2;        // blocks whose tables are in use: 41 KB
 constexpr int GROUPS_AT_ONCE = 2;  // whose sums' places are found before they are added: what is stored must have arrived
 constexpr int LOOKUP_ROWS = 512;   // from how many on the tables pay off, which cost as much as 80
 
