@@ -30,60 +30,42 @@ std::vector<uint8_t> packed_codes(const std::vector<int8_t>& codes, int rows, in
     return packed;
 }
 
-void ternary_products(int rows, int inputs, int tokens, bool extremes) {
-    const auto codes = filled<int8_t>(size_t(rows) * inputs, [&] { return extremes ? 1 : uniform(-1, 1); });
-    const auto packed = packed_codes(codes, rows, inputs);
-    const int stride = padded(inputs);
-    std::vector<int8_t> x(size_t(tokens) * stride);
-    for (int t = 0; t < tokens; t++)
-        for (int i = 0; i < inputs; i++) x[size_t(t) * stride + i] = int8_t(extremes ? (t % 2 ? -127 : 127) : uniform(-127, 127));
-    std::vector<int32_t> out(size_t(tokens) * ROWS);
-    for (int g = 0; g < groups_of(rows); g++) {
-        group_dots(packed.data() + g * group_bytes(inputs), x.data(), stride, tokens, blocks_of(inputs), out.data());
-        for (int t = 0; t < tokens; t++)
-            for (int r = 0; r < ROWS && g * ROWS + r < rows; r++) {
-                int32_t expected = 0;
-                for (int i = 0; i < inputs; i++)
-                    expected += (codes[size_t(g * ROWS + r) * inputs + i] + 1) * x[size_t(t) * stride + i];
-                CHECK(out[t * ROWS + r] == expected, "rows %d inputs %d tokens %d", rows, inputs, tokens);
-            }
-    }
-}
-
 // Two matrices with the same inputs, the first from its second group on; many tokens of many rows go through lookup.h.
-void products_of_parts(int inputs, int tokens, bool extremes) {
-    const int rows[2] = {16 + uniform(500, 520), uniform(1, 40)}, stride = padded(inputs);
-    std::vector<int8_t> x(size_t(tokens) * stride), codes[2];
+void ternary_products(int some_rows, int inputs, int tokens, bool extremes) {
+    const int rows[2] = {ROWS + some_rows, uniform(1, 40)}, stride = blocks_of(inputs) * BLOCK;
+    std::vector<int8_t> x(size_t(readable(tokens)) * stride), codes[2];
     std::vector<uint8_t> packed[2];
     for (int i = 0; i < 2; i++) {
         codes[i] = filled<int8_t>(size_t(rows[i]) * inputs, [&] { return uniform(-1, 1); });
         packed[i] = packed_codes(codes[i], rows[i], inputs);
     }
-    for (int t = 0; t < tokens; t++)  // the largest sums that there are: of a row with itself
-        for (int i = 0; i < inputs; i++)
-            x[size_t(t) * stride + i] = int8_t(extremes ? 127 * codes[0][size_t(t + 20) * inputs + i] : uniform(-127, 127));
+    for (int t = 0; t < tokens; t++)  // the largest sums that there are, of a row with itself, or the smallest
+        for (int i = 0; i < inputs; i++) {
+            const int largest = (t % 2 ? -127 : 127) * codes[0][size_t(ROWS + t % some_rows) * inputs + i];
+            x[size_t(t) * stride + i] = int8_t(extremes ? largest : uniform(-127, 127));
+        }
     std::vector<int32_t> sums(tokens);
     for (int t = 0; t < tokens; t++)
         for (int i = 0; i < inputs; i++) sums[t] += x[size_t(t) * stride + i];
     const Part parts[] = {{packed[0].data(), 1, groups_of(rows[0])}, {packed[1].data(), 0, groups_of(rows[1])}};
     int seen = 0;
-    multiply_parts(parts, 2, x.data(), stride, tokens, blocks_of(inputs), sums.data(),
-                   [&](int part, int group, int first, int count, const int32_t* products, const int32_t* offsets) {
+    multiply_parts(parts, 2, {x.data(), size_t(stride), tokens, blocks_of(inputs), sums.data()}, 0, tokens,
+                   [&](int part, int group, int first, int count, const int32_t* products) {
         for (int t = 0; t < count; t++)
             for (int r = group * ROWS; r < std::min(rows[part], (group + 1) * ROWS); r++, seen++) {
                 int32_t expected = 0;
                 for (int i = 0; i < inputs; i++) expected += codes[part][size_t(r) * inputs + i] * x[size_t(first + t) * stride + i];
-                CHECK(products[t * ROWS + r % ROWS] - offsets[t] == expected, "part %d row %d inputs %d tokens %d", part, r, inputs, tokens);
+                CHECK(products[t * ROWS + r % ROWS] == expected, "part %d row %d inputs %d tokens %d", part, r, inputs, tokens);
             }
     });
-    CHECK(seen == (rows[0] - ROWS + rows[1]) * tokens, "%d products", seen);
+    CHECK(seen == (some_rows + rows[1]) * tokens, "%d products", seen);
 }
 
 template <int BITS>
 void head(int vocab, int inputs, int tokens) {
     const auto weights = filled<float>(size_t(vocab) * inputs, normal);
-    std::vector<uint8_t> codes(groups_of(vocab) * head_group_bytes<BITS>(inputs));
-    std::vector<HeadRows> rows(groups_of(vocab));
+    std::vector<uint8_t> codes(head_groups_of(vocab) * head_group_bytes<BITS>(inputs));
+    std::vector<HeadRows> rows(head_groups_of(vocab));
     std::vector<int8_t> fine(size_t(vocab) * padded(inputs));
     quantize_head<BITS>(weights.data(), vocab, inputs, codes.data(), rows.data(), fine.data());
     const auto x = filled<float>(size_t(tokens) * inputs, normal);
@@ -97,13 +79,13 @@ void head(int vocab, int inputs, int tokens) {
     }
     std::vector<float> logits(size_t(tokens) * vocab);
     std::vector<Reach> reach(tokens);
-    for (int g = 0; g < groups_of(vocab); g++) {
-        const int count = std::min(ROWS, vocab - g * ROWS);
+    for (int g = 0; g < head_groups_of(vocab); g++) {
+        const int count = std::min(HEAD_GROUP, vocab - g * HEAD_GROUP);
         head_logits<BITS>(codes.data() + g * head_group_bytes<BITS>(inputs), rows[g], count, in.data(), tokens, quads_of(inputs),
-                          &logits[g * ROWS], vocab, reach.data(), 1);
+                          &logits[g * HEAD_GROUP], vocab, reach.data(), 1);
         for (int t = 0; t < tokens; t++)
             for (int r = 0; r < count; r++) {
-                const int v = g * ROWS + r;
+                const int v = g * HEAD_GROUP + r;
                 double exact = 0, size = 0;
                 for (int i = 0; i < inputs; i++) {
                     const double product = double(weights[size_t(v) * inputs + i]) * x[size_t(t) * inputs + i];
@@ -206,7 +188,7 @@ struct RandomModel {
         weights.norm = norm(s.hidden);
         floats.push_back(filled<float>(size_t(s.vocab) * s.hidden, normal));
         weights.embedding = weights.head = {nullptr, floats.back().data(), nullptr, 1};
-        head_codes.resize(groups_of(s.vocab) * head_group_bytes<8>(s.hidden)), head_rows.resize(groups_of(s.vocab));
+        head_codes.resize(head_groups_of(s.vocab) * head_group_bytes<8>(s.hidden)), head_rows.resize(head_groups_of(s.vocab));
         head_fine.resize(size_t(s.vocab) * padded(s.hidden));
         const auto quantize = [&]<int BITS>() {
             quantize_head<BITS>(floats.back().data(), s.vocab, s.hidden, head_codes.data(), head_rows.data(), head_fine.data());
@@ -259,12 +241,13 @@ void steps(const Shape& shape, int length) {
 }  // namespace
 
 int main() {
-    for (int inputs : {1, 3, 16, 31, 64, 96, 300, 1000, 2048})
-        for (int tokens : {1, 2, 3, 4, 5, 7, 16, 17, 70})
-            for (bool extremes : {false, true}) ternary_products(uniform(1, 40), inputs, tokens, extremes);
-    for (int inputs : {1, 31, 64, 300, 1000})
-        for (int tokens : {31, 32, 70})
-            for (bool extremes : {false, true}) products_of_parts(inputs, tokens, extremes);
+    for (bool extremes : {false, true}) {
+        for (int inputs : {1, 3, 16, 31, 64, 96, 300, 1000, 2048})
+            for (int tokens : {1, 2, 3, 4, 5, 7, 16, 17, 70}) ternary_products(uniform(1, 40), inputs, tokens, extremes);
+        for (int inputs : {1, 31, 64, 300, 1000})
+            for (int tokens : {15, 31, 32, 70}) ternary_products(uniform(500, 520), inputs, tokens, extremes);
+        ternary_products(20, 13000, 3, extremes);  // runs of blocks
+    }
     for (int inputs : {1, 5, 64, 100, 700, 9000})
         for (int tokens : {1, 2, 3, 5, 9}) {
             head<8>(uniform(1, 50), inputs, tokens), head<4>(uniform(1, 50), inputs, tokens);

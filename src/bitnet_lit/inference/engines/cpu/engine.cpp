@@ -20,7 +20,7 @@ void bitnet_pack_latent(const float* floats, const bfloat16* bfloats, int rows, 
     else pack_latent(bfloats, rows, inputs, *by, packed);
 }
 int64_t bitnet_head_bytes(int bits, int vocab, int inputs) {
-    return int64_t(groups_of(vocab)) * (bits == 8 ? head_group_bytes<8>(inputs) : head_group_bytes<4>(inputs));
+    return int64_t(head_groups_of(vocab)) * (bits == 8 ? head_group_bytes<8>(inputs) : head_group_bytes<4>(inputs));
 }
 void bitnet_quantize_head(int bits, const float* floats, const bfloat16* bfloats, int vocab, int inputs, uint8_t* codes,
                           HeadRows* rows, int8_t* fine) {
@@ -32,17 +32,21 @@ void bitnet_quantize_head(int bits, const float* floats, const bfloat16* bfloats
     else quantize(bfloats);
 }
 
-// sum(codes * x) of every row and token; x is int8 (tokens, inputs padded to 64), out int32 (tokens, rows). For tests.
+// sum(codes * x) of every row and token; x is int8 (tokens, inputs), out int32 (tokens, rows). For tests.
 void bitnet_multiply(const uint8_t* packed, int rows, int inputs, const int8_t* x, int tokens, int32_t* out) {
-    const int stride = padded(inputs);
+    const int stride = blocks_of(inputs) * BLOCK;
+    Buffer<int8_t> in{size_t(readable(tokens)) * stride};
     std::vector<int32_t> sums(tokens);
-    for (int t = 0; t < tokens; t++) sums[t] = std::accumulate(x + size_t(t) * stride, x + size_t(t + 1) * stride, 0);
+    for (int t = 0; t < tokens; t++) {
+        std::memcpy(in + size_t(t) * stride, x + size_t(t) * inputs, inputs);
+        sums[t] = std::accumulate(in + size_t(t) * stride, in + size_t(t + 1) * stride, 0);
+    }
     const Part part = {packed, 0, groups_of(rows)};
-    multiply_parts(&part, 1, x, stride, tokens, blocks_of(inputs), sums.data(),
-                   [&](int, int group, int token, int count, const int32_t* products, const int32_t* offsets) {
+    multiply_parts(&part, 1, {in, size_t(stride), tokens, blocks_of(inputs), sums.data()}, 0, tokens,
+                   [&](int, int group, int token, int count, const int32_t* products) {
         for (int t = 0; t < count; t++)
             for (int r = 0; r < ROWS && group * ROWS + r < rows; r++)
-                out[size_t(token + t) * rows + group * ROWS + r] = products[t * ROWS + r] - offsets[t];
+                out[size_t(token + t) * rows + group * ROWS + r] = products[t * ROWS + r];
     });
 }
 

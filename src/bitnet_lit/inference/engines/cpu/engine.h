@@ -11,7 +11,7 @@
 
 #include "attention.h"
 #include "head.h"
-#include "lookup.h"
+#include "products.h"
 #include "threads.h"
 
 extern "C" {
@@ -53,13 +53,17 @@ struct Row {
     Cache* cache;
 };
 
+enum Phase { HEADS, OUT, FFN, DOWN, PHASES };
+constexpr int HEAD_PIECE = 8 * HEAD_GROUP;  // rows of the output head
+
 struct Engine {
     Shape s;
     CacheShape cache_shape;
     std::vector<Layer> layers;
     Weights w;
     Pool pool;
-    int attention;
+    Phases phases;  // of every layer those below, and the head
+    int attention, head_unit;
     int widest;  // numbers from one token to the next in all that follows
     // of all rows of a step
     Buffer<float> x, q, k, v, attended, gated, raised, normed;
@@ -75,8 +79,10 @@ struct Engine {
 
     Engine(const Shape& shape, const Layer* l, const Weights& weights)
         : s(shape), cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, CacheType(s.cache_type)},
-          layers(l, l + shape.layers), w(weights), pool(shape.threads) {
+          layers(l, l + shape.layers), w(weights), pool(shape.threads), phases(PHASES * s.layers + 1, s.threads) {
         attention = s.heads * s.head_dim;
+        const int whole = ROWS / std::gcd(ROWS, s.head_dim);  // heads that fill groups of rows
+        head_unit = s.kv_heads / whole >= s.threads ? whole : 1;
         widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)}) + 64;  // not 4 KiB: those would share sets of the caches
         const int half = s.head_dim / 2;
         cosine.reset(size_t(s.context) * half), sine.reset(size_t(s.context) * half);
@@ -94,7 +100,7 @@ struct Engine {
         // One token's codes are made by every thread for itself: cheaper than a barrier.
         const size_t copies = std::max(rows, s.threads);
         normed.reset(copies * widest);
-        codes.reset(copies * widest), scales.reset(copies), sums.assign(copies, 0);
+        codes.reset(size_t(readable(int(copies))) * widest), scales.reset(copies), sums.assign(copies, 0);
         const size_t half = padded(s.hidden);
         halves.reset(rows * 2 * half), fine.reset(rows * half), head_inputs.resize(rows);
         bounds.reset(size_t(rows) * s.threads);
@@ -120,16 +126,18 @@ struct Engine {
             const int32_t code = int32_t(std::nearbyint(value[i] * factor));
             out[i] = int8_t(code), sum += code;
         }
-        std::memset(out + n, 0, size_t(padded(n) - n));
+        std::memset(out + n, 0, size_t(blocks_of(n)) * BLOCK - n);
         scales[slot] = largest / 127.0f, sums[slot] = sum;
     }
 
-    // All rows; returns the slot of row 0 as this thread reads it.
-    int prepare_rows(int thread, int rows, const float* in, const float* norm, int n) {
-        if (rows == 1) return prepare(in, norm, n, thread), thread;
-        for (int r = thread; r < rows; r += pool.count) prepare(in + size_t(r) * widest, norm, n, r);
-        pool.barrier();
-        return 0;
+    struct Entering { int slot, n; Inputs inputs; };  // all rows as a thread multiplies them; row 0 is in `slot`
+
+    Entering prepare_rows(int thread, int rows, const float* in, const float* norm, int n) {
+        const int slot = rows == 1 ? thread : 0;
+        if (rows == 1) prepare(in, norm, n, slot);
+        for (int r = thread; rows > 1 && r < rows; r += pool.count) prepare(in + size_t(r) * widest, norm, n, r);
+        if (rows > 1) pool.barrier();
+        return {slot, n, {codes + size_t(slot) * widest, size_t(widest), s.dense ? 0 : rows, blocks_of(n), &sums[slot]}};
     }
 
     // A share of `count` things, in units: [from, to) for this thread.
@@ -150,47 +158,60 @@ struct Engine {
         return most * pool.count <= tokens * 9 / 8;
     }
 
-    struct Work { int from, to, first, last; };  // rows (or heads) [from, to) for the tokens [first, last)
-    Work work(int thread, int tokens, int rows, int unit) const {
-        if (by_tokens(tokens)) {
-            const auto [first, last] = share(thread, tokens, LOOKUP_TOKENS);
-            return {0, rows, first, last};
+    static int phase_of(int layer, Phase phase) { return layer * PHASES + phase; }
+    void set_phases() {
+        const auto pieces = [](int count, int unit) { return (count + unit - 1) / unit; };
+        for (int i = 0; i < s.layers; i++) {
+            phases.set(phase_of(i, HEADS), pieces(s.kv_heads, head_unit));
+            phases.set(phase_of(i, OUT), pieces(s.hidden, ROWS)), phases.set(phase_of(i, DOWN), pieces(s.hidden, ROWS));
+            phases.set(phase_of(i, FFN), pieces(s.ffn, ROWS));
         }
-        const auto [from, to] = share(thread, rows, unit);
-        return {from, to, 0, tokens};
+        phases.set(s.layers * PHASES, pieces(s.vocab, HEAD_PIECE));
+    }
+
+    // A phase of a step: does(from, to, first, last), rows (or heads) [from, to) for the tokens [first, last), until all is done.
+    template <class Does>
+    void divide(int phase, int thread, int tokens, int rows, int unit, const Does& does) {
+        if (tokens <= FEW_TOKENS) {
+            for (int piece; (piece = phases.take(phase, thread)) >= 0;) does(piece * unit, std::min(rows, (piece + 1) * unit), 0, tokens);
+        } else if (by_tokens(tokens)) {
+            const auto [first, last] = share(thread, tokens, LOOKUP_TOKENS);
+            does(0, rows, first, last);
+        } else {
+            const auto [from, to] = share(thread, rows, unit);
+            does(from, to, 0, tokens);
+        }
     }
 
     struct Product { const Matrix& m; int from, to; float* out; };  // rows [from, to) of a matrix, and where they go
 
-    // Rows of matrices with the same inputs times the tokens [begin, end), of which token 0 is in `slot`; use(place, value)
-    // gets each value and where it belongs.
+    // Rows of matrices with the same inputs times the tokens [begin, end); use(place, value) gets each value and where it
+    // belongs.
     template <int N, class Use>
-    void multiply(const Product (&products)[N], int slot, int begin, int end, int inputs, const Use& use) {
-        slot += begin;
-        const size_t to = size_t(begin) * widest;
+    void multiply(const Product (&products)[N], const Entering& in, int begin, int end, const Use& use) {
         if (s.dense) {
             for (const Product& p : products)
-                multiply_dense(p.m, normed + size_t(slot) * widest, end - begin, inputs, p.from, p.to, p.out + to, widest, use);
+                multiply_dense(p.m, normed + size_t(in.slot + begin) * widest, end - begin, in.n, p.from, p.to,
+                               p.out + size_t(begin) * widest, widest, use);
             return;
         }
         Part parts[N];
         for (int i = 0; i < N; i++) parts[i] = {products[i].m.packed, products[i].from / ROWS, groups_of(products[i].to)};
-        multiply_parts(parts, N, codes + size_t(slot) * widest, widest, end - begin, blocks_of(inputs), &sums[slot],
-            [&](int part, int group, int token, int count, const int32_t* found, const int32_t* offsets) {
-                const Product& p = products[part];
-                // Heads may begin inside a group; the rows outside are another thread's.
-                const int first = std::max(p.from - group * ROWS, 0), last = std::min(ROWS, p.to - group * ROWS);
-                float* place = p.out + to + size_t(token) * widest + group * ROWS;
-                for (int t = 0; t < count; t++, place += widest) {
-                    const float scale = scales[slot + token + t] * p.m.scale;
-                    float values[ROWS];
-                    for (int r = 0; r < ROWS; r++) values[r] = float(found[t * ROWS + r] - offsets[t]) * scale;
-                    if (last - first == ROWS)
-                        for (int r = 0; r < ROWS; r++) use(place[r], values[r]);
-                    else
-                        for (int r = first; r < last; r++) use(place[r], values[r]);
-                }
-            });
+        multiply_parts(parts, N, in.inputs, begin, end, [&](int part, int group, int token, int count, const int32_t* found) {
+            const Product& p = products[part];
+            // Heads may begin inside a group; the rows outside are another thread's.
+            const int first = std::max(p.from - group * ROWS, 0), last = std::min(ROWS, p.to - group * ROWS);
+            float* place = p.out + size_t(token) * widest + group * ROWS;
+            for (int t = 0; t < count; t++, place += widest) {
+                const float scale = scales[in.slot + token + t] * p.m.scale;
+                float values[ROWS];
+                for (int r = 0; r < ROWS; r++) values[r] = float(found[t * ROWS + r]) * scale;
+                if (last - first == ROWS)
+                    for (int r = 0; r < ROWS; r++) use(place[r], values[r]);
+                else
+                    for (int r = first; r < last; r++) use(place[r], values[r]);
+            }
+        });
     }
 
     template <class Use>
@@ -219,25 +240,10 @@ struct Engine {
         }
     }
 
-    // Heads are divided by groups that share keys, so that a thread, unless tokens are, reads only what it wrote itself.
+    // Of heads [from, to) that have keys.
     template <class E>
-    void attention_part(int thread, int index, const Row* rows, int count) {
-        const Layer& l = layers[index];
+    void attend_heads(int from, int to, int index, const Row* rows, int count) {
         const int p = s.head_dim, group = s.heads / s.kv_heads;
-        const int slot = prepare_rows(thread, count, x, l.input_norm, s.hidden);
-        const Work w = work(thread, count, s.kv_heads, 1);
-        multiply({{l.q, w.from * group * p, w.to * group * p, q}, {l.k, w.from * p, w.to * p, k}, {l.v, w.from * p, w.to * p, v}},
-                 slot, w.first, w.last, s.hidden, set);
-        for (int t = w.first; t < w.last; t++) {
-            for (int g = w.from * group; g < w.to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
-            for (int h = w.from; h < w.to; h++) {
-                float* key = k + size_t(t) * widest + h * p;
-                rotate(key, rows[t].position);
-                put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * widest + h * p);
-            }
-        }
-        if (by_tokens(count)) pool.barrier();
-        const auto [from, to] = share(thread, s.kv_heads, 1);
         thread_local std::vector<Query> queries;
         thread_local std::vector<float> scores;
         for (int h = from; h < to; h++)
@@ -253,29 +259,57 @@ struct Engine {
                 scores.resize(std::max(scores.size(), QUERIES * stride));
                 attend<E>(*cache, cache_shape, index * s.kv_heads + h, queries.data(), int(queries.size()), scores.data(), stride);
             }
+    }
+
+    // Heads are divided by groups that share keys, so that a thread, unless tokens are divided, reads only what it wrote itself.
+    template <class E>
+    void attention_part(int thread, int index, const Row* rows, int count) {
+        const Layer& l = layers[index];
+        const int p = s.head_dim, group = s.heads / s.kv_heads;
+        const Entering in = prepare_rows(thread, count, x, l.input_norm, s.hidden);
+        divide(phase_of(index, HEADS), thread, count, s.kv_heads, head_unit, [&](int from, int to, int first, int last) {
+            multiply({{l.q, from * group * p, to * group * p, q}, {l.k, from * p, to * p, k}, {l.v, from * p, to * p, v}}, in, first, last, set);
+            for (int t = first; t < last; t++) {
+                for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
+                for (int h = from; h < to; h++) {
+                    float* key = k + size_t(t) * widest + h * p;
+                    rotate(key, rows[t].position);
+                    put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * widest + h * p);
+                }
+            }
+            if (!by_tokens(count)) attend_heads<E>(from, to, index, rows, count);
+        });
+        if (by_tokens(count)) {
+            pool.barrier();
+            const auto [from, to] = share(thread, s.kv_heads, 1);
+            attend_heads<E>(from, to, index, rows, count);
+        }
         pool.barrier();
-        const int slot_o = prepare_rows(thread, count, attended, l.attn_norm, attention);
-        const Work out = work(thread, count, s.hidden, ROWS);
-        multiply({{l.o, out.from, out.to, x}}, slot_o, out.first, out.last, attention, add);
+        const Entering out = prepare_rows(thread, count, attended, l.attn_norm, attention);
+        divide(phase_of(index, OUT), thread, count, s.hidden, ROWS, [&](int from, int to, int first, int last) {
+            multiply({{l.o, from, to, x}}, out, first, last, add);
+        });
         pool.barrier();
     }
 
     void feed_forward_part(int thread, int index, int count) {
         const Layer& l = layers[index];
-        const int slot = prepare_rows(thread, count, x, l.post_norm, s.hidden);
-        const Work w = work(thread, count, s.ffn, ROWS);
-        multiply({{l.gate, w.from, w.to, gated}, {l.up, w.from, w.to, raised}}, slot, w.first, w.last, s.hidden, set);
-        for (int t = w.first; t < w.last; t++) {
-            float *gate = gated + size_t(t) * widest, *up = raised + size_t(t) * widest;
-            if (s.relu2)
-                for (int i = w.from; i < w.to; i++) gate[i] = (gate[i] > 0 ? gate[i] * gate[i] : 0) * up[i];
-            else
-                for (int i = w.from; i < w.to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
-        }
+        const Entering in = prepare_rows(thread, count, x, l.post_norm, s.hidden);
+        divide(phase_of(index, FFN), thread, count, s.ffn, ROWS, [&](int from, int to, int first, int last) {
+            multiply({{l.gate, from, to, gated}, {l.up, from, to, raised}}, in, first, last, set);
+            for (int t = first; t < last; t++) {
+                float *gate = gated + size_t(t) * widest, *up = raised + size_t(t) * widest;
+                if (s.relu2)
+                    for (int i = from; i < to; i++) gate[i] = (gate[i] > 0 ? gate[i] * gate[i] : 0) * up[i];
+                else
+                    for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+            }
+        });
         pool.barrier();
-        const int slot_down = prepare_rows(thread, count, gated, l.ffn_norm, s.ffn);
-        const Work out = work(thread, count, s.hidden, ROWS);
-        multiply({{l.down, out.from, out.to, x}}, slot_down, out.first, out.last, s.ffn, add);
+        const Entering down = prepare_rows(thread, count, gated, l.ffn_norm, s.ffn);
+        divide(phase_of(index, DOWN), thread, count, s.hidden, ROWS, [&](int from, int to, int first, int last) {
+            multiply({{l.down, from, to, x}}, down, first, last, add);
+        });
         pool.barrier();
     }
 
@@ -293,36 +327,45 @@ struct Engine {
         const int count = int(wanted.size());
         for (int i = thread; i < count; i += pool.count) head_input<BITS>(x + size_t(wanted[i]) * widest, i);
         pool.barrier();
-        const auto [from, to] = share(thread, s.vocab, ROWS);
-        if constexpr (BITS == 32) multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set);
-        else integer_head<BITS>(thread, count, from, to, logits);
+        const auto each = [&](const auto& does) {
+            for (int piece; (piece = phases.take(s.layers * PHASES, thread)) >= 0;)
+                does(piece * HEAD_PIECE, std::min(s.vocab, (piece + 1) * HEAD_PIECE));
+        };
+        if constexpr (BITS == 32)
+            each([&](int from, int to) { multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set); });
+        else
+            integer_head<BITS>(thread, count, each, logits);
     }
 
-    template <int BITS>
-    void integer_head(int thread, int count, int from, int to, float* logits) {
-        const size_t groups = groups_of(s.vocab);
-        const int quads = quads_of(s.hidden), first = from / ROWS, last = groups_of(to);
-        for (int g = first; g < last; g++)
-            head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(ROWS, to - g * ROWS),
-                              head_inputs.data(), count, quads, logits + g * ROWS, s.vocab, &reach[g], groups);
-        for (int i = 0; i < count; i++) {
-            float& bound = bounds[i * pool.count + thread] = -INFINITY;
-            for (int g = first; g < last; g++) bound = std::max(bound, reach[i * groups + g].least);
-        }
+    template <int BITS, class Each>
+    void integer_head(int thread, int count, const Each& each, float* logits) {
+        const int groups = head_groups_of(s.vocab), quads = quads_of(s.hidden);
+        thread_local std::vector<float> least;  // of the best logit of what this thread computes
+        least.assign(count, -INFINITY);
+        each([&](int from, int to) {
+            for (int g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
+                head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(HEAD_GROUP, to - g * HEAD_GROUP),
+                                  head_inputs.data(), count, quads, logits + g * HEAD_GROUP, s.vocab, &reach[g], groups);
+                for (int i = 0; i < count; i++) least[i] = std::max(least[i], reach[size_t(i) * groups + g].least);
+            }
+        });
+        for (int i = 0; i < count; i++) bounds[i * pool.count + thread] = least[i];
         pool.barrier();
         thread_local std::vector<int> exact, finer;
+        const auto [from, to] = share(thread, s.vocab, HEAD_GROUP);
+        const int first = from / HEAD_GROUP, last = head_groups_of(to);
         const auto fine_row = [&](int v) { return w.head_fine + size_t(v) * padded(s.hidden); };
         for (int i = 0; i < count; i++) {
             float* row = logits + size_t(i) * s.vocab;
-            const Reach* of = &reach[i * groups];
+            const Reach* of = &reach[size_t(i) * groups];
             const HeadInput& in = head_inputs[i];
             const float bound = *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count);
-            const float enough = BITS == 4 ? quartile_best(of, int(groups)) : INFINITY;
+            const float enough = BITS == 4 ? quartile_best(of, groups) : INFINITY;
             exact.clear(), finer.clear();
             for (int g = first; g < last; g++) {
                 if (of[g].most < bound && of[g].best < enough) continue;
-                for (int v = g * ROWS; v < std::min(to, (g + 1) * ROWS); v++) {
-                    if (row[v] + in.noise * w.head_rows[g].scale[v % ROWS] >= bound) {
+                for (int v = g * HEAD_GROUP; v < std::min(to, (g + 1) * HEAD_GROUP); v++) {
+                    if (row[v] + in.noise * w.head_rows[g].scale[v % HEAD_GROUP] >= bound) {
                         exact.push_back(v);
                         if (w.head.floats) prefetch(w.head.floats + size_t(v) * s.hidden, s.hidden);
                         else prefetch(w.head.bfloats + size_t(v) * s.hidden, s.hidden);
@@ -335,7 +378,7 @@ struct Engine {
             for (size_t n = 0; n < finer.size(); n++) {
                 if (n + FINE_AHEAD < finer.size()) prefetch(fine_row(finer[n + FINE_AHEAD]), s.hidden);
                 const int v = finer[n];
-                const float scale = w.head_rows[v / ROWS].scale[v % ROWS] * (float(LARGEST_CODE<4>) / 127.0f) * in.fine_step;
+                const float scale = w.head_rows[v / HEAD_GROUP].scale[v % HEAD_GROUP] * (float(LARGEST_CODE<4>) / 127.0f) * in.fine_step;
                 row[v] = float(fine_product(fine_row(v), in.fine, s.hidden)) * scale;
             }
             for (int v : exact) dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
@@ -362,9 +405,10 @@ struct Engine {
     void step(const std::vector<Row>& rows, const std::vector<int>& wanted, float* logits) {
         const int count = int(rows.size());
         reserve(count);
-        if (s.head_bits < 32) reach.resize(std::max(reach.size(), wanted.size() * groups_of(s.vocab)));
+        if (s.head_bits < 32) reach.resize(std::max(reach.size(), wanted.size() * head_groups_of(s.vocab)));
         for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
         for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * widest);
+        set_phases();
         pool.run([&](int thread) {
             for (int i = 0; i < s.layers; i++) {
                 if (cache_shape.type == CACHE_INT8) attention_part<int8_t>(thread, i, rows.data(), count);

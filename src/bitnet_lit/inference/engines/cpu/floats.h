@@ -35,6 +35,15 @@ struct float16 { uint16_t bits; };
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 inline int padded(int inputs) { return round_up(inputs, 64); }  // whole vectors of every width
 
+// How far ahead weights are asked for, into the second cache: the hardware's own prefetching stops at every 4 KiB page, and
+// a step reads each weight once. Half as fast again from memory (Sapphire Rapids); beyond the end of a matrix it is a no-op.
+constexpr int AHEAD = 4096;
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+template <class T>
+inline void prefetch(const T* row, int count) {  // all of a row
+    for (size_t at = 0; at < size_t(count) * sizeof(T); at += 64) prefetch((const char*)row + at);
+}
+
 inline Floats all(float value) { return value - Floats{}; }
 inline Floats load_floats(const float* p) { Floats v; std::memcpy(&v, p, sizeof(v)); return v; }
 inline void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
@@ -110,7 +119,7 @@ inline void dense_dots(const W* w, const float* x, size_t stride, int n, float* 
     Floats sums[T][CHAINS]{};
     int i = 0;
     for (; i + CHAINS * LANES <= n; i += CHAINS * LANES) {
-        __builtin_prefetch((const char*)(w + i) + 4096, 0, 2);  // as in kernels.h
+        prefetch((const char*)(w + i) + AHEAD);
         for (int c = 0; c < CHAINS; c++) {
             const Floats weights = load_floats(w + i + c * LANES);
             for (int t = 0; t < T; t++) sums[t][c] = fused(weights, load_floats(x + t * stride + i + c * LANES), sums[t][c]);

@@ -5,8 +5,8 @@
 // the best within six standard deviations of the error is computed again from them (engine.h). With 4 bits the best rows
 // besides, about a twelfth, are computed again from 8 bits: what stays coarse are unlikely tokens.
 //
-// Rows lie in groups of 16, four inputs of each in a quad of 64 bytes (of 8 bits): as in packing.h a 32-bit lane belongs to
-// one row. Of products, processors have those of unsigned and signed bytes.
+// Rows lie in groups of 16, four inputs of each in a quad of 64 bytes (of 8 bits), so that a 32-bit lane belongs to one
+// row. Of products, processors have those of unsigned and signed bytes.
 //
 //   8 bits  Activations have 12 bits, are shifted to be positive and split in two halves of 6:  x ~ (64 * high + low - 2048)
 //           * step,  so  w . x ~ scale * step * (64 * w . high + w . low - 2048 * sum(w)).  Sums of two products of such
@@ -16,17 +16,19 @@
 //           other, because only some are read, and activations have 12 bits for them.
 #pragma once
 
-#include "kernels.h"
+#include "floats.h"
+#include "simd.h"
 
-constexpr int HALF_BITS = 6, HEAD_ZERO = 1 << (2 * HALF_BITS - 1);
+constexpr int HEAD_GROUP = 16, HALF_BITS = 6, HEAD_ZERO = 1 << (2 * HALF_BITS - 1);
 template <int BITS> constexpr int LARGEST_CODE = (1 << (BITS - 1)) - 1;
 
+inline int head_groups_of(int vocab) { return (vocab + HEAD_GROUP - 1) / HEAD_GROUP; }
 inline int quads_of(int inputs) { return padded(inputs) / 4; }
 template <int BITS> inline size_t head_group_bytes(int inputs) { return size_t(quads_of(inputs)) * 64 * BITS / 8; }
 
 struct HeadRows {  // of a group; a row that does not exist has scale 0
-    float scale[ROWS];
-    int32_t zero[ROWS];  // 8 bits: HEAD_ZERO times the sum of the codes; 32 bits may overflow, and the final sum undoes that
+    float scale[HEAD_GROUP];
+    int32_t zero[HEAD_GROUP];  // 8 bits: HEAD_ZERO times the sum of the codes; 32 bits may overflow, and the final sum undoes that
 };
 
 // (vocab, inputs) to groups of codes (zeros before) and what belongs to each; for 4 bits also to 8-bit rows of padded(inputs).
@@ -39,7 +41,7 @@ inline void quantize_head(const W* weights, int vocab, int inputs, uint8_t* code
         if constexpr (BITS == 4)
             for (int i = 0; i < inputs; i++)
                 fine[size_t(r) * padded(inputs) + i] = int8_t(std::nearbyint(row[i] * (127.0f / largest)));
-        uint8_t* out = codes + r / ROWS * head_group_bytes<BITS>(inputs) + r % ROWS * 4;
+        uint8_t* out = codes + r / HEAD_GROUP * head_group_bytes<BITS>(inputs) + r % HEAD_GROUP * 4;
         int32_t sum = 0;
         for (int i = 0; i < inputs; i++) {
             const int32_t code = int32_t(std::nearbyint(row[i] / scale)), quad = i / 4;
@@ -47,8 +49,8 @@ inline void quantize_head(const W* weights, int vocab, int inputs, uint8_t* code
             else out[quad / 2 * 64 + i % 4] |= uint8_t((code + 8) << quad % 2 * 4);
             sum += code;
         }
-        groups[r / ROWS].scale[r % ROWS] = scale;
-        groups[r / ROWS].zero[r % ROWS] = BITS == 8 ? int32_t(uint32_t(sum) * HEAD_ZERO) : 0;
+        groups[r / HEAD_GROUP].scale[r % HEAD_GROUP] = scale;
+        groups[r / HEAD_GROUP].zero[r % HEAD_GROUP] = BITS == 8 ? int32_t(uint32_t(sum) * HEAD_ZERO) : 0;
     }
 }
 
@@ -81,11 +83,11 @@ inline void quantize_head_input(const float* x, int inputs, HeadInput& to) {
     to.noise = 6.0f * std::sqrt((sum_of_squares(x, inputs) + float(inputs) * widest * widest) / 12.0f);
 }
 
-// One group of rows times T tokens, 32 bits: the product without zeros, [token * ROWS + row].
+// One group of rows times T tokens, 32 bits: the product without zeros, [token * HEAD_GROUP + row].
 template <int T>
 ONCE void head_products_8(const uint8_t* w, const HeadInput* x, int quads, uint32_t* out) {
     using namespace simd;
-    constexpr int PAIRS = W == 64 && T <= 2 ? 4 / T : 1;  // independent chains of additions, as in kernels.h
+    constexpr int PAIRS = W == 64 && T <= 2 ? 4 / T : 1;  // independent chains of additions, as in pairs.h
     Sums sums[PAIRS][T][PARTS][2];
     for (auto& pair : sums)
         for (auto& token : pair)
@@ -104,13 +106,13 @@ ONCE void head_products_8(const uint8_t* w, const HeadInput* x, int quads, uint3
             }
         }
     for (int t = 0; t < T; t++) {
-        uint32_t halves[2][ROWS];
+        uint32_t halves[2][HEAD_GROUP];
         for (int half = 0; half < 2; half++)
             for (int p = 0; p < PARTS; p++) {
                 for (int c = 1; c < PAIRS; c++) sums[0][t][p][half] = add(sums[0][t][p][half], sums[c][t][p][half]);
                 store((int32_t*)halves[half] + p * W / 4, sums[0][t][p][half]);
             }
-        for (int r = 0; r < ROWS; r++) out[t * ROWS + r] = (halves[0][r] << HALF_BITS) + halves[1][r];
+        for (int r = 0; r < HEAD_GROUP; r++) out[t * HEAD_GROUP + r] = (halves[0][r] << HALF_BITS) + halves[1][r];
     }
 }
 
@@ -145,7 +147,7 @@ ONCE void head_products_4(const uint8_t* w, const HeadInput* x, int quads, uint3
                     for (auto& a : chain[t][p]) sums[t][p] = add(sums[t][p], widen(a));
     }
     for (int t = 0; t < T; t++)
-        for (int p = 0; p < PARTS; p++) store((int32_t*)out + t * ROWS + p * W / 4, sums[t][p]);
+        for (int p = 0; p < PARTS; p++) store((int32_t*)out + t * HEAD_GROUP + p * W / 4, sums[t][p]);
 }
 
 // A row of 8 bits times activations of 12.
@@ -172,20 +174,20 @@ template <int BITS>
 inline void head_logits(const uint8_t* w, const HeadRows& rows, int count, const HeadInput* x, int tokens, int quads,
                         float* logits, size_t stride, Reach* reach, size_t reaches) {
     for (int t = 0; t < tokens; t += HEAD_TILE) {
-        uint32_t products[HEAD_TILE * ROWS];
+        uint32_t products[HEAD_TILE * HEAD_GROUP];
         const int now = std::min(HEAD_TILE, tokens - t);
         if (now == HEAD_TILE) head_products<BITS, HEAD_TILE>(w, x + t, quads, products);
-        else for (int i = 0; i < now; i++) head_products<BITS, 1>(w, x + t + i, quads, products + i * ROWS);
+        else for (int i = 0; i < now; i++) head_products<BITS, 1>(w, x + t + i, quads, products + i * HEAD_GROUP);
         for (int i = 0; i < now; i++) {
             const HeadInput& in = x[t + i];
-            float values[ROWS], best = -INFINITY, most = -INFINITY, least = -INFINITY;
-            for (int r = 0; r < ROWS; r++) {
+            float values[HEAD_GROUP], best = -INFINITY, most = -INFINITY, least = -INFINITY;
+            for (int r = 0; r < HEAD_GROUP; r++) {
                 const uint32_t zero = BITS == 8 ? uint32_t(rows.zero[r]) : uint32_t(in.zero);
-                values[r] = float(int32_t(products[i * ROWS + r] - zero)) * (in.step * rows.scale[r]);
+                values[r] = float(int32_t(products[i * HEAD_GROUP + r] - zero)) * (in.step * rows.scale[r]);
             }
-            for (int r = count; r < ROWS; r++) values[r] = -INFINITY;
+            for (int r = count; r < HEAD_GROUP; r++) values[r] = -INFINITY;
 #pragma omp simd reduction(max : best, most, least)
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < HEAD_GROUP; r++) {
                 best = std::max(best, values[r]);
                 most = std::max(most, values[r] + in.noise * rows.scale[r]);
                 least = std::max(least, values[r] - in.noise * rows.scale[r]);

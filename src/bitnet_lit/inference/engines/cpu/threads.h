@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -84,4 +85,35 @@ class Pool {
     alignas(64) std::atomic<uint32_t> passed{0};
     std::atomic<bool> stopping{false};
     int idle = 0;
+};
+
+// Phases of a step, each a number of pieces of work that are alike. A thread takes from the front of its own share, one piece
+// after the other, and then from the back of others' shares: processors that share a machine are seldom equally fast.
+class Phases {
+   public:
+    Phases(int phases, int threads) : threads(threads), shares(new Share[size_t(phases) * threads]) {}
+    // Before the threads begin.
+    void set(int phase, int pieces) {
+        for (int i = 0; i < threads; i++)
+            share(phase, i).rest = Rest{uint32_t(pieces * i / threads), uint32_t(pieces * (i + 1) / threads)};
+    }
+    // A piece for `thread`; -1 where all are taken.
+    int take(int phase, int thread) {
+        for (int i = 0; i < threads; i++) {
+            std::atomic<Rest>& rest = share(phase, (thread + i) % threads).rest;
+            Rest seen = rest.load(std::memory_order_relaxed);
+            while (seen.from < seen.to) {
+                const Rest left = i ? Rest{seen.from, seen.to - 1} : Rest{seen.from + 1, seen.to};
+                if (rest.compare_exchange_weak(seen, left, std::memory_order_relaxed)) return int(i ? left.to : seen.from);
+            }
+        }
+        return -1;
+    }
+
+   private:
+    struct Rest { uint32_t from, to; };  // pieces
+    struct alignas(64) Share { std::atomic<Rest> rest; };
+    Share& share(int phase, int thread) { return shares[size_t(phase) * threads + thread]; }
+    int threads;
+    std::unique_ptr<Share[]> shares;
 };

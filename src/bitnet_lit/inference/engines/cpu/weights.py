@@ -20,7 +20,7 @@ from bitnet_lit.inference.engines.cpu import native
 
 ALIGN = 64
 PIECE = 64 * 2**20
-PADDED = 64  # inputs of activations and of the head are padded to a multiple, as `padded` in floats.h does
+PADDED = 64  # inputs of the head are padded to a multiple, as `padded` in floats.h does
 
 
 class Arena:
