@@ -22,7 +22,7 @@ inline Tokens operator-(const Tokens& a, const Tokens& b) {
     return {simd::sub_words(a.half[0], b.half[0]), simd::sub_words(a.half[1], b.half[1])};
 }
 
-struct Table { Tokens sum[SETS]; };  // set c0 + 3 c1 + 9 c2 + 27 c3 of the codes + 1 of four inputs
+struct Table { Tokens sum[SETS]; };  // set c0 + 3 c1 + 9 c2 + 27 c3 of four codes, from -40 to 40
 
 inline void fill_table(const Tokens& a, const Tokens& b, const Tokens& c, const Tokens& d, Table& table) {
     Tokens* to = table.sum;
@@ -40,41 +40,41 @@ inline void fill_table(const Tokens& a, const Tokens& b, const Tokens& c, const 
     }
 }
 
-// The tables of a block's inputs: of triples 4 u to 4 u + 3 the table 3 u + k belongs to triple 4 u + k and input k of the last.
-inline void fill_tables(const Tokens (&inputs)[BLOCK], Table (&tables)[SETS_OF_BLOCK]) {
-    for (int u = 0; u < TRIPLES; u += 4)
-        for (int k = 0; k < 3; k++) {
-            const Tokens* triple = inputs + u + k;
-            fill_table(triple[0], triple[TRIPLES], triple[2 * TRIPLES], inputs[u + 3 + k * TRIPLES], tables[u / 4 * 3 + k]);
-        }
-}
+// Of each row of a group its six sets in a block: offsets into the tables, from their middle, of 16 bits.
+struct Places { uint64_t four[ROWS]; uint32_t two[ROWS]; };
 
-// Of each row of a block of a group where its sums are: six offsets into the tables.
-inline void find_places(const uint8_t* block, uint16_t (*places)[ROWS]) {
+inline void find_places(const uint8_t* block, Places& places) {
     using namespace simd;
     static_assert(sizeof(Tokens) == 64);
     static constexpr Digits<int8_t> digits{27};
-    const Bytes one = all_bytes(1), nothing = all_bytes(40);  // four codes 0
+    const Bytes one = all_bytes(1);
     Bytes signs = load(block + 128);
+    Words even[SETS_OF_BLOCK], odd[SETS_OF_BLOCK];
     for (int u = 0; u < 2; u++, block += 64) {
         const Bytes w[2] = {load(block), load(block + 32)};
         const Bytes magnitudes[4] = {low_nibbles(w[0]), high_nibbles(w[0]), low_nibbles(w[1]), high_nibbles(w[1])};
         Bytes sign[4];
         for (Bytes& s : sign) s = any_of(signs, one), signs = add_bytes(signs, signs);
-        for (int k = 0; k < 3; k++, places++) {
+        for (int k = 0; k < 3; k++) {
             const Bytes digit = signed_by(choose(sixteen(digits.of[k]), magnitudes[3]), sign[3]);
-            const Bytes set = add_bytes(add_bytes(digit, nothing), signed_by(magnitudes[k], sign[k]));
-            store(*places, in_rows(even_times_64(set))), store(*places + ROWS / 2, in_rows(odd_times_64(set)));
+            const Bytes set = add_bytes(digit, signed_by(magnitudes[k], sign[k]));
+            even[3 * u + k] = even_times_64(set), odd[3 * u + k] = odd_times_64(set);
         }
     }
+    store_fours(places.four, even), store_fours(places.four + ROWS / 2, odd);
+    store_twos(places.two, even + 4), store_twos(places.two + ROWS / 2, odd + 4);
 }
 
-inline void add_sums(const uint16_t (*places)[ROWS], const Table* tables, Tokens* sums) {
+ONCE inline void add_sums(const Places& places, const Table* tables, Tokens* sums) {
+    const char* middle = (const char*)tables->sum + SETS / 2 * sizeof(Tokens);
+    const auto add = [&](Tokens& sum, int set, int16_t place) { sum = sum + *(const Tokens*)(middle + set * sizeof(Table) + place); };
     for (int row = 0; row < ROWS; row++) {
         Tokens sum = sums[row];
-#pragma GCC unroll 6
-        for (int set = 0; set < SETS_OF_BLOCK; set++)
-            sum = sum + *(const Tokens*)((const char*)&tables[set] + places[set][row]);
+        const uint64_t four = places.four[row];  // loads are what this loop is made of
+        const uint32_t two = places.two[row];
+#pragma GCC unroll 4
+        for (int set = 0; set < 4; set++) add(sum, set, int16_t(four >> 16 * set));
+        add(sum, 4, int16_t(two)), add(sum, 5, int16_t(two >> 16));
         sums[row] = sum;
     }
 }
@@ -91,24 +91,19 @@ inline void widen_sums(const Tokens* sums, bool adds, int32_t* to) {
         }
 }
 
-inline int rows_of(const Part* parts, int count) {
-    int rows = 0;
-    for (int i = 0; i < count; i++) rows += (parts[i].last - parts[i].first) * ROWS;
-    return rows;
-}
-
 // LOOKUP_TOKENS tokens times the groups of all parts; use(part, group, products) gets sum(code * x), [token * ROWS + row].
 template <class Use>
 inline void lookup_products(const Part* parts, int count, const int8_t* x, size_t stride, int blocks, const Use& use) {
     using namespace simd;
-    const size_t rows = rows_of(parts, count);
     thread_local Buffer<Tokens> sums;
     thread_local Buffer<int32_t> whole;  // what no longer fits into 16 bits
-    alignas(64) Table tables[SETS_OF_BLOCK];
+    thread_local Buffer<Table> tables{SETS_OF_BLOCK};
+    size_t rows = 0;
+    for (int i = 0; i < count; i++) rows += size_t(parts[i].last - parts[i].first) * ROWS;
     if (sums.bytes < rows * sizeof(Tokens)) sums.reset(rows), whole.reset(rows * LOOKUP_TOKENS);
-    bool widened = false;
     std::memset((void*)sums.data, 0, rows * sizeof(Tokens));
-    Tokens reach{};
+    bool widened = false;
+    Tokens reach{};  // what magnitudes may have added up to
     for (int block = 0; block < blocks; block++) {
         Tokens in[BLOCK], magnitude{};
         for (int half = 0; half < 2; half++)
@@ -126,13 +121,18 @@ inline void lookup_products(const Part* parts, int count, const int8_t* x, size_
             std::memset((void*)sums.data, 0, rows * sizeof(Tokens));
             widened = true, reach = magnitude;
         }
-        fill_tables(in, tables);
+        // Of triples 4 u to 4 u + 3, the first three each with an input of the last.
+        for (int u = 0; u < TRIPLES; u += 4)
+            for (int k = 0; k < 3; k++) {
+                const Tokens* triple = in + u + k;
+                fill_table(triple[0], triple[TRIPLES], triple[2 * TRIPLES], in[u + 3 + k * TRIPLES], tables[u / 4 * 3 + k]);
+            }
         Tokens* place = sums;
         for (int i = 0; i < count; i++)
             for (int group = parts[i].first; group < parts[i].last; group++, place += ROWS) {
                 const uint8_t* w = parts[i].packed + (size_t(group) * blocks + block) * BLOCK_BYTES;
-                alignas(32) uint16_t places[SETS_OF_BLOCK][ROWS];
                 for (int line = 0; line < BLOCK_BYTES; line += 64) __builtin_prefetch(w + size_t(blocks) * BLOCK_BYTES + line);
+                alignas(64) Places places;
                 find_places(w, places);
                 add_sums(places, tables, place);
             }

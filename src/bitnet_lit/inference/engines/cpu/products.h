@@ -1,6 +1,8 @@
 // Products of packed weights and int8 activations, of one token or of many.
 #pragma once
 
+#include <vector>
+
 #include "packing.h"
 
 constexpr int FEW_TOKENS = 16;  // and fewer: a decode step; with triples.h as fast as lookup.h, which always makes tables for 32
@@ -57,8 +59,7 @@ inline void multiply_parts(const Part* parts, int count, const Inputs& in, int f
             use(part, group, first, tokens, products.data());
         });
     for (; first < last; first += LOOKUP_TOKENS)
-        lookup_products(parts, count, in.x + size_t(first) * in.stride, in.stride, in.blocks,
-                        [&](int part, int group, const int32_t* found) {
+        lookup_products(parts, count, in.x + size_t(first) * in.stride, in.stride, in.blocks, [&](int part, int group, const int32_t* found) {
             use(part, group, first, std::min(LOOKUP_TOKENS, last - first), found);
         });
 #else

@@ -97,16 +97,29 @@ inline Words high_bytes(Words a) { return _mm256_srai_epi16(a, 8); }
 inline Words add_words(Words a, Words b) { return _mm256_add_epi16(a, b); }
 inline Words sub_words(Words a, Words b) { return _mm256_sub_epi16(a, b); }
 inline Words abs_words(Words a) { return _mm256_abs_epi16(a); }
-// Of the even or odd bytes, none over 127, in the order of triples.h; and of those in the order of rows.
-inline Words even_times_64(Bytes a) { return _mm256_and_si256(_mm256_slli_epi16(a, 6), _mm256_set1_epi16(0x1fc0)); }
-inline Words odd_times_64(Bytes a) { return _mm256_and_si256(_mm256_srli_epi16(a, 2), _mm256_set1_epi16(0x1fc0)); }
-inline Words in_rows(Words a) { return _mm256_permute4x64_epi64(a, 0xd8); }
+// The even or the odd signed bytes, times 64.
+inline Words even_times_64(Bytes a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 2); }
+inline Words odd_times_64(Bytes a) { return _mm256_and_si256(_mm256_srai_epi16(a, 2), _mm256_set1_epi16(-64)); }
 inline Words times_256(Words a) { return _mm256_slli_epi16(a, 8); }
 // To the sums factor * a + b; of each 128 bits the first four numbers to `low`, the others to `high`.
 inline void add_weighted(Words a, Words b, int factor, Sums& low, Sums& high) {
     const Words factors = _mm256_set1_epi32(1 << 16 | factor);
     low = add(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), factors));
     high = add(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), factors));
+}
+// Of sixteen rows four numbers each to 64 bits, or two to 32; and what add_weighted made. All in the order of the rows, when
+// those are in words 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14 and 15 (unpacking keeps to the halves of a vector).
+inline void store_fours(uint64_t* to, const Words* a) {
+    const Words low[2] = {_mm256_unpacklo_epi16(a[0], a[1]), _mm256_unpacklo_epi16(a[2], a[3])};
+    const Words high[2] = {_mm256_unpackhi_epi16(a[0], a[1]), _mm256_unpackhi_epi16(a[2], a[3])};
+    store(to, _mm256_unpacklo_epi32(low[0], low[1])), store(to + 4, _mm256_unpackhi_epi32(low[0], low[1]));
+    store(to + 8, _mm256_unpacklo_epi32(high[0], high[1])), store(to + 12, _mm256_unpackhi_epi32(high[0], high[1]));
+}
+inline void store_sums(void* to, Sums low, Sums high) {
+    store(to, _mm256_permute4x64_epi64(low, 0xd8)), store((int32_t*)to + 8, _mm256_permute4x64_epi64(high, 0xd8));
+}
+inline void store_twos(uint32_t* to, const Words* a) {
+    store_sums(to, _mm256_unpacklo_epi16(a[0], a[1]), _mm256_unpackhi_epi16(a[0], a[1]));
 }
 inline bool any_negative(Words a) { return _mm256_movemask_epi8(a) & 0xaaaaaaaa; }
 // Eight numbers of each row to eight columns, by perfect shuffles of the order of eight vectors' elements: three of them turn

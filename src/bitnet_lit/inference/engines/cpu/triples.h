@@ -22,8 +22,8 @@ constexpr int TRIPLES = BLOCK / 3, MAGNITUDES = 14;
 
 inline int blocks_of(int inputs) { return round_up(inputs, BLOCK) / BLOCK; }
 
-// Where the sums come out in order: those of even bytes before odd ones, by fours from both halves of a vector (add_weighted).
-constexpr int place_of(int row) { return row % 4 * 2 + row / 8 % 2 * 8 + row / 4 % 2 * 16 + row / 16; }
+// Even bytes of words come out of sums before odd ones, and words in the order of simd::store_sums.
+constexpr int place_of(int row) { return row % 2 * 2 + row / 2 % 2 * 16 + row / 4 % 2 * 4 + row / 8 % 2 * 8 + row / 16; }
 
 // The codes + 1 of a row in a block, a byte each, to `block`. All eight triples at once, a byte of a word each.
 inline void pack_block(const uint8_t* codes, int row, uint8_t* block) {
@@ -120,7 +120,7 @@ ONCE void triple_dot(const uint8_t* w, const TripleSums* tokens, int blocks, int
         }
     }
     for (int t = 0; t < T; t++)
-        for (int i = 0; i < 4; i++) store(out + t * ROWS + 8 * i, sums[t][i]);
+        for (int half = 0; half < 2; half++) store_sums(out + t * ROWS + half * 16, sums[t][2 * half], sums[t][2 * half + 1]);
 }
 
 constexpr int TILE = 4;  // tokens whose sums fit into the registers
