@@ -22,8 +22,8 @@ def test_rows_of_every_peer_and_of_the_memory(monkeypatch):
     assert compared == {(peer, what) for peer in peers for what in ("decode", "prefill")}
     for row in rows:
         assert row["ours"] > 0 and row["theirs"] > 0 and row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
-    # Seven ternary matrices at 2 bits, or with AVX2 in blocks of 160 bytes for 32 rows and 24 inputs; the head's bytes, scales
-    # and sums; float16 keys and values of 192 tokens.
+    # Seven ternary matrices at 2 bits, or with AVX2 in blocks of 160 bytes for 32 rows and 24 inputs; the head's bytes,
+    # scales and sums; float16 keys and values of 192 tokens.
     ternary = 8 * 11 * 160 if native.library().bitnet_simd() == b"avx2" else 256 * 256 / 4
     expected = 7 * ternary + 32000 * (256 + 8) + 2 * 192 * 256 * 2
     assert rows[-1]["unit"] == "GB/s" and rows[-1]["what"] == f"decode reads {expected / 1e6:,.1f} MB a token"
