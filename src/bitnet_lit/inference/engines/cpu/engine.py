@@ -1,8 +1,8 @@
 """The native CPU engine: a BitNet's whole step in one call of compiled code.
 
-Weights are packed at load into the layout of the kernels (packing.h): 2 bits a projection weight, 1.67 with AVX2; latent
-weights are not kept. The output head, half of a small model's bytes, has rows of 8 bits with a scale each, of 4 bits for
-all rows and 8 for the likely ones, or of floats. Rows that could be the likeliest token's, within six standard
+Weights are packed at load into the layout of the kernels (packing.h): 2 bits a projection weight, 1.67 with AVX2;
+latent weights are not kept. The output head, half of a small model's bytes, has rows of 8 bits with a scale each, of 4
+bits for all rows and 8 for the likely ones, or of floats. Rows that could be the likeliest token's, within six standard
 deviations of the rounding's error, are computed again from the floats (head.h).
 """
 

@@ -100,6 +100,7 @@ inline void lookup_products(const Part* parts, int count, const int8_t* x, size_
     thread_local Buffer<Table> tables{SETS_OF_BLOCK};
     size_t rows = 0;
     for (int i = 0; i < count; i++) rows += size_t(parts[i].last - parts[i].first) * ROWS;
+    if (!rows) return;  // a thread without a share
     if (sums.bytes < rows * sizeof(Tokens)) sums.reset(rows), whole.reset(rows * LOOKUP_TOKENS);
     std::memset((void*)sums.data, 0, rows * sizeof(Tokens));
     bool widened = false;
