@@ -10,37 +10,8 @@
 #pragma once
 
 #include "attention.h"
-#include "head.h"
+#include "logits.h"
 #include "products.h"
-#include "threads.h"
-
-extern "C" {
-
-struct Shape {
-    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_bits, cache_type, threads;
-    float eps, rope_theta;
-};
-
-struct Matrix {  // one of the three
-    const uint8_t* packed;  // packing.h; times scale
-    const float* floats;    // (O, I)
-    const bfloat16* bfloats;
-    float scale;
-};
-
-struct Layer {
-    const float *input_norm, *attn_norm, *post_norm, *ffn_norm;  // null where there is none
-    Matrix q, k, v, o, gate, up, down;
-};
-
-struct Weights {
-    Matrix embedding, head;    // (vocab, hidden), dense
-    const float* norm;
-    const uint8_t* head_codes;  // head.h, where head_bits is not 32
-    const HeadRows* head_rows;
-    const int8_t* head_fine;   // (vocab, padded hidden), where head_bits is 4
-};
-}
 
 namespace {
 
@@ -55,6 +26,7 @@ struct Row {
 
 enum Phase { HEADS, OUT, FFN, DOWN, PHASES };
 constexpr int HEAD_PIECE = 8 * HEAD_GROUP;  // rows of the output head
+constexpr size_t PIECE_BYTES = 8192;
 
 struct Engine {
     Shape s;
@@ -63,17 +35,15 @@ struct Engine {
     Weights w;
     Pool pool;
     Phases phases;  // of every layer those below, and the head
-    int attention, head_unit;
+    int attention;
+    int units[PHASES];  // heads or rows of a piece
     int widest;  // numbers from one token to the next in all that follows
     // of all rows of a step
     Buffer<float> x, q, k, v, attended, gated, raised, normed;
     Buffer<int8_t> codes;
-    Buffer<uint8_t> halves;
-    Buffer<int16_t> fine;
-    Buffer<float> scales, bounds;
+    Buffer<float> scales;
     std::vector<int32_t> sums;
-    std::vector<HeadInput> head_inputs;
-    std::vector<Reach> reach;  // [wanted row][group of the head]
+    IntegerHead head;
     Buffer<float> cosine, sine;  // (context, head_dim / 2)
     int capacity = 0;
 
@@ -82,7 +52,8 @@ struct Engine {
           layers(l, l + shape.layers), w(weights), pool(shape.threads), phases(PHASES * s.layers + 1, s.threads) {
         attention = s.heads * s.head_dim;
         const int whole = ROWS / std::gcd(ROWS, s.head_dim);  // heads that fill groups of rows
-        head_unit = s.kv_heads / whole >= s.threads ? whole : 1;
+        units[HEADS] = s.kv_heads / whole >= s.threads ? whole : 1;
+        units[OUT] = piece_rows(s.hidden, attention), units[FFN] = piece_rows(s.ffn, s.hidden), units[DOWN] = piece_rows(s.hidden, s.ffn);
         widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)}) + 64;  // not 4 KiB: those would share sets of the caches
         const int half = s.head_dim / 2;
         cosine.reset(size_t(s.context) * half), sine.reset(size_t(s.context) * half);
@@ -101,10 +72,7 @@ struct Engine {
         const size_t copies = std::max(rows, s.threads);
         normed.reset(copies * widest);
         codes.reset(size_t(readable(int(copies))) * widest), scales.reset(copies), sums.assign(copies, 0);
-        const size_t half = padded(s.hidden);
-        halves.reset(rows * 2 * half), fine.reset(rows * half), head_inputs.resize(rows);
-        bounds.reset(size_t(rows) * s.threads);
-        for (int i = 0; i < rows; i++) head_inputs[i] = {halves + 2 * i * half, halves + (2 * i + 1) * half, 0, 0, 0, fine + i * half, 0};
+        if (s.head_bits < 32) head.reserve(rows, s.threads, s.hidden);
     }
 
     // What enters a projection: the norm (or none) of one token, and of a BitNet its rounding to int8,
@@ -159,12 +127,17 @@ struct Engine {
     }
 
     static int phase_of(int layer, Phase phase) { return layer * PHASES + phase; }
+    // Rows of a piece: so many that taking it costs little beside its product, but four for each thread where there are.
+    int piece_rows(int rows, int inputs) const {
+        const int worth = int(PIECE_BYTES / group_bytes(inputs)), enough = groups_of(rows) / (4 * pool.count);
+        return ROWS * std::max(1, std::min(worth, enough));
+    }
     void set_phases() {
         const auto pieces = [](int count, int unit) { return (count + unit - 1) / unit; };
         for (int i = 0; i < s.layers; i++) {
-            phases.set(phase_of(i, HEADS), pieces(s.kv_heads, head_unit));
-            phases.set(phase_of(i, OUT), pieces(s.hidden, ROWS)), phases.set(phase_of(i, DOWN), pieces(s.hidden, ROWS));
-            phases.set(phase_of(i, FFN), pieces(s.ffn, ROWS));
+            phases.set(phase_of(i, HEADS), pieces(s.kv_heads, units[HEADS]));
+            phases.set(phase_of(i, OUT), pieces(s.hidden, units[OUT])), phases.set(phase_of(i, DOWN), pieces(s.hidden, units[DOWN]));
+            phases.set(phase_of(i, FFN), pieces(s.ffn, units[FFN]));
         }
         phases.set(s.layers * PHASES, pieces(s.vocab, HEAD_PIECE));
     }
@@ -225,12 +198,6 @@ struct Engine {
         }
     }
 
-    static void dense_dots_of(const Matrix& m, int row, const float* in, size_t stride, int tokens, int inputs, float* out) {
-        const size_t at = size_t(row) * inputs;
-        if (m.floats) dense_row(m.floats + at, in, stride, tokens, inputs, out);
-        else dense_row(m.bfloats + at, in, stride, tokens, inputs, out);
-    }
-
     ONCE void rotate(float* head, int position) const {
         const int half = s.head_dim / 2;
         const float *c = cosine + size_t(position) * half, *n = sine + size_t(position) * half;
@@ -267,7 +234,7 @@ struct Engine {
         const Layer& l = layers[index];
         const int p = s.head_dim, group = s.heads / s.kv_heads;
         const Entering in = prepare_rows(thread, count, x, l.input_norm, s.hidden);
-        divide(phase_of(index, HEADS), thread, count, s.kv_heads, head_unit, [&](int from, int to, int first, int last) {
+        divide(phase_of(index, HEADS), thread, count, s.kv_heads, units[HEADS], [&](int from, int to, int first, int last) {
             multiply({{l.q, from * group * p, to * group * p, q}, {l.k, from * p, to * p, k}, {l.v, from * p, to * p, v}}, in, first, last, set);
             for (int t = first; t < last; t++) {
                 for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
@@ -286,7 +253,7 @@ struct Engine {
         }
         pool.barrier();
         const Entering out = prepare_rows(thread, count, attended, l.attn_norm, attention);
-        divide(phase_of(index, OUT), thread, count, s.hidden, ROWS, [&](int from, int to, int first, int last) {
+        divide(phase_of(index, OUT), thread, count, s.hidden, units[OUT], [&](int from, int to, int first, int last) {
             multiply({{l.o, from, to, x}}, out, first, last, add);
         });
         pool.barrier();
@@ -295,7 +262,7 @@ struct Engine {
     void feed_forward_part(int thread, int index, int count) {
         const Layer& l = layers[index];
         const Entering in = prepare_rows(thread, count, x, l.post_norm, s.hidden);
-        divide(phase_of(index, FFN), thread, count, s.ffn, ROWS, [&](int from, int to, int first, int last) {
+        divide(phase_of(index, FFN), thread, count, s.ffn, units[FFN], [&](int from, int to, int first, int last) {
             multiply({{l.gate, from, to, gated}, {l.up, from, to, raised}}, in, first, last, set);
             for (int t = first; t < last; t++) {
                 float *gate = gated + size_t(t) * widest, *up = raised + size_t(t) * widest;
@@ -307,7 +274,7 @@ struct Engine {
         });
         pool.barrier();
         const Entering down = prepare_rows(thread, count, gated, l.ffn_norm, s.ffn);
-        divide(phase_of(index, DOWN), thread, count, s.hidden, ROWS, [&](int from, int to, int first, int last) {
+        divide(phase_of(index, DOWN), thread, count, s.hidden, units[DOWN], [&](int from, int to, int first, int last) {
             multiply({{l.down, from, to, x}}, down, first, last, add);
         });
         pool.barrier();
@@ -319,7 +286,7 @@ struct Engine {
         float* row = normed + size_t(slot) * widest;
         const float factor = 1.0f / std::sqrt(sum_of_squares(in, s.hidden) / float(s.hidden) + s.eps);
         for (int i = 0; i < s.hidden; i++) row[i] = in[i] * factor * w.norm[i];
-        if constexpr (BITS < 32) quantize_head_input<BITS>(row, s.hidden, head_inputs[slot]);
+        if constexpr (BITS < 32) head.take<BITS>(row, s.hidden, slot);
     }
 
     template <int BITS>
@@ -327,73 +294,16 @@ struct Engine {
         const int count = int(wanted.size());
         for (int i = thread; i < count; i += pool.count) head_input<BITS>(x + size_t(wanted[i]) * widest, i);
         pool.barrier();
-        const auto each = [&](const auto& does) {
+        const auto pieces = [&](const auto& does) {
             for (int piece; (piece = phases.take(s.layers * PHASES, thread)) >= 0;)
                 does(piece * HEAD_PIECE, std::min(s.vocab, (piece + 1) * HEAD_PIECE));
         };
-        if constexpr (BITS == 32)
-            each([&](int from, int to) { multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set); });
-        else
-            integer_head<BITS>(thread, count, each, logits);
-    }
-
-    template <int BITS, class Each>
-    void integer_head(int thread, int count, const Each& each, float* logits) {
-        const int groups = head_groups_of(s.vocab), quads = quads_of(s.hidden);
-        thread_local std::vector<float> least;  // of the best logit of what this thread computes
-        least.assign(count, -INFINITY);
-        each([&](int from, int to) {
-            for (int g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
-                head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(HEAD_GROUP, to - g * HEAD_GROUP),
-                                  head_inputs.data(), count, quads, logits + g * HEAD_GROUP, s.vocab, &reach[g], groups);
-                for (int i = 0; i < count; i++) least[i] = std::max(least[i], reach[size_t(i) * groups + g].least);
-            }
-        });
-        for (int i = 0; i < count; i++) bounds[i * pool.count + thread] = least[i];
-        pool.barrier();
-        thread_local std::vector<int> exact, finer;
-        const auto [from, to] = share(thread, s.vocab, HEAD_GROUP);
-        const int first = from / HEAD_GROUP, last = head_groups_of(to);
-        const auto fine_row = [&](int v) { return w.head_fine + size_t(v) * padded(s.hidden); };
-        for (int i = 0; i < count; i++) {
-            float* row = logits + size_t(i) * s.vocab;
-            const Reach* of = &reach[size_t(i) * groups];
-            const HeadInput& in = head_inputs[i];
-            const float bound = *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count);
-            const float enough = BITS == 4 ? quartile_best(of, groups) : INFINITY;
-            exact.clear(), finer.clear();
-            for (int g = first; g < last; g++) {
-                if (of[g].most < bound && of[g].best < enough) continue;
-                for (int v = g * HEAD_GROUP; v < std::min(to, (g + 1) * HEAD_GROUP); v++) {
-                    if (row[v] + in.noise * w.head_rows[g].scale[v % HEAD_GROUP] >= bound) {
-                        exact.push_back(v);
-                        if (w.head.floats) prefetch(w.head.floats + size_t(v) * s.hidden, s.hidden);
-                        else prefetch(w.head.bfloats + size_t(v) * s.hidden, s.hidden);
-                    } else if (row[v] >= enough) {
-                        finer.push_back(v);
-                    }
-                }
-            }
-            // Rows from anywhere: the processor's own prefetching does not find them.
-            for (size_t n = 0; n < finer.size(); n++) {
-                if (n + FINE_AHEAD < finer.size()) prefetch(fine_row(finer[n + FINE_AHEAD]), s.hidden);
-                const int v = finer[n];
-                const float scale = w.head_rows[v / HEAD_GROUP].scale[v % HEAD_GROUP] * (float(LARGEST_CODE<4>) / 127.0f) * in.fine_step;
-                row[v] = float(fine_product(fine_row(v), in.fine, s.hidden)) * scale;
-            }
-            for (int v : exact) dense_dots_of(w.head, v, normed + size_t(i) * widest, widest, 1, s.hidden, row + v);
+        if constexpr (BITS == 32) {
+            pieces([&](int from, int to) { multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set); });
+        } else {
+            const auto [from, to] = share(thread, s.vocab, HEAD_GROUP);
+            head.logits<BITS>(w, s, pool, thread, normed, widest, count, pieces, from, to, logits);
         }
-    }
-
-    // What the best logits of three quarters of the groups reach: above it are about a twelfth of the rows. Every thread finds
-    // it for itself, among all groups, so that a text does not depend on the number of threads.
-    static float quartile_best(const Reach* groups, int count) {
-        thread_local std::vector<float> bests;
-        bests.clear();
-        for (int g = 0; g < count; g++) bests.push_back(groups[g].best);
-        const auto quarter = bests.begin() + count / 4;
-        std::nth_element(bests.begin(), quarter, bests.end());
-        return *quarter;
     }
 
     void embed(int token, float* out) const {
@@ -405,7 +315,7 @@ struct Engine {
     void step(const std::vector<Row>& rows, const std::vector<int>& wanted, float* logits) {
         const int count = int(rows.size());
         reserve(count);
-        if (s.head_bits < 32) reach.resize(std::max(reach.size(), wanted.size() * head_groups_of(s.vocab)));
+        if (s.head_bits < 32) head.begin(int(wanted.size()), s.vocab);
         for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
         for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * widest);
         set_phases();

@@ -21,14 +21,14 @@ inline int readable(int tokens) { return round_up(tokens, LOOKUP_TOKENS); }  // 
 struct Inputs {
     const int8_t* x;  // a token `stride` after the other, padded with zeros to whole blocks
     size_t stride;
-    int tokens, blocks;
+    int blocks;
     const int32_t* sums;  // of each token's x
 #if defined(SIMD_LOOKUP)
     const TripleSums* triples = nullptr;  // of few tokens
 #endif
 
-    Inputs(const int8_t* x, size_t stride, int tokens, int blocks, const int32_t* sums)
-        : x(x), stride(stride), tokens(tokens), blocks(blocks), sums(sums) {
+    Inputs(const int8_t* x, size_t stride, [[maybe_unused]] int tokens, int blocks, const int32_t* sums)
+        : x(x), stride(stride), blocks(blocks), sums(sums) {
 #if defined(SIMD_LOOKUP)
         if (tokens > FEW_TOKENS) return;
         thread_local Buffer<TripleSums> made;

@@ -1,0 +1,95 @@
+// Logits by an integer head (head.h): all rows coarsely, and again more finely those that it matters for.
+//
+// A row that could be the best is computed again from the weights as they were. With 4 bits the best rows besides, about a
+// twelfth, are computed again from 8.
+#pragma once
+
+#include <vector>
+
+#include "model.h"
+#include "threads.h"
+
+class IntegerHead {
+   public:
+    void reserve(int rows, int threads, int hidden) {
+        const size_t each = padded(hidden);
+        halves.reset(rows * 2 * each), fine.reset(rows * each), inputs.resize(rows), bounds.reset(size_t(rows) * threads);
+        for (int i = 0; i < rows; i++) inputs[i] = {halves + 2 * i * each, halves + (2 * i + 1) * each, 0, 0, 0, fine + i * each, 0};
+    }
+    void begin(int wanted, int vocab) { reach.resize(std::max(reach.size(), size_t(wanted) * head_groups_of(vocab))); }
+
+    template <int BITS>
+    void take(const float* row, int hidden, int slot) { quantize_head_input<BITS>(row, hidden, inputs[slot]); }
+
+    // By every thread. `rows`: what was taken, `stride` apart; pieces(does) calls does(from, to) for a thread's shares of the
+    // vocabulary, which begin with whole groups; [from, to) is what it looks through again.
+    template <int BITS, class Pieces>
+    void logits(const Weights& w, const Shape& s, Pool& pool, int thread, const float* rows, size_t stride, int count,
+                const Pieces& pieces, int from, int to, float* out) {
+        const int groups = head_groups_of(s.vocab), quads = quads_of(s.hidden);
+        thread_local std::vector<float> least;  // of the best logit of what this thread computes
+        least.assign(count, -INFINITY);
+        pieces([&](int from, int to) {
+            for (int g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
+                head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(HEAD_GROUP, to - g * HEAD_GROUP),
+                                  inputs.data(), count, quads, out + g * HEAD_GROUP, s.vocab, &reach[g], groups);
+                for (int i = 0; i < count; i++) least[i] = std::max(least[i], reach[size_t(i) * groups + g].least);
+            }
+        });
+        for (int i = 0; i < count; i++) bounds[i * pool.count + thread] = least[i];
+        pool.barrier();
+        for (int i = 0; i < count; i++)
+            refine<BITS>(w, s, i, *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count),
+                         rows + i * stride, from, to, out + size_t(i) * s.vocab);
+    }
+
+   private:
+    // Logits [from, to) of one row, again where they reach `bound`, and where they are among the best.
+    template <int BITS>
+    void refine(const Weights& w, const Shape& s, int index, float bound, const float* x, int from, int to, float* logits) const {
+        thread_local std::vector<int> exact, finer;
+        const int groups = head_groups_of(s.vocab);
+        const Reach* of = &reach[size_t(index) * groups];
+        const HeadInput& in = inputs[index];
+        const float enough = BITS == 4 ? quartile_best(of, groups) : INFINITY;
+        const auto fine_row = [&](int v) { return w.head_fine + size_t(v) * padded(s.hidden); };
+        exact.clear(), finer.clear();
+        for (int g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
+            if (of[g].most < bound && of[g].best < enough) continue;
+            for (int v = g * HEAD_GROUP; v < std::min(to, (g + 1) * HEAD_GROUP); v++) {
+                if (logits[v] + in.noise * w.head_rows[g].scale[v % HEAD_GROUP] >= bound) {
+                    exact.push_back(v);
+                    if (w.head.floats) prefetch(w.head.floats + size_t(v) * s.hidden, s.hidden);
+                    else prefetch(w.head.bfloats + size_t(v) * s.hidden, s.hidden);
+                } else if (logits[v] >= enough) {
+                    finer.push_back(v);
+                }
+            }
+        }
+        // Rows from anywhere: the processor's own prefetching does not find them.
+        for (size_t n = 0; n < finer.size(); n++) {
+            if (n + FINE_AHEAD < finer.size()) prefetch(fine_row(finer[n + FINE_AHEAD]), s.hidden);
+            const int v = finer[n];
+            const float scale = w.head_rows[v / HEAD_GROUP].scale[v % HEAD_GROUP] * (float(LARGEST_CODE<4>) / 127.0f) * in.fine_step;
+            logits[v] = float(fine_product(fine_row(v), in.fine, s.hidden)) * scale;
+        }
+        for (int v : exact) dense_dots_of(w.head, v, x, 0, 1, s.hidden, logits + v);
+    }
+
+    // What the best logits of three quarters of the groups reach: above it are about a twelfth of the rows. Every thread finds
+    // it for itself, among all groups, so that a text does not depend on the number of threads.
+    static float quartile_best(const Reach* groups, int count) {
+        thread_local std::vector<float> bests;
+        bests.clear();
+        for (int g = 0; g < count; g++) bests.push_back(groups[g].best);
+        const auto quarter = bests.begin() + count / 4;
+        std::nth_element(bests.begin(), quarter, bests.end());
+        return *quarter;
+    }
+
+    Buffer<uint8_t> halves;
+    Buffer<int16_t> fine;
+    Buffer<float> bounds;           // [wanted row][thread]
+    std::vector<HeadInput> inputs;  // of wanted rows
+    std::vector<Reach> reach;       // [wanted row][group]
+};
