@@ -143,3 +143,12 @@ def test_texts_of_a_batch_are_those_of_each_alone(tokenizer):
     statistics = generator.statistics
     assert statistics.prompt_tokens == sum(len(tokenizer.encode(prompt)) for prompt in set(prompts))
     assert "context" in statistics.reason
+
+
+def test_rows_of_a_padded_vocabulary_are_never_drawn(tokenizer):
+    """A model may have more rows than the tokenizer has pieces; the likeliest here is such a row."""
+    padded = Scripted([tokenizer.vocab_size + 3], vocab_size=tokenizer.vocab_size + 8)
+    generator = Generator(padded, tokenizer)
+    for temperature in (0.0, 1.0):
+        text = "".join(generator.stream("Once", max_new_tokens=5, temperature=temperature, seed=1))
+        assert isinstance(text, str) and generator.statistics.new_tokens >= 1

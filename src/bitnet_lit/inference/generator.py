@@ -84,12 +84,12 @@ class _Text:
     ) -> None:
         self.ids, self.sampler = ids, sampler
         self.reason = ""
-        self._ends = (tokenizer.eos_id, tokenizer.bos_id)
+        self._ends, self._pieces = (tokenizer.eos_id, tokenizer.bos_id), tokenizer.vocab_size
         self._decoder, self._stops = tokenizer.stream_decoder(prompt_ids), _StopFilter(stop)
 
     def draw(self, logits: NDArray[np.float32]) -> str:
         """Draw the next token; returns what has become final by it, and sets `reason` where it ends the text."""
-        token = self.sampler.draw(logits, self.ids)
+        token = self.sampler.draw(logits[: self._pieces], self.ids)  # a vocabulary may be padded: no text belongs to the rest
         if token in self._ends:
             return self.end("eos")
         self.ids.append(token)
