@@ -89,7 +89,7 @@ class _Text:
 
     def draw(self, logits: NDArray[np.float32]) -> str:
         """Draw the next token; returns what has become final by it, and sets `reason` where it ends the text."""
-        token = self.sampler.draw(logits[: self._pieces], self.ids)  # a vocabulary may be padded: no text belongs to the rest
+        token = self.sampler.draw(logits[: self._pieces], self.ids)  # a padded vocabulary has rows without a piece
         if token in self._ends:
             return self.end("eos")
         self.ids.append(token)
