@@ -1,33 +1,92 @@
 """Files and folders that are either the old ones or the new ones, whenever the process is killed.
 
-What is written goes to a temporary name beside its target, is flushed to the disk and then renamed: a rename inside
-one file system is atomic. A folder that replaces another is *exchanged* with it in one system call where the
-system has one (Linux, macOS).
+What is written goes to a temporary name beside its target, `.<name>.<number>.tmp`, is flushed to the disk and then
+renamed: a rename inside one file system is atomic. A folder that replaces another is *exchanged* with it in one system
+call where the system has one (Linux, macOS), and afterwards the files that its user had put there move to the new one.
+
+    .model.4711.tmp/
+      journal     which names in the old folder are the writer's; empty until the exchange is due
+      new/        being filled; after the exchange, the old folder
+      old/        the old folder, on file systems without exchange
+
+A killed writer leaves its temporary name behind. The next write of the same target removes it, and so does
+`remove_leftovers`: a writer holds a lock on what it writes, which the system takes from a process that dies.
+
+Links are followed: what a link points to is replaced, and the link stays. Devices, pipes and sockets are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
 import os
+import re
 import shutil
+import stat
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
+from bitnet_lit.errors import UserError
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+LONGEST_NAME = 255  # bytes, on most file systems
+LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
+NUMBERS_ARE_USED_AGAIN = 3600  # seconds after which a living process of that number is no longer taken for the writer
+JOURNAL, NEW, OLD = "journal", "new", "old"
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.EACCES, errno.EISDIR}
+
+
+def real_path(path: Path, folder: bool = False) -> Path:
+    """Where a write to `path` goes: links are followed.
+
+    Args:
+        folder: what is to be written there: a folder, or a file.
+
+    Raises:
+        UserError: something else lies there: a device, a pipe, a folder in place of a file, ...
+    """
+    real = Path(os.path.realpath(path))
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        mode = real.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return real
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFLNK: "a link that leads to itself",
+    }
+    kind, wanted = stat.S_IFMT(mode), stat.S_IFDIR if folder else stat.S_IFREG
+    if kind != wanted:
+        raise UserError(f"{path}: is {kinds.get(kind, 'a device')}, not {kinds[wanted]}: choose another name")
+    if folder and (os.path.ismount(real) or os.path.samefile(real, os.curdir)):
+        what = "a mount point" if os.path.ismount(real) else "the current folder"
+        raise UserError(f"{path}: is {what}, which cannot be replaced: give the name of a folder inside it")
+    return real
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write; becomes `path` when the block ends without an exception, else it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary path to write; becomes `path` when the block ends without an exception, else it is removed.
+
+    The temporary file exists already, and is empty.
+
+    Raises:
+        UserError: something that is no file lies at `path`.
+    """
+    path = real_path(path)
+    _remove_own_leftovers(path)
+    temporary, descriptor = _claim(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         _sync(temporary)
@@ -35,41 +94,207 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; takes the place of `path` when the block ends without an exception."""
+def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = None) -> Iterator[Path]:
+    """A temporary folder to fill; takes the place of `path` when the block ends without an exception.
+
+    Args:
+        ours: the names in an existing folder that its writer wrote. They are replaced as a whole; everything else is
+            the user's and stays. None: every name is the writer's.
+
+    Raises:
+        UserError: something lies at `path` that is no folder, or the user's own file stands where one of the new
+            folder's must go.
+    """
+    path = real_path(path, folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    _remove_own_leftovers(path)
+
+    def make(name: Path) -> int:
+        name.mkdir()
+        return os.open(name / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+    holder, descriptor = _claim(path, make)
+    new = holder / NEW
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
             _sync(file)
-        _sync(temporary)
+        _sync(new)
         if path.exists():
-            _exchange(temporary, path)
+            written, there = set(os.listdir(new)), set(os.listdir(path))
+            replaced = there if ours is None else there & set(ours(path))
+            if taken := sorted(written & there - replaced):
+                raise UserError(
+                    f"{path / taken[0]}: a file of that name is to be written, and this one was not: move it away, or "
+                    "choose another folder"
+                )
+            os.write(descriptor, json.dumps(sorted(written | replaced)).encode())
+            os.fsync(descriptor)
+            _exchange(holder, path)
         else:
-            temporary.rename(path)
+            new.rename(path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # the old folder after an exchange, or a failed attempt
+        _settle(holder, path)
+        os.close(descriptor)
 
 
-def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders; in one step where the system can, in two renames elsewhere."""
+def remove_leftovers(folder: Path, *patterns: str) -> None:
+    """Remove what killed processes had begun to write in `folder`; what a living one is writing stays.
+
+    A killed `atomic_folder` may hold files of the user's: they go back to where they were.
+
+    Args:
+        patterns: of the targets' names, such as "*.bin"; none: all of them.
+    """
+    with contextlib.suppress(OSError):  # no folder, or none that may be listed: nothing to clean
+        for name in sorted(os.listdir(folder)):
+            found = LEFTOVER.fullmatch(name)
+            if found and (not patterns or any(fnmatchcase(found[1], pattern) for pattern in patterns)):
+                with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+                    _remove_if_abandoned(folder / name, folder / found[1], int(found[2]))
+
+
+def _remove_own_leftovers(path: Path) -> None:
+    remove_leftovers(path.parent, escape(_stem(path.name)))
+
+
+def _stem(name: str) -> str:
+    """A target's name as it stands in the temporary one: shortened where that would be too long."""
+    room = LONGEST_NAME - len("..0123456789.tmp")
+    if len(os.fsencode(name)) <= room:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    while len(os.fsencode(name)) > room - len(digest):
+        name = name[:-1]
+    return name + digest
+
+
+def _claim(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """Make a temporary name of `path` with `make`, and lock it.
+
+    Returns:
+        The name, and the descriptor that holds the lock until it is closed.
+    """
+    # The number of a thread, because several may write one target; that of a process's first thread is the process's.
+    for number in itertools.count(threading.get_native_id()):
+        temporary = path.with_name(f".{_stem(path.name)}.{number}.tmp")
+        try:
+            descriptor = make(temporary)
+        except FileExistsError:
+            continue  # of a process in another container, which counts from one as this one does
+        _lock(descriptor)
+        return temporary, descriptor
+    raise AssertionError("numbers have no end")
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the lock of an open file: True; False where another has it, None where the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return None
+
+
+def _remove_if_abandoned(leftover: Path, target: Path, number: int) -> None:
+    is_folder = leftover.is_dir() and not leftover.is_symlink()
+    locked = leftover / JOURNAL if is_folder else leftover
+    age = time.time() - max(file.lstat().st_mtime for file in (leftover, *leftover.glob("*/*")))
+    descriptor = os.open(locked, os.O_RDWR | os.O_NOFOLLOW) if locked.exists() else None
+    try:
+        has_lock = True if descriptor is None else _lock(descriptor)
+        writer_may_live = _is_another_process(number) or has_lock is None
+        if has_lock is False or (writer_may_live and age < NUMBERS_ARE_USED_AGAIN):
+            return
+        if is_folder:
+            _settle(leftover, target)
+        else:
+            leftover.unlink()
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _is_another_process(number: int) -> bool:
+    if number == os.getpid():
+        return False  # of an earlier life: in a container a command has the same number each time
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _settle(holder: Path, path: Path) -> None:
+    """End a write, finished or not: the user's files go back to `path`, the writer's old or half-made ones go."""
+    journal = holder / JOURNAL
+    if (holder / OLD).is_dir() and not path.exists():
+        os.rename(holder / OLD, path)  # killed between the two renames of an exchange
+    folders, ours = [holder / NEW, holder / OLD], None
+    if journal.exists():
+        noted = journal.read_text(encoding="utf-8")
+        ours = set(json.loads(noted)) if noted else None
+    elif path.is_dir():  # an older version's, which has no journal: what the target has too is the writer's
+        folders, ours = [holder], set(os.listdir(path))
+    else:
+        folders = [holder]
+    for folder in folders:
+        if ours is not None and folder.is_dir():
+            for name in set(os.listdir(folder)) - ours:
+                _give_back(folder / name, path)
+        shutil.rmtree(folder, ignore_errors=True)
+    if holder.exists():
+        journal.unlink(missing_ok=True)
+        holder.rmdir()
+
+
+def _give_back(entry: Path, folder: Path) -> None:
+    """Move a user's file or folder; where one of its name lies there by now, it gets another name."""
+    folder.mkdir(exist_ok=True)
+    names = itertools.chain([entry.name], (f"{entry.name}.kept{number or ''}" for number in itertools.count()))
+    target = next(folder / name for name in names if not os.path.lexists(folder / name))
+    os.rename(entry, target)
+
+
+def _exchange(holder: Path, path: Path) -> None:
+    """Swap `path` and `holder`/new; in one step where the system can, in two renames elsewhere."""
     library = ctypes.CDLL(None, use_errno=True)
-    status = -1
+    new, old, status = holder / NEW, holder / OLD, -1
     if sys.platform == "linux" and hasattr(library, "renameat2"):
         at_cwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
-        status = library.renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), rename_exchange)
+        status = library.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(path), rename_exchange)
     elif sys.platform == "darwin" and hasattr(library, "renamex_np"):
         rename_swap = 2  # sys/stdio.h
-        status = library.renamex_np(os.fsencode(a), os.fsencode(b), rename_swap)
+        status = library.renamex_np(os.fsencode(new), os.fsencode(path), rename_swap)
     if status != 0:  # a file system without exchange
-        old = b.with_name(f"{a.name}.old")
-        b.rename(old)
-        a.rename(b)
-        old.rename(a)
+        os.rename(path, old)
+        os.rename(new, path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; some file systems cannot say of a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # one that may be written and not listed
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)

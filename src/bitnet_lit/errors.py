@@ -8,11 +8,26 @@ ours and keeps its traceback (status 1).
 from __future__ import annotations
 
 import contextlib
+import errno
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(ValueError):
-    """What is wrong, the value seen, the remedy: in one line."""
+    """What is wrong, the value seen, the remedy: in one line.
+
+    Attributes:
+        status: with which the process ends.
+    """
+
+    status = 2
+
+
+class DiskError(UserError):
+    """A disk that is full, broken or gone: in one line as well, and no mistake of the user's."""
+
+    status = 1
 
 
 class TrainingStopped(RuntimeError):
@@ -37,3 +52,80 @@ def needs_extra(package: str, what: str) -> Iterator[None]:
 
 class ParityError(RuntimeError):
     """An exported artefact that is not the model it was written from; nothing is left of it. Status 1."""
+
+
+# What the system calls it: what to say, and whether other room (True) or another place (False) is the remedy.
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+}
+_BROKEN = {
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the network mount is gone",
+    errno.ENOTCONN: "the network mount is gone",
+    errno.EHOSTDOWN: "the network mount is gone",
+    errno.ETIMEDOUT: "the network mount does not answer",
+    errno.ENODEV: "the disk is gone",
+    errno.ENXIO: "the disk is gone",
+    errno.EFBIG: "the file system, or ulimit -f, holds no file of that size",
+    errno.EMFILE: "too many open files (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine",
+}
+_REFUSED = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.EROFS: "a read-only file system",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EINVAL: "the file system does not take it (a name that it cannot hold?)",
+    errno.EILSEQ: "the file system cannot hold the name",
+    errno.ENOTDIR: "a file lies where a folder is needed",
+    errno.EEXIST: "something else of that name lies there",
+    errno.EISDIR: "a folder lies there",
+    errno.ENOTEMPTY: "a folder that is not empty lies there",
+    errno.ENOENT: "the folder is not there",
+    errno.ELOOP: "a link leads to itself",
+    errno.EBUSY: "it is in use, or a mount point",
+    errno.EXDEV: "it spans two file systems",
+    errno.ETXTBSY: "it is being executed",
+}
+_SHORT_WRITE = re.compile(r"requested and \d+ written|PytorchStreamWriter|inline_container|file write failed")
+
+
+@contextlib.contextmanager
+def disk_errors(
+    where: str | Path,
+    full: str = "make room, and give the same command again",
+    refused: str = "choose another place",
+) -> Iterator[None]:
+    """Around whatever writes: a disk that will not have it is one line and no traceback.
+
+    torch and safetensors raise RuntimeErrors for a full disk, and numpy an OSError without a number: they count too.
+
+    Args:
+        where: what the line begins with, such as "out=data/x".
+        full: the remedy where there is no room, or the disk is broken.
+        refused: the remedy where the place cannot be written by this user, or at all.
+
+    Raises:
+        DiskError: full, broken or gone.
+        UserError: a place that cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        number, name, text = getattr(error, "errno", None), getattr(error, "filename", None), str(error)
+        if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", text)):
+            number = int(found[1])
+        elif not isinstance(error, OSError | RuntimeError) or (number == errno.EINVAL and name is None):
+            raise
+        if isinstance(name, str | Path) and str(name) not in str(where):
+            where = f"{where}: {name}"
+        if number in _FULL:
+            raise DiskError(f"{where}: {_FULL[number]}: {full}") from error
+        if number in _BROKEN:
+            raise DiskError(f"{where}: {_BROKEN[number]}: {full}") from error
+        if number in _REFUSED:
+            raise UserError(f"{where}: cannot be written ({_REFUSED[number]}): {refused}") from error
+        if number is None and _SHORT_WRITE.search(text):
+            raise DiskError(f"{where}: the disk took only a part (is it full, or a quota used up?): {full}") from error
+        raise
