@@ -38,6 +38,10 @@ class TrainingStopped(RuntimeError):
         self.status = status
 
 
+class DataError(TrainingStopped):
+    """Shards that changed or broke while they were read. Not the user's input, so the status is 1."""
+
+
 @contextlib.contextmanager
 def needs_extra(package: str, what: str) -> Iterator[None]:
     """Around the import of an optional package: where it is missing, say what needs it and how to get it."""

@@ -77,7 +77,8 @@ class Integer:
         if isinstance(value, bool) or not isinstance(value, int):
             raise Mismatch(key, f"must be a whole number, not {shown(value)}")
         if not self.low <= value <= self.high:
-            raise Mismatch(key, f"must be from {self.low} to {self.high}, not {shown(value)}")
+            borders = f"from {self.low} to {self.high}" if self.low < self.high else str(self.low)
+            raise Mismatch(key, f"must be {borders}, not {shown(value)}")
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,11 @@ def one_line(error):
         (lambda f: (f / "data00.bin").write_bytes(b""), "0 bytes"),
         (lambda f: (f / "data00.bin").mkdir(), "cannot be read"),
         (lambda f: write(f / "data00.bin", [5, 40_000, 5]), "token id 40000 lies beyond the vocabulary of 32000"),
-        (lambda f: (write(f / "d.bin", [1] * 9), (f / "meta.json").write_text("{")), "meta.json: cannot be used"),
-        (lambda f: (write(f / "d.bin", [1] * 9), (f / "meta.json").write_text('{"dtype":"int8"}')), "cannot be used"),
+        (lambda f: (write(f / "d.bin", [1] * 9), (f / "meta.json").write_text("{")), "meta.json: not JSON"),
+        (
+            lambda f: (write(f / "d.bin", [1] * 9), (f / "meta.json").write_text('{"dtype":"int8"}')),
+            "must be uint16 or uint32",
+        ),
     ],
 )
 def test_bad_folders_are_refused_in_one_line(tmp_path, make, message):

@@ -23,7 +23,7 @@ class DataConfig:
     batch_size: int = 32
     """Sequences per device and forward pass; times devices times trainer.accumulate_grad_batches is one step."""
     num_workers: int = 0
-    """Processes that read batches. Reading is a memory-mapped gather; 0 is right unless the disk is slow."""
+    """Processes that read batches. Reading takes microseconds a sequence; 0 is right unless the disk is slow."""
     max_train_sequences: int | None = None
     """Train on the first n sequences of the shuffled corpus only. null: all. mode=overfit sets one batch."""
 

@@ -18,7 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bitnet_lit.config import DataConfig
 from bitnet_lit.data.order import SampleOrder
-from bitnet_lit.data.shards import ShardDirectory, TokenSplit
+from bitnet_lit.data.processes import without_main_script
+from bitnet_lit.data.shards import ShardDirectory
+from bitnet_lit.data.token_split import TokenSplit
+from bitnet_lit.errors import DataError
 
 ORDER_BLOCK = 8192  # samples
 
@@ -87,6 +90,35 @@ class ValidationBatches(Dataset):
         return torch.from_numpy(self.split.gather(indices)), max(0, stop - start)
 
 
+class _ErrorsAsItems(Dataset):
+    """Returns a `DataError` that a batch ends in: raised in a loader's process, it would come out with a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return error
+
+
+class _ShardLoader(DataLoader):
+    """A DataLoader whose processes do not run the caller's script, and whose errors come out in one line."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that the trainer needs
+        with without_main_script():
+            batches = super().__iter__()
+        return _raised(batches)
+
+
+def _raised(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
 class BitNetDataModule(L.LightningDataModule):
     """Loaders over a folder of shards.
 
@@ -119,8 +151,8 @@ class BitNetDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: Dataset, sampler: Sampler[int], num_workers: int) -> DataLoader:
         assert self.trainer is not None
-        return DataLoader(
-            dataset,
+        return _ShardLoader(
+            _ErrorsAsItems(dataset),
             batch_size=None,  # a batch is gathered at once
             sampler=sampler,
             num_workers=num_workers,

@@ -8,7 +8,6 @@ shards, and the same call again skips them.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -30,24 +29,27 @@ from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards, find_fil
 from bitnet_lit.data.download import fetch_tinystories
 from bitnet_lit.data.fast_encoder import FastEncoder
 from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
+from bitnet_lit.data.meta import META_NAME, META_VERSION, dtype_for, read_meta, write_meta
 from bitnet_lit.data.output_folder import exclusive_folder
-from bitnet_lit.data.shards import META_NAME, dtype_for
+from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet_lit.errors import UserError
 
-META_VERSION = 1
+_ELSEWHERE = "choose another out=, or delete the folder"
 TOKENIZER_TEXT_BYTES = 100 * 2**20  # llama2.c trains on its first ten shards; more text hardly changes a vocabulary
 # The demo's few hundred words fit as one token each, so that a story fits a short context.
 DEMO_VOCAB_SIZE, DEFAULT_VOCAB_SIZE = 1024, 4096
 
-_encoder: FastEncoder | None = None  # of a worker process: its cache of words lasts from shard to shard
+# Of a worker process: its tokenizer, and the encoder, whose cache of words lasts from shard to shard.
+_tokenizer_path: Path | None = None
+_encoder: FastEncoder | None = None
 
 
 def _start_worker(tokenizer_path: Path) -> None:
-    global _encoder
+    global _tokenizer_path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = _make_encoder(tokenizer_path)
+    _tokenizer_path = tokenizer_path
 
 
 def _end_with_parent() -> None:
@@ -64,7 +66,10 @@ def _make_encoder(tokenizer_path: Path) -> FastEncoder:
 
 
 def _write_in_worker(plan: ShardPlan, out: Path, bos_id: int) -> dict[str, Any]:
-    assert _encoder is not None
+    global _encoder
+    assert _tokenizer_path is not None
+    if _encoder is None:  # not when the process starts: an error there would say nothing of its cause
+        _encoder = _make_encoder(_tokenizer_path)
     return write_shard(plan, out, _encoder, bos_id)
 
 
@@ -113,28 +118,19 @@ def _training_text(plans: list[ShardPlan]) -> Iterator[str]:
                     return
 
 
-def _read_meta(out: Path) -> dict[str, Any]:
-    path = out / META_NAME
-    if not path.exists():
-        return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(meta, dict) or not meta:
-            raise ValueError("it holds no object")
-        return meta
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): delete the folder and prepare it again") from None
-
-
 def _check_folder(out: Path, plans: list[ShardPlan], meta: dict[str, Any], identity: dict[str, str]) -> None:
     """Refuse to mix shards: those of other text, another tokenizer, or somebody else's."""
-    remedy = "choose another out=, or delete the folder"
-    if not meta and (foreign := sorted(out.glob("*.bin"))):
-        raise UserError(f"out={out}: {foreign[0].name} lies there without a {META_NAME} of ours: {remedy}")
-    if meta and any(meta.get(key) != value for key, value in identity.items()):
-        raise UserError(f"out={out}: holds shards of another tokenizer or source: {remedy}")
-    if gone := set(meta.get("shards", {})) - {plan.name for plan in plans}:
-        raise UserError(f"out={out}: holds {min(gone)}, whose text is no longer in the source: {remedy}")
+    if not meta:
+        foreign = sorted(path.name for path in out.iterdir() if path.suffix == ".bin")
+        if foreign:
+            raise UserError(f"out={out}: {foreign[0]} lies there without a {META_NAME} of ours: {_ELSEWHERE}")
+        return
+    if "shards" not in meta:
+        raise UserError(f"out={out}: its {META_NAME} is not one that prepare wrote: {_ELSEWHERE}")
+    if any(meta.get(key) != value for key, value in identity.items()):
+        raise UserError(f"out={out}: holds shards of another tokenizer or source: {_ELSEWHERE}")
+    if gone := set(meta["shards"]) - {plan.name for plan in plans}:
+        raise UserError(f"out={out}: holds {min(gone)}, whose text is no longer in the source: {_ELSEWHERE}")
 
 
 def _identity(config: PrepareConfig, plans: list[ShardPlan]) -> dict[str, str]:
@@ -151,19 +147,39 @@ def _identity(config: PrepareConfig, plans: list[ShardPlan]) -> dict[str, str]:
     return {"tokenizer_origin": tokenizer, "source": source}
 
 
+def _train_into(out: Path, plans: list[ShardPlan], vocab_size: int) -> Tokenizer:
+    """Train the folder's tokenizer; one that lies there already must be the same, left by a call that was killed."""
+    there = find_tokenizer(out)
+    if there is None:
+        return train_tokenizer(_training_text(plans), vocab_size, out / "tokenizer.model")
+    again = out / f".tokenizer.{os.getpid()}.tmp"
+    try:
+        trained = train_tokenizer(_training_text(plans), vocab_size, again)
+    finally:
+        again.unlink(missing_ok=True)
+    if there.name != "tokenizer.model" or open_tokenizer(there).sha256 != trained.sha256:
+        raise UserError(
+            f"out={out}: {there.name} lies there without a {META_NAME} of ours: {_ELSEWHERE}, or name it: "
+            f"tokenizer={there}"
+        )
+    return Tokenizer(there)
+
+
 def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], meta: dict[str, Any]) -> Tokenizer:
     """The tokenizer of `out`: copied, trained, or the one that an earlier call left there."""
     identity = _identity(config, plans)
     _check_folder(out, plans, meta, identity)
-    if meta and (path := find_tokenizer(out)):
-        return open_tokenizer(path)
-    if config.tokenizer:
+    there = find_tokenizer(out)
+    if meta and there:
+        tokenizer = open_tokenizer(there)
+    elif config.tokenizer:
         tokenizer = open_tokenizer(config.tokenizer)
+        if there and open_tokenizer(there).sha256 != tokenizer.sha256:
+            raise UserError(f"out={out}: {there.name} there is not tokenizer={config.tokenizer}: {_ELSEWHERE}")
         tokenizer.copy_to(out)
     else:
-        size = int(identity["tokenizer_origin"].split("/")[1])
-        tokenizer = train_tokenizer(_training_text(plans), size, out / "tokenizer.model")
-    meta |= {
+        tokenizer = _train_into(out, plans, int(identity["tokenizer_origin"].split("/")[1]))
+    described = {
         "format_version": META_VERSION,
         "dtype": dtype_for(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
@@ -171,16 +187,15 @@ def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], 
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.sha256,
         **identity,
-        "complete": False,
-        "shards": {},
     }
-    _write_meta(out, meta)
+    if not meta:
+        meta |= {**described, "complete": False, "shards": {}}
+        write_meta(out, meta)
+    elif wrong := next((key for key, value in described.items() if meta.get(key) != value), None):
+        raise UserError(
+            f"out={out}: {META_NAME} says {wrong}={meta.get(wrong)}, its tokenizer {described[wrong]}: {_ELSEWHERE}"
+        )
     return tokenizer
-
-
-def _write_meta(out: Path, meta: dict[str, Any]) -> None:
-    with atomic_file(out / META_NAME) as temporary:
-        temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -196,14 +211,14 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     out = config.folder
     with exclusive_folder(out):
         plans = _shard_plans(config)
-        meta = _read_meta(out)
+        meta = read_meta(out, _ELSEWHERE)
         start = time.perf_counter()
         tokenizer = _ensure_tokenizer(config, out, plans, meta)
         todo = [plan for plan in plans if not _is_done(plan, out, meta)]
         _write_all(config, out, plans, todo, tokenizer, meta)
-        if todo or not meta["complete"]:
+        if todo or not meta.get("complete"):
             meta["complete"] = True
-            _write_meta(out, meta)
+            write_meta(out, meta)
     entries = meta["shards"]
     seconds = time.perf_counter() - start
     summary = {key: sum(entry[key] for entry in entries.values()) for key in ("stories", "tokens", "text_bytes")}
@@ -251,7 +266,7 @@ def _write_all(
 
         def done(plan: ShardPlan, entry: dict[str, Any]) -> None:
             meta["shards"][plan.name] = entry
-            _write_meta(out, meta)
+            write_meta(out, meta)
             progress.advance(task, plan.text_bytes)
 
         if workers <= 1:
@@ -261,11 +276,12 @@ def _write_all(
             return
         context = multiprocessing.get_context("spawn")  # fork copies locks that other threads hold
         with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
-            futures = {pool.submit(_write_in_worker, plan, out, tokenizer.bos_id): plan for plan in todo}
             try:
+                with without_main_script():
+                    futures = {pool.submit(_write_in_worker, plan, out, tokenizer.bos_id): plan for plan in todo}
                 for future in as_completed(futures):
                     done(futures[future], future.result())
-            except BrokenProcessPool:
+            except BrokenProcessPool:  # of the futures, or of a submit when it is broken already
                 raise UserError(
                     f"num_workers={workers}: an encoding process was killed, most likely for memory: take fewer"
                 ) from None

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bitnet_lit.artifacts.load import load_model
 from bitnet_lit.config import EvaluateConfig
-from bitnet_lit.data.shards import TokenSplit, open_shards
+from bitnet_lit.data.shards import open_shards
+from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import CausalLM

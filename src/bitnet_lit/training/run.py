@@ -30,8 +30,9 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.json_tokenizer import open_tokenizer
+from bitnet_lit.data.meta import is_complete
 from bitnet_lit.data.prepare import prepare
-from bitnet_lit.data.shards import META_NAME, ShardDirectory, open_shards
+from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import TextBytes
 from bitnet_lit.model.layers import DecoderLayer
@@ -47,18 +48,11 @@ DEMO_DIR = Path("data/demo")
 METRICS_NAME = "metrics.json"
 
 
-def _is_complete(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / META_NAME).read_text(encoding="utf-8"))["complete"])
-    except (OSError, ValueError, LookupError):
-        return False
-
-
 def _open_data(config: TrainConfig) -> ShardDirectory:
     """The shards of `data.dir`; without one, those in data/demo, written first if there are none."""
     if config.data.dir is None:
         config.data.dir = str(DEMO_DIR)
-        if not _is_complete(DEMO_DIR):  # two ranks may come here at once: `prepare` lets one write and the other wait
+        if not is_complete(DEMO_DIR):  # two ranks may come here at once: `prepare` lets one write and the other wait
             prepare(PrepareConfig(source="demo", out=config.data.dir))
     tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
     return open_shards(Path(config.data.dir), tokenizer)

@@ -1,0 +1,106 @@
+"""Sequences out of shards: where sequence j lies, and how a batch of them is read.
+
+Sequence j of a shard is tokens [j*T, j*T + T + 1): T inputs and their T targets. Each is read by a `pread` of its
+bytes, so a folder of 30 GB costs no memory. A memory map would be as fast, but a file that somebody shortens, or a
+disk that fails, ends a process that reads a map by SIGBUS, without a word; a `pread` returns less, or an error.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_lit.errors import DataError
+
+MAX_OPEN_FILES = 4096
+_WRITE_AGAIN = "write the shards again (bitnet_lit.prepare); a run goes on from its last checkpoint with resume="
+
+
+class _Descriptors:
+    """Open files by path, the ones used last: a process may hold a limited number of them."""
+
+    def __init__(self) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(soft // 2, MAX_OPEN_FILES))
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def __getitem__(self, path: Path) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+        else:
+            if len(self._open) >= self._limit:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return self._open[path]
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a shard: `num_sequences` sequences from token `start` on."""
+
+    path: Path
+    start: int
+    num_sequences: int
+
+
+class TokenSplit:
+    """The training or the validation part of a folder, cut into sequences.
+
+    Attributes:
+        num_sequences: how many there are.
+        sequence_length: T, tokens a sequence predicts.
+        vocab_size: ids lie below it.
+    """
+
+    def __init__(self, pieces: list[Piece], sequence_length: int, dtype: np.dtype, vocab_size: int) -> None:
+        self.pieces, self.sequence_length, self.dtype, self.vocab_size = pieces, sequence_length, dtype, vocab_size
+        self._firsts = np.cumsum([0] + [piece.num_sequences for piece in pieces])
+        self._starts = np.array([piece.start for piece in pieces], dtype=np.int64)
+        self.num_sequences = int(self._firsts[-1])
+        self._descriptors = _Descriptors()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_descriptors"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._descriptors = _Descriptors()  # a loader's process opens the files itself
+
+    def gather(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 (B,) sequence numbers to int64 (B, T + 1) token ids.
+
+        Raises:
+            DataError: a shard that is gone, shorter than it was, or holds ids beyond the vocabulary; one line.
+        """
+        pieces = np.searchsorted(self._firsts, indices, side="right") - 1
+        tokens = (indices - self._firsts[pieces]) * self.sequence_length + self._starts[pieces]
+        rows = np.empty((len(indices), self.sequence_length + 1), dtype=self.dtype)
+        content, row_bytes = rows.view(np.uint8).reshape(-1).data, rows.strides[0]
+        at = 0
+        for piece, offset in zip(pieces.tolist(), (tokens * self.dtype.itemsize).tolist(), strict=True):
+            path = self.pieces[piece].path
+            try:
+                got = os.preadv(self._descriptors[path], [content[at : at + row_bytes]], offset)
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read any more ({error.strerror}): {_WRITE_AGAIN}") from None
+            if got != row_bytes:
+                raise DataError(f"{path}: ends at byte {offset + got}, earlier than when it was opened: {_WRITE_AGAIN}")
+            at += row_bytes
+        if len(rows) and rows.max() >= self.vocab_size:
+            row = int(rows.max(axis=1).argmax())
+            raise DataError(
+                f"{self.pieces[pieces[row]].path}: token id {rows[row].max()} lies beyond the vocabulary of "
+                f"{self.vocab_size}: {_WRITE_AGAIN}"
+            )
+        return rows.astype(np.int64)

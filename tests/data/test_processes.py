@@ -1,0 +1,51 @@
+"""Processes that do not run the caller's script: scripts without a guard, from a file, a pipe or the command line."""
+
+import json
+import multiprocessing.spawn
+import subprocess
+import sys
+
+import pytest
+
+from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.processes import without_main_script
+
+SCRIPT = """
+from bitnet_lit.config import PrepareConfig
+from bitnet_lit.data.prepare import prepare
+print("started")
+print(prepare(PrepareConfig(source="text", out="out", vocab_size=400, num_workers=2))["shards"], "shards")
+"""
+
+
+@pytest.mark.parametrize("way", ["file", "pipe", "command"])
+def test_a_script_without_a_guard_prepares_on_several_processes(tmp_path, way):
+    (tmp_path / "text").mkdir()
+    for number in range(3):
+        stories = [{"story": story} for story in demo_stories(60, seed=number)]
+        (tmp_path / "text" / f"data{number:02d}.json").write_text(json.dumps(stories))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    arguments = {"file": ["script.py"], "pipe": ["-"], "command": ["-c", SCRIPT]}[way]
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        input=SCRIPT if way == "pipe" else "",
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "started\n3 shards\n"
+
+
+def test_the_script_is_hidden_in_the_block_alone():
+    def told():
+        return {key for key in multiprocessing.spawn.get_preparation_data("a process") if key.startswith("init_main")}
+
+    main = sys.modules["__main__"]
+    before = main.__dict__.copy()
+    assert told()
+    with pytest.raises(KeyError), without_main_script():
+        assert not told()
+        raise KeyError
+    assert main.__dict__ == before and told()
