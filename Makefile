@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test faults lint format clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: install ## Demo corpus, dense twin, b1 and BitNet trained and compared, cu
 
 test: install lint ## Lint, types and the whole test suite
 	$(BIN)/pytest
+
+faults: install ## Kill a run, prepare and each export at every file operation, fail the disk at each (most of an hour)
+	FAULTS=all $(BIN)/pytest tests/faults/test_kills.py
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,219 @@
+"""Many commands in processes of their own, at the price of one start.
+
+`import torch, lightning, hydra` takes seconds, and the tests of faults and damaged inputs run thousands of commands. So
+one process, the server, imports everything once and forks a child for each command. The child begins as a fresh
+interpreter that has finished its imports: what it does, leaves in memory or dies of stays with it.
+
+::
+
+    with ForkServer() as server:
+        result = server.run(door, "prepare", ["source=demo", "out=data"], cwd=folder)
+        assert result.status == 0, result.output
+
+A target is a function at the top level of a module of tests/ with JSON arguments. What it raises ends the child as it
+would end Python: SystemExit with its status, everything else with a traceback and status 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+IMPORTS = (
+    *("torch", "lightning", "hydra", "sentencepiece", "tokenizers", "safetensors.torch", "gguf", "matplotlib.figure"),
+    *("bitnet_lit.training.run", "bitnet_lit.training.resume", "bitnet_lit.training.curves", "bitnet_lit.data.prepare"),
+    *("bitnet_lit.artifacts.export", "bitnet_lit.inference.run", "bitnet_lit.inference.evaluation"),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a child ended.
+
+    Attributes:
+        status: exit status; of one that a signal ended, minus its number.
+        output: stdout and stderr, in the order they were written.
+        seconds: wall time.
+    """
+
+    status: int
+    output: str
+    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        return self.status == -signal.SIGKILL
+
+    def __str__(self) -> str:
+        said = self.output if len(self.output) < 800 else f"... {self.output[-800:]}"
+        return f"status {self.status} after {self.seconds:.1f} s:\n{said}"
+
+
+def door(name: str, arguments: Sequence[str]) -> None:
+    """`python -m bitnet_lit.<name> <arguments>`."""
+    sys.argv = [name, *arguments]
+    sys.modules.pop(f"bitnet_lit.{name}", None)  # runpy warns of a module that is there already
+    runpy.run_module(f"bitnet_lit.{name}", run_name="__main__", alter_sys=True)
+
+
+class ForkServer:
+    """The server, from the side of the test that asks.
+
+    Args:
+        preload: a library to load before all others.
+        environment: variables to set in it.
+    """
+
+    def __init__(self, preload: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
+        # One thread a child: forked threads do not exist, and two test workers share the cores as it is.
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0", **(environment or {})}
+        if preload is not None:
+            variables["LD_PRELOAD"] = str(preload)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked"],
+            cwd=REPOSITORY,
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def run(
+        self,
+        target: Callable[..., None],
+        *arguments: Any,
+        cwd: Path,
+        seconds: int = 120,
+        memory: int | None = None,
+        signals: Sequence[tuple[float, int]] = (),
+        before: Sequence[Any] = (),
+    ) -> Result:
+        """Run a target in a child.
+
+        Args:
+            seconds: after which it counts as hanging: where it hangs goes to its output, and SIGALRM ends it.
+            memory: bytes of address space that it may take beyond what the server has.
+            signals: (seconds after the start, number) of signals to send to it.
+            before: name and arguments of a C function of the preloaded library to call first.
+        """
+        name = f"{target.__module__}:{target.__qualname__}".replace("__main__", "tests.forked")
+        asked = {
+            "target": name,
+            "arguments": arguments,
+            "cwd": str(cwd),
+            "seconds": seconds,
+            "memory": memory,
+            "signals": signals,
+            "before": before,
+        }
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the fork server died"
+        return Result(**json.loads(answer))
+
+
+def _limit(memory: int) -> None:
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+
+
+def _child(asked: dict[str, Any], output: int) -> None:
+    """Everything that happens in a child; it never returns."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        devnull = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((devnull, 0), (output, 1), (output, 2)):
+            os.dup2(source, target)
+        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, buffering=1) for n, mode in enumerate("rww"))
+        os.chdir(asked["cwd"])
+        faulthandler.dump_traceback_later(asked["seconds"], file=2)
+        signal.alarm(asked["seconds"] + 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        module, name = asked["target"].split(":")
+        target = getattr(importlib.import_module(module), name)
+        if asked["memory"]:
+            _limit(asked["memory"])
+        if asked["before"]:
+            function, *arguments = asked["before"]
+            getattr(ctypes.CDLL(None), function)(*(a.encode() if isinstance(a, str) else a for a in arguments))
+        try:
+            target(*asked["arguments"])
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(ValueError, OSError):
+                stream.flush()
+    finally:
+        os._exit(status)
+
+
+def _serve() -> None:
+    """Read a request a line, fork, answer a line."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what an import prints is no answer
+    for module in IMPORTS:
+        importlib.import_module(module)
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is pytest's
+    for line in sys.stdin:
+        asked = json.loads(line)
+        with tempfile.TemporaryFile() as output:
+            started = time.monotonic()
+            child = os.fork()
+            if child == 0:
+                _child(asked, output.fileno())
+            for after, number in sorted(asked["signals"]):
+                time.sleep(max(0.0, started + after - time.monotonic()))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, number)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            seconds = time.monotonic() - started
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child, signal.SIGKILL)  # processes that a killed one left behind
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+        answers.write(json.dumps({"status": status, "output": text, "seconds": seconds}) + "\n")
+
+
+if __name__ == "__main__":
+    _serve()
