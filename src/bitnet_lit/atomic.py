@@ -89,9 +89,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary, descriptor = _claim(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
         os.close(descriptor)
@@ -123,8 +123,8 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
         new.mkdir()
         yield new
         for file in new.rglob("*"):
-            _sync(file)
-        _sync(new)
+            sync(file)
+        sync(new)
         if path.exists():
             written, there = set(os.listdir(new)), set(os.listdir(path))
             replaced = there if ours is None else there & set(ours(path))
@@ -138,7 +138,7 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
             _exchange(holder, path)
         else:
             new.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         _settle(holder, path)
         os.close(descriptor)
@@ -283,7 +283,7 @@ def _exchange(holder: Path, path: Path) -> None:
         os.rename(new, path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk; some file systems cannot say of a folder."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -6,11 +6,11 @@ is removed. What was found is printed, and kept beside the artefact as <name>.js
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from bitnet_lit.artifacts.destination import check_out, default_out, described_files, replaced
 from bitnet_lit.artifacts.folder_export import latent_tensors, packed_tensors
 from bitnet_lit.artifacts.gguf_file import reopened, write_gguf
 from bitnet_lit.artifacts.llama2c_file import open_bin, write_bin
@@ -30,9 +32,9 @@ from bitnet_lit.artifacts.share import check_repository, share
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.artifacts.targets import problems
 from bitnet_lit.artifacts.verify import TensorRow, verify
-from bitnet_lit.atomic import atomic_file, atomic_folder
+from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.config import ExportConfig
-from bitnet_lit.errors import ParityError, UserError
+from bitnet_lit.errors import ParityError, UserError, disk_errors
 
 KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,12 +43,6 @@ Written = tuple[list[TensorRow], Source]
 
 def _target(config: ExportConfig) -> str:
     return {"latent": "hf", "gguf": f"gguf_{config.type}"}.get(config.format, config.format)
-
-
-def default_out(config: ExportConfig, path: Path) -> Path:
-    """Where an export goes: beside the model it was made from."""
-    suffix = {"gguf": f"{config.type}.gguf", "latent": config.dtype}.get(config.format, config.format)
-    return path.with_name(f"{path.stem}-{suffix}")
 
 
 def _rows(tensors: list[LazyTensor]) -> list[TensorRow]:
@@ -107,7 +103,7 @@ def _sizes(source: Source, rows: list[TensorRow]) -> dict[str, float]:
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """The table of tensors (those of all layers in one line, with their largest error), sizes, what was compared."""
-    table = Table(title=report["out"], box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(title=Text(report["out"]), box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("tensor", "n", "kind", "bits", "bytes", "error"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("tensor", "kind") else "right")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -142,25 +138,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
                 highlight=False,
             )
         elif isinstance(found, str):
-            console.print(f"{name}: {found}", highlight=False)
-
-
-@contextlib.contextmanager
-def _atomic(out: Path, is_file: bool) -> Iterator[Path]:
-    """A temporary target; what is at `out` is replaced when the block ends well."""
-    if is_file:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) if is_file else atomic_folder(out) as temporary:
-        yield temporary
-
-
-def _check_out(out: Path, source: Source, is_file: bool) -> None:
-    if out.resolve() == source.path.resolve():
-        raise UserError(f"out={out}: is the model itself: choose another out=")
-    if out.is_file() and not is_file:
-        raise UserError(f"out={out}: is a file, and this format writes a folder: choose another out=")
-    if out.is_dir() and (is_file or not (out / "export.json").is_file()) and any(out.iterdir()):
-        raise UserError(f"out={out}: a folder that no export wrote: choose another out=")
+            console.print(f"{name}: {found}", highlight=False, markup=False)
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -184,7 +162,6 @@ def export(config: ExportConfig) -> dict[str, Any]:
         raise UserError(f"{source.path} as {target}: {'; '.join(impossible)}")
     out = Path(config.out) if config.out else default_out(config, source.path)
     is_file = config.format == "gguf"
-    _check_out(out, source, is_file)
     runs_there = config.format not in ("latent", "packed") or (
         transformers_runs(source.quant, config.format == "packed") and network_type(source.config) != "bitnet_lit"
     )
@@ -195,20 +172,22 @@ def export(config: ExportConfig) -> dict[str, Any]:
         "runs_in_transformers": runs_there and config.format in ("latent", "packed"),
     }
     try:
-        with _atomic(out, is_file) as temporary:
-            rows, artefact = WRITERS[config.format](config, source, temporary)
-            parity = verify(source, artefact, rows, target, runs_there) if config.verify else {}
-            report["sizes"] = _sizes(source, rows)
-            report["tensors"] = [
-                {"name": r.name, "kind": r.kind, "shape": r.shape, "bytes": r.nbytes, "error": r.error} for r in rows
-            ]
-            report["parity"] = parity
-            note = out.with_name(f"{out.name}.json") if is_file else temporary / "export.json"
-            with atomic_file(note) as text:
+        with disk_errors(f"out={out}", full="make room, or choose another out=", refused="choose another out="):
+            check_out(out, source, is_file)
+            remove_leftovers(source.path.parent, f"{escape(source.path.stem)}-*")  # of killed exports of any format
+            with replaced(out, is_file) as (temporary, note):
+                rows, artefact = WRITERS[config.format](config, source, temporary)
+                parity = verify(source, artefact, rows, target, runs_there) if config.verify else {}
+                report["sizes"] = _sizes(source, rows)
+                report["tensors"] = [
+                    {"name": r.name, "kind": r.kind, "shape": r.shape, "bytes": r.nbytes, "error": r.error}
+                    for r in rows
+                ]
+                report["parity"] = parity
+                files = described_files(temporary)
+                report["files"] = {out.name: files[temporary.name]} if is_file else files
                 kept = {key: value for key, value in report.items() if key != "out"}  # it may be moved
-                text.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror or error}): choose another out=") from None
+                note.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     except ParityError as error:
         raise ParityError(f"{out}: not written, it would not be the model: {error}") from None
     print_report(report, Console())

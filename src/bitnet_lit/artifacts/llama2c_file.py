@@ -254,11 +254,11 @@ def write_bin(source: Source, folder: Path) -> None:
                 weight = interleave(weight, config.num_attention_heads)
             elif name.endswith("k_proj.weight"):
                 weight = interleave(weight, config.num_kv_heads)
-            np.ascontiguousarray(weight.numpy(), dtype="<f4").tofile(file)
+            file.write(np.ascontiguousarray(weight.numpy(), dtype="<f4").data)  # tofile would not say why it failed
         cos, sin = (table[:, : config.head_size // 2].numpy() for table in rotary_tables(config))
         file.write(cos.astype("<f4").tobytes() + sin.astype("<f4").tobytes())
         if not tied:
-            np.ascontiguousarray(source.tensor(HEAD).numpy(), dtype="<f4").tofile(file)
+            file.write(np.ascontiguousarray(source.tensor(HEAD).numpy(), dtype="<f4").data)
     tokenizer = source.tokenizer
     if tokenizer is not None and not isinstance(tokenizer, JsonTokenizer):
         _write_tokenizer(tokenizer, folder / "tokenizer.bin")

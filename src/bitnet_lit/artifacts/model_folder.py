@@ -43,6 +43,7 @@ from bitnet_lit.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 FORMAT_VERSION = 1
 ARCHITECTURES = {
     "bitnet": "BitNetForCausalLM",
@@ -180,6 +181,23 @@ def folder_tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer | None:
             f"says {str(expected)[:12]}...): put the right one there"
         )
     return tokenizer
+
+
+def written_names(folder: Path) -> set[str]:
+    """The names in a model folder that this project wrote; the others are its user's.
+
+    A tokenizer that the config does not know of was put there by the user, and so were the files that go with a
+    tokenizer.json where the model came with a tokenizer.model.
+    """
+    names = {CONFIG_NAME, WEIGHTS_NAME, GENERATION_NAME}
+    try:
+        if read_raw_config(folder).get("tokenizer_sha256") is None:
+            return names
+    except UserError:
+        pass  # damaged, as a kill of an old version's could leave it
+    if (folder / "tokenizer.model").is_file():
+        return names | {"tokenizer.model"}
+    return names | {"tokenizer.json", "tokenizer_config.json"}
 
 
 def open_model_folder(folder: Path, raw: dict[str, Any]) -> Source:

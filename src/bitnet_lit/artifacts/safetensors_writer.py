@@ -51,4 +51,4 @@ def write_safetensors(path: Path, tensors: Iterable[LazyTensor], metadata: Mappi
         for tensor in ordered:
             value = tensor.read().detach().to(tensor.dtype).cpu().contiguous()
             assert tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}, announced {tensor.shape}"
-            value.reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)  # numpy's tofile would not say why it failed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet_lit.artifacts.layout import HEAD, quantized_names
-from bitnet_lit.artifacts.model_folder import CONFIG_NAME, WEIGHTS_NAME, describe
+from bitnet_lit.artifacts.model_folder import CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME, describe, written_names
 from bitnet_lit.artifacts.safetensors_writer import LazyTensor, write_safetensors
 from bitnet_lit.artifacts.source import STATISTICS
 from bitnet_lit.atomic import atomic_folder
@@ -36,7 +36,7 @@ def write_folder(
         tokenizer.copy_to(folder)
     write_safetensors(folder / WEIGHTS_NAME, tensors, metadata)
     (folder / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / GENERATION_NAME).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def statistics_metadata(names: Iterable[str], read: Callable[[str], Tensor], quant: QuantConfig) -> dict[str, str]:
@@ -56,7 +56,7 @@ def save_model_folder(
     info: dict[str, Any] | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a latent `folder`, replacing an older one in one step.
+    """Write a latent `folder`, replacing an older one in one step; what its user has put there stays.
 
     Args:
         folder: the target; its parent is made if it is missing.
@@ -72,5 +72,5 @@ def save_model_folder(
     ]
     statistics = statistics_metadata(quantized_names(model.config, quant), state.__getitem__, quant)
     described = describe(model.config, quant, tokenizer, info or {})
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, written_names) as temporary:
         write_folder(temporary, described, tensors, tokenizer, statistics)
