@@ -217,27 +217,59 @@ def test_a_name_that_is_taken_meanwhile_is_not_overwritten(tmp_path):
     write_folder(tmp_path / "m", a="1")
     holder = tmp_path / f".m.{DEAD}.tmp"
     (holder / "new").mkdir(parents=True)
-    (holder / "journal").write_text(json.dumps(["a"]))
+    (holder / "lock").touch()
+    (holder / "names").write_text(json.dumps(["a"]))
     (holder / "new" / "README.md").write_text("earlier")
     (tmp_path / "m" / "README.md").write_text("later")
     remove_leftovers(tmp_path)
     assert tree(tmp_path) == {"m/a": "1", "m/README.md": "later", "m/README.md.kept": "earlier"}
 
 
+@pytest.mark.parametrize("names", ['["a', "", "[1]"])
+def test_a_note_of_names_that_is_damaged_costs_the_user_nothing(tmp_path, names):
+    write_folder(tmp_path / "m", a="1")
+    holder = tmp_path / f".m.{DEAD}.tmp"
+    (holder / "new").mkdir(parents=True)
+    (holder / "lock").touch()
+    (holder / "names").write_text(names)
+    (holder / "new" / "README.md").write_text("mine")
+    write_folder(tmp_path / "m", a="2")
+    assert "mine" in tree(tmp_path).values() and (tmp_path / "m" / "a").read_text() == "2"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
+def test_a_cleanup_that_fails_hides_no_error_and_makes_none(tmp_path, monkeypatch, number):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    monkeypatch.setattr(atomic.fcntl, "flock", fails)
+    write(tmp_path / "f")
+    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "f"):
+        1 / 0  # noqa: B018
+    assert (tmp_path / "f").read_text() == "new"
+
+
 def test_several_threads_write_one_target(tmp_path):
+    failed = []
+
     def work(text):
-        for _ in range(20):
-            write(tmp_path / "f", text * 1000)
-            write_folder(tmp_path / "m", a=text, b=text)
+        try:
+            for number in range(20):
+                write(tmp_path / "f", text * 1000)
+                write_folder(tmp_path / f"m{number // 5}", a=text, b=text)
+        except BaseException as error:
+            failed.append(error)
 
     threads = [threading.Thread(target=work, args=(text,)) for text in "xyz"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(os.listdir(tmp_path)) == ["f", "m"]
+    assert not failed
+    assert sorted(os.listdir(tmp_path)) == ["f", "m0", "m1", "m2", "m3"]
     assert (tmp_path / "f").read_text() in ("x" * 1000, "y" * 1000, "z" * 1000)
-    assert len(set(tree(tmp_path / "m").values())) == 1 and len(tree(tmp_path / "m")) == 2
+    assert len(set(tree(tmp_path / "m0").values())) == 1 and len(tree(tmp_path / "m0")) == 2
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
@@ -259,7 +291,7 @@ def test_a_file_system_that_cannot_flush_folders_nor_lock(tmp_path, monkeypatch,
     write(tmp_path / "f")
     write_folder(tmp_path / "m", a="1")
     write_folder(tmp_path / "m", a="2")
-    assert tree(tmp_path) == {"f": "new", "m/a": "2"} and len(flushed) == 4  # three files and a journal
+    assert tree(tmp_path) == {"f": "new", "m/a": "2"} and len(flushed) == 4  # three files and the names
     # Without locks another machine's process cannot be told from a dead one: only what is old goes.
     (tmp_path / f".f.{DEAD}.tmp").write_text("half")
     remove_leftovers(tmp_path)

@@ -5,8 +5,9 @@ renamed: a rename inside one file system is atomic. A folder that replaces anoth
 call where the system has one (Linux, macOS), and afterwards the files that its user had put there move to the new one.
 
     .model.4711.tmp/
-      journal     which names in the old folder are the writer's; empty until the exchange is due
+      lock        held while the writer lives
       new/        being filled; after the exchange, the old folder
+      names       which names in the old folder are the writer's; there when the exchange is due
       old/        the old folder, on file systems without exchange
 
 A killed writer leaves its temporary name behind. The next write of the same target removes it, and so does
@@ -41,7 +42,7 @@ from bitnet_lit.errors import UserError
 LONGEST_NAME = 255  # bytes, on most file systems
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
 NUMBERS_ARE_USED_AGAIN = 3600  # seconds after which a living process of that number is no longer taken for the writer
-JOURNAL, NEW, OLD = "journal", "new", "old"
+LOCK, NEW, OLD, NAMES = "lock", "new", "old", "names"
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.EACCES, errno.EISDIR}
 
 
@@ -93,7 +94,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone by the rename; or the disk failed, and said so before
+            temporary.unlink()
         os.close(descriptor)
 
 
@@ -115,7 +117,7 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
 
     def make(name: Path) -> int:
         name.mkdir()
-        return os.open(name / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        return os.open(name / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
     holder, descriptor = _claim(path, make)
     new = holder / NEW
@@ -125,19 +127,7 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
         for file in new.rglob("*"):
             sync(file)
         sync(new)
-        if path.exists():
-            written, there = set(os.listdir(new)), set(os.listdir(path))
-            replaced = there if ours is None else there & set(ours(path))
-            if taken := sorted(written & there - replaced):
-                raise UserError(
-                    f"{path / taken[0]}: a file of that name is to be written, and this one was not: move it away, or "
-                    "choose another folder"
-                )
-            os.write(descriptor, json.dumps(sorted(written | replaced)).encode())
-            os.fsync(descriptor)
-            _exchange(holder, path)
-        else:
-            new.rename(path)
+        _put_in_place(holder, path, ours)
         sync(path.parent)
     finally:
         _settle(holder, path)
@@ -156,7 +146,7 @@ def remove_leftovers(folder: Path, *patterns: str) -> None:
         for name in sorted(os.listdir(folder)):
             found = LEFTOVER.fullmatch(name)
             if found and (not patterns or any(fnmatchcase(found[1], pattern) for pattern in patterns)):
-                with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+                with contextlib.suppress(OSError, ValueError):  # somebody else's, gone meanwhile, or damaged
                     _remove_if_abandoned(folder / name, folder / found[1], int(found[2]))
 
 
@@ -194,21 +184,46 @@ def _claim(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Take the lock of an open file: True; False where another has it, None where the file system knows no locks."""
+    """Take the lock of an open file: True; False where another has it, None where the file system gives none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
-            raise
+    except OSError:
         return None
+
+
+def _put_in_place(holder: Path, path: Path, ours: Callable[[Path], Collection[str]] | None) -> None:
+    if not path.exists():
+        try:
+            os.rename(holder / NEW, path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another writer was faster: replace what it wrote
+                raise
+    written, there = set(os.listdir(holder / NEW)), set(os.listdir(path))
+    replaced = there if ours is None else there & set(ours(path))
+    if taken := sorted(written & there - replaced):
+        raise UserError(
+            f"{path / taken[0]}: a file of that name is to be written, and this one was not: move it away, or choose "
+            "another folder"
+        )
+    _note_names(holder, written | replaced)
+    _exchange(holder, path)
+
+
+def _note_names(holder: Path, names: Collection[str]) -> None:
+    part = holder / f"{NAMES}.part"
+    part.write_text(json.dumps(sorted(names)), encoding="utf-8")
+    sync(part)
+    os.rename(part, holder / NAMES)  # whole, or not there
+    sync(holder)
 
 
 def _remove_if_abandoned(leftover: Path, target: Path, number: int) -> None:
     is_folder = leftover.is_dir() and not leftover.is_symlink()
-    locked = leftover / JOURNAL if is_folder else leftover
+    locked = leftover / LOCK if is_folder else leftover
     age = time.time() - max(file.lstat().st_mtime for file in (leftover, *leftover.glob("*/*")))
     descriptor = os.open(locked, os.O_RDWR | os.O_NOFOLLOW) if locked.exists() else None
     try:
@@ -239,24 +254,21 @@ def _is_another_process(number: int) -> bool:
 
 def _settle(holder: Path, path: Path) -> None:
     """End a write, finished or not: the user's files go back to `path`, the writer's old or half-made ones go."""
-    journal = holder / JOURNAL
     if (holder / OLD).is_dir() and not path.exists():
         os.rename(holder / OLD, path)  # killed between the two renames of an exchange
     folders, ours = [holder / NEW, holder / OLD], None
-    if journal.exists():
-        noted = journal.read_text(encoding="utf-8")
-        ours = set(json.loads(noted)) if noted else None
-    elif path.is_dir():  # an older version's, which has no journal: what the target has too is the writer's
-        folders, ours = [holder], set(os.listdir(path))
-    else:
-        folders = [holder]
+    if (holder / NAMES).exists():
+        ours = set(json.loads((holder / NAMES).read_text(encoding="utf-8")))
+    elif not (holder / LOCK).exists():  # an older version's: what the target has too is the writer's
+        folders, ours = [holder], set(os.listdir(path)) if path.is_dir() else None
     for folder in folders:
         if ours is not None and folder.is_dir():
             for name in set(os.listdir(folder)) - ours:
                 _give_back(folder / name, path)
         shutil.rmtree(folder, ignore_errors=True)
     if holder.exists():
-        journal.unlink(missing_ok=True)
+        for name in (f"{NAMES}.part", NAMES, LOCK):
+            (holder / name).unlink(missing_ok=True)
         holder.rmdir()
 
 

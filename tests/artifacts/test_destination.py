@@ -181,7 +181,7 @@ def test_a_kill_at_any_operation_of_an_export(model, tokenizer, monkeypatch, for
 def test_leftovers_of_killed_exports_go_with_the_next(model):
     half = Path(f".model-packed.{DEAD}.tmp")
     (half / "new").mkdir(parents=True)
-    (half / "journal").touch()
+    (half / "lock").touch()
     (half / "new" / "model.safetensors").write_text("half")
     Path(f".model-f16.gguf.{DEAD}.tmp").write_text("half")
     Path(f".thesis.{DEAD}.tmp").write_text("mine")
