@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit import config as schema
-from bitnet_lit.errors import ParityError, TrainingStopped, UserError
+from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError
 
 T = TypeVar("T")
 
@@ -177,7 +177,7 @@ def run_door(door: str, task: Callable[[Any], Any]) -> None:
             _fail(error, 2)
         except TrainingStopped as error:
             _fail(error, error.status)
-        except ParityError as error:
+        except (ModelError, ParityError) as error:
             _fail(error, 1)
 
     main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)

@@ -58,6 +58,10 @@ class ParityError(RuntimeError):
     """An exported artefact that is not the model it was written from; nothing is left of it. Status 1."""
 
 
+class ModelError(RuntimeError):
+    """A model that cannot go on: what it computes is no number, or memory ends. One line; status 1."""
+
+
 # What the system calls it: what to say, and whether other room (True) or another place (False) is the remedy.
 _FULL = {
     errno.ENOSPC: "the disk is full",

@@ -104,7 +104,7 @@ def test_the_past_can_be_cut_and_grows_to_the_context(tmp_path):
     for start in range(0, 700, 70):
         last = engine.forward([ids[start : start + 70]], [cache])
     assert cache.length == 700 and np.array_equal(whole, last)
-    with pytest.raises(AssertionError, match="beyond the context"):
+    with pytest.raises(UserError, match="a text of 701 tokens: the model's context is 700"):
         engine.forward([[1]], [cache])
 
 
@@ -175,8 +175,11 @@ def test_load_takes_the_engine_where_it_can(tmp_path, tokenizer):
     assert bitnet_lit.load(tmp_path / "qwen").engine.name == "PyTorch"
     with pytest.raises(UserError, match=r"it has biases .*: take engine=torch"):
         bitnet_lit.load(tmp_path / "qwen", engine="cpu")
-    with pytest.raises(AssertionError, match="beyond the vocabulary"):
-        model.engine.forward([[512]], [model.engine.new_cache()])
+    for name in ("cpu", "torch"):
+        engine = bitnet_lit.load(tmp_path / "b158", engine=name).engine
+        for tokens, says in (([512], "token 512"), ([3, -1], "token -1"), ([], "no token"), ([1] * 65, "65 tokens")):
+            with pytest.raises(UserError, match=says):
+                engine.forward([tokens], [engine.new_cache()])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """Generation: positions, ends, stops, streaming; the engine against the whole forward pass."""
 
+import contextlib
 import copy
+import time
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
-from bitnet_lit.inference.generator import Generator
+from bitnet_lit.inference.generator import Generator, _StopFilter
 from bitnet_lit.quant import PackedBitLinear
 from tests.support import tiny_model
 
@@ -152,3 +157,125 @@ def test_rows_of_a_padded_vocabulary_are_never_drawn(tokenizer):
     for temperature in (0.0, 1.0):
         text = "".join(generator.stream("Once", max_new_tokens=5, temperature=temperature, seed=1))
         assert isinstance(text, str) and generator.statistics.new_tokens >= 1
+
+
+def test_a_context_of_one_token_gives_one(tokenizer):
+    generator = Generator(TorchEngine(tiny_model(max_position_embeddings=1)), tokenizer)
+    for prompt in ("", "Once"):
+        with contextlib.nullcontext() if not prompt else pytest.warns(UserWarning, match="kept the last 1"):
+            list(generator.stream(prompt, **GREEDY))
+        assert (generator.statistics.prompt_tokens, generator.statistics.new_tokens) == (1, 1)
+
+
+def test_no_prompts_give_no_texts(tokenizer):
+    assert Generator(TorchEngine(tiny_model()), tokenizer).generate_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_new_tokens": value} for value in (-1, 1.5)),
+        *({"seed": value} for value in (1.5, True)),
+        {"index": -1},
+        *({"stop": value} for value in ([1], b"x")),
+        {"temperature": float("nan")},
+    ],
+    ids=str,
+)
+def test_options_are_refused_when_a_text_is_asked_for(options, tokenizer):
+    generator = Generator(Scripted([5]), tokenizer)
+    ((key, _),) = options.items()
+    with pytest.raises(UserError, match=f"{key}="):
+        generator.stream("Once", **options)  # not only when its first piece is read
+    with pytest.raises(UserError, match="prompts="):
+        generator.stream_batch("Once")
+
+
+def test_a_stop_text_may_be_anything(tokenizer):
+    script = [*tokenizer.encode("One\nday aab", bos=False), tokenizer.eos_id]
+    text = tokenizer.decode(script[:-1])
+    ends = {
+        "": text,
+        "\n": "One",  # a byte token
+        "x" * 1_000_000: text,
+        text + "!": text,
+        "ab": "One\nday a",  # its first letter comes twice
+        "aab": "One\nday ",
+        "O": "",
+    }
+    for stop, expected in ends.items():
+        for stops in (stop, [stop, stop]):  # as a text, or as a list
+            pieces = Generator(Scripted(script), tokenizer).stream("", stop=stops, **GREEDY)
+            assert "".join(pieces) == expected, stop[:20]
+
+
+def test_thousands_of_stop_texts(tokenizer):
+    script = [*tokenizer.encode("Lily went home and ate a cake.", bos=False), tokenizer.eos_id]
+    stops = [f"{word} {i}" for i in range(2000) for word in ("went", "ate a cak", "cake. And so they all ran " * 20)]
+    start = time.perf_counter()
+    text = "".join(Generator(Scripted(script), tokenizer).stream("", stop=[*stops, "a cake"], **GREEDY))
+    assert text == "Lily went home and ate "
+    assert time.perf_counter() - start < 30  # for ever, where each token compares every beginning of every stop text
+
+
+def test_the_stop_text_that_is_complete_first_ends_a_text_in_whatever_pieces_it_comes():
+    text = "say abcd now"
+    for size in (1, 2, 3, len(text)):
+        stops = _StopFilter(["abcd", "bc", "xyz"])
+        passed = ""
+        for at in range(0, len(text), size):
+            passed += stops.feed(text[at : at + size])
+            if stops.stopped:
+                break
+        assert passed == "say a"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=4),
+    cut=st.integers(1, 5),
+)
+def test_stop_texts_are_those_found_by_looking_at_every_end(text, stops, cut):
+    ends = [(end, stop) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
+    first = min((end for end, _ in ends), default=None)
+    expected = text if first is None else text[: first - max(len(stop) for end, stop in ends if end == first)]
+    found, filtered = "", _StopFilter(stops)
+    for at in range(0, len(text), cut):
+        found += filtered.feed(text[at : at + cut])
+        if filtered.stopped:
+            break
+    assert filtered.stopped == (first is not None)
+    assert found + ("" if filtered.stopped else filtered.flush()) == expected
+
+
+def test_streams_read_in_turns_are_those_read_alone(tokenizer):
+    generator = Generator(TorchEngine(tiny_model()), tokenizer)
+    options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}
+    prompts = ["Lily", "Once upon a time", ""]
+    alone = ["".join(generator.stream(prompt, **options)) for prompt in prompts]
+    streams = [generator.stream(prompt, **options) for prompt in prompts]
+    together = [""] * 3
+    for _ in range(20):
+        for number, stream in enumerate(streams):
+            together[number] += next(stream, "")
+    assert together == alone
+
+
+def test_statistics_are_of_the_text_that_was_begun_last(tokenizer):
+    generator = Generator(TorchEngine(tiny_model()), tokenizer)
+    first = generator.stream("Lily went home", max_new_tokens=20, seed=1)
+    next(first)
+    list(generator.stream("", max_new_tokens=3, seed=1))
+    assert (generator.statistics.prompt_tokens, generator.statistics.new_tokens) == (1, 3)
+    list(first)
+    assert (generator.statistics.prompt_tokens, generator.statistics.new_tokens) == (1, 3)
+
+
+def test_a_stream_that_is_closed_half_way_leaves_the_engine_as_it_was(tokenizer):
+    generator = Generator(TorchEngine(tiny_model()), tokenizer)
+    whole = generator.generate("Lily", max_new_tokens=20, seed=1)
+    stream = generator.stream("Lily", max_new_tokens=20, seed=1)
+    next(stream)
+    stream.close()
+    assert generator.generate("Lily", max_new_tokens=20, seed=1) == whole

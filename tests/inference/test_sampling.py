@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_lit.inference.sampling import Sampler, SamplingOptions, distribution, nucleus, penalize_repeats
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.sampling import (
+    NotFiniteError,
+    Sampler,
+    SamplingOptions,
+    distribution,
+    nucleus,
+    penalize_repeats,
+)
 
 OFF = {"temperature": 1.0, "top_p": 1.0}
 
@@ -91,3 +99,53 @@ def test_the_nucleus_is_that_of_a_sorted_vocabulary(seed, size, top_p, spread):
 def test_a_seed_gives_these_numbers_on_every_machine():
     sampler = Sampler(SamplingOptions(**OFF), seed=1)
     assert [sampler.draw(np.zeros(1000, dtype=np.float32), []) for _ in range(5)] == [511, 950, 144, 948, 311]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            {"temperature": value}
+            for value in (float("nan"), float("inf"), 1e-300, 1e300, -1, True, "0.8", None, 10**400)
+        ),
+        *({"repeat_penalty": value} for value in (float("nan"), float("inf"), 1e-300, 0, -1.0, "1", None)),
+        *({"top_p": value} for value in (float("nan"), 0, 1.5, True)),
+        *({"min_p": value} for value in (float("nan"), -0.1, 1.0, False)),
+        *({"top_k": value} for value in (-1, 1.5, True, float("nan"), "5")),
+        *({"repeat_last_n": value} for value in (-1, 2.0, None)),
+    ],
+    ids=str,
+)
+def test_options_that_are_none_are_refused(option):
+    ((key, _),) = option.items()
+    with pytest.raises(UserError, match=rf"{key}=.*: must "):
+        SamplingOptions(**option)
+
+
+def test_extreme_options_are_those_that_they_come_near_to():
+    logits = np.array([2, -3e38, 3e38, 1], dtype=np.float32)
+    greedy = distribution(logits, [], SamplingOptions(temperature=1e-30))
+    assert greedy.tolist() == [0, 0, 1, 0]
+    assert distribution(logits[[0, 3]], [], SamplingOptions(temperature=1e30, top_p=1.0)).tolist() == [0.5, 0.5]
+    for penalty in (1e-30, 1e30):
+        options = SamplingOptions(repeat_penalty=penalty, repeat_last_n=10**30, top_k=10**30, **OFF)
+        probabilities = distribution(logits, [0, 1, 2], options)
+        assert np.isfinite(probabilities).all() and probabilities.sum() == 1
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("values", [(1, np.nan), (np.inf, 0), (np.inf, np.inf), (-np.inf, -np.inf)], ids=str)
+def test_logits_that_are_no_numbers_are_named(values, temperature):
+    with pytest.raises(NotFiniteError):
+        distribution(floats(*values), [], SamplingOptions(temperature=temperature))
+
+
+def test_a_logit_of_minus_infinity_is_never_drawn():
+    assert distribution(floats(0, -np.inf), [], SamplingOptions()).tolist() == [1, 0]
+
+
+def test_any_whole_number_is_a_seed():
+    draws = [
+        Sampler(SamplingOptions(), seed).draw(np.zeros(10**6, np.float32), []) for seed in (1, -1, 10**40, -(10**40))
+    ]
+    assert len(set(draws)) == 4

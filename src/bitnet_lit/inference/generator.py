@@ -3,21 +3,25 @@
 A text ends at EOS or BOS (llama2.c's shards separate stories by BOS alone), at a stop text, at `max_new_tokens`, or
 where the context ends. Of a prompt that leaves no room in the context the last tokens are kept, and a warning says
 so.
+
+A text keeps its own state (ids, cache, sampler, decoder), and so does each call; several threads can use one
+`Generator`, and streams can be read in turns.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import Cache, Engine
-from bitnet_lit.inference.sampling import Sampler, SamplingOptions
+from bitnet_lit.inference.sampling import NotFiniteError, Sampler, SamplingOptions, require_whole
 
 
 @dataclass
@@ -43,22 +47,47 @@ class Statistics:
         return "; ".join([*rates, f"ended by {self.reason}"])
 
 
+class _Stop:
+    """How much of one stop text the end of a text matches, character by character (Knuth, Morris, Pratt 1977)."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.matched = text, 0
+        self._shorter = [0]  # of each beginning, the longest shorter one that it ends with
+        for end in range(1, len(text)):
+            length = self._shorter[end - 1]
+            while length and text[length] != text[end]:
+                length = self._shorter[length - 1]
+            self._shorter.append(length + (text[length] == text[end]))
+
+    def feed(self, character: str) -> bool:
+        """Whether the stop text is complete."""
+        while self.matched and self.text[self.matched] != character:
+            self.matched = self._shorter[self.matched - 1]
+        self.matched += self.text[self.matched] == character
+        return self.matched == len(self.text)
+
+
 class _StopFilter:
-    """Passes text on, but holds back what may be the beginning of a stop text."""
+    """Passes text on, but holds back what may be the beginning of a stop text. The stop text that is complete first
+    ends the text, whatever pieces it comes in; of several at once the longest."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._stops = [_Stop(stop) for stop in dict.fromkeys(stops) if stop]
         self._held = ""
         self.stopped = False
 
     def feed(self, text: str) -> str:
         """The text that is certain to be no stop text; sets `stopped` when one is complete."""
+        before = self._held
         self._held += text
-        found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self._held[: min(found)]
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        if not self._stops:
+            return self.flush()
+        for end, character in enumerate(text, len(before) + 1):
+            complete = [stop.matched for stop in self._stops if stop.feed(character)]
+            if complete:
+                self.stopped = True
+                return self._held[: end - max(complete)]
+        keep = max(stop.matched for stop in self._stops)
         passed, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return passed
 
@@ -105,20 +134,33 @@ class _Text:
         return piece if self._stops.stopped else piece + self._stops.flush()
 
 
+def _texts(key: str, texts: Sequence[str]) -> list[str]:
+    """A list of texts, whatever sequence they come in.
+
+    Raises:
+        UserError: a single text, whose characters would be taken for texts; or something in it that is none.
+    """
+    if isinstance(texts, str | bytes) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{key}={texts!r:.100}: must be a list of texts")
+    return list(texts)
+
+
 @dataclass
 class Generator:
     """Generates texts.
 
     Attributes:
-        statistics: of the last text, or of the last batch together.
+        find_damage: what may be wrong with a model that computes no numbers, as the end of a line.
+        statistics: of the text, or of the batch, that was begun last.
     """
 
     engine: Engine
     tokenizer: Tokenizer
+    find_damage: Callable[[], str] = str
     statistics: Statistics = field(default_factory=Statistics)
 
     def _within_context(self, ids: list[int]) -> list[int]:
-        room = self.engine.max_length - 1
+        room = max(1, self.engine.max_length - 1)
         if len(ids) > room:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens and the context {self.engine.max_length}: kept the last {room}",
@@ -126,7 +168,7 @@ class Generator:
             )
         return ids[-room:]
 
-    def _read_prompts(self, texts: Sequence[_Text]) -> list[NDArray[np.float32]]:
+    def _read_prompts(self, texts: Sequence[_Text], statistics: Statistics) -> list[NDArray[np.float32]]:
         """Fill the caches, all prompts in one step and equal ones once; logits of each text."""
         of_prompt: dict[tuple[int, ...], list[_Text]] = {}
         for text in texts:
@@ -138,8 +180,17 @@ class Generator:
             for text in same:
                 text.cache = cache if text is same[0] else cache.fork()
                 first[id(text)] = row
-        self.statistics.prompt_tokens = sum(map(len, of_prompt))
+        statistics.prompt_tokens = sum(map(len, of_prompt))
         return [first[id(text)] for text in texts]
+
+    def _draw(self, text: _Text, logits: NDArray[np.float32]) -> str:
+        """As `_Text.draw`; says what is wrong with a model that computes no numbers."""
+        try:
+            return text.draw(logits)
+        except NotFiniteError:
+            raise NotFiniteError(
+                f"the model computes no numbers: the logits of token {len(text.ids)} are not finite{self.find_damage()}"
+            ) from None
 
     def stream_batch(
         self,
@@ -148,7 +199,7 @@ class Generator:
         max_new_tokens: int = 256,
         seed: int | None = None,
         index: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling: float | int,
     ) -> Iterator[tuple[int, str]]:
         """Pieces of the texts that go on from `prompts`, as they become final: (number of the prompt, piece).
@@ -157,25 +208,43 @@ class Generator:
 
         Args:
             index: number of the first sample, where several are drawn with one seed.
-            stop: texts that end one; they are left out.
+            stop: a text, or several, that end one; they are left out.
             **sampling: fields of `SamplingOptions`.
+
+        Raises:
+            UserError: an option that cannot be.
+            NotFiniteError: the model computes no numbers.
         """
-        statistics = self.statistics = Statistics()
         options = SamplingOptions(**sampling)  # type: ignore[arg-type]
+        require_whole("max_new_tokens", max_new_tokens, least=0)
+        require_whole("index", index, least=0)
+        if seed is not None:
+            require_whole("seed", seed)
+        prompts = _texts("prompts", prompts)
+        stops = [stop] if isinstance(stop, str) else _texts("stop", stop)
+        samplers = [Sampler(options, seed, index + number) for number in range(len(prompts))]
+        return self._run(prompts, samplers, max_new_tokens, stops)
+
+    def _run(
+        self, prompts: Sequence[str], samplers: Sequence[Sampler], max_new_tokens: int, stops: Sequence[str]
+    ) -> Iterator[tuple[int, str]]:
+        """What `stream_batch` gives, from options that were checked."""
+        statistics = self.statistics = Statistics()
+        if not prompts:
+            return
         texts = []
-        for number, prompt in enumerate(prompts):
+        for prompt, sampler in zip(prompts, samplers, strict=True):
             prompt_ids = self.tokenizer.encode(prompt)
-            sampler = Sampler(options, seed, index + number)
             ids = self._within_context(prompt_ids)
-            texts.append(_Text(ids, prompt_ids, sampler, self.tokenizer, stop))
+            texts.append(_Text(ids, prompt_ids, sampler, self.tokenizer, stops))
         clock = time.perf_counter()
-        logits = self._read_prompts(texts)
+        logits = self._read_prompts(texts, statistics)
         statistics.prompt_seconds = time.perf_counter() - clock
         clock = time.perf_counter()
         active = list(enumerate(texts))
         for step in range(max_new_tokens):
             for (number, text), row in zip(active, logits, strict=True):
-                piece = text.draw(row)
+                piece = self._draw(text, row)
                 statistics.new_tokens += 1
                 statistics.new_seconds = time.perf_counter() - clock
                 if not text.reason and text.cache.length >= self.engine.max_length:

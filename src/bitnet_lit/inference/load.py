@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.inference.damage import find_damage
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu.build import NoCompilerError
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supports
@@ -44,7 +45,7 @@ class LanguageModel:
         self.source, self._device = source, device
         self.engine = self._make_engine(engine, threads, head, kv_cache)
         if source.tokenizer is not None:
-            self.generator = Generator(self.engine, source.tokenizer)
+            self.generator = Generator(self.engine, source.tokenizer, partial(find_damage, source))
 
     def _make_engine(self, engine: str, threads: int | None, head: str, kv_cache: str) -> Engine:
         if engine == "torch" or (engine == "auto" and self._device != "cpu"):

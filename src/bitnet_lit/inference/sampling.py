@@ -11,23 +11,51 @@ gives other probabilities):
     min_p            tokens with at least min_p times the largest probability stay (arXiv 2407.01082)
     draw             one token, in proportion to what is left
 
-The likeliest token always stays, so there is always something to draw.
+The likeliest token always stays, so there is always something to draw. Logits that are no numbers (NaN, infinity) have
+no likeliest token: `NotFiniteError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_lit.errors import ModelError, UserError
+
 Floats = NDArray[np.float32]
+
+# Temperatures and penalties are used as float32, in which less would be zero and more infinite.
+SMALLEST, LARGEST = 1e-30, 1e30
+LARGEST_LOGIT = float(np.finfo(np.float32).max)
+
+
+class NotFiniteError(ModelError):
+    """Logits that are no numbers."""
+
+
+def require_whole(key: str, value: object, least: int | None = None) -> None:
+    """Refuse what is no whole number, or less than `least`; True and False are no numbers.
+
+    Raises:
+        UserError: with the key and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{key}={value!r}: must be a whole number")
+    if least is not None and value < least:
+        raise UserError(f"{key}={value}: must be {least} or more")
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Names and meanings are `InferConfig`'s."""
+    """Names and meanings are `InferConfig`'s.
+
+    Raises:
+        UserError: a value that is no number, not finite, or beyond its range.
+    """
 
     temperature: float = 0.8
     top_k: int = 0
@@ -35,6 +63,20 @@ class SamplingOptions:
     min_p: float = 0.0
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
+
+    def __post_init__(self) -> None:
+        require_whole("top_k", self.top_k, least=0)
+        require_whole("repeat_last_n", self.repeat_last_n, least=0)
+        reals = {
+            "temperature": (lambda t: t == 0 or SMALLEST <= t <= LARGEST, f"be 0 (greedy) or {SMALLEST} to {LARGEST}"),
+            "top_p": (lambda p: 0 < p <= 1, "lie in (0, 1]"),
+            "min_p": (lambda p: 0 <= p < 1, "lie in [0, 1)"),
+            "repeat_penalty": (lambda p: SMALLEST <= p <= LARGEST, f"be 1 (off), or {SMALLEST} to {LARGEST}"),
+        }
+        for key, (fits, must) in reals.items():
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):  # a NaN fits nowhere
+                raise UserError(f"{key}={value!r}: must {must}")
 
 
 def penalize_repeats(logits: Floats, recent: Sequence[int], penalty: float) -> Floats:
@@ -44,7 +86,9 @@ def penalize_repeats(logits: Floats, recent: Sequence[int], penalty: float) -> F
     logits = logits.copy()
     tokens = np.array(sorted(set(recent)))
     values = logits[tokens]
-    logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
+    with np.errstate(over="ignore"):
+        penalized = np.where(values > 0, values / penalty, values * penalty)
+    logits[tokens] = penalized.clip(-LARGEST_LOGIT, LARGEST_LOGIT)
     return logits
 
 
@@ -75,12 +119,20 @@ def distribution(logits: Floats, recent: Sequence[int], options: SamplingOptions
 
     Returns:
         float32 (V,), sums to 1; with temperature 0 a single 1.
+
+    Raises:
+        NotFiniteError: the largest logit is NaN or infinite.
     """
     window = recent[-options.repeat_last_n :] if options.repeat_last_n else ()
     logits = penalize_repeats(logits, window, options.repeat_penalty)
+    likeliest = int(logits.argmax())  # a NaN, where there is one
+    largest = logits[likeliest]
+    if not np.isfinite(largest):
+        raise NotFiniteError("logits are not finite")
     if options.temperature == 0:
-        return np.eye(1, len(logits), int(logits.argmax()), dtype=np.float32)[0]
-    logits = (logits - logits.max()) / np.float32(options.temperature)
+        return np.eye(1, len(logits), likeliest, dtype=np.float32)[0]
+    with np.errstate(over="ignore"):  # a difference of -infinity is a probability of 0
+        logits = (logits - largest) / np.float32(options.temperature)
     if 0 < options.top_k < len(logits):
         kth = np.partition(logits, -options.top_k)[-options.top_k]
         logits = np.where(logits < kth, np.float32(-np.inf), logits)

@@ -1,12 +1,17 @@
 // The native engine against plain loops: compiled by test_native.py for several processors and with sanitizers.
 //
 // Every kernel at sizes that are no multiple of anything, then whole steps: a model of random weights must give the same
-// bits for a token alone and among others, for one thread and three. Prints what was wrong and returns 1.
+// bits for a token alone and among others, for one thread and three, for one caller and several at once, and after a fork.
+// Weights that are no numbers give logits that are none. Prints what was wrong and returns 1.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <bit>
 #include <cstdio>
 #include <random>
+#include <utility>
 
-#include "engine.h"
+#include "engines.h"
 
 namespace {
 
@@ -203,11 +208,17 @@ struct RandomModel {
         const auto codes = filled<int8_t>(size_t(rows) * inputs, [] { return uniform(-1, 1); });
         return {packed.emplace_back(packed_codes(codes, rows, inputs)).data(), nullptr, nullptr, 0.05f};
     }
-    // Logits of the tokens of several texts, `at_once` tokens of each in a step.
-    std::vector<float> logits(int threads, int texts, int length, int at_once) const {
+    std::unique_ptr<Engine> engine(int threads) const {
         Shape s = shape;
         s.threads = threads;
-        Engine engine(s, layers.data(), weights);
+        return std::make_unique<Engine>(s, layers.data(), weights);
+    }
+    std::vector<float> logits(int threads, int texts, int length, int at_once) const {
+        return logits_of(*engine(threads), texts, length, at_once);
+    }
+    // Logits of the tokens of several texts, `at_once` tokens of each in a step.
+    static std::vector<float> logits_of(Engine& engine, int texts, int length, int at_once) {
+        const Shape& s = engine.s;
         std::vector<Cache> caches(texts);
         std::vector<float> out(size_t(texts) * length * s.vocab);
         for (int start = 0; start < length; start += at_once) {
@@ -236,6 +247,107 @@ void steps(const Shape& shape, int length) {
     for (int threads : {1, 2, 3})
         for (int at_once : {1, 5, length})
             CHECK(model.logits(threads, 2, length, at_once) == expected, "threads %d at_once %d", threads, at_once);
+}
+
+// Several callers of one engine at once, each with texts of its own.
+void callers(const Shape& shape, int length) {
+    const RandomModel model(shape);
+    const auto expected = model.logits(1, 2, length, 1);
+    for (int threads : {1, 2, 3}) {
+        const auto engine = model.engine(threads);
+        std::vector<std::thread> callers;
+        std::vector<std::vector<float>> found(4);
+        for (int i = 0; i < 4; i++)
+            callers.emplace_back([&, i] { found[i] = RandomModel::logits_of(*engine, 2, length, i % 2 ? length : 1); });
+        for (auto& caller : callers) caller.join();
+        for (const auto& logits : found) CHECK(logits == expected, "threads %d", threads);
+    }
+}
+
+// The child of a fork, which happens while others are at steps: its engines work, and can be given back.
+[[maybe_unused]] void forks(const Shape& shape, int length) {
+    const RandomModel model(shape);
+    const auto expected = model.logits(1, 2, length, 1);
+    Engine* engine = Engines::all().add(model.engine(3));
+    std::atomic<bool> ended{false};
+    std::thread other([&] {
+        while (!ended) CHECK(RandomModel::logits_of(*engine, 2, length, 1) == expected, "beside a fork");
+    });
+    for (int i = 0; i < 3; i++) {
+        const pid_t child = fork();
+        if (!child) {
+            alarm(60);  // rather than wait for ever
+            const bool equal = RandomModel::logits_of(*engine, 2, length, 1) == expected;
+            Engines::all().remove(engine);
+            _exit(!equal);
+        }
+        int status = -1;
+        waitpid(child, &status, 0);
+        CHECK(status == 0, "a child ended with %d", status);
+    }
+    ended = true;
+    other.join();
+    Engines::all().remove(engine);
+}
+
+// One weight that is no number: so are the logits, whichever weight it is, and nothing undefined happens on the way.
+void damaged(const Shape& shape) {
+    for (size_t which = 0;; which++) {
+        RandomModel model(shape);
+        if (which == model.floats.size() - 1) break;  // the embedding, which only some tokens meet
+        for (float value : {NAN, INFINITY}) {
+            if (std::isinf(value) && shape.relu2) continue;  // minus infinity is zero there
+            model.floats[which][model.floats[which].size() / 2] = value;
+            const auto logits = model.logits(2, 2, 9, 9);
+            CHECK(std::none_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }), "floats %zu, %g", which, double(value));
+        }
+    }
+    if (!shape.dense) {
+        RandomModel model(shape);
+        for (Matrix Layer::*matrix : {&Layer::q, &Layer::k, &Layer::v, &Layer::o, &Layer::gate, &Layer::up, &Layer::down}) {
+            const float scale = std::exchange((model.layers[0].*matrix).scale, NAN);
+            const auto logits = model.logits(2, 2, 9, 9);
+            CHECK(std::none_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }), "a scale");
+            (model.layers[0].*matrix).scale = scale;
+        }
+    }
+}
+
+// A head with one row that is no number: that row's logit is none.
+template <int BITS>
+void damaged_head(int vocab, int inputs) {
+    auto weights = filled<float>(size_t(vocab) * inputs, normal);
+    weights[size_t(vocab / 2) * inputs + inputs / 3] = NAN;
+    std::vector<uint8_t> codes(head_groups_of(vocab) * head_group_bytes<BITS>(inputs));
+    std::vector<HeadRows> rows(head_groups_of(vocab));
+    std::vector<int8_t> fine(size_t(vocab) * padded(inputs));
+    quantize_head<BITS>(weights.data(), vocab, inputs, codes.data(), rows.data(), fine.data());
+    for (int r = 0; r < vocab; r++) CHECK(std::isnan(rows[r / HEAD_GROUP].scale[r % HEAD_GROUP]) == (r == vocab / 2), "row %d", r);
+}
+
+// A piece of work is done once, by however many helpers; what one throws arrives; work may follow at once or after a rest.
+void pools() {
+    for (int threads : {1, 2, 5}) {
+        Pool pool(threads);
+        for (int round = 0; round < 300; round++) {
+            const int pieces = round % 40;
+            std::vector<int> done(pieces);
+            pool.divide(pieces, [&](int, const auto& next) {
+                for (int piece; (piece = next()) >= 0;) done[piece]++;
+            });
+            CHECK(std::all_of(done.begin(), done.end(), [](int n) { return n == 1; }), "threads %d", threads);
+            if (round % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // helpers fall asleep
+        }
+        bool thrown = false;
+        try {
+            pool.divide(50, [](int, const auto& next) {
+                while (next() >= 0) throw std::bad_alloc();
+            });
+        } catch (const std::bad_alloc&) {
+            thrown = true;
+        }
+        CHECK(thrown, "threads %d", threads);
+    }
 }
 
 }  // namespace
@@ -268,6 +380,17 @@ int main() {
                 steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f}, 23);
     // So many rows and tokens that tokens are divided rather than rows, evenly (two threads) or not.
     steps({48, 2, 3, 3, 18, 300, 77, 40, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 33);
+    callers({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
+    callers({48, 2, 3, 3, 18, 300, 77, 40, 0, 0, 4, CACHE_INT8, 1, 1e-5f, 1e4f}, 33);
+#if !defined(__SANITIZE_THREAD__)  // it does not follow a child that starts threads
+    forks({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
+#endif
+    for (int type : {CACHE_FLOAT, CACHE_HALF, CACHE_INT8})
+        for (int dense : {0, 1})
+            for (int head_bits : {4, 8, 32})
+                damaged({48, 2, 3, 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f});
+    damaged_head<4>(50, 70), damaged_head<8>(50, 70);
+    pools();
     std::printf("%s: %d failures\n", SIMD_NAME, failures);
     return failures != 0;
 }

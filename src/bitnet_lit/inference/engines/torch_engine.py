@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitnet_lit.inference.engines import check_step
 from bitnet_lit.model import CausalLM, KVCache
 from bitnet_lit.quant import pack_linears
 
@@ -33,6 +37,11 @@ class TorchEngine:
             model.eval()
         self.model = model
         self.max_length = model.config.max_position_embeddings
+        # A model of its own stays in evaluation mode, and any number of threads run it at once; of one in training
+        # each step sets the mode and sets it back.
+        self._shared = not pack
+        self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def new_cache(self) -> KVCache:
         """An empty past."""
@@ -40,11 +49,25 @@ class TorchEngine:
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache]) -> NDArray[np.float32]:
-        """Logits of the token after each text: float32 (len(ids), V)."""
-        training = self.model.training
-        self.model.eval()
-        logits = torch.stack([self._next(row, cache) for row, cache in zip(ids, caches, strict=True)])
-        self.model.train(training)
+        """Logits of the token after each text: float32 (len(ids), V).
+
+        Raises:
+            UserError: a token or a position that the model does not have.
+        """
+        check_step(ids, [cache.length for cache in caches], self.model.lm_head.out_features, self.max_length)
+        if os.getpid() != self._process:
+            # OpenMP's threads do not survive a fork, and a step would wait for them for ever.
+            torch.set_num_threads(1)
+            self._process, self._lock = os.getpid(), threading.Lock()
+        with self._lock if self._shared else contextlib.nullcontext():
+            training = self.model.training
+            if training:
+                self.model.eval()
+            try:
+                logits = torch.stack([self._next(row, cache) for row, cache in zip(ids, caches, strict=True)])
+            finally:
+                if training:
+                    self.model.train()
         return logits.float().cpu().numpy()
 
     def _next(self, ids: Sequence[int], cache: KVCache) -> Tensor:

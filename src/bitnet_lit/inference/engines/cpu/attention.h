@@ -52,18 +52,19 @@ inline void mix(const E* values, int width, int n, const float* scores, size_t s
         }
 }
 
-// exp(scores - largest) of the first n, zero from there to `end`; returns their sum.
+// exp(scores - largest) of the first n, zero from there to `end`; returns their sum, NaN where a score is no number.
 ONCE inline float soften(float* scores, int n, int end) {
-    float largest = -INFINITY, total = 0;
+    float largest = -INFINITY, total = 0, differences = 0;
 #pragma omp simd reduction(max : largest)
     for (int j = 0; j < n; j++) largest = std::max(largest, scores[j]);
-#pragma omp simd reduction(+ : total)
+#pragma omp simd reduction(+ : total, differences)
     for (int j = 0; j < n; j++) {
-        scores[j] = fast_exp(scores[j] - largest);
-        total += scores[j];
+        const float difference = scores[j] - largest;
+        scores[j] = fast_exp(difference);
+        total += scores[j], differences += difference;
     }
     std::fill(scores + n, scores + end, 0.0f);
-    return total;
+    return std::isnan(differences) ? differences : total;
 }
 
 // Loops over vectors, V at a time, then half of that, ...

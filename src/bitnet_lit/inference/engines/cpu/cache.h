@@ -30,15 +30,15 @@ struct Cache {
         resize(s, round_up(std::min(std::max({needed, 2 * room, 64}), s.context), LANES), *this);
     }
 
-    // Room for `positions`, with what `from` holds.
+    // Room for `positions`, with what `from` holds; all of it, or, where memory ends, nothing is changed.
     void resize(const CacheShape& s, int positions, const Cache& from) {
-        const size_t old = size_t(from.room), now = size_t(positions);
-        keys = moved(from.keys, s.lanes, old * s.head_dim * s.element(), now * s.head_dim * s.element());
-        values = moved(from.values, s.lanes, old * s.width() * s.element(), now * s.width() * s.element());
-        if (s.scaled()) {
-            key_scales = moved(from.key_scales, s.lanes, old, now);
-            value_scales = moved(from.value_scales, s.lanes, old, now);
-        }
+        const size_t old = size_t(from.room), now = size_t(positions), numbers = s.scaled() ? 1 : 0;
+        auto new_keys = moved(from.keys, s.lanes, old * s.head_dim * s.element(), now * s.head_dim * s.element());
+        auto new_values = moved(from.values, s.lanes, old * s.width() * s.element(), now * s.width() * s.element());
+        auto new_key_scales = moved(from.key_scales, s.lanes, old * numbers, now * numbers);
+        auto new_value_scales = moved(from.value_scales, s.lanes, old * numbers, now * numbers);
+        keys = std::move(new_keys), values = std::move(new_values);
+        key_scales = std::move(new_key_scales), value_scales = std::move(new_value_scales);
         room = positions;
     }
 
@@ -50,10 +50,10 @@ struct Cache {
     }
 
     Cache* fork(const CacheShape& s) const {
-        Cache* other = new Cache;
+        auto other = std::make_unique<Cache>();
         other->resize(s, room, *this);
         other->length = length;
-        return other;
+        return other.release();
     }
 };
 
@@ -61,7 +61,7 @@ inline float scale_of(const float* x, int n, const int8_t*) { return std::max(la
 inline float scale_of(const float*, int, const void*) { return 1; }
 inline void store_element(float* to, float value, float) { *to = value; }
 inline void store_element(float16* to, float value, float) { *to = to_float16(value); }
-inline void store_element(int8_t* to, float value, float scale) { *to = int8_t(std::nearbyint(value / scale)); }
+inline void store_element(int8_t* to, float value, float scale) { *to = int8_t(code_of(value / scale, 127.0f)); }
 
 // Put a (rotated) key and its value to `position` of a lane.
 template <class E>

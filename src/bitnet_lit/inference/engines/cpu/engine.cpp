@@ -1,8 +1,32 @@
-// The engine's C interface: what native.py calls.
+// The engine's C interface: what native.py calls. What fails returns a status, 0 for done and 1 for memory that ended, or a
+// null pointer: an exception that left here would end the process.
 #include <chrono>
 #include <numeric>
 
-#include "engine.h"
+#include "engines.h"
+
+namespace {
+
+template <class Does>
+int status_of(const Does& does) {
+    try {
+        does();
+        return 0;
+    } catch (const std::exception&) {
+        return 1;
+    }
+}
+
+template <class Makes>
+auto made_by(const Makes& makes) -> decltype(makes()) {
+    try {
+        return makes();
+    } catch (const std::exception&) {
+        return nullptr;
+    }
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -22,14 +46,16 @@ void bitnet_pack_latent(const float* floats, const bfloat16* bfloats, int rows, 
 int64_t bitnet_head_bytes(int bits, int vocab, int inputs) {
     return int64_t(head_groups_of(vocab)) * (bits == 8 ? head_group_bytes<8>(inputs) : head_group_bytes<4>(inputs));
 }
-void bitnet_quantize_head(int bits, const float* floats, const bfloat16* bfloats, int vocab, int inputs, uint8_t* codes,
-                          HeadRows* rows, int8_t* fine) {
+int bitnet_quantize_head(int bits, const float* floats, const bfloat16* bfloats, int vocab, int inputs, uint8_t* codes,
+                         HeadRows* rows, int8_t* fine) {
     const auto quantize = [&](const auto* weights) {
         if (bits == 8) quantize_head<8>(weights, vocab, inputs, codes, rows, fine);
         else quantize_head<4>(weights, vocab, inputs, codes, rows, fine);
     };
-    if (floats) quantize(floats);
-    else quantize(bfloats);
+    return status_of([&] {
+        if (floats) quantize(floats);
+        else quantize(bfloats);
+    });
 }
 
 // sum(codes * x) of every row and token; x is int8 (tokens, inputs), out int32 (tokens, rows). For tests.
@@ -51,13 +77,15 @@ void bitnet_multiply(const uint8_t* packed, int rows, int inputs, const int8_t* 
 }
 
 void* bitnet_new(const Shape* shape, const Layer* layers, const Weights* weights) {
-    return new Engine(*shape, layers, *weights);
+    return made_by([&] { return Engines::all().add(std::make_unique<Engine>(*shape, layers, *weights)); });
 }
-void bitnet_free(void* engine) { delete (Engine*)engine; }
+void bitnet_free(void* engine) { Engines::all().remove((Engine*)engine); }
 
-void* bitnet_cache_new() { return new Cache; }
+void* bitnet_cache_new() { return made_by([] { return new Cache; }); }
 void bitnet_cache_free(void* cache) { delete (Cache*)cache; }
-void* bitnet_cache_fork(void* engine, const void* cache) { return ((const Cache*)cache)->fork(((Engine*)engine)->cache_shape); }
+void* bitnet_cache_fork(void* engine, const void* cache) {
+    return made_by([&] { return ((const Cache*)cache)->fork(((Engine*)engine)->cache_shape); });
+}
 void bitnet_cache_truncate(void* cache, int length) { ((Cache*)cache)->length = std::min(((Cache*)cache)->length, length); }
 int64_t bitnet_cache_bytes(void* engine, int positions) {  // read by a decode step
     const CacheShape& s = ((Engine*)engine)->cache_shape;
@@ -66,14 +94,17 @@ int64_t bitnet_cache_bytes(void* engine, int positions) {  // read by a decode s
 }
 
 // `count` tokens; token i goes to the end of caches[i]. Logits of the rows named in `wanted`: float32 (n_wanted, vocab).
-void bitnet_step(void* engine, int count, const int32_t* tokens, void* const* caches, int n_wanted, const int32_t* wanted,
-                 float* logits) {
-    std::vector<Row> rows(count);
-    for (int i = 0; i < count; i++) {
-        Cache* cache = (Cache*)caches[i];
-        rows[i] = {tokens[i], cache->length++, cache};
-    }
-    ((Engine*)engine)->step(rows, std::vector<int>(wanted, wanted + n_wanted), logits);
+// Several threads may call it at once, each with caches of its own.
+int bitnet_step(void* engine, int count, const int32_t* tokens, void* const* caches, int n_wanted, const int32_t* wanted,
+                float* logits) {
+    return status_of([&] {
+        std::vector<Row> rows(count);
+        for (int i = 0; i < count; i++) {
+            Cache* cache = (Cache*)caches[i];
+            rows[i] = {tokens[i], cache->length++, cache};
+        }
+        ((Engine*)engine)->step(rows, std::vector<int>(wanted, wanted + n_wanted), logits);
+    });
 }
 
 // Bytes per second that `threads` threads read from memory together, each its own part of a buffer: the limit of a decode
@@ -85,17 +116,19 @@ double bitnet_read_bandwidth(int64_t bytes, int threads, int rounds) {
     std::vector<int32_t> found(threads);
     const auto start = std::chrono::steady_clock::now();
     for (int round = 0; round < rounds; round++)
-        pool.run([&](int thread) {
-            const int64_t from = bytes * thread / threads / 64 * 64, to = bytes * (thread + 1) / threads / 64 * 64;
-            simd::Sums sums = simd::zero();
-            for (int64_t i = from; i < to; i += simd::W) {
-                simd::Sums part;
-                std::memcpy(&part, buffer + i, sizeof(part));
-                sums = simd::add(sums, part);
+        pool.divide(threads, [&](int, const auto& next) {
+            for (int part; (part = next()) >= 0;) {
+                const int64_t from = bytes * part / threads / 64 * 64, to = bytes * (part + 1) / threads / 64 * 64;
+                simd::Sums sums = simd::zero();
+                for (int64_t i = from; i < to; i += simd::W) {
+                    simd::Sums some;
+                    std::memcpy(&some, buffer + i, sizeof(some));
+                    sums = simd::add(sums, some);
+                }
+                int32_t lanes[simd::W / 4];
+                simd::store(lanes, sums);
+                found[part] += lanes[0];
             }
-            int32_t lanes[simd::W / 4];
-            simd::store(lanes, sums);
-            found[thread] += lanes[0];
         });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     return found[0] == 1 ? 0.0 : double(bytes) * rounds / seconds.count();  // the sums must not be optimized away

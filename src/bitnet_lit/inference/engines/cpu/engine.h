@@ -2,8 +2,11 @@
 // cache, output head. No Python and no dispatch between two tokens.
 //
 // A step takes rows (token, sequence, position). One prompt is many rows of one sequence, a batch is one row of each of
-// many sequences; both share one pass over the weights. Threads divide heads in the attention, elsewhere rows of the matrices
-// or, where there are many, tokens; they meet four or five times a layer.
+// many sequences; both share one pass over the weights. Thread 0 walks through the layers. What there is to do in each, four or
+// five times a layer, is divided among the threads (threads.h): heads in the attention, elsewhere rows of the matrices or, where
+// there are many, tokens.
+//
+// Steps of several callers run one after the other, because each takes all threads.
 //
 // The mathematics is that of model/layers.py and quant/functional.py: the integers are equal, float sums run in another
 // order. A dense model runs with float products in place of the integer ones.
@@ -12,6 +15,8 @@
 #include "attention.h"
 #include "logits.h"
 #include "products.h"
+
+#include <mutex>
 
 namespace {
 
@@ -24,9 +29,8 @@ struct Row {
     Cache* cache;
 };
 
-enum Phase { HEADS, OUT, FFN, DOWN, PHASES };
-constexpr int HEAD_PIECE = 8 * HEAD_GROUP;  // rows of the output head
 constexpr size_t PIECE_BYTES = 8192;
+constexpr int PREPARED = 4;  // tokens that a thread prepares at once
 
 struct Engine {
     Shape s;
@@ -34,9 +38,9 @@ struct Engine {
     std::vector<Layer> layers;
     Weights w;
     Pool pool;
-    Phases phases;  // of every layer those below, and the head
+    std::mutex turn;  // of the caller whose step runs
     int attention;
-    int units[PHASES];  // heads or rows of a piece
+    int heads_unit, out_unit, ffn_unit, down_unit;  // key/value heads or rows of a piece
     int widest;  // numbers from one token to the next in all that follows
     // of all rows of a step
     Buffer<float> x, q, k, v, attended, gated, raised, normed;
@@ -44,35 +48,43 @@ struct Engine {
     Buffer<float> scales;
     std::vector<int32_t> sums;
     IntegerHead head;
-    Buffer<float> cosine, sine;  // (context, head_dim / 2)
-    int capacity = 0;
+    Buffer<float> cosine, sine;  // (positions, head_dim / 2)
+    int capacity = 0, positions = 0;
 
     Engine(const Shape& shape, const Layer* l, const Weights& weights)
         : s(shape), cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, CacheType(s.cache_type)},
-          layers(l, l + shape.layers), w(weights), pool(shape.threads), phases(PHASES * s.layers + 1, s.threads) {
+          layers(l, l + shape.layers), w(weights), pool(shape.threads) {
         attention = s.heads * s.head_dim;
         const int whole = ROWS / std::gcd(ROWS, s.head_dim);  // heads that fill groups of rows
-        units[HEADS] = s.kv_heads / whole >= s.threads ? whole : 1;
-        units[OUT] = piece_rows(s.hidden, attention), units[FFN] = piece_rows(s.ffn, s.hidden), units[DOWN] = piece_rows(s.hidden, s.ffn);
+        heads_unit = s.kv_heads / whole >= pool.count ? whole : 1;
+        out_unit = piece_rows(s.hidden, attention), ffn_unit = piece_rows(s.ffn, s.hidden), down_unit = piece_rows(s.hidden, s.ffn);
         widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)}) + 64;  // not 4 KiB: those would share sets of the caches
-        const int half = s.head_dim / 2;
-        cosine.reset(size_t(s.context) * half), sine.reset(size_t(s.context) * half);
-        for (int p = 0; p < s.context; p++)
-            for (int i = 0; i < half; i++) {
-                const float angle = float(p) * (1.0f / std::pow(s.rope_theta, float(2 * i) / float(s.head_dim)));
-                cosine[size_t(p) * half + i] = std::cos(angle), sine[size_t(p) * half + i] = std::sin(angle);
-            }
     }
 
     void reserve(int rows) {
         if (rows <= capacity) return;
-        capacity = rows;
+        capacity = 0;  // where memory ends half-way
         for (auto* buffer : {&x, &q, &k, &v, &attended, &gated, &raised}) buffer->reset(size_t(rows) * widest);
-        // One token's codes are made by every thread for itself: cheaper than a barrier.
-        const size_t copies = std::max(rows, s.threads);
+        // One token's codes are made by every thread for itself: cheaper than waiting for another's.
+        const size_t copies = std::max(rows, pool.count);
         normed.reset(copies * widest);
         codes.reset(size_t(readable(int(copies))) * widest), scales.reset(copies), sums.assign(copies, 0);
-        if (s.head_bits < 32) head.reserve(rows, s.threads, s.hidden);
+        if (s.head_bits < 32) head.reserve(rows, pool.count, s.hidden);
+        capacity = rows;
+    }
+
+    // The rotary angles of the first `needed` positions: a context can be long, and a text short.
+    void reserve_positions(int needed) {
+        if (needed <= positions) return;
+        const int half = s.head_dim / 2, room = std::min(std::max({needed, 2 * positions, 64}), s.context);
+        positions = 0;
+        cosine.reset(size_t(room) * half), sine.reset(size_t(room) * half);
+        for (int p = 0; p < room; p++)
+            for (int i = 0; i < half; i++) {
+                const float angle = float(p) * (1.0f / std::pow(s.rope_theta, float(2 * i) / float(s.head_dim)));
+                cosine[size_t(p) * half + i] = std::cos(angle), sine[size_t(p) * half + i] = std::sin(angle);
+            }
+        positions = room;
     }
 
     // What enters a projection: the norm (or none) of one token, and of a BitNet its rounding to int8,
@@ -91,69 +103,64 @@ struct Engine {
         int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int i = 0; i < n; i++) {
-            const int32_t code = int32_t(std::nearbyint(value[i] * factor));
+            const int32_t code = code_of(value[i] * factor, 127.0f);
             out[i] = int8_t(code), sum += code;
         }
         std::memset(out + n, 0, size_t(blocks_of(n)) * BLOCK - n);
         scales[slot] = largest / 127.0f, sums[slot] = sum;
     }
 
+    struct Input { const float *x, *norm; int n; };  // what enters a projection, and its norm; n numbers a token
     struct Entering { int slot, n; Inputs inputs; };  // all rows as a thread multiplies them; row 0 is in `slot`
 
-    Entering prepare_rows(int thread, int rows, const float* in, const float* norm, int n) {
+    // For this thread, after `prepare` of all rows where there are several.
+    Entering enter(int thread, int rows, const Input& in) {
         const int slot = rows == 1 ? thread : 0;
-        if (rows == 1) prepare(in, norm, n, slot);
-        for (int r = thread; rows > 1 && r < rows; r += pool.count) prepare(in + size_t(r) * widest, norm, n, r);
-        if (rows > 1) pool.barrier();
-        return {slot, n, {codes + size_t(slot) * widest, size_t(widest), s.dense ? 0 : rows, blocks_of(n), &sums[slot]}};
-    }
-
-    // A share of `count` things, in units: [from, to) for this thread.
-    std::pair<int, int> share(int thread, int count, int unit) const {
-        const int units = (count + unit - 1) / unit;
-        const int from = units * thread / pool.count * unit, to = units * (thread + 1) / pool.count * unit;
-        return {std::min(from, count), std::min(to, count)};
+        if (rows == 1) prepare(in.x, in.norm, in.n, slot);
+        return {slot, in.n, {codes + size_t(slot) * widest, size_t(widest), s.dense ? 0 : rows, blocks_of(in.n), &sums[slot]}};
     }
 
     // Whether products are divided by tokens rather than by rows: a table of lookup.h then serves all rows.
     bool by_tokens(int tokens) const {
         if (!LOOKS_UP || s.dense || tokens < LOOKUP_TOKENS) return false;
         int most = 0;
-        for (int thread = 0; thread < pool.count; thread++) {
-            const auto [from, to] = share(thread, tokens, LOOKUP_TOKENS);
+        for (int part = 0; part < pool.count; part++) {
+            const auto [from, to] = part_of(part, pool.count, tokens, LOOKUP_TOKENS);
             most = std::max(most, to - from);
         }
         return most * pool.count <= tokens * 9 / 8;
     }
 
-    static int phase_of(int layer, Phase phase) { return layer * PHASES + phase; }
     // Rows of a piece: so many that taking it costs little beside its product, but four for each thread where there are.
     int piece_rows(int rows, int inputs) const {
         const int worth = int(PIECE_BYTES / group_bytes(inputs)), enough = groups_of(rows) / (4 * pool.count);
         return ROWS * std::max(1, std::min(worth, enough));
     }
-    void set_phases() {
-        const auto pieces = [](int count, int unit) { return (count + unit - 1) / unit; };
-        for (int i = 0; i < s.layers; i++) {
-            phases.set(phase_of(i, HEADS), pieces(s.kv_heads, units[HEADS]));
-            phases.set(phase_of(i, OUT), pieces(s.hidden, units[OUT])), phases.set(phase_of(i, DOWN), pieces(s.hidden, units[DOWN]));
-            phases.set(phase_of(i, FFN), pieces(s.ffn, units[FFN]));
-        }
-        phases.set(s.layers * PHASES, pieces(s.vocab, HEAD_PIECE));
-    }
 
-    // A phase of a step: does(from, to, first, last), rows (or heads) [from, to) for the tokens [first, last), until all is done.
+    // does(entering, from, to, first, last): the rows (or heads) [from, to) of matrices times the tokens [first, last), until all
+    // rows and tokens are done.
     template <class Does>
-    void divide(int phase, int thread, int tokens, int rows, int unit, const Does& does) {
-        if (tokens <= FEW_TOKENS) {
-            for (int piece; (piece = phases.take(phase, thread)) >= 0;) does(piece * unit, std::min(rows, (piece + 1) * unit), 0, tokens);
-        } else if (by_tokens(tokens)) {
-            const auto [first, last] = share(thread, tokens, LOOKUP_TOKENS);
-            does(0, rows, first, last);
-        } else {
-            const auto [from, to] = share(thread, rows, unit);
-            does(from, to, 0, tokens);
-        }
+    void divide(const Input& in, int tokens, int rows, int unit, const Does& does) {
+        if (tokens > 1)
+            pool.divide((tokens + PREPARED - 1) / PREPARED, [&](int, const auto& next) {
+                for (int piece; (piece = next()) >= 0;)
+                    for (int t = piece * PREPARED; t < std::min(tokens, (piece + 1) * PREPARED); t++)
+                        prepare(in.x + size_t(t) * widest, in.norm, in.n, t);
+            });
+        const bool tokens_divided = by_tokens(tokens);
+        const int units = (rows + unit - 1) / unit;
+        // Of many tokens a thread has one part of the rows: what is made of the tokens for it is made once.
+        const int parts = tokens_divided ? pool.count : tokens > FEW_TOKENS ? std::min(pool.count, units) : units;
+        pool.divide(parts, [&](int thread, const auto& next) {
+            int part = next();
+            if (part < 0) return;
+            const Entering entering = enter(thread, tokens, in);
+            for (; part >= 0; part = next()) {
+                const auto [from, to] = tokens_divided ? part_of(part, parts, tokens, LOOKUP_TOKENS) : part_of(part, parts, rows, unit);
+                if (tokens_divided) does(entering, 0, rows, from, to);
+                else does(entering, from, to, 0, tokens);
+            }
+        });
     }
 
     struct Product { const Matrix& m; int from, to; float* out; };  // rows [from, to) of a matrix, and where they go
@@ -230,11 +237,11 @@ struct Engine {
 
     // Heads are divided by groups that share keys, so that a thread, unless tokens are divided, reads only what it wrote itself.
     template <class E>
-    void attention_part(int thread, int index, const Row* rows, int count) {
+    void attention_part(int index, const Row* rows, int count) {
         const Layer& l = layers[index];
         const int p = s.head_dim, group = s.heads / s.kv_heads;
-        const Entering in = prepare_rows(thread, count, x, l.input_norm, s.hidden);
-        divide(phase_of(index, HEADS), thread, count, s.kv_heads, units[HEADS], [&](int from, int to, int first, int last) {
+        const bool tokens_divided = by_tokens(count);
+        divide({x, l.input_norm, s.hidden}, count, s.kv_heads, heads_unit, [&](const Entering& in, int from, int to, int first, int last) {
             multiply({{l.q, from * group * p, to * group * p, q}, {l.k, from * p, to * p, k}, {l.v, from * p, to * p, v}}, in, first, last, set);
             for (int t = first; t < last; t++) {
                 for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
@@ -244,40 +251,32 @@ struct Engine {
                     put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * widest + h * p);
                 }
             }
-            if (!by_tokens(count)) attend_heads<E>(from, to, index, rows, count);
+            if (!tokens_divided) attend_heads<E>(from, to, index, rows, count);
         });
-        if (by_tokens(count)) {
-            pool.barrier();
-            const auto [from, to] = share(thread, s.kv_heads, 1);
-            attend_heads<E>(from, to, index, rows, count);
-        }
-        pool.barrier();
-        const Entering out = prepare_rows(thread, count, attended, l.attn_norm, attention);
-        divide(phase_of(index, OUT), thread, count, s.hidden, units[OUT], [&](int from, int to, int first, int last) {
-            multiply({{l.o, from, to, x}}, out, first, last, add);
+        if (tokens_divided)
+            pool.divide(s.kv_heads, [&](int, const auto& next) {
+                for (int h; (h = next()) >= 0;) attend_heads<E>(h, h + 1, index, rows, count);
+            });
+        divide({attended, l.attn_norm, attention}, count, s.hidden, out_unit, [&](const Entering& in, int from, int to, int first, int last) {
+            multiply({{l.o, from, to, x}}, in, first, last, add);
         });
-        pool.barrier();
     }
 
-    void feed_forward_part(int thread, int index, int count) {
+    void feed_forward_part(int index, int count) {
         const Layer& l = layers[index];
-        const Entering in = prepare_rows(thread, count, x, l.post_norm, s.hidden);
-        divide(phase_of(index, FFN), thread, count, s.ffn, units[FFN], [&](int from, int to, int first, int last) {
+        divide({x, l.post_norm, s.hidden}, count, s.ffn, ffn_unit, [&](const Entering& in, int from, int to, int first, int last) {
             multiply({{l.gate, from, to, gated}, {l.up, from, to, raised}}, in, first, last, set);
             for (int t = first; t < last; t++) {
                 float *gate = gated + size_t(t) * widest, *up = raised + size_t(t) * widest;
                 if (s.relu2)
-                    for (int i = from; i < to; i++) gate[i] = (gate[i] > 0 ? gate[i] * gate[i] : 0) * up[i];
+                    for (int i = from; i < to; i++) gate[i] = (gate[i] < 0 ? 0 : gate[i] * gate[i]) * up[i];  // a NaN stays one
                 else
                     for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
             }
         });
-        pool.barrier();
-        const Entering down = prepare_rows(thread, count, gated, l.ffn_norm, s.ffn);
-        divide(phase_of(index, DOWN), thread, count, s.hidden, units[DOWN], [&](int from, int to, int first, int last) {
-            multiply({{l.down, from, to, x}}, down, first, last, add);
+        divide({gated, l.ffn_norm, s.ffn}, count, s.hidden, down_unit, [&](const Entering& in, int from, int to, int first, int last) {
+            multiply({{l.down, from, to, x}}, in, first, last, add);
         });
-        pool.barrier();
     }
 
     // Final norm of a wanted row, to slot; and what an integer head takes.
@@ -290,20 +289,18 @@ struct Engine {
     }
 
     template <int BITS>
-    void head_part(int thread, const std::vector<int>& wanted, float* logits) {
+    void head_part(const std::vector<int>& wanted, float* logits) {
         const int count = int(wanted.size());
-        for (int i = thread; i < count; i += pool.count) head_input<BITS>(x + size_t(wanted[i]) * widest, i);
-        pool.barrier();
-        const auto pieces = [&](const auto& does) {
-            for (int piece; (piece = phases.take(s.layers * PHASES, thread)) >= 0;)
-                does(piece * HEAD_PIECE, std::min(s.vocab, (piece + 1) * HEAD_PIECE));
-        };
-        if constexpr (BITS == 32) {
-            pieces([&](int from, int to) { multiply_dense(w.head, normed, count, s.hidden, from, to, logits, s.vocab, set); });
-        } else {
-            const auto [from, to] = share(thread, s.vocab, HEAD_GROUP);
-            head.logits<BITS>(w, s, pool, thread, normed, widest, count, pieces, from, to, logits);
-        }
+        pool.divide(count, [&](int, const auto& next) {
+            for (int i; (i = next()) >= 0;) head_input<BITS>(x + size_t(wanted[i]) * widest, i);
+        });
+        if constexpr (BITS == 32)
+            pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [&](int, const auto& next) {
+                for (int piece; (piece = next()) >= 0;)
+                    multiply_dense(w.head, normed, count, s.hidden, piece * HEAD_PIECE, std::min(s.vocab, (piece + 1) * HEAD_PIECE), logits, s.vocab, set);
+            });
+        else
+            head.logits<BITS>(w, s, pool, normed, widest, count, logits);
     }
 
     void embed(int token, float* out) const {
@@ -312,24 +309,26 @@ struct Engine {
             out[i] = w.embedding.floats ? w.embedding.floats[at + i] : as_float(w.embedding.bfloats[at + i]);
     }
 
+    // Throws std::bad_alloc where memory ends; the texts of the step are lost then, the engine is not.
     void step(const std::vector<Row>& rows, const std::vector<int>& wanted, float* logits) {
+        const std::lock_guard<std::mutex> lock(turn);
         const int count = int(rows.size());
         reserve(count);
         if (s.head_bits < 32) head.begin(int(wanted.size()), s.vocab);
+        int longest = 0;
+        for (const Row& row : rows) longest = std::max(longest, row.position + 1);
+        reserve_positions(longest);
         for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
         for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * widest);
-        set_phases();
-        pool.run([&](int thread) {
-            for (int i = 0; i < s.layers; i++) {
-                if (cache_shape.type == CACHE_INT8) attention_part<int8_t>(thread, i, rows.data(), count);
-                else if (cache_shape.type == CACHE_HALF) attention_part<float16>(thread, i, rows.data(), count);
-                else attention_part<float>(thread, i, rows.data(), count);
-                feed_forward_part(thread, i, count);
-            }
-            if (s.head_bits == 4) head_part<4>(thread, wanted, logits);
-            else if (s.head_bits == 8) head_part<8>(thread, wanted, logits);
-            else head_part<32>(thread, wanted, logits);
-        });
+        for (int i = 0; i < s.layers; i++) {
+            if (cache_shape.type == CACHE_INT8) attention_part<int8_t>(i, rows.data(), count);
+            else if (cache_shape.type == CACHE_HALF) attention_part<float16>(i, rows.data(), count);
+            else attention_part<float>(i, rows.data(), count);
+            feed_forward_part(i, count);
+        }
+        if (s.head_bits == 4) head_part<4>(wanted, logits);
+        else if (s.head_bits == 8) head_part<8>(wanted, logits);
+        else head_part<32>(wanted, logits);
     }
 };
 

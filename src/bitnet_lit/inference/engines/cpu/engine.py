@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.errors import ModelError
+from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.weights import Weights
 
@@ -111,7 +113,8 @@ class NativeModel:
             eps=config.rms_norm_eps,
             rope_theta=config.rope_theta,
         )
-        self.address = ctypes.c_void_p(native.library().bitnet_new(shape, layers, others))
+        self._free = native.library().bitnet_free
+        self.address = self._made(native.library().bitnet_new(shape, layers, others))
 
     def _layer(self, prefix: str) -> native.Layer:
         layer = native.Layer()
@@ -123,7 +126,13 @@ class NativeModel:
 
     def __del__(self) -> None:
         if getattr(self, "address", None):
-            native.library().bitnet_free(self.address)
+            self._free(self.address)  # held by the object: at the end of the interpreter modules may be empty
+
+    @staticmethod
+    def _made(address: int | None) -> ctypes.c_void_p:
+        if not address:
+            raise ModelError("not enough memory for another text")
+        return ctypes.c_void_p(address)
 
     def bytes_per_token(self, length: int) -> int:
         """What a decode step reads from memory after `length` tokens: weights, head, keys and values."""
@@ -131,20 +140,25 @@ class NativeModel:
 
     def new_cache(self) -> Cache:
         """The past of a new text."""
-        return Cache(self, native.library().bitnet_cache_new(), 0)
+        return Cache(self, self._made(native.library().bitnet_cache_new()), 0)
 
     def step(self, tokens: Sequence[int], caches: Sequence[Cache], wanted: Sequence[int]) -> NDArray[np.float32]:
-        """Put tokens[i] to the end of caches[i]; logits of the rows named in `wanted`, float32 (len(wanted), V)."""
+        """Put tokens[i], which the caller has checked, to the end of caches[i], whose texts are the caller's own.
+
+        Returns:
+            Logits of the rows named in `wanted`: float32 (len(wanted), V).
+
+        Raises:
+            ModelError: not enough memory; the texts of `caches` cannot go on.
+        """
         vocab = self.config.vocab_size or 0
-        assert all(0 <= token < vocab for token in tokens), "a token beyond the vocabulary"
         ids = np.array(tokens, dtype=np.int32)
-        addresses = np.array([cache.address for cache in caches], dtype=np.uintp)
+        addresses = np.array([cache.address.value for cache in caches], dtype=np.uintp)
         rows = np.array(wanted, dtype=np.int32)
         logits = np.empty((len(wanted), vocab), dtype=np.float32)
         for cache in caches:
             cache.length += 1
-            assert cache.length <= self.config.max_position_embeddings, "a text beyond the context"
-        native.library().bitnet_step(
+        status = native.library().bitnet_step(
             self.address,
             len(ids),
             ids.ctypes.data,
@@ -153,6 +167,8 @@ class NativeModel:
             rows.ctypes.data,
             logits.ctypes.data,
         )
+        if status:
+            raise ModelError(f"not enough memory for a step of {len(ids)} tokens: take shorter or fewer texts")
         return logits
 
 
@@ -163,13 +179,14 @@ class Cache:
         length: tokens behind it.
     """
 
-    def __init__(self, model: NativeModel, address: int, length: int) -> None:
+    def __init__(self, model: NativeModel, address: ctypes.c_void_p, length: int) -> None:
         self.model, self.address, self.length = model, address, length
+        self._free = native.library().bitnet_cache_free
 
     def fork(self) -> Cache:
         """A cache of its own with the same past: several texts from one prompt."""
         copy = native.library().bitnet_cache_fork(self.model.address, self.address)
-        return Cache(self.model, copy, self.length)
+        return Cache(self.model, self.model._made(copy), self.length)
 
     def truncate(self, length: int) -> None:
         """Forget every token from `length` on."""
@@ -178,7 +195,7 @@ class Cache:
 
     def __del__(self) -> None:
         if getattr(self, "address", None):
-            native.library().bitnet_cache_free(self.address)
+            self._free(self.address)
 
 
 class CpuEngine:
@@ -194,7 +211,12 @@ class CpuEngine:
         return self.model.new_cache()
 
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[Cache]) -> NDArray[np.float32]:
-        """Logits of the token after each text: float32 (len(ids), V)."""
+        """Logits of the token after each text: float32 (len(ids), V).
+
+        Raises:
+            UserError: a token or a position that the model does not have.
+        """
+        check_step(ids, [cache.length for cache in caches], self.model.config.vocab_size or 0, self.max_length)
         tokens = [token for row in ids for token in row]
         owners = [cache for row, cache in zip(ids, caches, strict=True) for _ in row]
         last = np.cumsum([len(row) for row in ids]) - 1

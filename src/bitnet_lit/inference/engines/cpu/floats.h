@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -97,8 +98,8 @@ using Half = __fp16;
 using Half = _Float16;
 #endif
 inline float as_float(float16 value) { Half half; std::memcpy(&half, &value, 2); return float(half); }
-inline float16 to_float16(float value) {  // what would be infinite becomes the largest
-    const Half half = Half(std::min(65504.0f, std::max(-65504.0f, value)));
+inline float16 to_float16(float value) {  // the largest there is for what is larger; for infinity, as for NaN, a NaN
+    const Half half = Half(std::min(std::max(value, -65504.0f), 65504.0f) + (value - value));
     float16 bits;
     std::memcpy(&bits, &half, 2);
     return bits;
@@ -158,12 +159,17 @@ ONCE inline float sum_of_squares(const float* x, int n) {
     return sum;
 }
 
+// NaN where there is one: as whole numbers, the bits of magnitudes are in the order of the magnitudes, NaN above infinity.
 inline float largest_magnitude(const float* x, int n) {
-    float largest = 0;
+    int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
-    for (int i = 0; i < n; i++) largest = std::max(largest, std::fabs(x[i]));
-    return largest;
+    for (int i = 0; i < n; i++) largest = std::max(largest, std::bit_cast<int32_t>(x[i]) & INT32_MAX);
+    return std::bit_cast<float>(largest);
 }
+
+// The nearest whole number within [-limit, limit]. A NaN is -limit, because converting it is undefined; it goes on in the
+// scale that belongs to the code, which is a NaN too.
+inline int32_t code_of(float value, float limit) { return int32_t(std::nearbyint(std::min(limit, std::max(-limit, value)))); }
 
 template <class T>
 struct Buffer {  // zeroed, aligned to cache lines; large ones on huge pages where the system has them

@@ -2,7 +2,7 @@
 //
 // Rows are rounded to 8 or to 4 bits with a scale each, activations so finely that the rounding of the rows is nearly the
 // whole error. The logits are close; which token is the likeliest is that of the weights as they were: every row that could be
-// the best within six standard deviations of the error is computed again from them (engine.h). With 4 bits the best rows
+// the best within six standard deviations of the error is computed again from them (logits.h). With 4 bits the best rows
 // besides, about a twelfth, are computed again from 8 bits: what stays coarse are unlikely tokens.
 //
 // Rows lie in groups of 16, four inputs of each in a quad of 64 bytes (of 8 bits), so that a 32-bit lane belongs to one
@@ -40,11 +40,11 @@ inline void quantize_head(const W* weights, int vocab, int inputs, uint8_t* code
         const float largest = std::max(largest_magnitude(row, inputs), 1e-12f), scale = largest / float(LARGEST_CODE<BITS>);
         if constexpr (BITS == 4)
             for (int i = 0; i < inputs; i++)
-                fine[size_t(r) * padded(inputs) + i] = int8_t(std::nearbyint(row[i] * (127.0f / largest)));
+                fine[size_t(r) * padded(inputs) + i] = int8_t(code_of(row[i] * (127.0f / largest), 127.0f));
         uint8_t* out = codes + r / HEAD_GROUP * head_group_bytes<BITS>(inputs) + r % HEAD_GROUP * 4;
         int32_t sum = 0;
         for (int i = 0; i < inputs; i++) {
-            const int32_t code = int32_t(std::nearbyint(row[i] / scale)), quad = i / 4;
+            const int32_t code = code_of(row[i] / scale, float(LARGEST_CODE<BITS>)), quad = i / 4;
             if constexpr (BITS == 8) out[quad * 64 + i % 4] = uint8_t(code);
             else out[quad / 2 * 64 + i % 4] |= uint8_t((code + 8) << quad % 2 * 4);
             sum += code;
@@ -72,12 +72,12 @@ inline void quantize_head_input(const float* x, int inputs, HeadInput& to) {
     const float largest = std::max(largest_magnitude(x, inputs), 1e-5f), factor = float(limit) / largest;
     int32_t sum = 0;
     for (int i = 0; i < inputs; i++) {
-        const int32_t code = int32_t(std::nearbyint(x[i] * factor)), shifted = code + HEAD_ZERO;
+        const int32_t code = code_of(x[i] * factor, float(limit)), shifted = code + HEAD_ZERO;
         if constexpr (BITS == 8) to.high[i] = uint8_t(shifted >> HALF_BITS), to.low[i] = uint8_t(shifted & ((1 << HALF_BITS) - 1));
         else to.high[i] = uint8_t(code), sum += code;
     }
     if constexpr (BITS == 4)
-        for (int i = 0; i < inputs; i++) to.fine[i] = int16_t(std::nearbyint(x[i] * (float(fine_limit) / largest)));
+        for (int i = 0; i < inputs; i++) to.fine[i] = int16_t(code_of(x[i] * (float(fine_limit) / largest), float(fine_limit)));
     to.zero = 8 * sum, to.step = largest / float(limit), to.fine_step = largest / float(fine_limit);
     const float widest = float(LARGEST_CODE<BITS>) * to.step;
     to.noise = 6.0f * std::sqrt((sum_of_squares(x, inputs) + float(inputs) * widest * widest) / 12.0f);

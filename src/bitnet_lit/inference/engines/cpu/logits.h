@@ -9,6 +9,15 @@
 #include "model.h"
 #include "threads.h"
 
+constexpr int HEAD_PIECE = 8 * HEAD_GROUP;  // rows that a thread takes at once
+
+// One of `parts` nearly equal parts of `count` things that stay together in units: [from, to).
+inline std::pair<int, int> part_of(int part, int parts, int count, int unit) {
+    const int64_t units = (count + unit - 1) / unit;
+    const auto end = [&](int64_t part) { return int(std::min<int64_t>(count, units * part / parts * unit)); };
+    return {end(part), end(part + 1)};
+}
+
 class IntegerHead {
    public:
     void reserve(int rows, int threads, int hidden) {
@@ -21,26 +30,30 @@ class IntegerHead {
     template <int BITS>
     void take(const float* row, int hidden, int slot) { quantize_head_input<BITS>(row, hidden, inputs[slot]); }
 
-    // By every thread. `rows`: what was taken, `stride` apart; pieces(does) calls does(from, to) for a thread's shares of the
-    // vocabulary, which begin with whole groups; [from, to) is what it looks through again.
-    template <int BITS, class Pieces>
-    void logits(const Weights& w, const Shape& s, Pool& pool, int thread, const float* rows, size_t stride, int count,
-                const Pieces& pieces, int from, int to, float* out) {
+    // Of `count` rows that were taken, `stride` apart, to `out`.
+    template <int BITS>
+    void logits(const Weights& w, const Shape& s, Pool& pool, const float* rows, size_t stride, int count, float* out) {
         const int groups = head_groups_of(s.vocab), quads = quads_of(s.hidden);
-        thread_local std::vector<float> least;  // of the best logit of what this thread computes
-        least.assign(count, -INFINITY);
-        pieces([&](int from, int to) {
-            for (int g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
-                head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(HEAD_GROUP, to - g * HEAD_GROUP),
-                                  inputs.data(), count, quads, out + g * HEAD_GROUP, s.vocab, &reach[g], groups);
-                for (int i = 0; i < count; i++) least[i] = std::max(least[i], reach[size_t(i) * groups + g].least);
+        std::fill(bounds.data, bounds.data + size_t(count) * pool.count, -INFINITY);
+        pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [&](int thread, const auto& next) {
+            for (int piece; (piece = next()) >= 0;)
+                for (int from = piece * HEAD_PIECE, to = std::min(s.vocab, from + HEAD_PIECE), g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
+                    head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(HEAD_GROUP, to - g * HEAD_GROUP),
+                                      inputs.data(), count, quads, out + g * HEAD_GROUP, s.vocab, &reach[g], groups);
+                    for (int i = 0; i < count; i++) {
+                        float& least = bounds[i * pool.count + thread];  // of the best logit of what this thread computes
+                        least = std::max(least, reach[size_t(i) * groups + g].least);
+                    }
+                }
+        });
+        pool.divide(pool.count, [&](int, const auto& next) {
+            for (int piece; (piece = next()) >= 0;) {
+                const auto [from, to] = part_of(piece, pool.count, s.vocab, HEAD_GROUP);
+                for (int i = 0; i < count; i++)
+                    refine<BITS>(w, s, i, *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count),
+                                 rows + i * stride, from, to, out + size_t(i) * s.vocab);
             }
         });
-        for (int i = 0; i < count; i++) bounds[i * pool.count + thread] = least[i];
-        pool.barrier();
-        for (int i = 0; i < count; i++)
-            refine<BITS>(w, s, i, *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count),
-                         rows + i * stride, from, to, out + size_t(i) * s.vocab);
     }
 
    private:

@@ -11,7 +11,7 @@ from bitnet_lit.inference.engines.cpu.build import library_path
 
 
 class Shape(ctypes.Structure):
-    """`struct Shape` of engine.cpp."""
+    """`struct Shape` of model.h, as the three below it."""
 
     _fields_ = (
         *((name, c_int32) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context")),
@@ -47,7 +47,7 @@ class Weights(ctypes.Structure):
 
 
 class Rounding(ctypes.Structure):
-    """`struct Rounding`: what latent weights are rounded by, and sums over them."""
+    """`struct Rounding` of packing.h: what latent weights are rounded by, and sums over them."""
 
     _fields_ = (
         *((name, c_float) for name in ("scale", "center")),
@@ -72,7 +72,7 @@ def library() -> Any:
         "bitnet_pack_folder": (c_int, [c_void_p, c_int, c_int, c_void_p]),
         "bitnet_pack_latent": (None, [c_void_p, c_void_p, c_int, c_int, POINTER(Rounding), c_void_p]),
         "bitnet_head_bytes": (c_int64, [c_int, c_int, c_int]),
-        "bitnet_quantize_head": (None, [c_int, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p]),
+        "bitnet_quantize_head": (c_int, [c_int, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p]),
         "bitnet_multiply": (None, [c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
         "bitnet_new": (c_void_p, [POINTER(Shape), POINTER(Layer), POINTER(Weights)]),
         "bitnet_free": (None, [c_void_p]),
@@ -82,7 +82,7 @@ def library() -> Any:
         "bitnet_cache_truncate": (None, [c_void_p, c_int]),
         "bitnet_cache_bytes": (c_int64, [c_void_p, c_int]),
         "bitnet_read_bandwidth": (c_double, [c_int64, c_int, c_int]),
-        "bitnet_step": (None, [c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p]),
+        "bitnet_step": (c_int, [c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p, c_void_p]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)

@@ -1,13 +1,20 @@
-// A pool of threads that run the same function together, with barriers inside it.
+// Work that several threads share, piece by piece.
 //
-// Between tokens the threads spin for a moment, because a sleeping thread takes longer to wake than a small model takes
-// for a token; when no work comes they sleep. The calling thread is thread 0.
+// The calling thread, thread 0, never waits for a helper to come: it opens some work, and whoever is awake takes pieces of
+// it, thread 0 too. The work is over when all pieces are taken and all who took one are done; who comes later finds it
+// closed. So a helper that got no processor, because others need it, costs nothing.
+//
+// Helpers wait awake for a moment, because waking takes longer than a small model takes for a layer; then they sleep. One
+// that was taken off its processor while it waited awake knows that others need it, and sleeps at once for a while.
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <csignal>
 #include <cstdint>
-#include <functional>
 #include <memory>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -20,87 +27,88 @@ inline void relax() { asm volatile("yield"); }
 inline void relax() {}
 #endif
 
+// How long a thread goes on waiting awake.
+class Patience {
+   public:
+    explicit Patience(std::chrono::microseconds whole) : whole(whole) {}
+    void begin() {  // of a wait
+        turns = 0, busy -= busy > 0;
+    }
+    bool lasts() {
+        relax();
+        if (turns++ % TURNS) return true;
+        const auto now = Clock::now();
+        if (turns == 1) begun = now;
+        else if (now - looked > LOST) busy = BUSY;  // for so few turns: others ran here meanwhile
+        looked = now;
+        return now - begun < (busy ? std::min(whole, BRIEF) : whole);
+    }
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr int TURNS = 16, BUSY = 100;  // looks at the clock; waits that are brief after a processor was lost
+    static constexpr std::chrono::microseconds BRIEF{10}, LOST{200};
+    std::chrono::microseconds whole;
+    Clock::time_point begun, looked;
+    int turns = 0, busy = 0;
+};
+
 class Pool {
    public:
-    explicit Pool(int count) : count(count) {
-        for (int i = 1; i < count; i++) workers.emplace_back([this, i] { work(i); });
-    }
+    explicit Pool(int threads) : count(std::max(threads, 1)), shares(new Share[size_t(count)]) {}
     ~Pool() {
-        stopping = true;
-        generation.fetch_add(1);
-        generation.notify_all();
-        for (auto& worker : workers) worker.join();
+        if (!helpers) return;
+        stopping.store(true, std::memory_order_relaxed);
+        state.fetch_add(NEXT);
+        state.notify_all();
+        for (auto& helper : *helpers) helper.join();
     }
-    void run(const std::function<void(int)>& function) {
-        task = &function;
-        running.store(count, std::memory_order_relaxed);
-        generation.fetch_add(1, std::memory_order_release);
-        generation.notify_all();
-        function(0);
-        running.fetch_sub(1, std::memory_order_acq_rel);
-        while (running.load(std::memory_order_acquire)) pause();
+    Pool(const Pool&) = delete;
+
+    // does(thread, next) on thread 0 and on helpers: next() is a piece from [0, pieces) that nobody else has, or -1 where all
+    // are taken. Returns when all are done. Throws what thread 0 throws, and std::bad_alloc for what a helper throws.
+    template <class Does>
+    void divide(int pieces, const Does& does) {
+        for (int i = 0; i < count; i++)
+            shares[i].rest.store(Rest{uint32_t(int64_t(pieces) * i / count), uint32_t(int64_t(pieces) * (i + 1) / count)}, std::memory_order_relaxed);
+        if (pieces < 2 || !start()) return does(0, Next{*this, 0});
+        work = &does;
+        call = [](Pool& pool, int thread) { (*static_cast<const Does*>(pool.work))(thread, Next{pool, thread}); };
+        open();
+        {
+            const Closing closing{*this};
+            does(0, Next{*this, 0});
+        }
+        if (failed.exchange(false)) throw std::bad_alloc();
     }
-    // Every thread of `run` calls it; nobody goes on before all have come.
-    void barrier() {
-        if (count == 1) return;
-        const uint32_t phase = passed.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
-            arrived.store(0, std::memory_order_relaxed);
-            passed.store(phase + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; passed.load(std::memory_order_acquire) == phase; spins++) {
-            relax();
-            // More threads than free cores: let the others run.
-            if (spins > SPINS) std::this_thread::yield();
-        }
+
+    // In the child of a fork, where there are no helpers; between two calls of `divide`.
+    void forget() {
+        (void)helpers.release();  // whose destructor would end the process
+        state = 0, asleep = 0, failed = waiting = false;
     }
     const int count;
 
    private:
-    static constexpr int SPINS = 20000;
-    void pause() {
-        relax();
-        if (++idle > SPINS) std::this_thread::yield(), idle = 0;
-    }
-    void work(int index) {
-        uint32_t seen = 0;
-        while (true) {
-            int spins = 0;
-            while (generation.load(std::memory_order_acquire) == seen) {
-                relax();
-                if (++spins > SPINS) generation.wait(seen, std::memory_order_acquire);
-            }
-            seen = generation.load(std::memory_order_acquire);
-            if (stopping) return;
-            (*task)(index);
-            running.fetch_sub(1, std::memory_order_acq_rel);
-        }
-    }
-    std::vector<std::thread> workers;
-    const std::function<void(int)>* task = nullptr;
-    alignas(64) std::atomic<uint32_t> generation{0};
-    alignas(64) std::atomic<int> running{0};
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<uint32_t> passed{0};
-    std::atomic<bool> stopping{false};
-    int idle = 0;
-};
+    struct Rest { uint32_t from, to; };  // pieces
+    struct alignas(64) Share { std::atomic<Rest> rest; };
+    struct Next {
+        Pool& pool;
+        int thread;
+        int operator()() const { return pool.take(thread); }
+    };
+    struct Closing {
+        Pool& pool;
+        ~Closing() { pool.close(); }
+    };
+    // What `state` holds: how many helpers are at work, whether there is work, and a number of it.
+    static constexpr uint32_t ACTIVE = (1 << 16) - 1, OPEN = 1 << 16, NEXT = 1 << 17;
 
-// Phases of a step, each a number of pieces of work that are alike. A thread takes from the front of its own share, one piece
-// after the other, and then from the back of others' shares: processors that share a machine are seldom equally fast.
-class Phases {
-   public:
-    Phases(int phases, int threads) : threads(threads), shares(new Share[size_t(phases) * threads]) {}
-    // Before the threads begin.
-    void set(int phase, int pieces) {
-        for (int i = 0; i < threads; i++)
-            share(phase, i).rest = Rest{uint32_t(pieces * i / threads), uint32_t(pieces * (i + 1) / threads)};
-    }
-    // A piece for `thread`; -1 where all are taken.
-    int take(int phase, int thread) {
-        for (int i = 0; i < threads; i++) {
-            std::atomic<Rest>& rest = share(phase, (thread + i) % threads).rest;
+    // A thread takes from the front of its own share, one piece after the other, and then from the back of others' shares:
+    // processors that share a machine are seldom equally fast.
+    int take(int thread) {
+        for (int i = 0; i < count; i++) {
+            std::atomic<Rest>& rest = shares[(thread + i) % count].rest;
             Rest seen = rest.load(std::memory_order_relaxed);
             while (seen.from < seen.to) {
                 const Rest left = i ? Rest{seen.from, seen.to - 1} : Rest{seen.from + 1, seen.to};
@@ -110,10 +118,78 @@ class Phases {
         return -1;
     }
 
-   private:
-    struct Rest { uint32_t from, to; };  // pieces
-    struct alignas(64) Share { std::atomic<Rest> rest; };
-    Share& share(int phase, int thread) { return shares[size_t(phase) * threads + thread]; }
-    int threads;
+    // At the first work, or the first after a fork. Fewer threads than asked for are no error. Returns whether there are helpers.
+    bool start() {
+        if (helpers) return !helpers->empty();
+        helpers = std::make_unique<std::vector<std::thread>>();
+        helpers->reserve(size_t(count));
+        sigset_t all, before;  // signals are the caller's
+        sigfillset(&all), pthread_sigmask(SIG_SETMASK, &all, &before);
+        try {
+            for (int i = 1; i < count; i++) helpers->emplace_back([this, i] { help(i); });
+        } catch (const std::system_error&) {
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        return !helpers->empty();
+    }
+
+    void open() {
+        // No helper is at work, and none begins while `state` is closed.
+        state.store((state.load(std::memory_order_relaxed) & ~ACTIVE) + NEXT + OPEN);
+        if (!asleep.load(std::memory_order_relaxed)) return;
+        const auto now = std::chrono::steady_clock::now();
+        if (now - woken < WAKING) return;  // a call to the system for every layer would cost more than helpers give
+        woken = now;
+        state.notify_all();
+    }
+
+    void close() {
+        patience.begin();
+        while (true) {
+            uint32_t now = state.load(std::memory_order_acquire);
+            if (!(now & ACTIVE)) {
+                if (state.compare_exchange_weak(now, now - OPEN, std::memory_order_acq_rel)) return;
+            } else if (!patience.lasts()) {
+                waiting.store(true);
+                if ((now = state.load()) & ACTIVE) state.wait(now);
+                waiting.store(false);
+            }
+        }
+    }
+
+    void help(int thread) {
+        Patience patience{AWAKE};
+        uint32_t done = 0;  // the work that this thread was at last
+        while (true) {
+            uint32_t now = state.load(std::memory_order_acquire);
+            if (stopping.load(std::memory_order_relaxed)) return;
+            if (now & OPEN && (now & ~ACTIVE) != done) {
+                if (!state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
+                done = now & ~ACTIVE;
+                try {
+                    call(*this, thread);
+                } catch (...) {
+                    failed = true;
+                }
+                if ((state.fetch_sub(1) & ACTIVE) == 1 && waiting.load()) state.notify_all();
+                patience.begin();
+            } else if (!patience.lasts()) {
+                asleep++;
+                state.wait(now);
+                asleep--;
+                patience.begin();
+            }
+        }
+    }
+
+    static constexpr std::chrono::microseconds AWAKE{1000}, WAITING{100}, WAKING{100};
     std::unique_ptr<Share[]> shares;
+    std::unique_ptr<std::vector<std::thread>> helpers;
+    const void* work = nullptr;
+    void (*call)(Pool&, int) = nullptr;
+    Patience patience{WAITING};  // of thread 0
+    std::chrono::steady_clock::time_point woken{};
+    alignas(64) std::atomic<uint32_t> state{0};
+    alignas(64) std::atomic<int> asleep{0};
+    std::atomic<bool> waiting{false}, failed{false}, stopping{false};
 };

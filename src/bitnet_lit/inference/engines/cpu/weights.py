@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_lit.artifacts.source import Source
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.engines.cpu import native
 
 ALIGN = 64
@@ -70,9 +70,11 @@ def quantize_head(weight: NDArray[Any], bits: int, arena: Arena) -> tuple[NDArra
     codes = arena.take((native.library().bitnet_head_bytes(bits, vocab, inputs),), np.uint8)
     rows = arena.take((-(-vocab // 16),), HEAD_ROWS)
     fine = arena.take((vocab, -(-inputs // PADDED) * PADDED) if bits == 4 else (0, 0), np.int8)
-    native.library().bitnet_quantize_head(
+    status = native.library().bitnet_quantize_head(
         bits, *_addresses(weight), vocab, inputs, codes.ctypes.data, rows.ctypes.data, fine.ctypes.data
     )
+    if status:
+        raise ModelError("not enough memory for the output head")
     return codes, rows, fine
 
 
