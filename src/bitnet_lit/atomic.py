@@ -134,20 +134,21 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path, *patterns: str) -> None:
+def remove_leftovers(folder: Path, *patterns: str, alone: bool = False) -> None:
     """Remove what killed processes had begun to write in `folder`; what a living one is writing stays.
 
     A killed `atomic_folder` may hold files of the user's: they go back to where they were.
 
     Args:
         patterns: of the targets' names, such as "*.bin"; none: all of them.
+        alone: whether the caller holds a lock of the folder that every writer in it takes, so that none can live.
     """
     with contextlib.suppress(OSError):  # no folder, or none that may be listed: nothing to clean
         for name in sorted(os.listdir(folder)):
             found = LEFTOVER.fullmatch(name)
             if found and (not patterns or any(fnmatchcase(found[1], pattern) for pattern in patterns)):
                 with contextlib.suppress(OSError, ValueError):  # somebody else's, gone meanwhile, or damaged
-                    _remove_if_abandoned(folder / name, folder / found[1], int(found[2]))
+                    _remove_if_abandoned(folder / name, folder / found[1], int(found[2]), alone)
 
 
 def _remove_own_leftovers(path: Path) -> None:
@@ -221,7 +222,7 @@ def _note_names(holder: Path, names: Collection[str]) -> None:
     sync(holder)
 
 
-def _remove_if_abandoned(leftover: Path, target: Path, number: int) -> None:
+def _remove_if_abandoned(leftover: Path, target: Path, number: int, alone: bool) -> None:
     is_folder = leftover.is_dir() and not leftover.is_symlink()
     locked = leftover / LOCK if is_folder else leftover
     age = time.time() - max(file.lstat().st_mtime for file in (leftover, *leftover.glob("*/*")))
@@ -229,7 +230,7 @@ def _remove_if_abandoned(leftover: Path, target: Path, number: int) -> None:
     try:
         has_lock = True if descriptor is None else _lock(descriptor)
         writer_may_live = _is_another_process(number) or has_lock is None
-        if has_lock is False or (writer_may_live and age < NUMBERS_ARE_USED_AGAIN):
+        if not alone and (has_lock is False or (writer_may_live and age < NUMBERS_ARE_USED_AGAIN)):
             return
         if is_folder:
             _settle(leftover, target)

@@ -1,11 +1,17 @@
-"""Sources of text: formats, cutting into shards, bad input."""
+"""Text to stories: formats, cutting into shards, bad input."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from bitnet_lit.data import corpus
-from bitnet_lit.data.corpus import file_shards, find_files, read_stories
+from bitnet_lit.data import corpus, stories
+from bitnet_lit.data.corpus import ShardPlan, file_shards
+from bitnet_lit.data.find_text import find_text
+from bitnet_lit.data.stories import ReadCounts, Segment, read_stories
 from bitnet_lit.errors import UserError
 
 
@@ -17,7 +23,7 @@ def test_the_three_formats(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"story": " one "}, {"story": "two"}]))
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"story": "four"}\n')
     (tmp_path / "c.txt").write_text("five\nlines\n<|endoftext|>\nsix\n<|endoftext|>\n")
-    plans = file_shards(find_files(str(tmp_path)))
+    plans = file_shards(find_text(str(tmp_path)).files)
     assert stories_of(plans) == ["one", "two", "three", "four", "five\nlines", "six"]
     assert [plan.name for plan in plans] == ["data00.bin", "data01.bin"]  # .json alone; the others share
 
@@ -25,14 +31,17 @@ def test_the_three_formats(tmp_path):
 def test_llama2cs_names_are_kept(tmp_path):
     for number in (3, 7):
         (tmp_path / f"data{number:02d}.json").write_text('[{"story": "x"}]')
-    assert [plan.name for plan in file_shards(find_files(str(tmp_path / "*.json")))] == ["data03.bin", "data07.bin"]
+    assert [plan.name for plan in file_shards(find_text(str(tmp_path / "*.json")).files)] == [
+        "data03.bin",
+        "data07.bin",
+    ]
 
 
 def test_many_small_files_share_a_shard_and_large_ones_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "SHARD_TEXT_BYTES", 1000)
     for number in range(50):
         (tmp_path / f"note{number:02d}.txt").write_text(f"note {number} " * 10)
-    notes = file_shards(find_files(str(tmp_path)))
+    notes = file_shards(find_text(str(tmp_path)).files)
     assert 3 <= len(notes) <= 6 and len(stories_of(notes)) == 50
     lines = [json.dumps({"text": f"story {number} " + "x" * 50}) for number in range(200)]
     (tmp_path / "big.jsonl").write_text("\n".join(lines))
@@ -59,7 +68,12 @@ def test_half_a_character_pair_becomes_a_replacement(tmp_path):
         ("a.jsonl", b'{"text": "x"}\nnope\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', "line 2 has no text"),
         ("a.json", b"[" * 100_000, "a.json: not JSON"),
-        ("a.txt", b"ok \xff", "not UTF-8 at byte 3"),
+        ("a.txt", b"ok \xff", "not UTF-8 at byte 3: convert it"),
+        ("a.txt", "x".encode("utf-16"), r"a.txt: UTF-16, not UTF-8: convert it \(iconv -f utf-16"),
+        ("a.json", '[{"story": "x"}]'.encode("utf-16"), "a.json: UTF-16, not UTF-8"),
+        ("a.txt", "abc".encode("utf-16-le"), "a.txt: a NUL at byte 1: no text, or UTF-16"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\r{"text": "y"}\rnope', "line 3 is not JSON"),
     ],
 )
 def test_bad_text_names_file_and_record(tmp_path, name, content, message):
@@ -67,15 +81,6 @@ def test_bad_text_names_file_and_record(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         stories_of(file_shards([tmp_path / name]))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"), [("nothing*", "no such file, folder or glob"), (".", "files in this folder")]
-)
-def test_nothing_there(tmp_path, monkeypatch, source, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message):
-        find_files(source)
 
 
 def test_a_bad_line_of_a_cut_file_has_its_number_in_the_file(tmp_path, monkeypatch):
@@ -88,7 +93,7 @@ def test_a_bad_line_of_a_cut_file_has_its_number_in_the_file(tmp_path, monkeypat
 def test_empty_stories_of_json_stay_as_in_llama2c(tmp_path):
     (tmp_path / "a.json").write_text('[{"story": "x"}, {"story": " "}, {"story": "y"}]')
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"text": " "}\n')
-    assert stories_of(file_shards(find_files(str(tmp_path)))) == ["x", "", "y", "x"]
+    assert stories_of(file_shards(find_text(str(tmp_path)).files)) == ["x", "", "y", "x"]
 
 
 @pytest.mark.parametrize(
@@ -99,20 +104,77 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
     assert stories_of(file_shards([tmp_path / name])) == ["x"]
 
 
-def test_folders_and_our_own_files_are_passed_over(tmp_path):
-    (tmp_path / "sub.txt").mkdir()
-    (tmp_path / "meta.json").write_text("{}")
-    (tmp_path / "a.txt").write_text("x")
-    assert find_files(str(tmp_path)) == find_files(str(tmp_path / "*.txt")) == [tmp_path / "a.txt"]
-
-
 def test_a_file_that_went_away(tmp_path):
     for suffix in ("json", "txt"):
         with pytest.raises(UserError, match=rf"gone\.{suffix}: cannot be read \(No such file"):
             stories_of(file_shards([tmp_path / f"gone.{suffix}"]))
 
 
-def test_a_kind_of_file_that_is_no_text(tmp_path):
-    (tmp_path / "a.pdf").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"cannot read '.pdf' files"):
-        find_files(str(tmp_path / "a.pdf"))
+def test_the_separator_divides_wherever_it_stands(tmp_path):
+    marker = "<|endoftext|>"
+    (tmp_path / "a.txt").write_text(f"one{marker}two {marker} three\n{marker}\n\nfour{marker}")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": f"five{marker}six{marker}"}))
+    (tmp_path / "c.json").write_text(json.dumps([{"story": f"{marker}seven{marker}"}, {"story": marker}]))
+    counts = ReadCounts()
+    plans = file_shards(find_text(str(tmp_path)).files)
+    found = [story for plan in plans for segment in plan.segments for story in read_stories(segment, counts)]
+    assert found == ["one", "two", "three", "four", "five", "six", "seven", ""]
+    assert counts == ReadCounts(documents=7, empty=1)
+
+
+@pytest.mark.parametrize("newline", ["\r\n", "\r"])
+def test_line_ends_are_one_character(tmp_path, newline):
+    text = f"one{newline}line{newline}"
+    (tmp_path / "a.txt").write_bytes(f"{text}<|endoftext|>{newline}two".encode())
+    (tmp_path / "b.jsonl").write_bytes(newline.join(json.dumps({"text": text + word}) for word in "xy").encode())
+    assert stories_of(file_shards(find_text(str(tmp_path)).files)) == [
+        "one\nline",
+        "two",
+        "one\nline\nx",
+        "one\nline\ny",
+    ]
+    (tmp_path / "c.json").write_text(json.dumps([{"story": text + "x"}]))
+    counts = ReadCounts()
+    [plan] = file_shards([tmp_path / "c.json"])
+    assert list(read_stories(plan.segments[0], counts)) == [text + "x"]  # llama2.c's bytes
+    assert counts.carriage_returns == 1
+
+
+@given(
+    st.lists(
+        st.sampled_from(["<|endoftext|>", "<|endof", "text|>", "\n", "\r\n", " ", "word", "é", "\N{GRINNING FACE}"]),
+        min_size=1,
+    ),
+    st.integers(1, 40),
+)
+def test_a_file_that_is_cut_holds_the_stories_of_the_whole_file(parts, every):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "a.txt"
+        path.write_bytes("".join(parts).encode())
+        whole = stories_of([ShardPlan("x", (Segment(path, 0, path.stat().st_size),))])
+        patch.setattr(stories, "_BLOCK", 5)  # the separator lies across blocks
+        patch.setattr(corpus, "SHARD_TEXT_BYTES", every)
+        assert stories_of(file_shards([path])) == whole
+
+
+def test_text_that_ends_with_the_separator_leaves_no_shard_without_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "SHARD_TEXT_BYTES", 100)
+    (tmp_path / "a.txt").write_text("x" * 150 + "\n<|endoftext|>\n\n")
+    [plan] = file_shards([tmp_path / "a.txt"])
+    assert len(plan.segments) == 1
+
+
+def test_files_of_one_name_each_have_a_shard(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "data00.json").write_text(json.dumps([{"story": folder}]))
+    plans = file_shards(find_text(str(tmp_path)).files)
+    assert [plan.name for plan in plans] == ["data00.bin", "data01.bin"] and stories_of(plans) == ["a", "b"]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    plans = file_shards([tmp_path / "a.txt"])
+    (tmp_path / "a.txt").write_text("some")
+    with pytest.raises(UserError, match="a.txt: became shorter while it was read"):
+        stories_of(plans)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import sentencepiece
 
 from bitnet_lit.config import PrepareConfig
-from bitnet_lit.data import prepare as prepare_module
+from bitnet_lit.data import write_shards as write_shards_module
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.output_folder import exclusive_folder
 from bitnet_lit.data.prepare import prepare
@@ -141,7 +142,7 @@ def test_a_shard_without_text_is_refused(tmp_path, tokenizer):
 
 def test_out_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(UserError, match=r"cannot be written \(File exists\): choose another out="):
+    with pytest.raises(UserError, match=r"cannot be written \(something else .* there\): choose another out="):
         prepare(demo(tmp_path / "out"))
 
 
@@ -194,7 +195,7 @@ def test_a_killed_call_ends_its_processes_and_goes_on(tmp_path, tokenizer, numbe
 
 
 def test_an_interrupted_call_leaves_whole_shards_and_goes_on(tmp_path, monkeypatch):
-    write_shard = prepare_module.write_shard
+    write_shard = write_shards_module.write_shard
     calls = []
 
     def interrupted(plan, *arguments):
@@ -203,7 +204,7 @@ def test_an_interrupted_call_leaves_whole_shards_and_goes_on(tmp_path, monkeypat
         calls.append(plan.name)
         return write_shard(plan, *arguments)
 
-    monkeypatch.setattr(prepare_module, "write_shard", interrupted)
+    monkeypatch.setattr(write_shards_module, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(demo(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data00.bin", "meta.json", "tokenizer.model"]
@@ -220,8 +221,8 @@ def test_no_space_left_is_one_line_and_no_half_file(tmp_path, monkeypatch):
 
     prepare(demo(tmp_path))
     (tmp_path / "data01.bin").unlink()
-    monkeypatch.setattr(prepare_module.FastEncoder, "encode", full)
-    with pytest.raises(UserError, match="No space left on device: whole shards are kept"):
+    monkeypatch.setattr(write_shards_module.FastEncoder, "encode", full)
+    with pytest.raises(UserError, match="the disk is full: whole shards are kept"):
         prepare(demo(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data00.bin", "meta.json", "tokenizer.model"]
 
@@ -242,6 +243,67 @@ def test_bad_text_in_a_worker_comes_out_as_one_line(tmp_path):
             )
         )
     assert not [path for path in Path(tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_the_sums_of_what_was_read_and_written_are_printed(tmp_path, tokenizer, capsys):
+    source = tmp_path / "text"
+    source.mkdir()
+    (source / "A.TXT").write_text("one<|endoftext|>two")
+    (source / "b.jsonl").write_text('{"text": "three"}\n{"text": " "}\n')
+    (source / "[b]c.pdf").write_text("x")
+    options = {"source": str(source), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
+    summary = prepare(PrepareConfig(**options))
+    assert (summary["files"], summary["documents"], summary["stories"], summary["empty"]) == (2, 4, 3, 1)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == f"source={source}: not read: 1 that are not .json, .jsonl, .txt ([b]c.pdf)"
+    assert second == f"source={source}: read 2 files, 4 documents, 51 bytes; 1 documents without text"
+    assert third.startswith(f"{tmp_path}/out: 1 shards, 3 stories, ")
+
+
+def test_files_of_one_name_are_both_encoded(tmp_path, tokenizer):
+    for folder in "ab":
+        (tmp_path / "text" / folder).mkdir(parents=True)
+        (tmp_path / "text" / folder / "data00.json").write_text(json.dumps([{"story": folder}]))
+    options = {"source": str(tmp_path / "text"), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
+    assert prepare(PrepareConfig(**options, num_workers=1))["shards"] == 2
+    for number, folder in enumerate("ab"):
+        tokens = np.fromfile(tmp_path / "out" / f"data0{number}.bin", np.uint16)
+        assert tokens.tolist() == tokenizer.encode(folder)
+
+
+def test_text_that_changes_while_it_is_encoded_is_no_whole_shard(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text")
+    encode = write_shards_module.FastEncoder.encode
+
+    def changing(self, text):
+        (tmp_path / "a.txt").write_text("other")
+        return encode(self, text)
+
+    monkeypatch.setattr(write_shards_module.FastEncoder, "encode", changing)
+    options = {"source": str(tmp_path / "a.txt"), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
+    with pytest.raises(UserError, match="a.txt: it, or a file read with it, changed meanwhile"):
+        prepare(PrepareConfig(**options))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "tokenizer.model"]
+
+
+def test_names_of_any_bytes(tmp_path, tokenizer):
+    source = os.fsencode(tmp_path) + b"/t\xffxt [b]\n"
+    os.mkdir(source)
+    with open(source + b"/\xfe.txt", "w") as file:
+        file.write("text")
+    options = {"source": os.fsdecode(source), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
+    assert prepare(PrepareConfig(**options)) and prepare(PrepareConfig(**options))["stories"] == 1
+
+
+def test_a_killed_encoding_process_is_one_line(tmp_path, tokenizer, monkeypatch):
+    def broken(*arguments):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(write_shards_module.ProcessPoolExecutor, "submit", broken)
+    source = text_folder(tmp_path / "text", stories=2)
+    options = {"source": str(source), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
+    with pytest.raises(UserError, match="num_workers=2: an encoding process was killed, most likely for memory"):
+        prepare(PrepareConfig(**options, num_workers=2))
 
 
 def test_a_large_vocabulary_is_uint32(tmp_path, monkeypatch):

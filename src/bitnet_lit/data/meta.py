@@ -8,7 +8,8 @@
     tokenizer_sha256            of the tokenizer's file
     tokenizer_origin, source    where tokenizer and text came from: another `prepare` call must say the same to go on
     complete                    whether every shard is there
-    shards                      name -> tokens, stories, text_bytes, fingerprint of the text it was made from
+    shards                      name -> tokens, stories, text_bytes, fingerprint of the text it was made from; and
+                                what was read for it: bytes_in, documents, empty, carriage_returns
 
 A folder that somebody else wrote may hold a meta.json with `dtype` and `vocab_size` alone; llama2.c's have none.
 """
@@ -34,7 +35,7 @@ _COUNT = Integer(0, 2**63 - 1)
 _ID = Integer(-1, 2**31 - 1)
 _SHARD = Record(
     {"tokens": _COUNT, "stories": _COUNT, "text_bytes": _COUNT, "fingerprint": Text()},
-    optional={"documents": _COUNT, "bytes_in": _COUNT},
+    optional={"bytes_in": _COUNT, "documents": _COUNT, "empty": _COUNT, "carriage_returns": _COUNT},
 )
 META = Record(
     {"dtype": Choice("uint16", "uint32"), "vocab_size": Integer(1, 2**31 - 1)},

@@ -1,38 +1,34 @@
 """Text to llama2.c shards: what `python -m bitnet_lit.prepare` does.
 
-The bytes are those of llama2.c's `tinystories.py pretokenize`: for each story, stripped, a BOS and its tokens. Every
-shard is written by one process and appears at once; `meta.json` notes it then. So an interrupted call leaves whole
-shards, and the same call again skips them.
+The bytes are those of llama2.c's `tinystories.py pretokenize`: for each story, stripped, a BOS and its tokens. A shard
+appears at once and as a whole, and `meta.json` notes it then. So an interrupted call leaves whole shards, and the same
+call again writes the others. A folder belongs to one text and one tokenizer: a call with others is refused.
+
+What was read and what was written is printed, and what of a source is passed over is named: no text goes missing
+without a word.
 """
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig
-from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards, find_files, read_stories
+from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards
 from bitnet_lit.data.download import fetch_tinystories
-from bitnet_lit.data.fast_encoder import FastEncoder
+from bitnet_lit.data.find_text import find_text
 from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.data.meta import META_NAME, META_VERSION, dtype_for, read_meta, write_meta
 from bitnet_lit.data.output_folder import exclusive_folder
-from bitnet_lit.data.processes import without_main_script
+from bitnet_lit.data.stories import read_stories
 from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet_lit.data.write_shards import fingerprint, write_shards
 from bitnet_lit.errors import UserError
 
 _ELSEWHERE = "choose another out=, or delete the folder"
@@ -40,70 +36,15 @@ TOKENIZER_TEXT_BYTES = 100 * 2**20  # llama2.c trains on its first ten shards; m
 # The demo's few hundred words fit as one token each, so that a story fits a short context.
 DEMO_VOCAB_SIZE, DEFAULT_VOCAB_SIZE = 1024, 4096
 
-# Of a worker process: its tokenizer, and the encoder, whose cache of words lasts from shard to shard.
-_tokenizer_path: Path | None = None
-_encoder: FastEncoder | None = None
 
-
-def _start_worker(tokenizer_path: Path) -> None:
-    global _tokenizer_path
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _tokenizer_path = tokenizer_path
-
-
-def _end_with_parent() -> None:
-    """A worker waits for work for ever, also when the parent that would give it was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _make_encoder(tokenizer_path: Path) -> FastEncoder:
-    tokenizer = open_tokenizer(tokenizer_path)
-    return FastEncoder(tokenizer, dtype_for(tokenizer.vocab_size))
-
-
-def _write_in_worker(plan: ShardPlan, out: Path, bos_id: int) -> dict[str, Any]:
-    global _encoder
-    assert _tokenizer_path is not None
-    if _encoder is None:  # not when the process starts: an error there would say nothing of its cause
-        _encoder = _make_encoder(_tokenizer_path)
-    return write_shard(plan, out, _encoder, bos_id)
-
-
-def write_shard(plan: ShardPlan, out: Path, encoder: FastEncoder, bos_id: int) -> dict[str, Any]:
-    """Encode one shard and write it; returns its entry in meta.json.
-
-    Raises:
-        UserError: no text in it, or text that cannot be read.
-    """
-    bos = np.array([bos_id], dtype=encoder.dtype).tobytes()
-    stories = text_bytes = 0
-    with atomic_file(out / plan.name) as temporary, temporary.open("wb") as file:
-        for segment in plan.segments:
-            for story in read_stories(segment):
-                file.write(bos + encoder.encode(story))
-                stories += 1
-                text_bytes += len(story.encode())
-        tokens = file.tell() // encoder.dtype.itemsize
-        if not tokens:
-            raise UserError(f"{plan.segments[0].path}: no text in it: take the file away, or give another source")
-    return {"tokens": tokens, "stories": stories, "text_bytes": text_bytes, "fingerprint": _fingerprint([plan])}
-
-
-def _fingerprint(plans: list[ShardPlan]) -> str:
-    parts = [segment.fingerprint() for plan in plans for segment in plan.segments]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _shard_plans(config: PrepareConfig) -> list[ShardPlan]:
+def _shard_plans(config: PrepareConfig) -> tuple[list[ShardPlan], str]:
+    """The shards of a source, and what of it is passed over, in words."""
     if config.source == "demo":
-        return demo_shards(config.num_stories, config.seed)
+        return demo_shards(config.num_stories, config.seed), ""
     if config.source == "tinystories":
-        return file_shards(fetch_tinystories(Path(config.download_dir or config.folder)))
-    return file_shards(find_files(config.source))
+        return file_shards(fetch_tinystories(Path(config.download_dir or config.folder))), ""
+    found = find_text(config.source)
+    return file_shards(found.files), found.describe_passed_over()
 
 
 def _training_text(plans: list[ShardPlan]) -> Iterator[str]:
@@ -139,11 +80,12 @@ def _identity(config: PrepareConfig, plans: list[ShardPlan]) -> dict[str, str]:
         tokenizer = f"copied/{open_tokenizer(config.tokenizer).sha256}"
     else:
         default = DEMO_VOCAB_SIZE if config.source == "demo" else DEFAULT_VOCAB_SIZE
-        tokenizer = f"trained/{config.vocab_size or default}/{_fingerprint(plans)}"
+        tokenizer = f"trained/{config.vocab_size or default}/{fingerprint(plans)}"
     if config.source == "demo":
         source = f"demo/{config.seed}/{config.num_stories}"
     else:
-        source = "tinystories" if config.source == "tinystories" else os.path.abspath(config.source)
+        path = os.fsencode(os.path.abspath(config.source)).decode("utf-8", "backslashreplace")  # a name of any bytes
+        source = "tinystories" if config.source == "tinystories" else path
     return {"tokenizer_origin": tokenizer, "source": source}
 
 
@@ -202,89 +144,78 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write a folder of shards, or finish one.
 
     Returns:
-        shards, stories, tokens, text_bytes, bytes_per_token and vocab_size of the folder; seconds of this call and
-        megabytes_per_s, the text that it encoded in them.
+        shards, stories, tokens, text_bytes, bytes_per_token and vocab_size of the folder; files, documents and bytes_in
+        that were read for it; seconds of this call and megabytes_per_s, the text that it encoded in them.
 
     Raises:
         UserError: text, tokenizer or folder that cannot be used; whole shards stay, nothing half-written does.
     """
     out = config.folder
     with exclusive_folder(out):
-        plans = _shard_plans(config)
+        plans, passed_over = _shard_plans(config)
+        if passed_over:
+            _say(f"source={config.source}: not read: {passed_over}")
         meta = read_meta(out, _ELSEWHERE)
         start = time.perf_counter()
         tokenizer = _ensure_tokenizer(config, out, plans, meta)
         todo = [plan for plan in plans if not _is_done(plan, out, meta)]
-        _write_all(config, out, plans, todo, tokenizer, meta)
+
+        def done(plan: ShardPlan, entry: dict[str, Any]) -> None:
+            meta["shards"][plan.name] = entry
+            write_meta(out, meta)
+
+        write_shards(plans, todo, out, tokenizer, config.num_workers, done)
         if todo or not meta.get("complete"):
             meta["complete"] = True
             write_meta(out, meta)
-    entries = meta["shards"]
     seconds = time.perf_counter() - start
-    summary = {key: sum(entry[key] for entry in entries.values()) for key in ("stories", "tokens", "text_bytes")}
-    summary |= {
+    entries = meta["shards"]
+    summary = _sums(plans, entries) | {
         "shards": len(entries),
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": summary["text_bytes"] / summary["tokens"],
         "seconds": seconds,
         "megabytes_per_s": sum(entries[plan.name]["text_bytes"] for plan in todo) / 1e6 / seconds,
     }
     if todo:
-        Console(stderr=True).print(
-            f"{out}: {summary['shards']} shards, {summary['stories']:,} stories, {summary['tokens']:,} tokens of "
-            f"{tokenizer.vocab_size:,}, {summary['bytes_per_token']:.3f} bytes a token, "
-            f"{seconds:.1f} s, {summary['megabytes_per_s']:.1f} MB/s",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say_what_was_done(config, summary)
     return summary
+
+
+def _sums(plans: list[ShardPlan], entries: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Figures of the whole folder. Shards of an earlier version do not note what was read for them."""
+    sums: dict[str, Any] = {
+        key: sum(entry.get(key, 0) for entry in entries.values())
+        for key in ("stories", "tokens", "text_bytes", "empty", "carriage_returns")
+    }
+    for key, instead in (("documents", "stories"), ("bytes_in", "text_bytes")):
+        sums[key] = sum(entry.get(key, entry[instead]) for entry in entries.values())
+    sums["files"] = len({segment.path for plan in plans for segment in plan.segments if segment.path})
+    sums["bytes_per_token"] = sums["text_bytes"] / max(sums["tokens"], 1)
+    return sums
+
+
+def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any]) -> None:
+    if summary["files"]:
+        read = f"read {summary['files']:,} files, {summary['documents']:,} documents, {summary['bytes_in']:,} bytes"
+        if summary["empty"]:
+            read += f"; {summary['empty']:,} documents without text"
+        if summary["carriage_returns"]:
+            read += f"; {summary['carriage_returns']:,} stories of .json with carriage returns, kept as llama2.c does"
+        _say(f"source={config.source}: {read}")
+    _say(
+        f"{config.folder}: {summary['shards']} shards, {summary['stories']:,} stories, {summary['tokens']:,} tokens of "
+        f"{summary['vocab_size']:,}, {summary['bytes_per_token']:.3f} bytes a token, "
+        f"{summary['seconds']:.1f} s, {summary['megabytes_per_s']:.1f} MB/s"
+    )
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _is_done(plan: ShardPlan, out: Path, meta: dict[str, Any]) -> bool:
     entry = meta["shards"].get(plan.name)
     path = out / plan.name
-    if entry is None or entry["fingerprint"] != _fingerprint([plan]) or not path.is_file():
+    if entry is None or entry["fingerprint"] != fingerprint([plan]) or not path.is_file():
         return False
     return path.stat().st_size == entry["tokens"] * np.dtype(meta["dtype"]).itemsize
-
-
-def _write_all(
-    config: PrepareConfig,
-    out: Path,
-    plans: list[ShardPlan],
-    todo: list[ShardPlan],
-    tokenizer: Tokenizer,
-    meta: dict[str, Any],
-) -> None:
-    """Write the shards in `todo`, on several processes where there are several shards."""
-    workers = min(config.num_workers or os.cpu_count() or 1, len(todo))
-    columns = (TextColumn("encoding"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not todo or not console.is_terminal) as progress:
-        task = progress.add_task("encode", total=sum(plan.text_bytes for plan in plans))
-        progress.advance(task, sum(plan.text_bytes for plan in plans if plan not in todo))
-
-        def done(plan: ShardPlan, entry: dict[str, Any]) -> None:
-            meta["shards"][plan.name] = entry
-            write_meta(out, meta)
-            progress.advance(task, plan.text_bytes)
-
-        if workers <= 1:
-            encoder = _make_encoder(tokenizer.path)
-            for plan in todo:
-                done(plan, write_shard(plan, out, encoder, tokenizer.bos_id))
-            return
-        context = multiprocessing.get_context("spawn")  # fork copies locks that other threads hold
-        with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
-            try:
-                with without_main_script():
-                    futures = {pool.submit(_write_in_worker, plan, out, tokenizer.bos_id): plan for plan in todo}
-                for future in as_completed(futures):
-                    done(futures[future], future.result())
-            except BrokenProcessPool:  # of the futures, or of a submit when it is broken already
-                raise UserError(
-                    f"num_workers={workers}: an encoding process was killed, most likely for memory: take fewer"
-                ) from None
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
