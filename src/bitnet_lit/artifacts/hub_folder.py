@@ -17,7 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.artifacts.model_folder import CONFIG_NAME, folder_tokenizer
+from bitnet_lit.artifacts.config_json import CONFIG_NAME, THEIRS, check_config
+from bitnet_lit.artifacts.model_folder import folder_tokenizer
 from bitnet_lit.artifacts.safetensors_reader import SafetensorsReader, safetensors_files
 from bitnet_lit.artifacts.source import LONGEST_CONTEXT, Source
 from bitnet_lit.config import ModelConfig, QuantConfig
@@ -33,8 +34,6 @@ def _refuse(raw: dict[str, Any]) -> None:
     Raises:
         UserError: the first of them.
     """
-    if raw.get("model_type") not in KNOWN_TYPES:
-        raise UserError(f"model_type={raw.get('model_type')}: not known here: {', '.join(KNOWN_TYPES)} are")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
@@ -45,14 +44,14 @@ def _refuse(raw: dict[str, Any]) -> None:
         raise UserError("attention_bias=true: biases are known on q, k and v of qwen2 only")
     if raw.get("mlp_bias"):
         raise UserError("mlp_bias=true: the feed-forward layer here has no biases")
-    if raw.get("hidden_act") not in ACTIVATIONS:
-        raise UserError(f"hidden_act={raw.get('hidden_act')}: {', '.join(ACTIVATIONS)} are known here")
+    if raw["hidden_act"] not in ACTIVATIONS:
+        raise UserError(f"hidden_act={raw['hidden_act']}: {', '.join(ACTIVATIONS)} are known here")
 
 
 def _sizes(folder: Path, raw: dict[str, Any]) -> ModelConfig:
-    context = int(raw["max_position_embeddings"])
+    context = raw["max_position_embeddings"]
     if raw["model_type"] == "mistral" and raw.get("sliding_window"):
-        context = min(context, int(raw["sliding_window"]))  # within the window attention sees everything
+        context = min(context, raw["sliding_window"])  # within the window attention sees everything
     rope = raw.get("rope_parameters") or {}
     return ModelConfig(
         name=folder.name,
@@ -64,10 +63,10 @@ def _sizes(folder: Path, raw: dict[str, Any]) -> ModelConfig:
         num_key_value_heads=raw.get("num_key_value_heads"),
         head_dim=raw.get("head_dim"),
         max_position_embeddings=min(context, LONGEST_CONTEXT),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rms_norm_eps=raw["rms_norm_eps"],
         hidden_act=ACTIVATIONS[raw["hidden_act"]],
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         sub_norm=raw["model_type"] == "bitnet",
         qkv_bias=raw["model_type"] == "qwen2",
         qk_norm=raw["model_type"] == "qwen3",
@@ -98,16 +97,15 @@ def open_hub_folder(folder: Path, raw: dict[str, Any]) -> Source:
     Raises:
         UserError: a network, a quantization or a file that cannot be read; one line each.
     """
+    path = folder / CONFIG_NAME
+    if isinstance(raw.get("model_type"), str) and raw["model_type"] not in KNOWN_TYPES:
+        raise UserError(f"{path}: model_type={raw['model_type']}: not known here: {', '.join(KNOWN_TYPES)} are")
+    check_config(path, raw, THEIRS)
     try:
         _refuse(raw)
         config = _sizes(folder, raw)
         quant, inverse_scales = _quant(raw)
     except UserError as error:
-        raise UserError(f"{folder / CONFIG_NAME}: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(
-            f"{folder / CONFIG_NAME}: not a config.json of transformers ({type(error).__name__}: {error}): copy it "
-            "again"
-        ) from None
+        raise UserError(f"{path}: {error}") from None
     reader = SafetensorsReader(safetensors_files(folder))
     return Source(folder, config, quant, folder_tokenizer(folder, raw), {}, reader, inverse_scales)

@@ -11,6 +11,7 @@ llama2.c turns the pairs (2i, 2i + 1) of a head, Hugging Face (i, i + P/2): the 
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,11 +168,40 @@ def open_bin(path: Path) -> Source:
         offsets[HEAD], shapes[HEAD] = position + 4 * tables, (abs(vocab), dim)
 
     def read(name: str) -> Tensor:
-        values = np.fromfile(path, dtype="<f4", count=math.prod(shapes[name]), offset=offsets[name])
-        return torch.from_numpy(values).reshape(shapes[name])
+        try:
+            values = np.fromfile(path, dtype="<f4", count=math.prod(shapes[name]), offset=offsets[name])
+            return torch.from_numpy(values.reshape(shapes[name]))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: changed or unreadable since it was opened ({error}): copy it again") from None
 
     reader = Llama2cReader(config, shapes, read)
     return Source(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose contents are larger than itself: torch would unpack it into memory.
+
+    Raises:
+        ValueError: so it is.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, which torch.save does not do")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its entries overlap")
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    """Refuse what is no tensor of plain numbers, each of which lies in the file.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"{name} holds no plain numbers")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, of which the file holds a part")
 
 
 def open_pt(path: Path) -> Source:
@@ -182,9 +212,12 @@ def open_pt(path: Path) -> Source:
     """
     not_one = f"{path}: not a training checkpoint of llama2.c"
     try:
+        _check_archive(path)
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         arguments, state = checkpoint["model_args"], checkpoint["model"]
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+        for name, tensor in state.items():
+            _check_tensor(name, tensor)
         hidden = int(state["layers.0.feed_forward.w1.weight"].shape[0])
         tied = torch.equal(state["output.weight"], state["tok_embeddings.weight"])
         config = _config(
@@ -200,9 +233,6 @@ def open_pt(path: Path) -> Source:
         )
         names = {name: _their_name(name) for name in network_names(config.num_hidden_layers, tied)}
         shapes = {name: tuple(state[theirs].shape) for name, theirs in names.items()}
-        for theirs in names.values():
-            if state[theirs].layout != torch.strided or state[theirs].device.type != "cpu":
-                raise ValueError(f"{theirs} holds no plain numbers")
     except UserError as error:
         raise UserError(f"{not_one} ({error}): copy it again") from None
     except Exception as error:  # torch raises a different type for each way a file can be broken

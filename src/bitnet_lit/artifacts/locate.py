@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from bitnet_lit.artifacts.config_json import CONFIG_NAME, read_raw_config
 from bitnet_lit.artifacts.hub_folder import open_hub_folder
-from bitnet_lit.artifacts.model_folder import CONFIG_NAME, WEIGHTS_NAME, open_model_folder, read_raw_config
+from bitnet_lit.artifacts.model_folder import WEIGHTS_NAME, open_model_folder
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.errors import UserError, needs_extra
 

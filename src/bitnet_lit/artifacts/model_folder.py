@@ -29,11 +29,11 @@ Nothing here pickles.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from bitnet_lit.artifacts.config_json import CONFIG_NAME, FORMAT_VERSION, OURS, check_config, read_raw_config
 from bitnet_lit.artifacts.safetensors_reader import SafetensorsReader, safetensors_files
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig, QuantConfig
@@ -42,9 +42,7 @@ from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
-FORMAT_VERSION = 1
 ARCHITECTURES = {
     "bitnet": "BitNetForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -130,42 +128,28 @@ def describe(
     return described
 
 
-def read_raw_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands.
-
-    Raises:
-        UserError: missing, unreadable, or no JSON object.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): is this a model folder?") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a config.json ({type(error).__name__}: {error}): copy it again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: not a config.json (it holds no object): copy it again")
-    return raw
-
-
 def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConfig]:
     """Sizes and quantization of a config.json that this project wrote.
 
     Raises:
-        UserError: values that do not fit.
+        UserError: values that do not fit, or a later version's.
     """
+    check_config(path, raw, OURS)
+    ours = raw["bitnet_lit"]
+    if ours.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written by a later version (format {ours['format_version']}, this one knows {FORMAT_VERSION}): "
+            "upgrade bitnet-lit"
+        )
+    if unknown := sorted(ours["quant"].keys() - {field.name for field in fields(QuantConfig)}):
+        raise UserError(f"{path}: bitnet_lit.quant.{unknown[0]} is not known here: upgrade bitnet-lit")
+    sizes = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
+    for key in ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout"):
+        sizes[key] = ours.get(key, getattr(ModelConfig, key))
     try:
-        ours = raw["bitnet_lit"]
-        sizes = {f.name: raw[f.name] for f in fields(ModelConfig) if f.name in raw}
-        for key in ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout"):
-            sizes[key] = ours.get(key, getattr(ModelConfig, key))
         return ModelConfig(**sizes), QuantConfig(**ours["quant"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(
-            f"{path}: not a config.json of this project ({type(error).__name__}: {error}): copy the folder again"
-        ) from None
 
 
 def folder_tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer | None:

@@ -7,7 +7,7 @@ by the same header, because its own numpy door copies, and knows no bfloat16.
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from bitnet_lit.artifacts.source import TensorReader
 from bitnet_lit.errors import UserError
+from bitnet_lit.foreign_json import MapOf, Record, Text, parse_json, read_json
+from bitnet_lit.regular_file import open_regular
 
 # How each dtype lies in the file. numpy has no bfloat16: the upper half of a float32, here as its bits.
 DTYPES = {
@@ -32,6 +34,8 @@ DTYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
+HEADER = Record(optional={"__metadata__": MapOf(Text())})  # of its tensors the library has checked everything
+INDEX = Record({"weight_map": MapOf(Text())})
 
 
 def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -67,7 +71,10 @@ class SafetensorsReader(TensorReader):
     def read(self, name: str) -> NDArray[Any]:
         path, dtype, offset = self._place[name]
         shape = self._shapes[name]
-        values = np.fromfile(path, dtype=DTYPES[dtype], count=int(np.prod(shape)), offset=offset).reshape(shape)
+        try:
+            values = np.fromfile(path, dtype=DTYPES[dtype], count=math.prod(shape), offset=offset).reshape(shape)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: changed or unreadable since it was opened ({error}): copy it again") from None
         if dtype == "BF16":
             return bfloat16_to_float32(values)
         return values.astype(np.float32, copy=False) if dtype.startswith("F") else values
@@ -80,7 +87,7 @@ class SafetensorsReader(TensorReader):
             with path.open("rb") as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         shape = self._shapes[name]
-        values = np.frombuffer(self._maps[path], DTYPES[dtype], int(np.prod(shape)), offset)
+        values = np.frombuffer(self._maps[path], DTYPES[dtype], math.prod(shape), offset)
         return values.reshape(shape)
 
     def release(self) -> None:
@@ -91,16 +98,18 @@ class SafetensorsReader(TensorReader):
 
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a file that the library has found sound, and where its tensors begin."""
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
+    with open_regular(path, "is this a model folder?") as file:  # which never waits, as the library does for a pipe
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
             length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(length)), 8 + length
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): is this a model folder?") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error}): copy or export it again") from None
+            text = file.read(length)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}): is this a model folder?") from None
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged or not a safetensors file ({error}): copy or export it again") from None
+    header = parse_json(text, f"{path}: header", HEADER, "copy or export it again")
+    return header, 8 + length
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -112,10 +121,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names no file of this folder")
-        return [folder / name for name in names]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: cannot be used ({type(error).__name__}: {error}): copy it again") from None
+    names = sorted(set(read_json(index, INDEX, "copy it again")["weight_map"].values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{index}: names no file of this folder: copy it again")
+    return [folder / name for name in names]

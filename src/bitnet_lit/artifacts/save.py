@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet_lit.artifacts.config_json import CONFIG_NAME
 from bitnet_lit.artifacts.layout import HEAD, quantized_names
-from bitnet_lit.artifacts.model_folder import CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME, describe, written_names
+from bitnet_lit.artifacts.model_folder import GENERATION_NAME, WEIGHTS_NAME, describe, written_names
 from bitnet_lit.artifacts.safetensors_writer import LazyTensor, write_safetensors
 from bitnet_lit.artifacts.source import STATISTICS
 from bitnet_lit.atomic import atomic_folder

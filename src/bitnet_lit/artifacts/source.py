@@ -11,11 +11,10 @@ starts: importing torch takes longer than that engine's whole start. The methods
 
 from __future__ import annotations
 
-import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -23,19 +22,21 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_lit.artifacts.config_json import LARGEST_NUMBER, LARGEST_SIZE
 from bitnet_lit.artifacts.layout import EMBEDDING, HEAD, quantized_names, tensor_shapes
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.foreign_json import ListOf, MapOf, Number, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST_SIZE = 2**24  # of any axis; what a damaged file says beyond it must not ask for memory
-LARGEST_NUMBER = 2.0**100  # a float32
 LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
 CODES_PER_BYTE = 4  # in a packed matrix; the layout is in quant/packing.py
 STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
+NOTED_STATISTICS = MapOf(ListOf(Number(-LARGEST_NUMBER, LARGEST_NUMBER), length=2))
+CHECKED_AT_ONCE = 2**18  # values: they stay in the processor's cache between the passes of a check
 
 
 class TensorReader(ABC):
@@ -116,6 +117,8 @@ class Source:
         try:
             _check_types(self.config)
             _check_types(self.quant)
+            if self.config.max_position_embeddings < 2:
+                raise UserError("max_position_embeddings=1: no room for a token and the one after it: copy it again")
             if self.config.attention_size > LARGEST_SIZE or self.config.max_position_embeddings > LONGEST_CONTEXT:
                 raise UserError(
                     f"{self.config.num_attention_heads} heads of {self.config.head_size}, a context of "
@@ -182,10 +185,12 @@ class Source:
         Raises:
             UserError: not a positive number.
         """
-        scale = np.float32(self.reader.read(f"{name}_scale").reshape(()))
+        stored = np.float32(self.reader.read(f"{name}_scale").reshape(()))
+        with np.errstate(all="ignore"):
+            scale = np.float32(1) / stored if self.inverse_scales else stored
         if not 0 < scale < np.inf:
-            raise UserError(f"{self.path}: tensor {name}_scale is {scale}: no scale of codes: copy it again")
-        return np.float32(1) / scale if self.inverse_scales else scale
+            raise UserError(f"{self.path}: tensor {name}_scale is {stored}: no scale of codes: copy it again")
+        return scale
 
     def noted_statistics(self, name: str) -> tuple[float, float] | None:
         """Scale and center of a latent weight (`quant.functional.weight_statistics`) as the file notes them beside it;
@@ -194,16 +199,49 @@ class Source:
         Means of float32 numbers differ in the last bit with the order of summation, so the trained model's own are
         kept with its weights.
         """
+        scale, center = self._statistics.get(name, (0.0, 0.0))
+        return (float(scale), float(center)) if scale > 0 else None
+
+    @cached_property
+    def _statistics(self) -> dict[str, list[float]]:
         try:
-            scale, center = json.loads(self.reader.metadata[STATISTICS])[name]
-            fits = 0 < scale < math.inf and abs(center) < math.inf
-        except (LookupError, ValueError, TypeError):
-            return None
-        return (scale, center) if fits else None
+            noted = parse_json(self.reader.metadata.get(STATISTICS, "{}"), self.path, NOTED_STATISTICS, "")
+        except UserError:
+            return {}  # damaged: they are computed again
+        return dict(noted)
+
+    def check_finite(self, name: str, values: NDArray[Any]) -> None:
+        """Refuse a tensor with a NaN or an infinity in it: one is enough to turn every logit into NaN.
+
+        Args:
+            values: float32, or bfloat16 as its bits (uint16).
+
+        Raises:
+            UserError: which tensor, and how many of its values.
+        """
+        bad = 0
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, CHECKED_AT_ONCE):
+            part = flat[start : start + CHECKED_AT_ONCE]
+            if part.dtype == np.uint16:
+                bad += int(np.count_nonzero((part & 0x7F80) == 0x7F80))
+            elif not (-np.inf < part.min() and part.max() < np.inf):  # NaN goes through min and max
+                bad += int(np.count_nonzero(~np.isfinite(part)))
+        if bad:
+            raise UserError(
+                f"{self.path}: tensor {name} holds {bad} of {flat.size} values that are no numbers (NaN or infinite): "
+                "copy it again, or take an earlier checkpoint of its training"
+            )
 
     def array(self, name: str) -> NDArray[np.float32]:
-        """A tensor that is not quantized, or a latent weight; a copy."""
-        return self.reader.read(name).astype(np.float32, copy=False)
+        """A tensor that is not quantized, or a latent weight; a copy.
+
+        Raises:
+            UserError: values in it that are no numbers.
+        """
+        values = self.reader.read(name).astype(np.float32, copy=False)
+        self.check_finite(name, values)
+        return values
 
     def tensor(self, name: str) -> Tensor:
         """`array` as a float32 tensor."""

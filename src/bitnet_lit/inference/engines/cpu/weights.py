@@ -90,6 +90,7 @@ class Weights:
         self.bytes_per_token = 0
         self._arena = Arena()
         self._kept: list[NDArray[Any]] = []  # what the engine points to
+        self._checked: set[str] = set()
 
     def _keep(self, array: NDArray[Any]) -> NDArray[Any]:
         self._kept.append(array)
@@ -100,13 +101,21 @@ class Weights:
         mapped = self.source.reader.mapped(name)
         return self.source.array(name) if mapped is None or mapped.dtype == np.uint8 else mapped
 
+    def _finite(self, name: str) -> NDArray[Any]:
+        """`_dense`, checked for numbers that are none; of latent weights their sums tell."""
+        values = self._dense(name)
+        if name not in self._checked:
+            self.source.check_finite(name, values)
+            self._checked.add(name)
+        return values
+
     def vector(self, name: str) -> int | None:
         """The address of a float32 vector; None where the network has none of that name."""
         return self._keep(self.source.array(name)).ctypes.data if name in self.source.tensors else None
 
     def table(self, name: str) -> native.Matrix:
         """A dense matrix of which a step reads some rows: left in the file."""
-        floats, bfloats = _addresses(self._keep(self._dense(name)))
+        floats, bfloats = _addresses(self._keep(self._finite(name)))
         return native.Matrix(None, floats, bfloats, 1.0)
 
     def projection(self, name: str) -> native.Matrix:
@@ -115,7 +124,7 @@ class Weights:
             packed, scale = self._packed(name)
             self.bytes_per_token += self._keep(packed).nbytes
             return native.Matrix(packed.ctypes.data, None, None, scale)
-        stored = self._dense(name)
+        stored = self._finite(name)
         copy = self._keep(self._arena.take(stored.shape, stored.dtype))
         copy[...] = stored
         self.bytes_per_token += copy.nbytes
@@ -123,7 +132,7 @@ class Weights:
 
     def integer_head(self, name: str, bits: int) -> tuple[int, ...]:
         """Addresses of the head's codes, of their scales and sums, and of finer rows, of which a step reads some."""
-        codes, rows, fine = quantize_head(self._dense(name), bits, self._arena)
+        codes, rows, fine = quantize_head(self._finite(name), bits, self._arena)
         self.bytes_per_token += codes.nbytes + rows.nbytes
         return tuple(self._keep(array).ctypes.data for array in (codes, rows, fine))
 
@@ -164,6 +173,8 @@ class Weights:
     def _plausible(self, rounding: native.Rounding, count: int) -> bool:
         """Whether noted statistics are of these weights and not of others that were put in their place."""
         scale, tolerance = rounding.scale, 1e-4 * rounding.scale  # float32 sums are right to a few millionths
+        if not math.isfinite(rounding.magnitude):
+            return False
         if abs(rounding.sum / count - rounding.center) > tolerance and rounding.binary:
             return False
         if self.source.quant.weight_scale == "absmedian":
