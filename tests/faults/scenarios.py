@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,7 +184,8 @@ def _difference(now: Any, expected: Any, where: str) -> list[str]:
     if now == expected:
         return []
     if isinstance(now, bytes) and isinstance(expected, bytes):
-        at = max(0, len(os.path.commonprefix([now, expected])) - 40)
+        same = next((i for i, (a, b) in enumerate(zip(now, expected, strict=False)) if a != b), 0)
+        at = max(0, same - 40)
         now, expected = now[at : at + 100], expected[at : at + 100]
     return [f"{where}{now!r} for {expected!r}"]
 
