@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.json_tokenizer import JsonTokenizer, find_tokenizer, open_tokenizer
+from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.shards import open_shards
 from bitnet_lit.errors import UserError
 
 TEXTS = [*demo_stories(60), "naïve café — 日本語 🙂🙃 \t\n  two  spaces", "don't 12345"]
@@ -194,7 +198,7 @@ def test_a_copy_knows_its_bos_and_eos(opened, tmp_path):
         ({"config.json": {"eos_token_id": 1}}, 1, 1),
         ({"tokenizer_config.json": {"bos_token": "<|begin|>"}}, 0, 0),
         ({"tokenizer_config.json": {"bos_token": "<|nowhere|>"}, "config.json": {"bos_token_id": 1}}, 1, 1),
-        ({"tokenizer_config.json": [], "config.json": {"bos_token_id": 0}}, 0, 0),
+        ({"tokenizer_config.json": {"bos_token": None}, "config.json": {"bos_token_id": 0}}, 0, 0),
     ],
 )
 def test_where_bos_and_eos_are_named(tmp_path, beside, bos, eos):
@@ -207,7 +211,7 @@ def test_where_bos_and_eos_are_named(tmp_path, beside, bos, eos):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"bos_token_id": 10**12}, {"bos_token_id": -1}, {"bos_token_id": "x"}, {"eos_token_id": []}, "text"],
+    [{}, {"bos_token_id": 10**9}, {"bos_token_id": -1}, {"eos_token_id": []}],
     ids=str,
 )
 def test_neither_bos_nor_eos_is_refused(tmp_path, config):
@@ -226,3 +230,80 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, content):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
         open_tokenizer(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b'{"bos_token_id": "x"}', 'config.json: bos_token_id: must be an id or a list of ids, not "x"'),
+        ("config.json", b'"text"', 'config.json: must be an object, not "text": mend it, or take it away'),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json: must be an object, not a list of 0"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "bos_token: must be text, or an object with its content, not 5"),
+        ("tokenizer_config.json", b'{"bos_token": {"content": null}}', "bos_token: must be text"),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud83d"}', "half of a character pair"),
+        ("tokenizer_config.json", b'{"x": ' + b"[" * 10_000, "nested more than 64 deep"),
+        ("tokenizer_config.json", b"\xff\xfe", "UTF-16"),
+    ],
+)
+def test_damaged_files_beside_it_are_named(tmp_path, name, content, message):
+    byte_level()[0].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        open_tokenizer(tmp_path / "tokenizer.json")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def with_gaps(top_id):
+    """A tokenizer.json whose ids leave numbers out: models whose vocabulary was cut, or has reserved rows."""
+    raw = json.loads(byte_level()[0].to_str())
+    vocabulary = raw["model"]["vocab"]
+    added = {token["content"] for token in raw["added_tokens"]}
+    last = next(piece for piece, id_ in vocabulary.items() if id_ == len(vocabulary) - 1)
+    assert last not in added
+    vocabulary[last] = top_id
+    return json.dumps(raw)
+
+
+def test_ids_with_gaps_count_to_the_largest(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(with_gaps(70_000))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0}')
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.vocab_size == 70_001
+    assert tokenizer.piece_bytes(70_000) and tokenizer.piece_bytes(69_999) == b""
+    ids = np.array(tokenizer.encode("Once upon a time"))
+    assert tokenizer.text_bytes(ids[:-1], ids[1:]) == len("Once upon a time")
+    options = {"source": "demo", "num_stories": 20, "tokenizer": str(tokenizer.path), "out": str(tmp_path / "out")}
+    prepare(PrepareConfig(**options, num_workers=1))
+    assert open_shards(tmp_path / "out").dtype == np.uint32 and open_shards(tmp_path / "out").vocab_size == 70_001
+    (tmp_path / "tokenizer.json").write_text(with_gaps(2**32 - 1))
+    with pytest.raises(UserError, match=r"ids from 0 to 4294967295, at most 4194304 fit"):
+        open_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_file_that_cuts_its_models_batches_cuts_no_text(tmp_path):
+    theirs, names = byte_level()
+    theirs.enable_truncation(max_length=5)
+    theirs.enable_padding(length=50, pad_token="<|end|>")
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_a_character_without_a_piece_is_one_line(tmp_path):
+    raw = {"a": 0, "b": 1}
+    Tokenizer(models.WordLevel(raw, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0}')
+    with pytest.raises(UserError, match=r"cannot encode a text \(WordLevel error: Missing"):
+        open_tokenizer(tmp_path / "tokenizer.json").encode("c")
+
+
+def test_a_copy_is_the_file_that_was_opened(tmp_path):
+    theirs, names = byte_level()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+    tokenizer.copy_to(tmp_path)
+    assert open_tokenizer(tmp_path / "tokenizer.json").sha256 == tokenizer.sha256

@@ -141,6 +141,34 @@ def test_no_piece_ever_breaks_a_character(tokenizer):
     assert "😀" in pieces
 
 
+def test_a_byte_piece_that_names_no_byte_is_refused(tokenizer, tmp_path):
+    damaged = tokenizer.path.read_bytes().replace(b"<0x41>", b"<0xZZ>")
+    (tmp_path / "tokenizer.model").write_bytes(damaged)
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_every_beginning_of_a_file_opens_or_is_refused(tokenizer, tmp_path):
+    content = tokenizer.path.read_bytes()
+    for size in range(0, len(content), len(content) // 60):
+        (tmp_path / "tokenizer.model").write_bytes(content[:size])
+        try:
+            opened = Tokenizer(tmp_path / "tokenizer.model")
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert opened.decode(opened.encode("Once upon a time")) is not None
+
+
+def test_a_copy_is_the_file_that_was_opened(tokenizer, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    opened = Tokenizer(tmp_path / "a" / "tokenizer.model")
+    opened.path.write_bytes(b"another")
+    opened.copy_to(tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def tokenizer_session(shards):
     return Tokenizer(shards / "tokenizer.model")

@@ -10,18 +10,26 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.data.tokenizer import SPACE, Tokenizer, without_surrogates
+from bitnet_lit.data.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer, without_surrogates
 from bitnet_lit.errors import UserError, needs_extra
+from bitnet_lit.foreign_json import Either, Integer, ListOf, OrNull, Record, Text, parse_json, read_json
+from bitnet_lit.regular_file import read_regular
 
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+MAX_IDS = 2**22  # ids may have gaps, but tables by id are made
+_TOKEN = OrNull(Either(Text(), Record({"content": Text()}), called="text, or an object with its content"))
+_ID = Integer(-1, 2**31 - 1)
+_IDS = OrNull(Either(_ID, ListOf(_ID), called="an id or a list of ids"))
+TOKENIZER_CONFIG = Record(optional={"bos_token": _TOKEN, "eos_token": _TOKEN})
+MODEL_CONFIG = Record(optional={"bos_token_id": _IDS, "eos_token_id": _IDS})
 
 
 @cache
@@ -30,14 +38,6 @@ def _byte_of_character() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 class JsonTokenizer(Tokenizer):
@@ -53,20 +53,29 @@ class JsonTokenizer(Tokenizer):
         with needs_extra("tokenizers", f"tokenizer {path}"):
             import tokenizers
         self.path = Path(path)
+        remedy = "give another file"
+        self._content = read_regular(path, remedy, MAX_FILE_BYTES)
+        parsed = parse_json(
+            self._content, f"tokenizer {path}: not a tokenizer.json", Record({"model": Record()}), remedy
+        )
         try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"tokenizer {path}: cannot be read ({error.strerror}): give an existing one") from None
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-            self.is_byte_level = '"ByteLevel"' in json.dumps(json.loads(content).get("decoder"))
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._content.decode("utf-8-sig"))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the Rust library is no Exception
             line = " ".join(str(error).split())[:100]
-            raise UserError(f"tokenizer {path}: not a tokenizer.json ({line}): give another file") from None
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+            raise UserError(f"tokenizer {path}: not a tokenizer.json ({line}): {remedy}") from None
+        # A file can say that texts are cut or filled up to a length: of what a training batch of its own model took.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.is_byte_level = '"ByteLevel"' in json.dumps(parsed.get("decoder"))
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_IDS:
+            raise UserError(f"tokenizer {path}: ids from 0 to {self.vocab_size - 1}, at most {MAX_IDS} fit: {remedy}")
+        beside = self.path.parent
+        self._names = _read_beside(beside / "tokenizer_config.json", TOKENIZER_CONFIG)
+        self._model_config = _read_beside(beside / "config.json", MODEL_CONFIG)
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         bos, eos = self._named("bos"), self._named("eos")
         if bos is None and eos is None:
@@ -80,19 +89,23 @@ class JsonTokenizer(Tokenizer):
 
     def _named(self, name: str) -> int | None:
         """The id of the BOS or EOS token, from the files beside."""
-        token = _read_json(self.path.parent / "tokenizer_config.json").get(f"{name}_token")
+        token = self._names.get(f"{name}_token")
         if isinstance(token, dict):
             token = token.get("content")
         found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
         if found is None:
-            found = _read_json(self.path.parent / "config.json").get(f"{name}_token_id")
+            found = self._model_config.get(f"{name}_token_id")
             if isinstance(found, list):
                 found = found[0] if found else None
         return found if isinstance(found, int) and 0 <= found < self.vocab_size else None
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens its template puts in front unless told otherwise."""
-        ids: list[int] = self._tokenizer.encode(without_surrogates(text), add_special_tokens=bos).ids
+        try:
+            ids: list[int] = self._tokenizer.encode(without_surrogates(text), add_special_tokens=bos).ids
+        except Exception as error:  # the library's only kind: a character that no piece covers, and no unknown token
+            line = " ".join(str(error).split())[:100]
+            raise UserError(f"tokenizer {self.path}: cannot encode a text ({line}): give another one") from None
         return ids or ([self.bos_id] if bos else [])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -117,8 +130,8 @@ class JsonTokenizer(Tokenizer):
     def copy_to(self, folder: Path) -> None:
         """Put the tokenizer into a folder, with the names of its BOS and EOS tokens beside it."""
         with atomic_file(folder / "tokenizer.json") as temporary:
-            shutil.copyfile(self.path, temporary)
-        named = _read_json(self.path.parent / "tokenizer_config.json")
+            temporary.write_bytes(self._content)
+        named = dict(self._names)
         for name, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             named[name] = self._tokenizer.id_to_token(token)
         with atomic_file(folder / "tokenizer_config.json") as temporary:
@@ -150,6 +163,14 @@ class JsonStreamDecoder:
     def flush(self) -> str:
         """What is left of an incomplete character at the end."""
         return self._characters.decode(b"", final=True)
+
+
+def _read_beside(path: Path, shape: Record) -> dict[str, Any]:
+    """A file of settings beside the tokenizer's; empty where there is none."""
+    if not os.path.lexists(path):
+        return {}
+    content: dict[str, Any] = read_json(path, shape, "mend it, or take it away")
+    return content
 
 
 def find_tokenizer(folder: Path) -> Path | None:

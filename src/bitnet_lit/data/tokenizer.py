@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError
+from bitnet_lit.regular_file import read_regular
 
 if TYPE_CHECKING:
     from bitnet_lit.data.json_tokenizer import JsonStreamDecoder
@@ -35,6 +35,7 @@ codecs.register_error("one_per_byte", lambda error: ("\N{REPLACEMENT CHARACTER}"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # U+2581, SentencePiece's space
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's default max_sentence_length, with which llama2.c trains
 BYTE_AND_CONTROL_TOKENS = 256 + 3  # <unk>, <s>, </s>
+MAX_FILE_BYTES = 2**26  # of a tokenizer's file; those of 260,000 entries have 35 MB
 
 
 class Tokenizer:
@@ -52,14 +53,9 @@ class Tokenizer:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"tokenizer {path}: cannot be read ({error.strerror}): give an existing SentencePiece model"
-            ) from None
-        self.processor = _open(path, content)
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._content = read_regular(path, "give an existing tokenizer", MAX_FILE_BYTES)
+        self.processor = _open(path, self._content)
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
         self.vocab_size: int = self.processor.vocab_size()
         self.bos_id: int = self.processor.bos_id()
         self.eos_id: int = self.processor.eos_id()
@@ -89,9 +85,9 @@ class Tokenizer:
         return piece.replace(SPACE, " ").encode()
 
     def copy_to(self, folder: Path) -> None:
-        """Put the tokenizer into a folder."""
+        """Put the tokenizer into a folder, as it was when it was opened: its file may be gone or changed since."""
         with atomic_file(folder / "tokenizer.model") as temporary:
-            shutil.copyfile(self.path, temporary)
+            temporary.write_bytes(self._content)
 
     def stream_decoder(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder | JsonStreamDecoder:
         """A decoder of the text that goes on from `prompt_ids`."""
@@ -123,8 +119,10 @@ def _open(path: Path | str, content: bytes) -> sentencepiece.SentencePieceProces
         with contextlib.suppress(RuntimeError, ValueError, OSError):
             processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             size = processor.vocab_size()
-            processor.id_to_piece(list(range(size)))  # a flipped bit leaves a piece that is no UTF-8: ValueError
-            if size:
+            ids = list(range(size))
+            pieces = processor.id_to_piece(ids)  # a flipped bit leaves a piece that is no UTF-8: ValueError
+            bytes_ = [piece for piece, is_byte in zip(pieces, processor.is_byte(ids), strict=True) if is_byte]
+            if size and all(re.fullmatch("<0x[0-9A-F]{2}>", piece) for piece in bytes_):
                 return processor
     raise UserError(f"tokenizer {path}: not a SentencePiece model ({len(content)} bytes): give another file")
 
