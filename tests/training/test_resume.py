@@ -92,9 +92,7 @@ def test_refusals(tmp_path, shards):
         resume_config(run, ["optim=adamw"])
     with pytest.raises(UserError, match="nonsense"):
         resume_config(run, ["nonsense=1"])
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"PK broken")
-    with pytest.raises(UserError, match="last.ckpt: cannot be read"):
-        train(resume_config(run))
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").unlink()
+    for checkpoint in ("last.ckpt", "best.ckpt"):
+        (tmp_path / "run" / "checkpoints" / checkpoint).unlink()
     with pytest.raises(UserError, match="no checkpoint in it"):
         resume_config(run)

@@ -67,8 +67,7 @@ class ValidationOrder(Sampler[int]):
         self.num_batches, self.limit, self.trainer = num_batches, limit, trainer
 
     def __iter__(self) -> Iterator[int]:
-        trainer = self.trainer
-        at_end = trainer.should_stop or trainer.global_step >= trainer.max_steps
+        at_end = self.trainer.should_stop
         return iter(range(self.num_batches if at_end else min(self.num_batches, self.limit or self.num_batches)))
 
 

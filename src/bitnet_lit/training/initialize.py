@@ -24,7 +24,7 @@ from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.quant.bit_linear import set_strength
-from bitnet_lit.training.callbacks.checkpoints import BEST
+from bitnet_lit.training.checkpoint_file import BEST, read_checkpoint
 
 CALIBRATION_SEQUENCES = 8
 
@@ -35,7 +35,8 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
     Raises:
         UserError: a vocabulary that is too small, or a model that cannot be trained further.
     """
-    trained = None if config.init_from is None else _trained(config)
+    # The weights of a resumed run come from its checkpoint, and the sizes stand in its config.
+    trained = None if config.init_from is None or config.resume is not None else _trained(config)
     if config.model.vocab_size is None:
         config.model.vocab_size = shards.vocab_size
     if config.model.vocab_size < shards.vocab_size:
@@ -101,5 +102,5 @@ def optimizer_state(init_from: str) -> dict[str, Any] | None:
     for run in (folder, folder.parent):
         path = run / "checkpoints" / BEST  # model/ is the best model, so this is its state
         if path.is_file():
-            return dict(torch.load(path, map_location="cpu", weights_only=True)["optimizer_states"][0])
+            return dict(read_checkpoint(path)["optimizer_states"][0])
     return None

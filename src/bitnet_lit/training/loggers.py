@@ -1,13 +1,14 @@
 """Loggers: metrics.csv always; TensorBoard and Weights & Biases on request.
 
-The CSV is our own because Lightning's deletes the file when a run is resumed. Here a resumed run keeps the rows up to
-the step it resumes from and goes on behind them: metrics.csv of a run that was killed five times reads like that of
-one that was not (but for a row whose step was saved and killed before the row was written).
+The CSV is our own because Lightning's deletes the file when a run is resumed. Here a resumed run keeps the rows that
+its checkpoint counted and goes on behind them: metrics.csv of a run that was killed five times reads like that of one
+that was not.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -19,29 +20,50 @@ from lightning.pytorch.utilities import rank_zero_only
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import UserError
-
-CSV_NAME = "metrics.csv"
+from bitnet_lit.training.run_folder import CSV_NAME
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; empty cells are left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    """The rows of a metrics.csv; empty cells are left out, and so is a last line that is only half there.
+
+    Raises:
+        UserError: it is no such file, or damaged.
+    """
+    remedy = "put a copy of it there, or move it away"
+    try:
+        whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8")
+        header, *lines = list(csv.reader(io.StringIO(whole, newline=""), strict=True)) or [["step"]]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged ({error}): {remedy}") from None
+    if header[:1] != ["step"]:
+        raise UserError(f"{path}: not the {CSV_NAME} of a run (its first column is not step): {remedy}")
+    for number, cells in enumerate(lines, 2):
+        if len(cells) != len(header) or not cells[0].isascii() or not cells[0].isdigit():
+            raise UserError(f"{path}: damaged (line {number} is no row of {len(header)} cells): {remedy}")
+    return [{key: value for key, value in zip(header, cells, strict=True) if value} for cells in lines]
 
 
 class CsvLogger(Logger):
-    """One row per logged step; a new column rewrites the file (it happens a few times, at the start)."""
+    """One row per logged step; a new column rewrites the file (it happens a few times, at the start).
 
-    def __init__(self, run_dir: Path, resume_step: int = 0) -> None:
+    Args:
+        resume_step: the step that the run goes on from; 0 for a new run.
+        num_rows: rows that its checkpoint counted; None: those up to that step.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int = 0, num_rows: int | None = None) -> None:
         super().__init__()
         self.path = run_dir / CSV_NAME
         self._columns: list[str] = ["step"]
         self._rows: list[dict[str, Any]] = []
+        self._rewrite_needed, self._written = True, 0
         if resume_step and self.path.exists():
-            for row in read_metrics(self.path):
+            for row in read_metrics(self.path)[:num_rows]:
                 if int(row["step"]) <= resume_step:
                     self._add(row)
-        self._rewrite_needed = True
+            self.save()  # without what was written behind the checkpoint
 
     name = "csv"
     version = 0
@@ -60,11 +82,27 @@ class CsvLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add a row; `step` is Lightning's, which counts from 0: the file says how many steps are done."""
-        row = {"step": (step or 0) + 1, **{name: f"{value:.9g}" for name, value in metrics.items() if name != "epoch"}}
-        if len(row) == 1:
+        row = {
+            "step": str((step or 0) + 1),
+            **{name: f"{value:.9g}" for name, value in metrics.items() if name != "epoch"},
+        }
+        is_there = bool(self._rows) and self._rows[-1]["step"] == row["step"] and self._rows[-1].keys() == row.keys()
+        if len(row) == 1 or is_there:  # a checkpoint has the row of its step written before Lightning does
             return
         self._add(row)
         self.save()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return len(self._rows)
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Wait until the rows are on the disk."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     @rank_zero_only
     def save(self) -> None:
@@ -90,16 +128,16 @@ def _wandb_logged_in() -> bool:
     return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
 
 
-def build_loggers(config: TrainConfig, run_dir: Path, resume_step: int) -> list[Logger]:
+def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, resume_step: int) -> list[Logger]:
     """The loggers of `config`; files go below `run_dir`.
 
     Raises:
         UserError: a logger's package is missing.
     """
-    loggers: list[Logger] = [CsvLogger(run_dir, resume_step)]
+    loggers: list[Logger] = [csv_logger]
     if config.logger.tensorboard:
         try:
-            loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+            loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resume_step or None))
         except ModuleNotFoundError:
             raise UserError("logger=tensorboard: not installed: pip install 'bitnet-lit[tensorboard]'") from None
     if config.logger.wandb:

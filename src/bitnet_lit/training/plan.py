@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bitnet_lit.config import TrainConfig, TrainerConfig
 from bitnet_lit.errors import UserError
@@ -28,6 +31,21 @@ def world_size(trainer: TrainerConfig) -> int:
     if not isinstance(devices, str | int) and len(devices):
         return len(devices) * trainer.num_nodes
     raise UserError(f"trainer.devices={trainer.devices}: give a number, a list of indices, or auto")
+
+
+def time_limit(max_time: str | None) -> timedelta | None:
+    """trainer.max_time, DD:HH:MM:SS, as a length of time; it counts from the first step of each process.
+
+    Raises:
+        UserError: written otherwise.
+    """
+    if max_time is None:
+        return None
+    parts = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time.strip(), re.ASCII)
+    if parts is None:
+        raise UserError(f"trainer.max_time={max_time}: write it as DD:HH:MM:SS, five minutes as 00:00:05:00")
+    days, hours, minutes, seconds = (int(part) for part in parts.groups())
+    return timedelta(days=min(days, 10**6), hours=hours, minutes=minutes, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -133,5 +151,5 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         "memory": f"about {memory_estimate_bytes(config, plan) / 2**30:.2f} GiB a device",
     }
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", str(value))
+        table.add_row(Text(name, "bold"), Text(str(value)))  # paths are text, never markup
     Console(stderr=True).print(table)

@@ -1,84 +1,230 @@
-"""The run folder's config.yaml: written at the start, read by `resume`.
+"""Going on with a run: its config.yaml, and the checkpoint it starts from.
 
 A run is resumed with the config it began with, not with today's defaults; overrides on the command line go on top.
+config.yaml is read as plain data: a run folder may be somebody else's.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import AdamWConfig, MuonConfig, TrainConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.training.callbacks.checkpoints import LAST
+from bitnet_lit.plain_yaml import dump_yaml, read_yaml
+from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
+from bitnet_lit.training.identity import check_identity
+from bitnet_lit.training.run_folder import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, exported_step
 
-CONFIG_NAME = "config.yaml"
 OPTIMIZERS = {"adamw": AdamWConfig, "muon": MuonConfig}
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write the whole config, every default filled in."""
+    """Write the whole config, every default filled in, with paths that hold from everywhere.
+
+    It does not say whether the run was resumed: the folder of a run that was is that of one that was not.
+    """
+    values = asdict(replace(config, resume=None))
+    for key in ("dir", "tokenizer"):
+        if values["data"][key] is not None:
+            values["data"][key] = str(Path(values["data"][key]).absolute())
     with atomic_file(run_dir / CONFIG_NAME) as temporary:
-        OmegaConf.save(OmegaConf.structured(config), temporary)
+        temporary.write_text(dump_yaml(values), encoding="utf-8")
 
 
-def resume_config(run_dir: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The config to resume `run_dir` with.
+def run_of(resume: str) -> Path:
+    """The run folder that `resume=` means: itself, or the one that a checkpoint of it lies in."""
+    path = Path(resume)
+    return path.parent.parent if path.suffix == ".ckpt" and path.parent.name == CHECKPOINTS else path
+
+
+def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config to go on with.
 
     Args:
+        resume: a run folder, or a checkpoint in one: `<run folder>/checkpoints/best.ckpt`.
         overrides: `key=value` to change; keys of values only, a group (optim=muon) would be another run.
 
     Raises:
         UserError: no run folder, nothing to resume from, or an override that cannot be.
     """
-    folder = Path(run_dir)
+    folder = run_of(resume)
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"resume={run_dir}: no run folder ({CONFIG_NAME} is missing): give the folder train wrote")
-    if not (folder / "checkpoints" / LAST).is_file():
+        raise UserError(f"resume={resume}: no run folder ({CONFIG_NAME} is missing): give the folder train wrote")
+    if not any((folder / CHECKPOINTS / name).is_file() for name in (LAST, BEST)):
         raise UserError(
-            f"resume={run_dir}: no checkpoint in it (it was stopped before its first one): start again without resume"
+            f"resume={resume}: no checkpoint in it (it was stopped before its first one): start again without resume"
+        )
+    saved = read_yaml(path, f"put the {CONFIG_NAME} there that the run began with")
+    try:
+        optim = saved.get("optim")
+        name = optim.get("name") if isinstance(optim, dict) else None
+        if name not in OPTIMIZERS:
+            raise UserError(f"{path}: damaged (optim.name is {name!r}): put the {CONFIG_NAME} of the run there")
+        cfg = OmegaConf.structured(TrainConfig(optim=OPTIMIZERS[name]()))
+        cfg = OmegaConf.merge(cfg, _guarded(saved))
+        before = (cfg.trainer.max_steps, cfg.trainer.max_tokens)
+        for override in overrides:
+            _apply(cfg, override, resume)
+        config: Any = _unguarded(OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        raise UserError(f"resume={resume}: {' '.join(str(error).split())}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): put the run's own there") from None
+    if before != (config.trainer.max_steps, config.trainer.max_tokens) and config.schedule.total_steps is None:
+        raise UserError(
+            f"resume={resume} with another length than trainer.max_steps={before[0]}: it would move the learning "
+            f"rate's curve: add schedule.total_steps={before[0]} to keep the curve, or the new length to stretch it"
+        )
+    same = Path(config.run_dir).absolute() == folder.absolute()  # as it was written: it stands in metrics.json
+    return replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
+
+
+def _apply(cfg: Any, override: str, resume: str) -> None:
+    key, _, text = override.lstrip("+").partition("=")
+    present = OmegaConf.select(cfg, key, default=None)
+    if present is not None and OmegaConf.is_config(present) and not OmegaConf.is_list(present):
+        raise UserError(
+            f"resume={resume} with {override}: a resumed run keeps its {key}; override single values "
+            f"({key}.<name>=...), or start another run with init_from={resume}"
         )
     try:
-        saved: Any = OmegaConf.load(path)
-        schema = TrainConfig(optim=OPTIMIZERS[saved.optim.name]())
-        cfg = OmegaConf.merge(OmegaConf.structured(schema), saved)
-        for override in overrides:
-            key, _, value = override.lstrip("+").partition("=")
-            if OmegaConf.select(cfg, key, default=None) is not None and OmegaConf.is_config(OmegaConf.select(cfg, key)):
-                raise UserError(
-                    f"resume={run_dir} with {override}: a resumed run keeps its {key}; override single values "
-                    f"({key}.<name>=...), or start another run with init_from={run_dir}"
-                )
-            OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value)
-        config: Any = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(f"resume={run_dir}: {' '.join(str(error).split())}") from None
-    was, now = ((c.trainer.max_steps, c.trainer.max_tokens) for c in (saved, config))
-    if was != now and config.schedule.total_steps is None:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    OmegaConf.update(cfg, key, _guarded(value))
+
+
+# OmegaConf takes `${...}` for a reference and `???` for a value that is missing. A NUL, which neither YAML nor a
+# command line can hold, keeps text the text that it is.
+def _guarded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _guarded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_guarded(item) for item in value]
+    if isinstance(value, str):
+        return "\0???" if value == "???" else value.replace("${", "$\0{")
+    return value
+
+
+def _unguarded(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            setattr(value, field.name, _unguarded(getattr(value, field.name)))
+        return value
+    if isinstance(value, dict):
+        return {key: _unguarded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_unguarded(item) for item in value)
+    return value.replace("\0", "") if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        state: of the callback `Checkpoints`: the best loss so far, what was written, what the run is.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it has behind it."""
+        return int(self.content["global_step"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """See above; empty where the checkpoint has none."""
+        state = self.content["callbacks"].get("Checkpoints")
+        return state if isinstance(state, dict) else {}
+
+    def check_identity(self, now: dict[str, Any]) -> None:
+        """Compare what the run was with what it is now (see `identity.py`).
+
+        Raises:
+            UserError: they differ.
+        """
+        saved = self.state.get("identity")
+        if isinstance(saved, dict):  # earlier versions noted none
+            check_identity(saved, now, str(run_of(str(self.path))))
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Compare names and shapes of its weights with the network that config.yaml describes.
+
+        Raises:
+            UserError: they differ.
+        """
+        saved = {
+            name.removeprefix("model."): tuple(tensor.shape) for name, tensor in self.content["state_dict"].items()
+        }
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        different = [name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{self.path}: does not fit the run's config: {name} is {saved.get(name, 'missing')} there, and "
+                f"{wanted.get(name, 'not wanted')} in the network: give the config or the checkpoint as it was"
+            )
+
+    def check_incomplete(self, steps: int) -> None:
+        """Make sure that something is left to do in a run of `steps` optimizer steps.
+
+        Raises:
+            UserError: nothing is.
+        """
+        if self.step < steps or not self._is_complete():
+            return
         raise UserError(
-            f"resume={run_dir} with another length than trainer.max_steps={saved.trainer.max_steps}: it would move the "
-            f"learning rate's curve: add schedule.total_steps={saved.trainer.max_steps} to keep the curve, or the new "
-            "length to stretch it"
+            f"resume={run_of(str(self.path))}: complete at step {self.step}: give a larger trainer.max_steps to go on"
         )
-    return replace(config, resume=run_dir, run_dir=run_dir)
+
+    def _is_complete(self) -> bool:
+        """Whether everything is there that follows from this checkpoint as a run's last one."""
+        folder = run_of(str(self.path))
+        try:
+            reported = json.loads((folder / METRICS_NAME).read_text(encoding="utf-8"))["steps"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        best = self.state.get("best_step", exported_step(folder / MODEL))  # earlier versions did not note it
+        return (
+            reported == self.step == self.state.get("validated_step", self.step)
+            and exported_step(folder / MODEL) == best
+            and (folder / CHECKPOINTS / BEST).exists()
+            and (best == self.step or exported_step(folder / MODEL_LAST) == self.step)
+        )
 
 
-def checkpoint_step(run_dir: Path) -> int:
-    """Optimizer steps that the run's last checkpoint has behind it.
+def read_start(resume: str) -> Start:
+    """The checkpoint that `resume=` names, or the last one of the run folder.
 
     Raises:
-        UserError: the checkpoint cannot be read.
+        UserError: it is missing or damaged; where best.ckpt is whole, it is offered.
     """
-    path = run_dir / "checkpoints" / LAST
+    folder = run_of(resume) / CHECKPOINTS
+    path = Path(resume) if Path(resume).suffix == ".ckpt" else folder / LAST
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:  # torch raises a different type for each way a file can be broken
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}): resume from a copy of it") from None
+        return Start(path, read_checkpoint(path))
+    except UserError as error:
+        best = folder / BEST
+        if path == best or not best.exists():
+            raise UserError(f"{error}: put a copy of it there, or start again") from None
+        try:
+            step = read_checkpoint(best)["global_step"]
+        except UserError:
+            raise UserError(f"{error}: {BEST} cannot be read either: put a copy there, or start again") from None
+        raise UserError(f"{error}: {BEST} is whole, go on from its step {step}: resume={best}") from None

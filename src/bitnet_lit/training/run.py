@@ -1,20 +1,16 @@
 """One run, from a config to a folder: what the door, the tests and notebooks call.
 
-::
-
-    outputs/<date>/<time>/
-      config.yaml        the whole config
-      metrics.csv        one row per logged step
-      metrics.json       the figures at the end; its presence says that the run is complete
-      checkpoints/       last.ckpt and best.ckpt, for resume
-      model/             the best model so far (model_last/ too, when the run ends with another)
+`run_folder.py` says what lies in the folder and whose it is, `callbacks/checkpoints.py` how a run that was killed goes
+on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -33,19 +29,23 @@ from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.meta import is_complete
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import ShardDirectory, open_shards
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.inference.evaluation import TextBytes
 from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.callbacks import build_callbacks
-from bitnet_lit.training.callbacks.checkpoints import LAST
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.checkpoint_file import LAST, CheckpointIO, link_checkpoint
+from bitnet_lit.training.failures import in_one_line
+from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
-from bitnet_lit.training.loggers import build_loggers
+from bitnet_lit.training.loggers import CsvLogger, build_loggers
 from bitnet_lit.training.module import BitNetModule
-from bitnet_lit.training.plan import Plan, make_plan, print_plan
-from bitnet_lit.training.resume import checkpoint_step, save_config
+from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit
+from bitnet_lit.training.resume import Start, read_start, save_config
+from bitnet_lit.training.run_folder import CHECKPOINTS, METRICS_NAME, claim, clean, locked
+from bitnet_lit.training.signals import StopSignals
 
 DEMO_DIR = Path("data/demo")
-METRICS_NAME = "metrics.json"
 
 
 def _open_data(config: TrainConfig) -> ShardDirectory:
@@ -87,8 +87,7 @@ def _build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any)
             strategy=_strategy(config),
             precision=options.precision,  # type: ignore[arg-type]  # checked by the schema
             max_epochs=-1,  # the data has no end: steps count
-            max_steps=plan.steps,
-            max_time=options.max_time,
+            max_steps=-1,  # `Checkpoints` ends the run, so that a resumed one can do what its end still owes
             check_val_every_n_epoch=None,
             val_check_interval=plan.validation_steps * options.accumulate_grad_batches,
             accumulate_grad_batches=options.accumulate_grad_batches,
@@ -100,6 +99,7 @@ def _build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any)
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the order is ours
             enable_checkpointing=False,  # so are the checkpoints
+            plugins=[CheckpointIO()],
             enable_model_summary=False,
             enable_progress_bar=config.callbacks.progress_bar,
             **parts,
@@ -130,6 +130,7 @@ def _quieten() -> None:
         ".*ModelCheckpoint.*",
         ".*LeafSpec.*",
         ".*is not resumable.*",
+        ".*callbacks used to create the checkpoint.*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -141,7 +142,8 @@ def recipe(config: TrainConfig, plan: Plan) -> dict[str, str]:
     return {
         "training": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all",
         "optimizer": f"{rates}, {config.schedule.name}, seed {config.seed}",
-        "started from": config.init_from or "random weights",
+        # Stands in the model folder, which goes to others: no path of this machine.
+        "started from": Path(config.init_from).name if config.init_from else "random weights",
     }
 
 
@@ -153,68 +155,107 @@ def train(config: TrainConfig) -> dict[str, Any]:
         steps, tokens, parameters, run_dir.
 
     Raises:
-        UserError: a config or data that cannot be trained on, before the first step.
+        UserError: a config or data that cannot be trained on, before the first step; data that cannot be read later.
         TrainingStopped: it diverged, or a signal asked it to stop; the folder can be resumed.
+        DiskError: the disk is full.
     """
     _quieten()
     _keep_freed_memory()
-    run_dir = Path(config.run_dir)
-    resume_step = checkpoint_step(run_dir) if config.resume else 0
-    if config.init_from is None:
+    with StopSignals() as signals, contextlib.ExitStack() as holding:
+        metrics = _train(config, signals, holding)
+    if signals.number is not None:  # it came too late to stop anything, but whoever started the run waits for its end
+        name = signal.Signals(signals.number).name
+        raise TrainingStopped(f"{name}: {config.run_dir} is complete", status=128 + signals.number)
+    return metrics
+
+
+def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
+    run_dir, is_owner = Path(config.run_dir), rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    start = None
+    if config.resume is not None:
+        if is_owner:
+            holding.enter_context(locked(run_dir))
+        start = read_start(config.resume)
+    elif config.init_from is None:
         check_targets(config.export.targets, config.model, config.quant)
     shards = _open_data(config)
-    model = initial_model(config, shards)
-    length = _sequence_length(config)
-    plan = make_plan(config, length, shards.train(length).num_sequences)
-    if resume_step >= plan.steps:
-        raise UserError(
-            f"resume={config.resume}: complete at step {resume_step}: give a larger trainer.max_steps to go on"
-        )
     tokenizer = open_tokenizer(shards.tokenizer_path) if shards.tokenizer_path else None
+    length = _sequence_length(config)
+    if start is not None:
+        start.check_identity(run_identity(config, shards, tokenizer, length))
+    model = initial_model(config, shards)
+    plan = make_plan(config, length, shards.train(length).num_sequences)
+    max_time = time_limit(config.trainer.max_time)
+    if start is not None:
+        start.check_weights(model)
+        start.check_incomplete(plan.steps)
     datamodule = BitNetDataModule(
         config.data, shards, length, plan.samples_per_step, config.trainer.limit_val_batches, config.seed
     )
-    moments = optimizer_state(config.init_from) if config.init_from and config.init_optimizer else None
+    moments = None
+    if config.init_from and config.init_optimizer and start is None:
+        moments = optimizer_state(config.init_from)
     module = BitNetModule(model, config, plan, TextBytes(tokenizer) if tokenizer else None, moments)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "data_dir": str(Path(config.data.dir or "").absolute()),
-        "sequence_length": length,
-        "seed": config.seed,
-        "recipe": recipe(config, plan),
-    }
-    callbacks = build_callbacks(config, plan, run_dir, tokenizer, facts)
-    loggers = build_loggers(config, run_dir, resume_step)
-    trainer = _build_trainer(config, plan, run_dir, callbacks=callbacks, logger=loggers)
+    if is_owner:
+        _take_folder(config, run_dir, start, holding)
+    csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
+    checkpoints = Checkpoints(
+        run_dir / CHECKPOINTS,
+        config.callbacks.checkpoint_every_n_steps,
+        plan.steps,
+        max_time,
+        signals,
+        csv_logger,
+        run_identity(config, shards, tokenizer, length),
+    )
+    facts = {"sequence_length": length, "seed": config.seed, "recipe": recipe(config, plan)}
+    trainer = _build_trainer(
+        config,
+        plan,
+        run_dir,
+        callbacks=build_callbacks(config, plan, run_dir, tokenizer, facts, checkpoints),
+        logger=build_loggers(config, run_dir, csv_logger, start.step if start else 0),
+    )
     uses_cuda = trainer.strategy.root_device.type == "cuda"
     if config.compile == "true" or (config.compile == "auto" and uses_cuda):
         model.compile()  # in place: parameter names stay
     if trainer.is_global_zero:
-        save_config(config, run_dir)
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {config.trainer.precision}"
         rows = {"run": run_dir, "data": config.data.dir, "device": device}
-        if config.init_from:
+        if start is not None:
+            rows["from"] = f"step {start.step}, {start.path}"
+        elif config.init_from:
             rows["from"] = f"{config.init_from}, {'with' if moments else 'without'} its optimizer's state"
         print_plan(config, plan, rows)
-    try:
-        ckpt_path = run_dir / "checkpoints" / LAST if config.resume else None
-        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-    finally:
-        if config.logger.wandb:
-            import wandb
+    with in_one_line(run_dir, trainer.world_size, trainer.global_rank):
+        try:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=start.path if start else None)
+        finally:
+            if config.logger.wandb:
+                import wandb
 
-            wandb.finish()  # one run per job of a sweep
-    return _report(config, plan, trainer, callbacks[0].best_loss)  # type: ignore[attr-defined]
+                wandb.finish()  # one run per job of a sweep
+        return _report(config, plan, trainer, checkpoints)
 
 
-def _report(config: TrainConfig, plan: Plan, trainer: L.Trainer, best_loss: float) -> dict[str, Any]:
+def _take_folder(config: TrainConfig, run_dir: Path, start: Start | None, holding: contextlib.ExitStack) -> None:
+    """Make the run folder this run's, free of what killed processes left, with its config in it."""
+    with disk_errors(f"run_dir={run_dir}", refused="give another folder (hydra.run.dir=...)"):
+        if start is None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            claim(run_dir, holding.enter_context(locked(run_dir)))
+        else:
+            if start.path.name != LAST:
+                link_checkpoint(start.path, run_dir / CHECKPOINTS / LAST)
+            (run_dir / METRICS_NAME).unlink(missing_ok=True)  # the run is not complete (any more)
+        clean(run_dir)
+        save_config(config, run_dir)
+
+
+def _report(config: TrainConfig, plan: Plan, trainer: L.Trainer, checkpoints: Checkpoints) -> dict[str, Any]:
     metrics: dict[str, Any] = {
-        name: float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith(("val/", "train/loss", "perf/", "ternary/"))
-    }
-    metrics |= {
-        "val/best_loss": best_loss,
+        **checkpoints.figures,
+        "val/best_loss": checkpoints.best_loss,
         "steps": trainer.global_step,
         "tokens": trainer.global_step * plan.tokens_per_step,
         "parameters": plan.accounting.parameters,

@@ -20,19 +20,20 @@ from bitnet_lit.training.plan import Plan
 
 
 def build_callbacks(
-    config: TrainConfig, plan: Plan, run_dir: Path, tokenizer: Tokenizer | None, facts: dict[str, Any]
+    config: TrainConfig,
+    plan: Plan,
+    run_dir: Path,
+    tokenizer: Tokenizer | None,
+    facts: dict[str, Any],
+    checkpoints: Checkpoints,
 ) -> list[Callback]:
-    """The callbacks of a run, in the order they are called.
+    """The callbacks of a run, in the order they are called: what writes rows, then what saves, then what exports.
 
     Args:
         facts: plain data that the model folder keeps (see `ExportModelFolder`).
     """
     wanted = config.callbacks
-    checkpoints = Checkpoints(run_dir / "checkpoints", wanted.checkpoint_every_n_steps)
-    callbacks: list[Callback] = [
-        checkpoints,
-        ExportModelFolder(run_dir, config, tokenizer, facts, checkpoints),
-    ]
+    callbacks: list[Callback] = []
     if wanted.ternary_health and config.quant.name != "none":
         callbacks.append(TernaryHealth(run_dir))
     if wanted.throughput:
@@ -41,6 +42,7 @@ def build_callbacks(
         callbacks.append(SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens))
     if wanted.profile_steps:
         callbacks.append(Profile(run_dir, wanted.profile_steps))
+    callbacks += [checkpoints, ExportModelFolder(run_dir, config, tokenizer, facts, checkpoints)]
     if wanted.progress_bar:
         callbacks.append(RichBar(plan))
     return callbacks

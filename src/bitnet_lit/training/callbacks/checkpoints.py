@@ -1,14 +1,21 @@
-"""Checkpoints for resuming: `last.ckpt` and `best.ckpt`, each either the old file or the new one.
+"""When a run saves, and when it ends.
 
-A checkpoint is written at the end of a validation, where the state of the loop is simplest, and on request in
-between. Signals ask for one too: on Ctrl-C or SIGTERM the run finishes the optimizer step it is in, saves, and stops.
+A checkpoint is the point behind which nothing is lost: everything that the step before it wrote (rows, samples) is on
+the disk by then, and everything that follows from it (best.ckpt, the model folders, metrics.json) can be made from it
+again. So a run that was killed anywhere goes on like this: what was written behind the checkpoint is dropped, what the
+checkpoint still owed is made, and training goes on.
+
+Checkpoints are written at the end of a validation, every `every_n_steps`, and when the run is asked to stop (a signal,
+or data that can no longer be read). One that was written where a validation was due and had not run yet says so; the
+resumed run validates first.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import signal
-import types
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,97 +23,190 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from bitnet_lit.errors import TrainingStopped
+from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.training.checkpoint_file import BEST, LAST, link_checkpoint, read_checkpoint
+from bitnet_lit.training.loggers import CsvLogger
+from bitnet_lit.training.signals import StopSignals
 
-LAST, BEST = "last.ckpt", "best.ckpt"
-
-
-def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
-    """Write through a temporary name; every rank calls it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    trainer.save_checkpoint(temporary)
-    if trainer.is_global_zero:
-        os.replace(temporary, path)
-    trainer.strategy.barrier()
+FIGURES = ("val/", "train/loss", "perf/", "ternary/")
+_TIME_IS_UP = 1  # reasons to stop, as one number that the ranks agree on: 0 none, a signal's number + 1
 
 
 class Checkpoints(Callback):
-    """Keeps the last state and the one with the lowest validation loss.
+    """Keeps the last state and the one with the lowest validation loss; ends the run.
+
+    Args:
+        steps: optimizer steps of the run.
+        max_time: after which the run validates, saves and ends; None: no limit.
+        identity: what makes the run what it is, kept in each checkpoint (see `identity.py`).
 
     Attributes:
         best_loss: lowest val/loss so far, in nats; inf before the first validation.
+        best_step: the step it was measured at; None before the first validation.
         improved: whether the last validation was the best so far.
+        figures: what the last validation and the step before it measured.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int | None) -> None:
-        self.folder = folder
-        self.every_n_steps = every_n_steps
-        self.best_loss = float("inf")
-        self.improved = False
-        self._signal: int | None = None
-        self._previous_handlers: dict[int, Any] = {}
+    def __init__(
+        self,
+        folder: Path,
+        every_n_steps: int | None,
+        steps: int,
+        max_time: timedelta | None,
+        signals: StopSignals,
+        csv: CsvLogger,
+        identity: dict[str, Any],
+    ) -> None:
+        self.folder, self.every_n_steps, self.steps, self.max_time = folder, every_n_steps, steps, max_time
+        self.signals, self.csv, self.identity = signals, csv, identity
+        self.best_loss, self.improved = math.inf, False
+        self.best_step: int | None = None
+        self.figures: dict[str, float] = {}
+        self.validated_step: int | None = None
+        self.saved_step: int | None = None
+        self._was_restored = False
+        self._deadline = math.inf
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    # After on_fit_start, because Lightning sets its own handlers in between.
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous_handlers[number] = signal.signal(number, self._request_stop)
-            except ValueError:  # not the main thread: a notebook's or a test's business
-                return
+        self.signals.take()
+        self.signals.is_running = True
+        if self.max_time is not None:
+            self._deadline = time.monotonic() + self.max_time.total_seconds()
+        if trainer.global_step >= self.steps:
+            trainer.should_stop = True
+        if not self._was_restored:
+            return
+        self.saved_step = trainer.global_step
+        if trainer.is_global_zero and self.best_step is not None:
+            self._restore_best(trainer.global_step)
+        trainer.strategy.barrier()
+        if self.validated_step != trainer.global_step and (trainer.should_stop or self._validates(trainer)):
+            trainer.validating = True
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False
+            validation.run()
+            trainer.training = True
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
-        self._previous_handlers = {}
+    def _validates(self, trainer: L.Trainer) -> bool:
+        """Whether a validation is due behind the batch that was last."""
+        batches, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
+        return interval is not None and batches > 0 and batches % interval == 0
 
-    def _request_stop(self, number: int, frame: types.FrameType | None) -> None:
-        if self._signal is not None:
-            raise KeyboardInterrupt  # asked twice: at once
-        self._signal = number
+    def _restore_best(self, step: int) -> None:
+        """Make best.ckpt what the restored state says that it is."""
+        try:
+            found = int(read_checkpoint(self.folder / BEST)["global_step"])
+        except UserError:
+            found = None
+        if found != self.best_step and self.best_step == step:
+            link_checkpoint(self.folder / LAST, self.folder / BEST)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        stop = self._signal is not None
-        if trainer.world_size > 1:  # a signal may reach the ranks at different steps
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        at_end = trainer.global_step >= trainer.max_steps
-        if at_end:
-            trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        validates = trainer.val_check_batch and (batch_idx + 1) % trainer.val_check_batch == 0
-        if stop or (due and not validates and not at_end):
-            save_checkpoint(trainer, self.folder / LAST)
-        if stop:
-            name = signal.Signals(self._signal or signal.SIGTERM).name
+        step, reason = trainer.global_step, self._reason_to_stop(trainer)
+        if reason > _TIME_IS_UP:
+            self._save(trainer)
+            number = reason - 1
             raise TrainingStopped(
-                f"{name} at step {trainer.global_step} of {trainer.max_steps}: saved; go on with "
+                f"{signal.Signals(number).name} at step {step} of {self.steps}: saved; go on with "
                 f"python -m bitnet_lit.train resume={self.folder.parent}",
-                status=128 + (self._signal or signal.SIGTERM),
+                status=128 + number,
             )
+        if step >= self.steps or reason == _TIME_IS_UP:
+            trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
+        elif self.every_n_steps and step % self.every_n_steps == 0 and not self._validates(trainer):
+            self._save(trainer)
+
+    def _reason_to_stop(self, trainer: L.Trainer) -> int:
+        """The same number on every rank: a signal may reach them at different steps."""
+        reason = _TIME_IS_UP if time.monotonic() >= self._deadline else 0
+        if self.signals.number is not None:
+            reason = self.signals.number + 1
+        if trainer.world_size > 1:
+            mine = torch.tensor(reason, device=trainer.strategy.root_device)
+            reason = int(trainer.strategy.reduce(mine, reduce_op="max"))
+        return reason
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get("val/loss", torch.tensor(float("nan"))).item()
+        loss = float(trainer.callback_metrics["val/loss"])
+        if not math.isfinite(loss):
+            kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint yet"
+            raise TrainingStopped(
+                f"step {trainer.global_step}: the validation loss is {loss}; {kept}: lower optim.learning_rate"
+            )
         self.improved = loss < self.best_loss
-        self.best_loss = min(loss, self.best_loss) if self.improved else self.best_loss
-        save_checkpoint(trainer, self.folder / LAST)
+        if self.improved:
+            self.best_loss, self.best_step = loss, trainer.global_step
+        self.figures = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(FIGURES)
+        }
+        self.validated_step = trainer.global_step
+        self._save(trainer)
         if self.improved and trainer.is_global_zero:
-            self._keep_as_best()
+            link_checkpoint(self.folder / LAST, self.folder / BEST)
 
-    def _keep_as_best(self) -> None:
-        temporary = self.folder / f".{BEST}.tmp"
-        temporary.unlink(missing_ok=True)
-        os.link(self.folder / LAST, temporary)  # the same bytes under a second name: last.ckpt is replaced, not changed
-        os.replace(temporary, self.folder / BEST)
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save what was reached when the data can no longer be read; the weights are those of the last step."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        between_steps = progress.ready == progress.completed and not progress.ready % trainer.accumulate_grad_batches
+        if (
+            isinstance(exception, UserError)
+            and between_steps
+            and trainer.world_size == 1  # one rank alone cannot save
+            and trainer.training
+            and trainer.global_step > (self.saved_step or 0)
+        ):
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Write last.ckpt; every rank calls it."""
+        if trainer.training and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # The row of this step comes now: Lightning writes it (again, to no effect) after the callbacks.
+            metrics = trainer.logged_metrics
+            self.csv.log_metrics(
+                {name: float(metrics[name]) for name in metrics if name.startswith(("train/", "perf/"))},
+                trainer.global_step - 1,
+            )
+        self.csv.sync()
+        trainer.save_checkpoint(self.folder / LAST)
+        self.saved_step = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_loss": self.best_loss}
+        return {
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "validated_step": self.validated_step,
+            "figures": self.figures,
+            "csv_rows": self.csv.num_rows,
+            "identity": self.identity,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_loss = state_dict["best_loss"]
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state, step = checkpoint["callbacks"].get("Checkpoints", {}), checkpoint["global_step"]
+        self.best_loss = state.get("best_loss", math.inf)
+        self.best_step = state.get("best_step")
+        self.figures = state.get("figures", {})
+        self.validated_step = state.get("validated_step")
+        self._was_restored = True
+        if "validated_step" not in state:
+            self._restore_earlier_version(checkpoint, step)
+
+    def _restore_earlier_version(self, checkpoint: dict[str, Any], step: int) -> None:
+        """Earlier versions noted the best loss alone: the rest follows from the two files."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        if progress["completed"] == progress["processed"] and step < self.steps:
+            self.validated_step = step  # else it is validated (again), for the figures
+        if math.isfinite(self.best_loss):
+            try:
+                best = read_checkpoint(self.folder / BEST)
+                same = best["callbacks"]["Checkpoints"]["best_loss"] == self.best_loss
+                self.best_step = best["global_step"] if same else step
+            except UserError:
+                self.best_step = step

@@ -1,11 +1,13 @@
-"""The model folder of a run: always the best model so far.
+"""The model folders of a run: `model/` is the best model so far.
 
-At each improvement of the validation loss `model/` is replaced by the weights of that moment. When the run ends with
-other than its best weights, those of the end go to `model_last/`.
+At each improvement of the validation loss `model/` is written from best.ckpt. When the run ends with other than its
+best weights, those of the end go to `model_last/`. Both are made from the checkpoints alone, so a run that was killed
+before they were complete makes them when it is resumed.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,16 @@ from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
 from bitnet_lit.training.module import BitNetModule
-
-MODEL, MODEL_LAST = "model", "model_last"
+from bitnet_lit.training.run_folder import CHECKPOINTS, MODEL, MODEL_LAST, exported_step
 
 
 class ExportModelFolder(Callback):
-    """Writes the model folder; runs after `Checkpoints`, which knows what an improvement is.
+    """Writes the model folders; runs after `Checkpoints`, which knows what an improvement is.
 
     Args:
-        facts: plain data for config.json (where the data lies, the length of a sequence).
+        facts: plain data for config.json (the length of a sequence, how it was trained).
     """
 
     def __init__(
@@ -39,21 +41,33 @@ class ExportModelFolder(Callback):
         self.run_dir, self.config, self.tokenizer = run_dir, config, tokenizer
         self.facts, self.checkpoints = facts, checkpoints
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._keep_best(trainer, pl_module)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.checkpoints.improved:
-            self._write(trainer, pl_module, self.run_dir / MODEL)
+        self._keep_best(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.checkpoints.improved:
-            self._write(trainer, pl_module, self.run_dir / MODEL_LAST)
-
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, folder: Path) -> None:
-        """Save the weights of this moment; every rank calls it."""
-        state = trainer.strategy.lightning_module_state_dict()  # gathers the shards of FSDP
         if not trainer.is_global_zero:
             return
+        last = self.run_dir / MODEL_LAST
+        if self.checkpoints.best_step != trainer.global_step:
+            self._write(pl_module, LAST, last, trainer.global_step)
+        elif exported_step(last) is not None:  # of an earlier end, before the run was made longer
+            shutil.rmtree(last)
+
+    def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and self.checkpoints.best_step is not None:
+            self._write(pl_module, BEST, self.run_dir / MODEL, self.checkpoints.best_step)
+
+    def _write(self, pl_module: L.LightningModule, checkpoint: str, folder: Path, step: int) -> None:
+        """Make `folder` hold the weights of the checkpoint of `step`, unless it does."""
+        if exported_step(folder) == step:
+            return
         assert isinstance(pl_module, BitNetModule)
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        info = {**self.facts, "step": trainer.global_step, "metrics": metrics}
+        content = read_checkpoint(self.run_dir / CHECKPOINTS / checkpoint)
+        state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
+        figures = content["callbacks"]["Checkpoints"].get("figures", {})
+        metrics = {name: value for name, value in figures.items() if name.startswith("val/")}
+        info = {**self.facts, "step": content["global_step"], "metrics": metrics}
         save_model_folder(folder, pl_module.model, self.config.quant, self.tokenizer, info, state)

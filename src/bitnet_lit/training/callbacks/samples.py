@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
+from rich.text import Text
 
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
+from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
-
-SAMPLES_NAME = "samples.txt"
+from bitnet_lit.training.run_folder import SAMPLES_NAME
 
 
 class SampleStories(Callback):
     """Goes on from each prompt at every validation, greedily, so that two moments compare; appends to samples.txt."""
 
     def __init__(self, run_dir: Path, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int) -> None:
-        self.path = run_dir / SAMPLES_NAME
+        self.file = AppendedFile(run_dir / SAMPLES_NAME)
         self.tokenizer, self.prompts, self.max_new_tokens = tokenizer, prompts, max_new_tokens
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -32,12 +34,18 @@ class SampleStories(Callback):
         stories = [
             generator.generate(prompt, max_new_tokens=self.max_new_tokens, temperature=0.0) for prompt in self.prompts
         ]
-        with self.path.open("a", encoding="utf-8") as file:
-            for story in stories:
-                file.write(f"--- step {trainer.global_step}\n{story}\n\n")
-        Console(stderr=True).print(f"[dim]step {trainer.global_step}:[/dim] {stories[0]}", highlight=False, markup=True)
+        self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))
+        line = Text.assemble((f"step {trainer.global_step}: ", "dim"), stories[0])  # a story is text, never markup
+        Console(stderr=True).print(line, highlight=False)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", "\n\n".join(stories), trainer.global_step)
             elif isinstance(logger, WandbLogger):
                 logger.log_text("samples", columns=["story"], data=[[story] for story in stories])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_bytes": self.file.num_bytes}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            self.file.cut(checkpoint["callbacks"].get("SampleStories", {}).get("num_bytes"))

@@ -8,27 +8,46 @@ nearly only zeros, has lost what the third value is for.
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.functional import quantize_weight
+from bitnet_lit.quant.packing import CODES_PER_BYTE, pack_codes, unpack_codes
+from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.run_folder import HEALTH_NAME
 
-HEALTH_NAME = "ternary_health.csv"
 COLUMNS = ("step", "layer", "minus", "zero", "plus", "flip_rate", "weight_scale")
 
 
+def _pack(codes: Tensor) -> Tensor:
+    """Codes of any shape -> uint8, four a byte."""
+    flat = codes.flatten()
+    return pack_codes(F.pad(flat, (0, -len(flat) % CODES_PER_BYTE))[:, None]).flatten()
+
+
+def _unpack(packed: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_pack`, in the shape and on the device of `like`."""
+    return unpack_codes(packed.to(like.device)[:, None]).flatten()[: like.numel()].view(like.shape)
+
+
 class TernaryHealth(Callback):
-    """Logs means over all quantized matrices (ternary/*) and writes a row per matrix to ternary_health.csv."""
+    """Logs means over all quantized matrices (ternary/*) and writes a row per matrix to ternary_health.csv.
+
+    The codes of the last validation go into each checkpoint, 2 bits each, so that a resumed run counts the same flips.
+    """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / HEALTH_NAME
-        self._codes: dict[str, Tensor] = {}
+        self.file = AppendedFile(run_dir / HEALTH_NAME)
+        self._packed: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -40,19 +59,28 @@ class TernaryHealth(Callback):
             codes, weight_scale = quantize_weight(layer.weight, layer.quant)
             codes = codes.to(torch.int8)
             shares = [(codes == code).float().mean().item() for code in (-1, 0, 1)]
-            previous = self._codes.get(name)
-            # Unknown at the first validation, and at the first one after a resume.
-            flip_rate = float("nan") if previous is None else (codes != previous).float().mean().item()
-            self._codes[name] = codes
+            previous = self._packed.get(name)
+            # Unknown at the first validation.
+            flip_rate = float("nan") if previous is None else (codes != _unpack(previous, codes)).float().mean().item()
+            self._packed[name] = _pack(codes)
             rows.append((trainer.global_step, name, *shares, flip_rate, weight_scale.item()))
         if not rows:
             return
         means = {column: sum(row[i] for row in rows) / len(rows) for i, column in enumerate(COLUMNS) if i >= 2}
         pl_module.log_dict({f"ternary/{key}": value for key, value in means.items() if value == value})
         if trainer.is_global_zero:
-            is_new = not self.path.exists()
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                if is_new:
-                    writer.writerow(COLUMNS)
-                writer.writerows(rows)
+            text = io.StringIO(newline="")
+            writer = csv.writer(text)
+            if self.file.num_bytes == 0:
+                writer.writerow(COLUMNS)
+            writer.writerows(rows)
+            self.file.append(text.getvalue())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_bytes": self.file.num_bytes, "codes": self._packed}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["callbacks"].get("TernaryHealth", {})
+        self._packed = state.get("codes", {})
+        if trainer.is_global_zero:
+            self.file.cut(state.get("num_bytes"))

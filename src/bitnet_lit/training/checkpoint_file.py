@@ -1,0 +1,171 @@
+"""Checkpoint files: written whole or not at all, and read only when every byte is the one that was written.
+
+A checkpoint is what `torch.save` writes, with one line behind it::
+
+    <zip archive of torch.save>\\nbitnet_lit sha256 <64 hex digits>\\n
+
+The hash is of all bytes before that line. PyTorch finds the end of the archive by itself, so `torch.load` opens the
+file as it is. The file is written under a temporary name in its own folder, flushed to the disk and renamed: nothing
+goes through the temporary directory, and a kill at any moment leaves the old file or the new one. Checkpoints of
+earlier versions end without that line; of those the checksums of the archive's records are compared (CRC-32), which
+`torch.load` does not do when it maps a file.
+
+Reading never unpickles anything but tensors and plain containers (`weights_only=True`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+
+from bitnet_lit.atomic import atomic_file
+from bitnet_lit.errors import UserError
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+SEALED = "sealed"  # a key of the content: this file was written with the line behind it
+_SEAL = re.compile(rb"\nbitnet_lit sha256 ([0-9a-f]{64})\n")
+_SEAL_BYTES = len(b"\nbitnet_lit sha256 ") + 64 + 1
+_BLOCK_BYTES = 2**20
+_KEYS: dict[str, type] = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+
+
+class _HashingFile:
+    """What `torch.save` needs of a file; hashes what goes through and keeps the error that a full disk raises.
+
+    `torch.save` turns such an error into a RuntimeError about positions in the archive.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write `content` (tensors and plain data) to `path`, which keeps its old content until the new one is complete.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        hashing = _HashingFile(file)
+        try:
+            torch.save({**content, SEALED: True}, hashing)  # type: ignore[arg-type]  # all that it uses is there
+        except RuntimeError:
+            if hashing.error is not None:
+                raise hashing.error from None
+            raise
+        file.write(b"\nbitnet_lit sha256 " + hashing.sha256.hexdigest().encode() + b"\n")
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether the file ends in its hash; reads the whole file to compare it.
+
+    Raises:
+        ValueError: a byte is not the one that was written.
+    """
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        left = max(0, file.seek(0, os.SEEK_END) - _SEAL_BYTES)
+        file.seek(left)
+        seal = _SEAL.fullmatch(file.read())
+        if seal is None:
+            return False
+        file.seek(0)
+        while left:
+            block = file.read(min(left, _BLOCK_BYTES))
+            sha256.update(block)
+            left -= len(block)
+    if sha256.hexdigest() != seal[1].decode():
+        raise ValueError("its content is not what was written: some of its bytes have changed")
+    return True
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the CRC-32 of each record of a checkpoint without a hash."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"the record {damaged} has another checksum than was written")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, checked against its hash; tensors stay on the disk until they are used.
+
+    Raises:
+        UserError: missing, damaged, or no checkpoint of a run.
+    """
+    try:
+        sealed = _is_sealed(path)
+        if not sealed:
+            _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(content, dict):
+            raise TypeError("it holds no dictionary")
+        for key, kind in _KEYS.items():
+            if not isinstance(content.get(key), kind):
+                raise TypeError(f"it has no {key}")
+        if not all(isinstance(value, Tensor) for value in content["state_dict"].values()):
+            raise TypeError("its state_dict holds other things than tensors")
+        if not sealed and content.get(SEALED):
+            raise ValueError("its last line, the checksum, is missing or damaged")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # torch and zipfile raise a different type for each way a file can be broken
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: damaged, or no checkpoint of a run ({type(error).__name__}: {what})") from None
+    return content
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Let `target` be the same bytes as `source`: a second name, or a copy where the file system knows no links.
+
+    A checkpoint is replaced and never changed, so the second name keeps what it names.
+    """
+    with atomic_file(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Lets Lightning's Trainer write and read these files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """See `write_checkpoint`."""
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """The content; `read_checkpoint` has checked it before."""
+        return dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -1,0 +1,52 @@
+"""What ends a run from outside, in one line: a full disk, data that is gone, a process of the run that died."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
+from bitnet_lit.training.checkpoint_file import LAST
+from bitnet_lit.training.run_folder import CHECKPOINTS
+
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
+_CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket|TCPStore", re.I)
+
+
+def what_is_kept(run_dir: Path) -> str:
+    """What a run that stops leaves, and how to go on."""
+    if (run_dir / CHECKPOINTS / LAST).exists():
+        return f"the last checkpoint is kept: go on with python -m bitnet_lit.train resume={run_dir}"
+    return "there is no checkpoint yet: start again"
+
+
+@contextlib.contextmanager
+def in_one_line(run_dir: Path, world_size: int, rank: int) -> Iterator[None]:
+    """Around the training of a run.
+
+    Raises:
+        UserError: the disk is full, or the data cannot be read any more (the kinds of it keep theirs).
+        TrainingStopped: a process of the run died.
+    """
+    try:
+        with disk_errors(f"run_dir={run_dir}", full="make room"):
+            yield
+    except UserError as error:
+        raise type(error)(f"{error}; {what_is_kept(run_dir)}") from error
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if died := _WORKER_DIED.search(text):
+            raise TrainingStopped(
+                f"a process that reads the data {died[1]} (out of memory, or a shard changed while it was read?); "
+                f"{what_is_kept(run_dir)}"
+            ) from error
+        if world_size > 1 and (isinstance(error, torch.distributed.DistError) or _CONNECTION.search(text)):
+            raise TrainingStopped(
+                f"rank {rank} of {world_size} lost the others (was one killed, or out of memory?); "
+                f"{what_is_kept(run_dir)}"
+            ) from error
+        raise

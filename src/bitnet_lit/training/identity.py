@@ -1,0 +1,78 @@
+"""What makes a run the run that it is: what must not change between the part before a resume and the part behind it.
+
+The network's sizes and rules, the seed and the length of a sequence decide what the weights mean and which tokens come
+next; so do the shards and their tokenizer. All of it stands in each checkpoint, as one flat mapping of plain values,
+and is compared when a run is resumed: a config.yaml that was edited, shards that were prepared again.
+
+Of the shards it notes sizes and a hash of a few blocks of each, which finds another text or another tokenizer and
+reads a megabyte per shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bitnet_lit.config import TrainConfig
+from bitnet_lit.data.shards import ShardDirectory
+from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.errors import UserError
+
+_HASHED_BLOCKS, _BLOCK_BYTES = 16, 2**16
+# These do not change what the weights mean: they may be given anew.
+_FREE = {
+    "model.name",
+    "model.dropout",
+    "model.gradient_checkpointing",
+    "model.initializer_range",
+    "quant.lambda_warmup_steps",
+    "quant.lambda_warmup_shape",
+}
+
+
+def _shard_hash(path: Path) -> str:
+    size = path.stat().st_size
+    last = max(0, size - _BLOCK_BYTES)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in range(_HASHED_BLOCKS):
+            file.seek(last * block // (_HASHED_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
+
+
+def run_identity(
+    config: TrainConfig, shards: ShardDirectory, tokenizer: Tokenizer | None, sequence_length: int
+) -> dict[str, Any]:
+    """The mapping; `config` has every value filled in."""
+    identity: dict[str, Any] = {"seed": config.seed, "optim.name": config.optim.name}
+    for section in ("model", "quant"):
+        for key, value in asdict(getattr(config, section)).items():
+            identity[f"{section}.{key}"] = value
+    identity["data.sequence_length"] = sequence_length
+    identity["data.max_train_sequences"] = config.data.max_train_sequences
+    identity["the tokenizer"] = None if tokenizer is None else tokenizer.sha256
+    for path in shards.paths:
+        identity[f"the shard {path.name}"] = _shard_hash(path)
+    return {key: value for key, value in identity.items() if key not in _FREE}
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str) -> None:
+    """Compare the mapping of a checkpoint with the one of the run that goes on from it.
+
+    Raises:
+        UserError: they differ; it names what changed.
+    """
+    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    if not changed:
+        return
+    data = [key for key in changed if key.startswith("the ")]
+    key = (data or changed)[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    if data:
+        what = f"{key} in data.dir is not the one that the run began with{more}: give data.dir=<the folder as it was>"
+    else:
+        what = f"{key} was {saved.get(key)} when the run began, and is {now.get(key)} now{more}: leave it as it was"
+    raise UserError(f"resume={resume}: {what}, or start another run with init_from={resume}")
