@@ -23,6 +23,7 @@ from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import CausalLM
+from bitnet_lit.plain_yaml import read_yaml
 
 
 class TextBytes:
@@ -95,6 +96,15 @@ def evaluate_split(
     return sums
 
 
+def _data_of_run(model: Path) -> str | None:
+    """Where the run that a model folder lies in had its data; the model folder itself says nothing of this machine."""
+    config = model.parent / "config.yaml"
+    if not config.is_file():
+        return None
+    data = read_yaml(config, "give data_dir=<folder of shards>").get("data")
+    return data.get("dir") if isinstance(data, dict) and isinstance(data.get("dir"), str) else None
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """What `python -m bitnet_lit.evaluate` does.
 
@@ -105,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: no model, no data, or data of another tokenizer.
     """
     folder = load_model(config.checkpoint)
-    data_dir = config.data_dir or folder.info.get("data_dir")
+    data_dir = config.data_dir or folder.info.get("data_dir") or _data_of_run(folder.path)
     if data_dir is None:
         raise UserError(f"{folder.path}: does not say what it was trained on: give data_dir=<folder of shards>")
     shards = open_shards(Path(data_dir), folder.tokenizer.path if folder.tokenizer else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
+from bitnet_lit.errors import DataError, TrainingStopped, UserError, disk_errors
 from bitnet_lit.training.checkpoint_file import LAST
 from bitnet_lit.training.run_folder import CHECKPOINTS
 
@@ -35,7 +35,7 @@ def in_one_line(run_dir: Path, world_size: int, rank: int) -> Iterator[None]:
     try:
         with disk_errors(f"run_dir={run_dir}", full="make room"):
             yield
-    except UserError as error:
+    except (UserError, DataError) as error:
         raise type(error)(f"{error}; {what_is_kept(run_dir)}") from error
     except RuntimeError as error:
         text = " ".join(str(error).split())

@@ -23,7 +23,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.errors import DataError, TrainingStopped, UserError
 from bitnet_lit.training.checkpoint_file import BEST, LAST, link_checkpoint, read_checkpoint
 from bitnet_lit.training.loggers import CsvLogger
 from bitnet_lit.training.signals import StopSignals
@@ -157,7 +157,7 @@ class Checkpoints(Callback):
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         between_steps = progress.ready == progress.completed and not progress.ready % trainer.accumulate_grad_batches
         if (
-            isinstance(exception, UserError)
+            isinstance(exception, DataError)
             and between_steps
             and trainer.world_size == 1  # one rank alone cannot save
             and trainer.training
