@@ -72,7 +72,7 @@ def test_an_empty_and_a_too_long_prompt(trained):
         ("prepare", ["source=demo", "out=x", "tokenizer=a", "vocab_size=3"], "give one"),
         ("train", ["data.dir=nowhere"], "no such folder"),
         ("train", ["model=15mm"], "did you mean '15m'?"),
-        ("train", ["resume=nowhere"], "no run folder"),
+        ("train", ["resume=nowhere"], "no run in it"),
         ("train", ["model.hidden_size=x"], "could not be converted to Integer"),
         ("plot", ["runs=[nowhere]"], "no metrics.csv below"),
     ],

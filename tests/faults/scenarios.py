@@ -136,7 +136,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return (str(value.dtype), tuple(value.shape), value.flatten().view(torch.uint8).numpy().tobytes())
     if isinstance(value, dict):
-        return {key: _plain(below) for key, below in value.items()}
+        return {key: _plain(below) for key, below in value.items() if not str(key).startswith("perf/")}
     if isinstance(value, list | tuple):
         return [_plain(below) for below in value]
     return value

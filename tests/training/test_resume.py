@@ -86,7 +86,7 @@ def test_a_longer_run_must_say_what_becomes_of_the_curve(tmp_path, shards):
 
 def test_refusals(tmp_path, shards):
     run = finished(tmp_path, shards)
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="no run in it"):
         resume_config(str(tmp_path))
     with pytest.raises(UserError, match="a resumed run keeps its optim"):
         resume_config(run, ["optim=adamw"])

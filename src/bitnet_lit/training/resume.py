@@ -60,7 +60,10 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     folder = run_of(resume)
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"resume={resume}: no run folder ({CONFIG_NAME} is missing): give the folder train wrote")
+        raise UserError(
+            f"resume={resume}: no run in it ({CONFIG_NAME} is missing): give the folder that train wrote, or start "
+            "again without resume"
+        )
     if not any((folder / CHECKPOINTS / name).is_file() for name in (LAST, BEST)):
         raise UserError(
             f"resume={resume}: no checkpoint in it (it was stopped before its first one): start again without resume"
