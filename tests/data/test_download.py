@@ -1,6 +1,7 @@
 """The download against a server on this machine: interrupted, refused, damaged, hostile."""
 
 import errno
+import functools
 import http.server
 import io
 import os
@@ -10,7 +11,11 @@ import threading
 
 import pytest
 
+from bitnet_lit.config import PrepareConfig
+from bitnet_lit.data import download as download_module
+from bitnet_lit.data import prepare as prepare_module
 from bitnet_lit.data.download import download, fetch_tinystories, unpack
+from bitnet_lit.data.prepare import prepare
 from bitnet_lit.errors import UserError
 
 
@@ -42,18 +47,23 @@ def server():
                 self.end_headers()
                 return
             self.send_response(206 if requested else 200)
-            self.send_header("Content-Length", str(len(content) - start))
+            for name, value in {"Content-Length": str(len(content) - start), **self.server.headers}.items():
+                self.send_header(name, value)
             self.end_headers()
             body = content[start:]
             if self.server.break_after is not None:
                 body, self.server.break_after = body[: self.server.break_after], None
             self.wfile.write(body)
+            self.wfile.flush()
+            self.server.stalls.wait(timeout=30)
 
         def log_message(self, *arguments):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.content, httpd.ranges, httpd.break_after = b"", [], None
+        httpd.content, httpd.ranges, httpd.break_after, httpd.headers = b"", [], None, {}
+        httpd.stalls = threading.Event()
+        httpd.stalls.set()
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
         httpd.url = f"http://127.0.0.1:{httpd.server_port}/a.tar.gz"
@@ -97,6 +107,54 @@ def test_a_full_disk_does_not_blame_the_archive(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be unpacked \(No space left on device\)"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_a_server_that_falls_silent_is_left_and_its_bytes_are_kept(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "SILENCE_SECONDS", 0.5)
+    server.content, server.break_after = bytes(100_000), 70_000
+    server.stalls.clear()
+    with pytest.raises(UserError, match="the server said nothing for 0.5 seconds: the same command goes on"):
+        download(server.url, tmp_path / "a.tar.gz")
+    server.stalls.set()
+    assert (tmp_path / "a.tar.gz.part").stat().st_size == 70_000
+    download(server.url, tmp_path / "a.tar.gz")
+    assert (tmp_path / "a.tar.gz").read_bytes() == server.content
+
+
+def test_another_part_than_was_asked_for_is_not_taken(server, tmp_path):
+    server.content, server.headers = b"12345", {"Content-Range": "bytes 1-4/5"}
+    (tmp_path / "a.tar.gz.part").write_bytes(b"123")
+    with pytest.raises(UserError, match=r"byte 3 was asked for, 1 came: delete .*part and try again"):
+        download(server.url, tmp_path / "a.tar.gz")
+    assert (tmp_path / "a.tar.gz.part").read_bytes() == b"123"
+
+
+@pytest.mark.parametrize("length", ["", "-1", "many", "9" * 5000])
+def test_a_length_that_is_none(server, tmp_path, length):
+    server.content, server.headers = b"12345", {"Content-Length": length, "Connection": "close"}
+    try:
+        download(server.url, tmp_path / "a.tar.gz")
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert (tmp_path / "a.tar.gz").read_bytes() == server.content
+
+
+def test_a_full_disk_does_not_blame_the_server(server, tmp_path):
+    server.content = bytes(1_000_000)
+    (tmp_path / "a.tar.gz.part").mkdir()
+    with pytest.raises(IsADirectoryError):  # `prepare` makes a line of it that names the folder
+        download(server.url, tmp_path / "a.tar.gz")
+
+
+def test_a_folder_of_downloads_is_one_calls_at_a_time(server, tmp_path, tokenizer, monkeypatch):
+    server.content = archive_bytes({"data00.json": b'[{"story": "x"}]', "._data00.json": b"\0"})
+    monkeypatch.setattr(prepare_module, "fetch_tinystories", functools.partial(fetch_tinystories, url=server.url))
+    options = {"source": "tinystories", "tokenizer": str(tokenizer.path), "num_workers": 1}
+    for out, download_dir in (("a", "d"), ("b", "d"), ("c", "c"), ("e", None)):
+        place = None if download_dir is None else str(tmp_path / download_dir)
+        assert prepare(PrepareConfig(out=str(tmp_path / out), download_dir=place, **options))["stories"] == 1
+    assert len(server.ranges) == 3
 
 
 def test_an_archive_without_text(server, tmp_path):

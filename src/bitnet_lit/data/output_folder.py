@@ -21,16 +21,19 @@ from bitnet_lit.errors import disk_errors
 
 
 @contextlib.contextmanager
-def exclusive_folder(folder: Path) -> Iterator[None]:
+def exclusive_folder(folder: Path, key: str = "out") -> Iterator[None]:
     """Make `folder`, wait until nobody else writes it, and hold it inside the block; afterwards it is gone if empty.
+
+    Args:
+        key: what the command line calls the folder.
 
     Raises:
         UserError: a folder that cannot be written, or a disk that is full, anywhere in the block.
     """
     with disk_errors(
-        f"out={folder}",
+        f"{key}={folder}",
         full="whole shards are kept: make room, and the same command goes on",
-        refused="choose another out=",
+        refused=f"choose another {key}=",
     ):
         descriptor, has_lock = _open_locked(folder)
         try:

@@ -10,6 +10,7 @@ without a word.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -42,7 +43,11 @@ def _shard_plans(config: PrepareConfig) -> tuple[list[ShardPlan], str]:
     if config.source == "demo":
         return demo_shards(config.num_stories, config.seed), ""
     if config.source == "tinystories":
-        return file_shards(fetch_tinystories(Path(config.download_dir or config.folder))), ""
+        folder = Path(config.download_dir or config.folder)
+        # The output folder is locked already; another one may be the target of several calls' downloads.
+        is_out = os.path.realpath(folder) == os.path.realpath(config.folder)
+        with contextlib.nullcontext() if is_out else exclusive_folder(folder, "download_dir"):
+            return file_shards(fetch_tinystories(folder)), ""
     found = find_text(config.source)
     return file_shards(found.files), found.describe_passed_over()
 
