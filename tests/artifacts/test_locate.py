@@ -1,15 +1,19 @@
 """Doors in: what `checkpoint=` may be, and what a training config hears about the doors out."""
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
+from bitnet_lit.artifacts import locate
 from bitnet_lit.artifacts.llama2c_file import write_bin
-from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.artifacts.locate import find_model, open_source
 from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
@@ -34,6 +38,141 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, tokenizer):
 
     assert opened("me/story").stdout.strip() == "32"
     assert "the hub says" in opened("me/other").stderr
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A sweep of two runs, a run that has just begun, and a half-made model, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("outputs/sweep/0", "outputs/sweep/1"):
+        save_model_folder(Path(name, "model"), tiny_model(), QuantConfig(), None)
+        Path(name, "checkpoints").mkdir()
+        Path(name, "checkpoints/last.ckpt").touch()
+    os.utime("outputs/sweep/0/model/config.json", (1, 1))
+    Path("outputs/begun/checkpoints").mkdir(parents=True)
+    Path("outputs/begun/config.yaml").touch()
+    Path("outputs/half/model").mkdir(parents=True)
+    shutil.copy("outputs/sweep/1/model/config.json", "outputs/half/model")
+    Path("outputs/half/.model.4711.tmp/new").mkdir(parents=True)
+    return tmp_path / "outputs"
+
+
+PATHS = [
+    "outputs/typo",
+    "outputs/sweeps",
+    "./a/b",
+    "../a",
+    "/a/b",
+    "a/b/c",
+    "outputs/sweep/2",
+    "nowhere",
+    "data/x",
+    "me/",
+]
+PATHS += ["~/x", "me/-x", "me/a b", "sweep\n/x", "me/\N{GREEK SMALL LETTER PI}"]
+
+
+@pytest.mark.parametrize("typed", PATHS)
+def test_a_path_is_not_looked_for_on_the_hub(runs, monkeypatch, typed):
+    monkeypatch.setattr(locate, "download_model", lambda name: pytest.fail(f"{name} was asked for"))
+    with pytest.raises(UserError, match="no such file or folder: no ") as error:
+        find_model(typed)
+    assert str(error.value).startswith(f"checkpoint={typed}: ")
+    if typed == "outputs/sweeps":
+        assert "did you mean outputs/sweep?" in str(error.value)
+
+
+@pytest.mark.parametrize("typed", ["me/story", "microsoft/bitnet-b1.58-2B-4T"])
+def test_a_name_of_the_hub_is(runs, monkeypatch, typed):
+    monkeypatch.setattr(locate, "download_model", lambda name: Path("downloaded", name))
+    assert find_model(typed) == Path("downloaded", typed)
+    Path(typed).parent.mkdir()
+    with pytest.raises(UserError, match="no such file or folder"):  # a folder of that name: a path was meant
+        find_model(typed)
+
+
+def test_what_a_path_leads_to(runs, monkeypatch):
+    assert find_model(None) == Path("outputs/sweep/1/model")  # the newest whole one
+    Path("link").symlink_to("outputs/sweep/0")
+    for checkpoint in ("outputs/sweep/0", "outputs/sweep/0/", "outputs/sweep/0/model/model.safetensors", "link"):
+        assert find_model(checkpoint).resolve() == runs / "sweep/0/model"
+    monkeypatch.setenv("HOME", str(runs.parent))
+    assert find_model("~/outputs/sweep/0") == runs / "sweep/0/model"
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("", "is empty"),
+        ("outputs/sweep", "holds 2 runs with a model: give one of them, such as outputs/sweep/1"),
+        ("outputs", "holds 2 runs with a model"),
+        ("outputs/begun", "a run writes its first model after its first validation"),
+        ("outputs/sweep/0/checkpoints", "give the run folder: outputs/sweep/0"),
+        ("outputs/sweep/0/checkpoints/last.ckpt", "give the run folder it lies in"),
+        ("outputs/half", "no model there"),
+        ("dangling", "a link to nowhere, which is not there"),
+        ("x.gguf", "is written here and not read"),
+        ("pickled", "is a pickle, which is not opened"),
+        ("x" * 5000, "cannot be read"),
+        ("a\0b", "no such file or folder|no path"),
+        ("/dev/null", "no model there"),
+    ],
+)
+def test_what_is_no_model_says_what_to_give(runs, typed, says):
+    Path("dangling").symlink_to("nowhere")
+    Path("x.gguf").touch()
+    Path("pickled").mkdir()
+    Path("pickled/pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=says) as error:
+        find_model(typed, "init_from")
+    assert "\n" not in str(error.value) and str(error.value).startswith("init_from=")
+
+
+def test_no_model_at_all_names_the_runs_that_have_begun(runs):
+    shutil.rmtree("outputs/sweep")
+    with pytest.raises(UserError, match=r"no trained model below .*runs without a model yet: outputs/begun\)"):
+        find_model(None)
+
+
+def test_permission_errors_of_the_system_are_one_line(runs, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(locate, "_is_model_folder", refused)
+    with pytest.raises(UserError, match=r"checkpoint=outputs/sweep/0: cannot be read \(Permission denied\)"):
+        find_model("outputs/sweep/0")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
+    """A server that takes connections and says nothing, as a network that swallows packets does."""
+    script = (
+        "import sys, time; from bitnet_lit.artifacts import hub_download; hub_download.HUB_SECONDS = 1\n"
+        "start = time.monotonic()\n"
+        "try: hub_download.download_model('me/story')\n"
+        "except Exception as error: print(type(error).__name__, time.monotonic() - start < 60, error)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_CACHE": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=100
+        )
+    assert result.stdout.startswith("UserError True checkpoint=me/story: no such file or folder here"), result
+
+
+def test_a_model_that_is_replaced_while_it_is_read_stays_one(tmp_path):
+    """Half of it is read, then a run exports its next best model: the rest is of the first, too."""
+    models = [tiny_model(seed=seed) for seed in (0, 1)]
+    save_model_folder(tmp_path / "model", models[0], QuantConfig(), None)
+    source = open_source(tmp_path / "model")
+    names = list(source.tensors)
+    read = {names[0]: source.tensor(names[0])}
+    save_model_folder(tmp_path / "model", models[1], QuantConfig(), None)
+    read |= {name: source.tensor(name) for name in names[1:]}
+    assert all(torch.equal(read[name], models[0].state_dict()[name]) for name in names)
+    mapped = source.reader.mapped("model.embed_tokens.weight")
+    assert (mapped == models[0].model.embed_tokens.weight.detach().numpy()).all()
 
 
 def test_llama2cs_file_tells_a_story_with_a_given_tokenizer(tmp_path, tokenizer):

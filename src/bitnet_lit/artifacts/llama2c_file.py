@@ -11,6 +11,7 @@ llama2.c turns the pairs (2i, 2i + 1) of a head, Hugging Face (i, i + P/2): the 
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
+from bitnet_lit.artifacts.safetensors_reader import read_into
 from bitnet_lit.artifacts.source import Source, TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.data.tokenizer import SPACE, Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.layers import rotary_tables
+from bitnet_lit.regular_file import open_regular
 
 HEADER_INTS = 7
 # Hugging Face's name after "model.layers.<i>.": llama2.c's after "layers.<i>.", in the order of the .bin.
@@ -139,8 +142,9 @@ def open_bin(path: Path) -> Source:
     Raises:
         UserError: no such file, or one whose size is not what its header says.
     """
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    file = open_regular(path, "give a .bin of llama2.c")
+    size = os.fstat(file.fileno()).st_size
+    header = np.frombuffer(file.read(4 * HEADER_INTS)[: size // 4 * 4], dtype="<i4")
     not_one = f"{path}: not a .bin of llama2.c"
     if len(header) < HEADER_INTS or header[0] == 0x616B3432:  # "ak42" begins the newer versions
         raise UserError(f"{not_one} in the form that run.c reads (version 0): export it with --version 0")
@@ -168,11 +172,9 @@ def open_bin(path: Path) -> Source:
         offsets[HEAD], shapes[HEAD] = position + 4 * tables, (abs(vocab), dim)
 
     def read(name: str) -> Tensor:
-        try:
-            values = np.fromfile(path, dtype="<f4", count=math.prod(shapes[name]), offset=offsets[name])
-            return torch.from_numpy(values.reshape(shapes[name]))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: changed or unreadable since it was opened ({error}): copy it again") from None
+        values = np.empty(shapes[name], dtype="<f4")
+        read_into(values, file.fileno(), offsets[name], path)
+        return torch.from_numpy(values)
 
     reader = Llama2cReader(config, shapes, read)
     return Source(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)

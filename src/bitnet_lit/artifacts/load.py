@@ -77,6 +77,6 @@ def load(source: Source) -> LoadedModel:
     return LoadedModel(source.path, model, source.quant, source.tokenizer, source.info, source.packed)
 
 
-def load_model(checkpoint: str | Path | None) -> LoadedModel:
-    """A model in memory, from whatever `find_model` takes."""
-    return load(open_source(find_model(checkpoint)))
+def load_model(checkpoint: str | Path | None, key: str = "checkpoint") -> LoadedModel:
+    """A model in memory, from whatever `find_model` takes under `key`."""
+    return load(open_source(find_model(checkpoint, key)))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,17 +47,22 @@ def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 class SafetensorsReader(TensorReader):
     """One safetensors file, or the several that an index names.
 
+    The files stay open: a training run may put a new folder in the place of this one at any moment, and what is read
+    here must not be half of each.
+
     Raises:
         UserError: a file that is missing or damaged, or a dtype that is not known.
     """
 
     def __init__(self, files: list[Path]) -> None:
+        self._files: dict[Path, BinaryIO] = {}
         self._place: dict[str, tuple[Path, str, int]] = {}  # file, dtype, offset
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         metadata: dict[str, str] = {}
         for path in files:
-            header, start = _checked_header(path)
+            self._files[path] = open_regular(path, "is this a model folder?")
+            header, start = _checked_header(path, self._files[path])
             metadata |= header.pop("__metadata__", {})
             for name, entry in header.items():
                 if entry["dtype"] not in DTYPES:
@@ -65,16 +71,17 @@ class SafetensorsReader(TensorReader):
                 self._shapes[name] = tuple(entry["shape"])
         self.metadata = metadata
 
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
     def read(self, name: str) -> NDArray[Any]:
         path, dtype, offset = self._place[name]
-        shape = self._shapes[name]
-        try:
-            values = np.fromfile(path, dtype=DTYPES[dtype], count=math.prod(shape), offset=offset).reshape(shape)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: changed or unreadable since it was opened ({error}): copy it again") from None
+        values = np.empty(self._shapes[name], dtype=DTYPES[dtype])
+        read_into(values, self._files[path].fileno(), offset, path)
         if dtype == "BF16":
             return bfloat16_to_float32(values)
         return values.astype(np.float32, copy=False) if dtype.startswith("F") else values
@@ -84,8 +91,7 @@ class SafetensorsReader(TensorReader):
         if dtype not in ("F32", "BF16", "U8") or offset % np.dtype(DTYPES[dtype]).itemsize:
             return None
         if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._maps[path] = mmap.mmap(self._files[path].fileno(), 0, access=mmap.ACCESS_READ)
         shape = self._shapes[name]
         values = np.frombuffer(self._maps[path], DTYPES[dtype], math.prod(shape), offset)
         return values.reshape(shape)
@@ -96,20 +102,38 @@ class SafetensorsReader(TensorReader):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a file that the library has found sound, and where its tensors begin."""
-    with open_regular(path, "is this a model folder?") as file:  # which never waits, as the library does for a pipe
+def read_into(values: NDArray[Any], descriptor: int, offset: int, path: Path) -> None:
+    """Fill an array with bytes of an open file; unlike a map's, a file that was shortened meanwhile ends in an error.
+
+    Raises:
+        UserError: fewer bytes than the array takes, or a disk that fails.
+    """
+    buffer = values.reshape(-1).view(np.uint8).data
+    done = 0
+    while done < len(buffer):  # a call gives 2 GiB at most
         try:
-            with safe_open(path, framework="numpy"):
-                pass
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length)
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error}): is this a model folder?") from None
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged or not a safetensors file ({error}): copy or export it again") from None
-    header = parse_json(text, f"{path}: header", HEADER, "copy or export it again")
-    return header, 8 + length
+            raise UserError(f"{path}: cannot be read any more ({error.strerror}): copy it again") from None
+        if not got:
+            raise UserError(f"{path}: is shorter than when it was opened: copy it again")
+        done += got
+
+
+def _checked_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header of a file that the library has found sound, and where its tensors begin."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise UserError(f"{path}: was replaced at this moment: give the same command again")
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): is this a model folder?") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error}): copy or export it again") from None
+    return parse_json(text, f"{path}: header", HEADER, "copy or export it again"), 8 + length
 
 
 def safetensors_files(folder: Path) -> list[Path]:

@@ -60,7 +60,7 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
 
 def _trained(config: TrainConfig) -> LoadedModel:
     """The model of `init_from`; its sizes become the run's."""
-    trained = load_model(config.init_from)
+    trained = load_model(config.init_from, "init_from")
     if trained.packed:
         raise UserError(f"init_from={config.init_from}: packed codes cannot be trained: give the latent weights")
     sub_norm = trained.config.sub_norm or config.init_sub_norm
