@@ -7,8 +7,8 @@ import os
 import platform
 import sys
 
-from bitnet_lit.cli import run_door
 from bitnet_lit.config import BenchConfig
+from bitnet_lit.door import run_door
 
 
 def _bench(config: BenchConfig) -> None:

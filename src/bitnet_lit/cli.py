@@ -1,6 +1,4 @@
-"""What all doors share: compose the config with Hydra, call one function, turn errors into one line.
-
-Exit status: 0 done, 1 failed, 2 the user's input was wrong.
+"""What all doors share with Hydra: compose the config, say what is wrong with it in one line, call one function.
 
 A job of a sweep (`-m`) that fails writes its reason to `error.txt` in its folder and lets the others run; the table
 at the end of the sweep names it.
@@ -15,17 +13,19 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit import config as schema
-from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError
+from bitnet_lit.errors import TrainingStopped, UserError, one_line
+from bitnet_lit.overrides import as_typed
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"  # in a checkout
 
 # ValueError: Hydra's own for a group option that reads as a number (model=15).
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # a UserError is a ValueError
 
 SCHEMAS = {
     "train": schema.TrainConfig,
@@ -55,23 +55,37 @@ def register_schemas() -> None:
     store.store(group="optim", name="muon_schema", node=schema.MuonConfig)
 
 
+def _check_keys(node: DictConfig, prefix: str = "") -> None:
+    """Refuse a key that `+key=value` added and no code reads, wherever a dataclass says which keys there are."""
+    schema = OmegaConf.get_type(node)
+    fields = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
+    for key in map(str, node):
+        if fields is not None and key not in fields and f"{prefix}{key}" != "hydra.env":  # Hydra's, in no schema
+            raise UserError(f"unknown key '{prefix}{key}': nothing reads it; leave out +{prefix}{key}=...")
+        if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
+            _check_keys(child, f"{prefix}{key}.")
+
+
 def to_object(cfg: DictConfig) -> Any:
     """The dataclass that a composed config describes; its own checks run here.
+
+    OmegaConf's own to_object refuses the text `???`, its sign for a value that is missing; no key of ours is missing.
 
     Raises:
         UserError: a value that does not fit, or a key that `+key=value` added and no code reads.
     """
+    _check_keys(cfg)
 
-    def check(node: DictConfig, prefix: str) -> None:
-        fields = {field.name for field in dataclasses.fields(OmegaConf.get_type(node))}  # type: ignore[arg-type]
-        for key in node:
-            if key not in fields:
-                raise UserError(f"unknown key '{prefix}{key!s}': nothing reads it; leave out +{prefix}{key!s}=...")
-            if isinstance(child := node._get_node(key), DictConfig):
-                check(child, f"{prefix}{key}.")
+    def build(node: DictConfig, values: dict[str, Any], prefix: str) -> Any:
+        for key in map(str, node):
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
+                values[key] = build(child, values[key], f"{prefix}{key}.")
+            elif OmegaConf.is_missing(node, key) and not isinstance(child, StringNode):
+                raise UserError(f"{prefix}{key}=???: give a value")
+        return OmegaConf.get_type(node)(**values)  # type: ignore[misc]
 
-    check(cfg, "")
-    return OmegaConf.to_object(cfg)
+    return build(cfg, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), "")
 
 
 def compose(door: str, overrides: Sequence[str] = ()) -> Any:
@@ -83,9 +97,7 @@ def compose(door: str, overrides: Sequence[str] = ()) -> Any:
     register_schemas()
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return to_object(hydra.compose(door, list(overrides)))
-    except UserError:
-        raise
+            return to_object(hydra.compose(door, as_typed(SCHEMAS[door], overrides)))
     except COMPOSITION_ERRORS as error:
         raise UserError(_explain(door, error, overrides)) from error
 
@@ -111,7 +123,7 @@ ALIASES = {
 
 
 def _nearest_key(door: str, key: str, overrides: Sequence[str]) -> str:
-    """The known key most like `key`, in the config that the groups among `overrides` give."""
+    """The known key or group most like `key`, in the config that the groups among `overrides` give."""
     groups = [item for item in overrides if re.fullmatch(r"[a-z_]+=[\w.]+", item) and not item.startswith(key + "=")]
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
@@ -119,6 +131,8 @@ def _nearest_key(door: str, key: str, overrides: Sequence[str]) -> str:
         except COMPOSITION_ERRORS:
             cfg = hydra.compose(door)
     known = _known_keys(OmegaConf.to_container(cfg, resolve=False))
+    if key in known or (CONF_DIR / key).is_dir():
+        return key
     *path, leaf = key.split(".")
     leaf = ALIASES.get(leaf, leaf)
     same_leaf = [name for name in known if name.split(".")[-1] == leaf]
@@ -127,6 +141,8 @@ def _nearest_key(door: str, key: str, overrides: Sequence[str]) -> str:
 
 def _explain(door: str, error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's and OmegaConf's errors in one line, with the nearest right name."""
+    if isinstance(error, UserError):
+        return str(error)
     text = " ".join(str(error).split())
     cause = " ".join(str(error.__cause__ or error).split())
     cause = re.sub(r" (full_key|object_type|reference_type): .*", "", cause)
@@ -141,67 +157,98 @@ def _explain(door: str, error: Exception, overrides: Sequence[str]) -> str:
         group, name, available = option.group(1), option.group(2), option.group(3).split()
         near = difflib.get_close_matches(name, available, n=1, cutoff=0.0)
         return f"unknown {group}={name}: did you mean '{near[0]}'? ({', '.join(available)})"
+    if several := re.search(r"Ambiguous value for argument '(.*?)' 1\. To use it as a list", text):
+        key, _, typed = several.group(1).lstrip("+").partition("=")
+        if (known := _nearest_key(door, key, overrides)) != key:
+            return f"unknown key '{key}': did you mean '{known}'?"
+        return f"{key}={typed}: {key} takes one value; a list is {key}=[{typed}], and a sweep over them needs -m"
+    if "Could not override ''" in text:
+        return "a value without a key: give key=value"
     if "Config group override must be" in text:
         return f"a group was given a number: put the option's name (python -m bitnet_lit.{door} --help lists them)"
     merging = re.search(r"Error merging override (\S+)", text)
     if merging:
         return f"{merging.group(1)}: {cause}"
+    if getattr(error, "full_key", None):
+        return f"{error.full_key}: {cause}"  # type: ignore[attr-defined]
     return cause
 
 
-def _fail(error: BaseException, status: int) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(status)
+def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """The command line in three: Hydra's flags, overrides, and whether it is a sweep.
+
+    Raises:
+        UserError: a flag that does not exist or that lacks its value.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}: --help lists flags and keys")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    known = parser.parse_intermixed_args(list(arguments))
+    if known.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: unpickles a file, which can run anything: give the overrides again")
+    flags = [argument for argument in arguments if argument not in known.overrides and argument != "--"]
+    return flags, known.overrides, known.multirun or "hydra.mode=MULTIRUN" in known.overrides
 
 
-def run_door(door: str, task: Callable[[Any], Any]) -> None:
-    """Run `task(config)` with the config that the command line describes.
+def run(
+    door: str,
+    task: Callable[[Any], Any],
+    arguments: Sequence[str],
+    defaults: Callable[[list[str]], list[str]] | None = None,
+) -> None:
+    """Run `task(config)` with the config that the arguments describe, or Hydra's own flags (--help, --cfg, ...).
 
     Args:
         door: name of the root config in conf/ and of its schema.
         task: called with the dataclass; what it returns is what a sweeper optimizes.
+        arguments: the command line after the command's name.
+        defaults: called with the overrides in Hydra's grammar; returns further ones, which those win over.
+
+    Raises:
+        UserError: whatever is wrong with the arguments.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us instead of being printed by Hydra
     register_schemas()
-    started = False
+    flags, overrides, sweep = _divide(arguments)
+    failures: list[Exception] = []
 
     def job(cfg: DictConfig) -> Any:
-        nonlocal started
-        started = True
+        sys.argv = typed  # Lightning starts further ranks with the same command
         hydra_config = HydraConfig.get()
         if hydra_config.mode == hydra.types.RunMode.MULTIRUN:
             return _sweep_job(cfg, task, Path(hydra_config.runtime.output_dir))
         try:
-            return task(to_object(cfg))
-        except UserError as error:
-            _fail(error, 2)
-        except TrainingStopped as error:
-            _fail(error, error.status)
-        except (ModelError, ParityError) as error:
-            _fail(error, 1)
+            try:
+                _check_keys(cast(DictConfig, HydraConfig.instance().cfg))
+                config = to_object(cfg)
+            except COMPOSITION_ERRORS as error:
+                raise UserError(_explain(door, error, overrides)) from None
+            return task(config)
+        except Exception as error:  # Hydra would print words of its own before it raises it again
+            failures.append(error)
 
-    main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)
+    spelled = as_typed(SCHEMAS[door], overrides, sweep)
+    spelled = [*(defaults(spelled) if defaults else []), *spelled]
+    typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
-        main()
-    except UserError as error:
-        _fail(error, 2)
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)()
     except COMPOSITION_ERRORS as error:
-        if started:
-            raise
-        _fail(UserError(_explain(door, error, sys.argv[1:])), 2)
-    except KeyboardInterrupt:
-        _fail(KeyboardInterrupt("interrupted"), 130)
+        raise UserError(_explain(door, error, overrides)) from None
+    finally:
+        sys.argv = typed
+    if failures:
+        raise failures[0]
 
 
-def run_advice(overrides: Sequence[str]) -> None:
+def advise(overrides: Sequence[str]) -> None:
     """`export --advise`: which targets a training config can reach, and what to change for the others."""
     from bitnet_lit.artifacts.targets import print_advice
 
-    try:
-        config = compose("train", ["run_dir=unused", *overrides])
-        print_advice(config.model, config.quant)
-    except UserError as error:
-        _fail(error, 2)
+    config = compose("train", ["run_dir=unused", *overrides])
+    print_advice(config.model, config.quant)
 
 
 def _sweep_job(cfg: DictConfig, task: Callable[[Any], T], folder: Path) -> T | float:
@@ -213,7 +260,7 @@ def _sweep_job(cfg: DictConfig, task: Callable[[Any], T], folder: Path) -> T | f
             import traceback
 
             traceback.print_exc()
-        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line = f"{type(error).__name__}: {one_line(error)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(line + "\n", encoding="utf-8")
         print(f"error: {folder}: {line}", file=sys.stderr)

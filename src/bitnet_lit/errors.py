@@ -14,6 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def one_line(message: object) -> str:
+    """A message on one line, with escapes for what no terminal shows: it may quote anything that was typed or read."""
+    text = " ".join(str(message).split())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 class UserError(ValueError):
     """What is wrong, the value seen, the remedy: in one line.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from bitnet_lit.cli import run_advice, run_door
 from bitnet_lit.config import ExportConfig
+from bitnet_lit.door import leave, run_door
 
 
 def _export(config: ExportConfig) -> None:
@@ -14,10 +14,16 @@ def _export(config: ExportConfig) -> None:
     export(config)
 
 
+def _advise(overrides: list[str]) -> None:
+    from bitnet_lit.cli import advise
+
+    advise(overrides)
+
+
 def main() -> None:
     """Entry point."""
     if "--advise" in sys.argv:
-        run_advice([argument for argument in sys.argv[1:] if argument != "--advise"])
+        leave(lambda: _advise([argument for argument in sys.argv[1:] if argument != "--advise"]))
     else:
         run_door("export", _export)
 

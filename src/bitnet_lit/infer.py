@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bitnet_lit.cli import run_door
 from bitnet_lit.config import InferConfig
+from bitnet_lit.door import run_door
 
 
 def _infer(config: InferConfig) -> None:

@@ -5,33 +5,41 @@ A sweep (`-m`) gives the final validation loss to Hydra's sweeper, so an optimiz
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
-from bitnet_lit.cli import run_door
 from bitnet_lit.config import TrainConfig
+from bitnet_lit.door import run_door
 
 
 def _train(config: TrainConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
     from bitnet_lit.training.resume import resume_config
     from bitnet_lit.training.run import train
 
     if config.resume is not None:
-        overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
+        typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # interpolations are not resolved
+        overrides = [item for item in typed if item.lstrip("+").partition("=")[0] != "resume"]
         config = resume_config(config.resume, overrides)
     return float(train(config)["val/loss"])
 
 
+def _in_place(overrides: list[str]) -> list[str]:
+    """A run that is resumed goes on in its folder; Hydra's own record of this call goes beside the first one's."""
+    from bitnet_lit.overrides import quoted, readable
+
+    given = dict(map(readable, overrides)).get("resume")
+    if given is None or not Path(given).exists():
+        return []
+    folder = Path(given) if Path(given).is_dir() else Path(given).parents[1]  # <run folder>/checkpoints/best.ckpt
+    return [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=.hydra_resume"]
+
+
 def main() -> None:
     """Entry point."""
-    for argument in sys.argv[1:]:
-        key, _, folder = argument.partition("=")
-        if key == "resume" and Path(folder).is_dir():
-            # The run goes on in place; Hydra's own record of this call goes beside the first one's.
-            sys.argv += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=.hydra_resume"]
-    run_door("train", _train)
+    run_door("train", _train, _in_place)
 
 
 if __name__ == "__main__":

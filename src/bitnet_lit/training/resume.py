@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -20,6 +19,7 @@ from torch import nn
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import AdamWConfig, MuonConfig, TrainConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
 from bitnet_lit.training.identity import check_identity
@@ -52,7 +52,8 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Args:
         resume: a run folder, or a checkpoint in one: `<run folder>/checkpoints/best.ckpt`.
-        overrides: `key=value` to change; keys of values only, a group (optim=muon) would be another run.
+        overrides: `key=value` to change, in Hydra's grammar (`as_typed` gives it); keys of values only, a group
+            (optim=muon) would be another run.
 
     Raises:
         UserError: no run folder, nothing to resume from, or an override that cannot be.
@@ -96,17 +97,13 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _apply(cfg: Any, override: str, resume: str) -> None:
-    key, _, text = override.lstrip("+").partition("=")
+    key, value = parsed(override)
     present = OmegaConf.select(cfg, key, default=None)
     if present is not None and OmegaConf.is_config(present) and not OmegaConf.is_list(present):
         raise UserError(
             f"resume={resume} with {override}: a resumed run keeps its {key}; override single values "
             f"({key}.<name>=...), or start another run with init_from={resume}"
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
     OmegaConf.update(cfg, key, _guarded(value))
 
 

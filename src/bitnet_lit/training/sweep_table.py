@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitnet_lit.atomic import atomic_file
+from bitnet_lit.overrides import readable
 
 TABLE_NAME = "sweep.csv"
 FIGURES = {
@@ -33,9 +34,9 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
     rows = []
     jobs = [folder for folder in sweep_dir.iterdir() if (folder / ".hydra" / "overrides.yaml").is_file()]
     for folder in sorted(jobs, key=lambda folder: (len(folder.name), folder.name)):
-        overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
         row: dict[str, Any] = {"job": folder.name}
-        row |= dict(str(item).split("=", 1) for item in overrides)
+        row |= dict(map(readable, overrides))
         if (folder / "metrics.json").is_file():
             metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             row |= {label: metrics[name] for name, label in FIGURES.items() if name in metrics}

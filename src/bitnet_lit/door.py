@@ -1,0 +1,122 @@
+"""What a process is told by its user and its terminal, for every `python -m bitnet_lit.<door>`.
+
+A door starts here, before anything heavy is imported, so that a Ctrl-C while PyTorch is being imported, a terminal
+that shows ASCII only, or an output that is full end as they should: in one line.
+
+Exit status: 0 done, 1 failed, 2 the user's input was wrong, 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, one_line
+
+STDIN, STDOUT, STDERR = 0, 1, 2
+
+
+def _prepare_streams() -> None:
+    """Give every standard stream a file, and let the outputs replace what their encoding cannot show.
+
+    A stream that the parent closed is None in Python, and the next file that is opened takes its number: then a
+    message would go into a checkpoint. What is written to a closed stdout fails like a write to a full disk.
+    """
+    for number, name in ((STDIN, "stdin"), (STDOUT, "stdout"), (STDERR, "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_WRONLY if number == STDERR else os.O_RDONLY)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            stream = os.fdopen(number, "r" if number == STDIN else "w", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper) and output.errors in ("strict", "surrogateescape"):
+            output.reconfigure(errors="replace")
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    """KeyboardInterrupt, as Python has it; but an import that is interrupted cannot be gone on with: leave at once."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(STDERR, b"error: interrupted\n")
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _fail(error: object, status: int) -> int:
+    with contextlib.suppress(OSError):  # stderr may be full as well
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    return status
+
+
+def _failed_output() -> OSError | None:
+    """What keeps stdout from taking the rest of what was printed; None where it took it."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Let it go nowhere: Python would fail again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        return error
+    return None
+
+
+def _status_of(work: Callable[[], object]) -> int:
+    """Do the work; print what went wrong in one line.
+
+    Returns:
+        The exit status. What is a bug of ours is raised.
+    """
+    try:
+        work()
+        sys.stdout.flush()
+    except (UserError, TrainingStopped) as error:
+        return _fail(error, error.status)
+    except (ParityError, ModelError) as error:
+        return _fail(error, 1)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}" if str(error) else "out of memory", 1)
+    except OSError as error:
+        output = _failed_output()
+        if isinstance(output, BrokenPipeError):
+            return 0  # the reader has what it wanted (evaluate | head)
+        if output is not None:
+            return _fail(f"the output cannot be written: {output.strerror}", 1)
+        name = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"{name}{error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 128 + signal.SIGINT)
+    return 0
+
+
+def run_door(door: str, task: Callable[[Any], Any], defaults: Callable[[list[str]], list[str]] | None = None) -> None:
+    """Run `task(config)` with the config that the command line describes, and leave with its exit status.
+
+    Args:
+        door: name of the root config in conf/ and of its schema.
+        task: called with the dataclass; what it returns is what a sweeper optimizes.
+        defaults: called with the overrides in Hydra's grammar; returns further ones, which those win over.
+    """
+
+    def compose_and_run() -> None:
+        from bitnet_lit.cli import run  # with Hydra
+
+        run(door, task, sys.argv[1:], defaults)
+
+    leave(compose_and_run)
+
+
+def leave(work: Callable[[], object]) -> None:
+    """Do the work of a door and leave the process with the exit status that it comes to."""
+    _prepare_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    if status := _status_of(work):
+        sys.exit(status)

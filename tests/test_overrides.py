@@ -1,0 +1,221 @@
+"""What is typed behind `key=` arrives as typed: through Hydra's grammar, OmegaConf, and what is written of them."""
+
+import sys
+from dataclasses import fields
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from bitnet_lit import cli
+from bitnet_lit.cli import SCHEMAS, compose, to_object
+from bitnet_lit.config import InferConfig, TrainConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.overrides import as_typed, quoted, readable, text_keys
+from tests.support import run_door
+
+# What people typed, and what Hydra or OmegaConf would read otherwise.
+PROMPTS = [
+    "Once upon a time, there was",
+    "Lily's ball",
+    "Wow! A dog",
+    '"Hi" she said',
+    "'Hi' and 'there'",
+    "a (b) c",
+    "x=y",
+    "costs ${5}",
+    "1e5",
+    "true",
+    "null",
+    "???",
+    "",
+    " a ",
+    "# no comment; & ^ < > ~ `",
+    "[a, b]",
+    "[/b]",
+    "{a: b}",
+    "choice(a, b)",
+    "C:\\new\\${x}\\\\${y}",
+    "\\",
+    "a\nb\tc\r\x00\x1b\x7f\x85\u2028\ufeff",
+    'He said, "hi" = {x}, [y] $z \\n \u00e9 \u65e5\u672c \U0001f642',
+]
+
+# Text as it may be typed, rich in the signs that the grammars know.
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.text("\\'\"${}5a:, ?=()[]#\n", max_size=12),
+)
+
+
+def is_hydras_string(text):
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+
+
+def read(override):
+    """What Hydra's grammar and OmegaConf make of an override of infer, and of the record that Hydra keeps of it."""
+    parsed = OverridesParser.create().parse_override(override)
+    cfg = OmegaConf.structured(InferConfig)
+    OmegaConf.update(cfg, parsed.key_or_group, parsed.value())
+    record = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create([override]))))
+    assert record == [override]
+    config = to_object(cfg)
+    written = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    assert (written["prompt"], written["stop"]) == (config.prompt, config.stop)
+    return config
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS.filter(lambda text: not is_hydras_string(text)))
+@example("???")
+@example("'a' b 'c'")
+def test_any_text_arrives_as_typed(text):
+    (override,) = as_typed(InferConfig, [f"prompt={text}"])
+    assert read(override).prompt == text
+    assert readable(override) == ("prompt", text)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(TEXTS, max_size=4))
+def test_any_list_of_texts_arrives(texts):
+    override = f"stop=[{','.join(map(quoted, texts))}]"
+    assert read(override).stop == texts
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_text_arrives_through_hydra_itself(prompt):
+    """The whole way of the command line, in this process; with Hydra's own flags and prefixes beside it."""
+    seen = []
+    cli.run("infer", seen.append, [f"++prompt={prompt}", "--run", "seed=1"])
+    assert [(config.prompt, config.seed) for config in seen] == [(prompt, 1)]
+
+
+def test_a_text_arrives_from_python():
+    assert compose("infer", ["prompt=a, b = ${x}"]).prompt == "a, b = ${x}"
+
+
+def test_every_text_key_of_every_door_takes_text():
+    text = "a, b = ${x} \u00e9"
+    lists = {"stop", "quant.skip", "callbacks.sample_prompts", "runs", "export.targets"}
+    for schema in SCHEMAS.values():
+        keys = {key: how for key, how in text_keys(schema).items() if not key.startswith("hydra.")}
+        assert {key for key, how in keys.items() if how.is_list} <= lists
+        for field in fields(schema):
+            assert (field.name in keys) == (field.type in ("str", "str | None", "list[str]")), field.name
+        for key in keys:
+            (override,) = as_typed(schema, [f"{key}={text}"])
+            value = OverridesParser.create().parse_override(override).value()
+            value = value[0] if keys[key].is_list else value
+            assert OmegaConf.to_container(OmegaConf.create({"a": value}), resolve=True) == {"a": text}
+    assert {"data.dir", "resume", "init_from", "run_dir", "optim.name", "callbacks.sample_prompts"} <= set(
+        text_keys(TrainConfig)
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "texts"),
+    [
+        ("the end", ["the end"]),
+        ("", []),
+        ("[]", []),
+        (r'["\n"]', ["\n"]),
+        ("['Once, there', b, 1e5, true, null]", ["Once, there", "b", "1e5", "true", "null"]),
+        ("[costs ${5}, x]", ["costs ${5}", "x"]),
+        (r'["C:\Users"]', [r"C:\Users"]),  # no escape in YAML: Hydra's grammar reads it
+        ("[END", ["[END"]),
+        ("'[END]'", ["'[END]'"]),
+    ],
+)
+def test_a_list_of_texts(typed, texts):
+    assert compose("infer", [f"stop={typed}"]).stop == texts
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("prompt='a, b'", "a, b"),
+        ('prompt="it\'s \\"so\\""', 'it\'s "so"'),
+        ("prompt='${seed}'", "7"),  # Hydra's quotes: Hydra's interpolations
+        ("checkpoint=null", None),
+        ("checkpoint=NULL", None),
+        ("checkpoint='null'", "null"),
+    ],
+)
+def test_quoting_that_hydra_understands_goes_on_working(override, value):
+    key = override.partition("=")[0]
+    assert getattr(compose("infer", ["seed=7", override]), key) == value
+
+
+def test_hydras_own_paths_keep_their_interpolations():
+    (override,) = as_typed(TrainConfig, ["hydra.run.dir=runs/${now:%Y}/a, b"])
+    assert override == "hydra.run.dir='runs/${now:%Y}/a, b'"
+
+
+@pytest.mark.parametrize(
+    ("typed", "spelled"),
+    [
+        ("a,b", "'a','b'"),
+        ("1e5, true,null", "'1e5','true','null'"),
+        ("'a, b',c", "'a, b','c'"),
+        ("a\\, b", "'a, b'"),
+        ("\u00e9", "'\u00e9'"),
+        ("choice(a,b)", "choice(a,b)"),
+        ("${x}", "'\\${x}'"),
+    ],
+)
+def test_in_a_sweep_lists_stay_lists(typed, spelled):
+    assert as_typed(InferConfig, [f"prompt={typed}"], sweep=True) == [f"prompt={spelled}"]
+
+
+def test_a_sweep_says_the_quoting_that_works():
+    with pytest.raises(UserError, match="a comma divides values") as error:
+        as_typed(InferConfig, ["prompt=\u00e9, b"], sweep=True)
+    working = str(error.value).rpartition('"prompt=')[2].rstrip('"')
+    (override,) = as_typed(InferConfig, [f"prompt={working}"], sweep=True)
+    assert read(override).prompt == "\u00e9, b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prompt=Once", "upon"], "'upon' is no key=value; .* quote both: \"prompt=Once upon\""),
+        (["=x"], "no key=value|without a key"),
+        (["promt=Once, there"], "unknown key 'promt': did you mean 'prompt'"),
+        (["seed=#5"], "seed='#5': Value '#5' of type 'str' could not be converted to Integer"),
+        (["seed=1,2"], "seed takes one value"),
+        (["seed=???"], "give a value"),
+        (["seed=${x}"], "seed: Interpolation key 'x' not found"),
+        (["prompt='${x}'"], "prompt: Interpolation key 'x' not found"),
+        (["stop=[a, [b]]"], "a list that cannot be read"),
+        (["prompt=\udcff"], "not a text in UTF-8"),
+        (["--foo"], "unrecognized arguments: --foo"),
+        (["--cfg"], "expected one argument"),
+        (["--config-dir", "nowhere"], "nowhere' not found"),
+        (["--run", "--multirun"], "Only one of"),
+        (["--experimental-rerun", "x"], "unpickles a file"),
+        (["+hydra.data.dir=[]"], "unknown key 'hydra.data'"),
+        (["--help", "x="], "unknown key 'x'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    with pytest.raises(UserError, match=message):
+        cli.run("infer", ran.append, arguments)
+    assert not ran and not list(tmp_path.iterdir())
+
+
+def test_the_command_line_is_as_it_was_afterwards(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["infer", "as it was"])
+    seen = []
+    cli.run("infer", lambda config: seen.append(list(sys.argv)), ["prompt=a, b"])
+    assert seen == [["infer", "as it was"]] and sys.argv == ["infer", "as it was"]
+
+
+def test_the_prompts_of_people_through_the_real_command(tmp_path):
+    """Without a model the command ends after it has read its options, in which the prompt is repeated by none."""
+    for prompt in ('He said, "hi" = {x}, [y] $z', "costs ${5} \u00e9"):
+        result = run_door("infer", f"prompt={prompt}", "checkpoint=no, model=${x}", cwd=tmp_path, check=False)
+        assert result.returncode == 2 and result.stderr.startswith("error: checkpoint=no, model=${x}: ")
