@@ -22,7 +22,7 @@ def _bench(config: BenchConfig) -> None:
         rows = data_rows(config.rounds)
     else:
         from bitnet_lit.inference.benchmark import cpu_rows
-        from bitnet_lit.inference.engines.cpu.engine import physical_cores
+        from bitnet_lit.inference.engines.cpu.cores import physical_cores
 
         rows = cpu_rows(config.rounds, config.threads or physical_cores())
     table = Table(title=f"suite={config.suite}, median of {config.rounds} interleaved rounds")

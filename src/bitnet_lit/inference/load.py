@@ -20,6 +20,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.damage import find_damage
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu.build import NoCompilerError
+from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supports
 from bitnet_lit.inference.generator import Generator
 
@@ -53,7 +54,7 @@ class LanguageModel:
         reason = supports(self.source.config, self.source.quant)
         if reason is None:
             try:
-                return CpuEngine(NativeModel(self.source, head, kv_cache, threads))
+                return CpuEngine(NativeModel(self.source, head, kv_cache, allowed_threads(threads)))
             except NoCompilerError as error:
                 reason = str(error)
                 if engine == "auto":

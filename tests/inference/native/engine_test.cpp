@@ -327,7 +327,7 @@ void damaged_head(int vocab, int inputs) {
 
 // A piece of work is done once, by however many helpers; what one throws arrives; work may follow at once or after a rest.
 void pools() {
-    for (int threads : {1, 2, 5}) {
+    for (int threads : {1, 2, 5, 40}) {  // more than there are processors, too
         Pool pool(threads);
         for (int round = 0; round < 300; round++) {
             const int pieces = round % 40;

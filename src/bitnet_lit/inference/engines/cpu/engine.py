@@ -9,7 +9,6 @@ deviations of the rounding's error, are computed again from the floats (head.h).
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.errors import ModelError
 from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cpu import native
+from bitnet_lit.inference.engines.cpu.cores import physical_cores
 from bitnet_lit.inference.engines.cpu.weights import Weights
 
 PROJECTIONS = {
@@ -51,19 +51,6 @@ def supports(config: ModelConfig, quant: QuantConfig) -> str | None:
     if config.qkv_bias or config.qk_norm:
         return "it has biases or norms on queries and keys"
     return None
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once where the system says which they are."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = set()
-    for cpu in usable:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                siblings.add(file.read().strip())
-        except OSError:
-            return len(usable)
-    return len(siblings)
 
 
 class NativeModel:

@@ -5,7 +5,9 @@
 // closed. So a helper that got no processor, because others need it, costs nothing.
 //
 // Helpers wait awake for a moment, because waking takes longer than a small model takes for a layer; then they sleep. One
-// that was taken off its processor while it waited awake knows that others need it, and sleeps at once for a while.
+// that was taken off its processor while it waited awake knows that others need it, and sleeps sooner for a while. Where one
+// is taken off in the middle of a piece, thread 0 has to wait for it: after that it works alone for a while, and for longer
+// each time. So several threads on a machine that is busy are about as fast as one.
 #pragma once
 
 #include <atomic>
@@ -17,6 +19,8 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include <time.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -53,6 +57,23 @@ class Patience {
     int turns = 0, busy = 0;
 };
 
+// Time that a thread was awake and had no processor.
+class Loss {
+   public:
+    void begin() { wall = Clock::now(), processor = used(); }
+    std::chrono::nanoseconds since_begin() const { return Clock::now() - wall - (used() - processor); }
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    static std::chrono::nanoseconds used() {
+        timespec time{};
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+        return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+    }
+    Clock::time_point wall;
+    std::chrono::nanoseconds processor{};
+};
+
 class Pool {
    public:
     explicit Pool(int threads) : count(std::max(threads, 1)), shares(new Share[size_t(count)]) {}
@@ -71,7 +92,7 @@ class Pool {
     void divide(int pieces, const Does& does) {
         for (int i = 0; i < count; i++)
             shares[i].rest.store(Rest{uint32_t(int64_t(pieces) * i / count), uint32_t(int64_t(pieces) * (i + 1) / count)}, std::memory_order_relaxed);
-        if (pieces < 2 || !start()) return does(0, Next{*this, 0});
+        if (pieces < 2 || alone() || !start()) return does(0, Next{*this, 0});
         work = &does;
         call = [](Pool& pool, int thread) { (*static_cast<const Does*>(pool.work))(thread, Next{pool, thread}); };
         open();
@@ -85,7 +106,7 @@ class Pool {
     // In the child of a fork, where there are no helpers; between two calls of `divide`.
     void forget() {
         (void)helpers.release();  // whose destructor would end the process
-        state = 0, asleep = 0, failed = waiting = false;
+        state = 0, asleep = 0, failed = waiting = crowded = false;
     }
     const int count;
 
@@ -133,11 +154,22 @@ class Pool {
         return !helpers->empty();
     }
 
+    // Whether thread 0 works without helpers now, after one of them had no processor.
+    bool alone() {
+        if (!crowded.load(std::memory_order_relaxed) && !resting) return false;
+        const auto now = Clock::now();
+        if (crowded.exchange(false)) {
+            rest = now - rested < REMEMBERED ? std::min(2 * rest, LONGEST_REST) : SHORTEST_REST;
+            rested = now + rest, resting = true;
+        }
+        return resting = now < rested;
+    }
+
     void open() {
         // No helper is at work, and none begins while `state` is closed.
         state.store((state.load(std::memory_order_relaxed) & ~ACTIVE) + NEXT + OPEN);
         if (!asleep.load(std::memory_order_relaxed)) return;
-        const auto now = std::chrono::steady_clock::now();
+        const auto now = Clock::now();
         if (now - woken < WAKING) return;  // a call to the system for every layer would cost more than helpers give
         woken = now;
         state.notify_all();
@@ -159,6 +191,8 @@ class Pool {
 
     void help(int thread) {
         Patience patience{AWAKE};
+        Loss loss;
+        loss.begin();
         uint32_t done = 0;  // the work that this thread was at last
         while (true) {
             uint32_t now = state.load(std::memory_order_acquire);
@@ -166,10 +200,15 @@ class Pool {
             if (now & OPEN && (now & ~ACTIVE) != done) {
                 if (!state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
                 done = now & ~ACTIVE;
+                const auto begun = Clock::now();
                 try {
                     call(*this, thread);
                 } catch (...) {
                     failed = true;
+                }
+                if (Clock::now() - begun > LOST) {  // or else no time can have been lost
+                    if (loss.since_begin() > LOST) crowded = true;
+                    loss.begin();
                 }
                 if ((state.fetch_sub(1) & ACTIVE) == 1 && waiting.load()) state.notify_all();
                 patience.begin();
@@ -177,19 +216,23 @@ class Pool {
                 asleep++;
                 state.wait(now);
                 asleep--;
-                patience.begin();
+                patience.begin(), loss.begin();
             }
         }
     }
 
-    static constexpr std::chrono::microseconds AWAKE{1000}, WAITING{100}, WAKING{100};
+    using Clock = std::chrono::steady_clock;
+    static constexpr std::chrono::microseconds AWAKE{1000}, WAITING{100}, WAKING{100}, LOST{300};
+    static constexpr std::chrono::milliseconds SHORTEST_REST{10}, LONGEST_REST{500}, REMEMBERED{1000};
     std::unique_ptr<Share[]> shares;
     std::unique_ptr<std::vector<std::thread>> helpers;
     const void* work = nullptr;
     void (*call)(Pool&, int) = nullptr;
     Patience patience{WAITING};  // of thread 0
-    std::chrono::steady_clock::time_point woken{};
+    Clock::time_point woken{}, rested{};
+    std::chrono::milliseconds rest{};
+    bool resting = false;
     alignas(64) std::atomic<uint32_t> state{0};
     alignas(64) std::atomic<int> asleep{0};
-    std::atomic<bool> waiting{false}, failed{false}, stopping{false};
+    std::atomic<bool> waiting{false}, failed{false}, crowded{false}, stopping{false};
 };
