@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from bitnet_lit.errors import DataError
 
 MAX_OPEN_FILES = 4096
-_WRITE_AGAIN = "write the shards again (bitnet_lit.prepare); a run goes on from its last checkpoint with resume="
+_WRITE_AGAIN = "write the shards again (python -m bitnet_lit.prepare)"
 
 
 class _Descriptors:
@@ -95,7 +95,8 @@ class TokenSplit:
             except OSError as error:
                 raise DataError(f"{path}: cannot be read any more ({error.strerror}): {_WRITE_AGAIN}") from None
             if got != row_bytes:
-                raise DataError(f"{path}: ends at byte {offset + got}, earlier than when it was opened: {_WRITE_AGAIN}")
+                size = os.fstat(self._descriptors[path]).st_size
+                raise DataError(f"{path}: ends at byte {size}, earlier than when it was opened: {_WRITE_AGAIN}")
             at += row_bytes
         if len(rows) and rows.max() >= self.vocab_size:
             row = int(rows.max(axis=1).argmax())
