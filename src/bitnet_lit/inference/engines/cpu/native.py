@@ -7,7 +7,7 @@ from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64
 from functools import cache
 from typing import Any
 
-from bitnet_lit.inference.engines.cpu.build import library_path
+from bitnet_lit.inference.engines.cpu import build
 
 
 class Shape(ctypes.Structure):
@@ -62,9 +62,9 @@ def library() -> Any:
     """The loaded library, its functions typed.
 
     Raises:
-        NoCompilerError: it cannot be compiled here.
+        NoCompilerError: it cannot be compiled or loaded here.
     """
-    loaded = ctypes.CDLL(str(library_path()))
+    loaded = build.library()
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "bitnet_simd": (c_char_p, []),
         "bitnet_packed_bytes": (c_int64, [c_int, c_int]),
