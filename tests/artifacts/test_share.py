@@ -9,6 +9,7 @@ import pytest
 
 from bitnet_lit.artifacts.save import save_model_folder
 from bitnet_lit.config import QuantConfig
+from tests.artifacts.exporting import export_to
 from tests.support import run_door, tiny_model
 
 
@@ -76,7 +77,7 @@ def share(monkeypatch, tmp_path, tokenizer, address, *arguments, check=True):
     [
         (
             ["format=packed"],
-            {"config.json", "model.safetensors", "tokenizer.model", "export.json"},
+            {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "export.json"},
             "AutoModelForCausal",
         ),
         (["format=gguf", "type=f16", "out=tiny.gguf"], {"tiny.gguf"}, "llama-cli -hf me/tiny"),
@@ -85,15 +86,31 @@ def share(monkeypatch, tmp_path, tokenizer, address, *arguments, check=True):
 )
 def test_the_export_arrives_with_its_card(monkeypatch, tmp_path, tokenizer, hub, format, files, says):
     handler, address = hub
+    (tmp_path / "model-packed").mkdir()
     result = share(monkeypatch, tmp_path, tokenizer, address, *format, "share=me/tiny")
     assert "shared: " in result.stdout
-    assert files < set(handler.files)
+    assert files | {"README.md"} == set(handler.files)
+    listed = result.stdout[result.stdout.index("sharing ") : result.stdout.index("shared: ")]
+    assert f"sharing {len(files) + 1} files as me/tiny on {address}" in listed
+    assert all(f"  {name}  {len(content):,} bytes" in listed for name, content in handler.files.items())
     out = tmp_path / ("tiny.gguf" if "tiny.gguf" in files else "model-packed/model.safetensors")
     assert handler.files[out.name] == out.read_bytes()
     card = handler.files["README.md"].decode()
     assert card.startswith("---\n") and says in card
     for fact in ("tales", "muon", "1.2500", "2 layers, hidden 32", "MB", "checked with"):
         assert fact in card, f"{fact} is missing in:\n{card}"
+
+
+def test_what_else_lies_in_the_folder_is_not_sent(monkeypatch, tmp_path, tokenizer, hub):
+    handler, address = hub
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
+    export_to(tmp_path / "model-packed", tmp_path / "model", verify=False)
+    (tmp_path / "model-packed" / ".env").write_text("SECRET=1")
+    (tmp_path / "model-packed" / "notes").mkdir()
+    (tmp_path / "model-packed" / "notes" / "diary.txt").write_text("mine")
+    share(monkeypatch, tmp_path, tokenizer, address, "verify=false", "share=me/tiny")
+    assert "config.json" in handler.files and not {".env", "notes/diary.txt"} & set(handler.files)
+    assert (tmp_path / "model-packed" / "notes" / "diary.txt").exists()
 
 
 def test_who_may_not_write_keeps_the_export_and_hears_how(monkeypatch, tmp_path, tokenizer, hub):

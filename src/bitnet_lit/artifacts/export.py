@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from glob import escape
 from pathlib import Path
@@ -30,7 +31,7 @@ from bitnet_lit.artifacts.safetensors_writer import LazyTensor
 from bitnet_lit.artifacts.save import statistics_metadata, write_folder
 from bitnet_lit.artifacts.share import check_repository, share
 from bitnet_lit.artifacts.source import Source
-from bitnet_lit.artifacts.targets import problems
+from bitnet_lit.artifacts.targets import problems, tokenizer_problem
 from bitnet_lit.artifacts.verify import TensorRow, verify
 from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.config import ExportConfig
@@ -191,6 +192,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     except ParityError as error:
         raise ParityError(f"{out}: not written, it would not be the model: {error}") from None
     print_report(report, Console())
+    if config.format == "llama2c" and (problem := tokenizer_problem(target, source.tokenizer)):
+        print(f"note: no tokenizer.bin was written ({problem}): run.c needs one for this model", file=sys.stderr)
     if config.share is not None:
         print(f"shared: {share(config.share, source, report)}")
     return report

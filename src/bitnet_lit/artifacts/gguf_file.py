@@ -24,8 +24,8 @@ from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
 from bitnet_lit.artifacts.llama2c_file import deinterleave, interleave
 from bitnet_lit.artifacts.q6_k import quantize_q6_k
 from bitnet_lit.artifacts.source import Source, TensorReader
+from bitnet_lit.artifacts.targets import tokenizer_problem
 from bitnet_lit.config import ModelConfig
-from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.errors import UserError, needs_extra
 from bitnet_lit.quant.functional import SCALE_MIN
 
@@ -95,10 +95,11 @@ def _add_fields(writer: Any, source: Source, type: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
-    if tokenizer is None or isinstance(tokenizer, JsonTokenizer):
+    problem = tokenizer_problem("gguf_f16", tokenizer)
+    if tokenizer is None or problem is not None:
         raise UserError(
-            f"{source.path}: no SentencePiece tokenizer.model, which a GGUF's vocabulary is written from here: put it "
-            "there, or take format=packed"
+            f"{source.path}: {problem}, and a GGUF's vocabulary is written from a BPE of SentencePiece here: put one "
+            "there that it was trained with, or take format=packed"
         )
     processor, kinds = tokenizer.processor, gguf.TokenType
     normal = "\N{LOWER ONE EIGHTH BLOCK}a"

@@ -108,4 +108,4 @@ def open_hub_folder(folder: Path, raw: dict[str, Any]) -> Source:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     reader = SafetensorsReader(safetensors_files(folder))
-    return Source(folder, config, quant, folder_tokenizer(folder, raw), {}, reader, inverse_scales)
+    return Source(folder, config, quant, folder_tokenizer(folder), {}, reader, inverse_scales)

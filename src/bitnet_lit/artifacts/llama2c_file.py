@@ -25,6 +25,7 @@ from torch import Tensor
 from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
 from bitnet_lit.artifacts.safetensors_reader import read_into
 from bitnet_lit.artifacts.source import Source, TensorReader
+from bitnet_lit.artifacts.targets import tokenizer_problem
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.data.tokenizer import SPACE, Tokenizer
@@ -244,24 +245,30 @@ def open_pt(path: Path) -> Source:
     return Source(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)
 
 
-def _write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """tokenizer.bin: the longest piece's bytes (int32), then score (float32), length (int32) and bytes of each."""
+def _write_tokenizer(tokenizer: Tokenizer, rows: int, path: Path) -> None:
+    """tokenizer.bin: the longest piece's bytes (int32), then score (float32), length (int32) and bytes of each.
+
+    run.c reads a piece for each of the model's `rows`: those beyond the vocabulary get names that no text holds.
+    """
     processor = tokenizer.processor
     pieces = []
     for token in range(tokenizer.vocab_size):
         text = processor.id_to_piece(token)
         text = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}.get(token, text)
         pieces.append(text.replace(SPACE, " ").encode())
+    scores = [processor.get_score(token) for token in range(len(pieces))]
+    pieces += [f"\n<unused {token}>\n".encode() for token in range(len(pieces), rows)]
+    scores += [-1e4] * (rows - len(scores))
     with path.open("wb") as file:
         file.write(np.array([max(map(len, pieces))], dtype="<i4").tobytes())
-        for token, piece in enumerate(pieces):
-            file.write(np.array([processor.get_score(token)], dtype="<f4").tobytes())
+        for piece, score in zip(pieces, scores, strict=True):
+            file.write(np.array([score], dtype="<f4").tobytes())
             file.write(np.array([len(piece)], dtype="<i4").tobytes())
             file.write(piece)
 
 
 def write_bin(source: Source, folder: Path) -> None:
-    """Write model.bin, and tokenizer.bin where there is a SentencePiece tokenizer, into `folder`.
+    """Write model.bin, and tokenizer.bin where there is a tokenizer that run.c can use, into `folder`.
 
     A BitNet is written as its dequantized weights: run.c does not quantize activations. The caller has asked
     `targets.problems` whether the network fits.
@@ -291,7 +298,7 @@ def write_bin(source: Source, folder: Path) -> None:
         file.write(cos.astype("<f4").tobytes() + sin.astype("<f4").tobytes())
         if not tied:
             file.write(np.ascontiguousarray(source.tensor(HEAD).numpy(), dtype="<f4").data)
-    tokenizer = source.tokenizer
-    if tokenizer is not None and not isinstance(tokenizer, JsonTokenizer):
-        _write_tokenizer(tokenizer, folder / "tokenizer.bin")
-        tokenizer.copy_to(folder)
+    if source.tokenizer is not None and not isinstance(source.tokenizer, JsonTokenizer):
+        source.tokenizer.copy_to(folder)
+        if tokenizer_problem("llama2c", source.tokenizer) is None:
+            _write_tokenizer(source.tokenizer, vocab, folder / "tokenizer.bin")

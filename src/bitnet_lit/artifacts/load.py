@@ -51,7 +51,7 @@ class LoadedModel:
         path: where it came from.
         model: weights loaded, in eval mode.
         packed: its projections are codes: it runs, and cannot be trained.
-        quant, tokenizer, info: as in `Source`.
+        quant, tokenizer, info, tokenizer_sha256: as in `Source`.
     """
 
     path: Path
@@ -60,6 +60,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     info: dict[str, Any]
     packed: bool
+    tokenizer_sha256: str | None
 
     @property
     def config(self) -> ModelConfig:
@@ -74,7 +75,8 @@ def load(source: Source) -> LoadedModel:
     model.tie_weights()
     model.model.reset_rotary()
     model.eval()
-    return LoadedModel(source.path, model, source.quant, source.tokenizer, source.info, source.packed)
+    sha256 = source.tokenizer.sha256 if source.tokenizer else source.tokenizer_sha256
+    return LoadedModel(source.path, model, source.quant, source.tokenizer, source.info, source.packed, sha256)
 
 
 def load_model(checkpoint: str | Path | None, key: str = "checkpoint") -> LoadedModel:

@@ -29,6 +29,9 @@ Nothing here pickles.
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -78,7 +81,7 @@ def describe(
     packed: bool = False,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """config.json as a dictionary."""
+    """config.json as a dictionary; of `info` what is no path of this machine."""
     described: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -110,7 +113,7 @@ def describe(
             "qk_norm": config.qk_norm,
             "dropout": config.dropout,
             "quant": asdict(quant),
-            "info": info,
+            "info": public_info(info),
         },
     }
     model_type = network_type(config) if transformers_runs(quant, packed) else "bitnet_lit"
@@ -152,19 +155,33 @@ def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConf
         raise UserError(f"{path}: {error}") from None
 
 
-def folder_tokenizer(folder: Path, raw: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of a folder, checked against the hash in its config.json; None where there is none."""
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder; None where there is none."""
     path = find_tokenizer(folder)
-    if path is None:
-        return None
-    tokenizer = open_tokenizer(path)
-    expected = raw.get("tokenizer_sha256")
-    if expected not in (None, tokenizer.sha256):
-        raise UserError(
-            f"{path}: not the tokenizer this model was trained with (sha256 {tokenizer.sha256[:12]}..., config.json "
-            f"says {str(expected)[:12]}...): put the right one there"
-        )
-    return tokenizer
+    return None if path is None else open_tokenizer(path)
+
+
+PATH_IN_TEXT = re.compile(r"(?<![^\s'\"(=])(?:[A-Za-z]:[\\/]|~?/)[^\s'\"]*?([^\s'\"/\\]+)[/\\]?(?=[\s'\"),;]|$)")
+
+
+def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What training noted, without the paths of the machine: a model folder is given to others.
+
+    Of a path its last part stays, and of the folder of the data its name, under "data".
+    """
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, str):
+            whole = os.path.isabs(value) or value.startswith("~/")
+            return os.path.basename(value.rstrip("/")) if whole else PATH_IN_TEXT.sub(r"\1", value)
+        if isinstance(value, Mapping):
+            return {str(key): cleaned(item) for key, item in value.items()}
+        return [cleaned(item) for item in value] if isinstance(value, list | tuple) else value
+
+    public = {key: cleaned(value) for key, value in info.items() if key != "data_dir"}
+    if isinstance(data := info.get("data_dir"), str):
+        public["data"] = os.path.basename(data.rstrip("/"))
+    return public
 
 
 def written_names(folder: Path) -> set[str]:
@@ -193,4 +210,5 @@ def open_model_folder(folder: Path, raw: dict[str, Any]) -> Source:
     config, quant = our_configs(folder / CONFIG_NAME, raw)
     info = raw["bitnet_lit"].get("info", {})
     reader = SafetensorsReader(safetensors_files(folder))
-    return Source(folder, config, quant, folder_tokenizer(folder, raw), info, reader)
+    expected = raw.get("tokenizer_sha256")
+    return Source(folder, config, quant, folder_tokenizer(folder), info, reader, tokenizer_sha256=expected)

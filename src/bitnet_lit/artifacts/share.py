@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bitnet_lit.artifacts.destination import NOTE_NAME
+from bitnet_lit.artifacts.model_folder import public_info
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.errors import UserError, needs_extra
 
+LONGEST_CELL = 300  # characters
 NAMES = {"b158": "ternary weights (b1.58: -1, 0, +1)", "b1": "binary weights (b1: -1, +1)", "none": "dense weights"}
 
 
@@ -36,9 +39,14 @@ def _how_to_run(repository: str, file: str, format: str, runs_in_transformers: b
     )
 
 
+def _cell(text: str) -> str:
+    """A text as a cell of a table: on one line, and no end of the cell in it."""
+    return " ".join(text.split()).replace("|", "\\|")[:LONGEST_CELL]
+
+
 def model_card(repository: str, source: Source, report: dict[str, Any]) -> str:
     """README.md of the shared model; YAML in front, as the hub reads it."""
-    config, info = source.config, source.info
+    config, info = source.config, public_info(source.info)
     runs = report["runs_in_transformers"]
     yaml = ["library_name: transformers"] if runs else []
     yaml += ["pipeline_tag: text-generation", "tags:", "- bitnet", f"- {source.quant.name}", f"- {report['format']}"]
@@ -51,10 +59,11 @@ def model_card(repository: str, source: Source, report: dict[str, Any]) -> str:
         "parameters": f"{sizes['parameters']:,}",
         "size": f"{sizes['bytes'] / 1e6:,.1f} MB, {sizes['bits_per_weight']:.2f} bits a weight with embeddings",
     }
-    if "data_dir" in info:
-        rows["data"] = Path(info["data_dir"]).name
+    if "data" in info:
+        rows["data"] = info["data"]
     rows |= {key: str(value) for key, value in info.get("recipe", {}).items()}
-    rows |= {name: f"{value:.4f}" for name, value in info.get("metrics", {}).items()}
+    metrics = info.get("metrics", {}).items()
+    rows |= {name: f"{value:.4f}" for name, value in metrics if isinstance(value, int | float)}
     for reader, found in report["parity"].items():
         if isinstance(found, dict):
             rows[f"checked with {reader}"] = (
@@ -62,7 +71,15 @@ def model_card(repository: str, source: Source, report: dict[str, Any]) -> str:
             )
     lines = ["---", *yaml, "---", "", f"# {repository.split('/')[-1]}", ""]
     lines += [f"A 1.58-bit language model ({source.quant.name})." if source.quant.name == "b158" else ""]
-    lines += ["", "| | |", "|--|--|", *(f"| {key} | {value} |" for key, value in rows.items()), "", "## Run it", ""]
+    lines += [
+        "",
+        "| | |",
+        "|--|--|",
+        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
+        "",
+        "## Run it",
+        "",
+    ]
     file = "model.bin" if report["format"] == "llama2c" else ""
     lines += ["\n\n".join(_how_to_run(repository, file, report["format"], runs)), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
@@ -83,6 +100,8 @@ def check_repository(repository: str) -> None:
 def share(repository: str, source: Source, report: dict[str, Any]) -> str:
     """Upload an export with its card; makes the repository where there is none.
 
+    What the export wrote is sent, and nothing else that lies in its folder; it is listed first.
+
     Returns:
         Its address.
 
@@ -93,16 +112,17 @@ def share(repository: str, source: Source, report: dict[str, Any]) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     out = Path(report["out"])
-    files = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out]
-    operations: list[Any] = [
-        huggingface_hub.CommitOperationAdd(
-            path_in_repo=file.relative_to(out).as_posix() if out.is_dir() else file.name, path_or_fileobj=file
-        )
-        for file in files
-    ]
+    files = [out / name for name in sorted([*report["files"], NOTE_NAME])] if out.is_dir() else [out]
     card = model_card(repository, source, report).encode()
-    operations.append(huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
+    sent: dict[str, Path | bytes] = {**{file.name: file for file in files}, "README.md": card}
     api = huggingface_hub.HfApi()
+    print(f"sharing {len(sent)} files as {repository} on {api.endpoint}:")
+    for name, content in sent.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"  {name}  {size:,} bytes", flush=True)
+    operations: list[Any] = [
+        huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sent.items()
+    ]
     try:
         address = api.create_repo(repository, exist_ok=True)
         api.create_commit(repository, operations=operations, commit_message=f"{report['format']} export")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.artifacts.config_json import LARGEST_NUMBER, LARGEST_SIZE
+from bitnet_lit.artifacts.config_json import CONFIG_NAME, LARGEST_NUMBER, LARGEST_SIZE
 from bitnet_lit.artifacts.layout import EMBEDDING, HEAD, quantized_names, tensor_shapes
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizer import Tokenizer
@@ -97,6 +97,7 @@ class Source:
         tokenizer: None where there is none.
         info: what training noted; plain data.
         reader: the tensors as they are stored.
+        tokenizer_sha256: of the tokenizer that it was trained with, in hex; None where the folder does not say.
         inverse_scales: packed weights whose stored scale divides (Hugging Face's `bitlinear`).
         tensors: name to shape of everything that the network needs, in the network's order; a tied head is left out.
         quantized: names of the weights that are codes and a scale in the forward pass.
@@ -109,6 +110,7 @@ class Source:
     info: dict[str, Any]
     reader: TensorReader
     inverse_scales: bool = False
+    tokenizer_sha256: str | None = None
     tensors: dict[str, tuple[int, ...]] = field(init=False)
     quantized: set[str] = field(init=False)
 
@@ -139,11 +141,17 @@ class Source:
         self._check(stored)
 
     def check_tokenizer(self) -> None:
-        """Refuse a tokenizer with more pieces than the embedding has rows.
+        """Refuse a tokenizer that is not the one the model was trained with, or has more pieces than there are rows.
 
         Raises:
             UserError: it is of another model.
         """
+        expected = self.tokenizer_sha256
+        if self.tokenizer is not None and expected not in (None, self.tokenizer.sha256):
+            raise UserError(
+                f"{self.tokenizer.path}: not the tokenizer this model was trained with (sha256 "
+                f"{self.tokenizer.sha256[:12]}..., {CONFIG_NAME} says {str(expected)[:12]}...): take the right one"
+            )
         rows, pieces = self.config.vocab_size or 0, self.tokenizer.vocab_size if self.tokenizer else 0
         if pieces > rows:
             raise UserError(

@@ -17,9 +17,13 @@ from rich.table import Table
 from bitnet_lit.artifacts.model_folder import network_type, transformers_runs
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.training import EXPORT_TARGETS as TARGETS
+from bitnet_lit.data.json_tokenizer import JsonTokenizer
+from bitnet_lit.data.tokenizer import SPACE, Tokenizer
 from bitnet_lit.errors import UserError
 
 TERNARY_BLOCK = 256
+UNNORMALIZED = "\N{LATIN SMALL LIGATURE FI}\N{FULLWIDTH LATIN CAPITAL LETTER A}"  # NFKC makes them "fi" and "A"
+FIRST_BYTE = 3  # run.c takes the piece of byte b for number b + 3
 
 
 def _transformers(config: ModelConfig, quant: QuantConfig, packed: bool) -> list[str]:
@@ -114,6 +118,32 @@ def problems(target: str, config: ModelConfig, quant: QuantConfig) -> list[str]:
     if target.startswith("gguf"):
         return _dense_head(quant) + _gguf(config, quant, ternary=target != "gguf_f16")
     return _transformers(config, quant, packed=target == "packed")
+
+
+def tokenizer_problem(target: str, tokenizer: Tokenizer | None) -> str | None:
+    """Why the reader of `target` cannot encode text with this tokenizer as it was trained; None where it can.
+
+    llama.cpp and run.c merge the pair of pieces with the best score, which is SentencePiece's BPE and no other of its
+    models, and read the text as it is. run.c takes BOS for number 1, EOS for 2 and byte b for b + 3.
+    """
+    if target not in ("llama2c", *(name for name in TARGETS if name.startswith("gguf"))):
+        return None
+    if tokenizer is None or isinstance(tokenizer, JsonTokenizer):
+        return "no SentencePiece tokenizer.model"
+    processor = tokenizer.processor
+    scores = (processor.get_score(token) for token in range(tokenizer.vocab_size) if not processor.is_byte(token))
+    if not all(float(score).is_integer() for score in scores):  # BPE's are ranks, the others' logarithms
+        return "its SentencePiece model is no BPE"
+    if processor.normalize(UNNORMALIZED).replace(SPACE, "") != UNNORMALIZED:
+        return "its SentencePiece model normalizes the text"
+    if target != "llama2c":
+        return None
+    has_bytes = tokenizer.vocab_size >= FIRST_BYTE + 256 and all(
+        processor.is_byte(FIRST_BYTE + byte) for byte in (0, 255)
+    )
+    return (
+        None if (tokenizer.bos_id, has_bytes) == (1, True) else "its BOS is not piece 1, or its bytes do not begin at 3"
+    )
 
 
 def check_targets(targets: list[str], config: ModelConfig, quant: QuantConfig) -> None:

@@ -240,7 +240,7 @@ def _other_tools(source: Source, artefact: Source, target: str) -> Iterator[tupl
         try:
             result = run(artefact.path, ids)
         except ImportError as error:  # a part of it is missing
-            yield name, f"not installed ({error})"
+            yield name, f"not installed ({error.name or type(error).__name__})"  # its message can hold paths
             return
         except Exception as error:  # whatever it raises: a file that it cannot run is none for it
             reason = " ".join(str(error).split())[:200]

@@ -124,6 +124,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"data_dir={data_dir}: shards of {shards.vocab_size} tokens, but the model knows "
             f"{folder.config.vocab_size}: prepare the text with {folder.path}/tokenizer.model"
         )
+    wrote = shards.meta.get("tokenizer_sha256")
+    if None not in (wrote, folder.tokenizer_sha256) and wrote != folder.tokenizer_sha256:
+        raise UserError(
+            f"data_dir={data_dir}: was written with another tokenizer than the one that {folder.path} was trained "
+            "with: prepare the text with that one"
+        )
     length = config.sequence_length or folder.info.get("sequence_length") or folder.config.max_position_embeddings
     split = shards.validation(length)
     device = torch.device(_device(config.accelerator))

@@ -7,6 +7,7 @@ imported where it is needed, not here.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from bitnet_lit.inference.engines.cpu.build import NoCompilerError
 from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supports
 from bitnet_lit.inference.generator import Generator
+
+SPARE_ROWS = 512  # embeddings are padded to a round number of rows, by less than this or a twentieth
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,4 +147,10 @@ def load(
     if tokenizer is not None:
         source.tokenizer = open_tokenizer(tokenizer)
         source.check_tokenizer()
+        rows, pieces = source.config.vocab_size or 0, source.tokenizer.vocab_size
+        if rows - pieces >= max(SPARE_ROWS, rows // 20):
+            warnings.warn(
+                f"tokenizer={tokenizer}: has {pieces} pieces, the model {rows} rows: was it trained with another one?",
+                stacklevel=2,
+            )
     return LanguageModel(source, device, engine, threads, head, kv_cache)

@@ -15,11 +15,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from bitnet_lit.artifacts.load import LoadedModel, load_model
 from bitnet_lit.artifacts.targets import check_targets
 from bitnet_lit.config import TrainConfig
+from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import CausalLM, build_model
@@ -44,6 +46,12 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
             f"model.vocab_size={config.model.vocab_size}, but the shards in {config.data.dir} hold ids below "
             f"{shards.vocab_size}: leave model.vocab_size at null to follow the data, or prepare the text with the "
             "tokenizer of init_from"
+        )
+    theirs = trained.tokenizer_sha256 if trained is not None else None
+    if theirs and shards.tokenizer_path and open_tokenizer(shards.tokenizer_path).sha256 != theirs:
+        rank_zero_warn(
+            f"init_from={config.init_from}: was trained with another tokenizer than the one of data.dir="
+            f"{config.data.dir}: its embedding means other tokens, unless the two are one vocabulary in two files"
         )
     L.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.quant)
