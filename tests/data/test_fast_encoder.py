@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from bitnet_lit.data import fast_encoder
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.fast_encoder import FastEncoder
 from bitnet_lit.data.tokenizer import Tokenizer
@@ -51,6 +53,25 @@ def test_equal_for_llama2s_model():
     assert encoder.by_words
     for entry in json.loads((TINYSTORIES / "data00.json").read_text())[:300]:
         assert fast(encoder, entry["story"]) == tokenizer.encode(entry["story"], bos=False)
+
+
+@needs_tinystories
+def test_a_long_text_is_encoded_in_parts_with_the_ids_of_the_whole(tokenizer, monkeypatch):
+    monkeypatch.setattr(fast_encoder, "CHARACTERS_AT_ONCE", 3)
+    check_equal(tokenizer)
+    check_equal(Tokenizer(TINYSTORIES / "llama2_tokenizer.model"))
+
+
+def test_parts_do_not_fill_the_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr(fast_encoder, "CHARACTERS_AT_ONCE", 2**16)
+    encoder = FastEncoder(tokenizer, np.dtype(np.uint16))
+    text = "the cat sat on the mat " * 60_000 + "end"  # 1.4 MB
+    expected = encoder.encode("the cat sat on the mat") * 60_000 + encoder.encode("end")
+    tracemalloc.start()
+    assert encoder.encode(text) == expected
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(text)  # 4 of them; its words all at once would take 50 bytes each, which makes 16
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
+from bitnet_lit.data.tokenizer import StreamDecoder, Tokenizer, _training_sentences, train_tokenizer
 from bitnet_lit.errors import UserError
 from tests.support import TINYSTORIES, needs_tinystories
 
@@ -167,6 +168,15 @@ def test_a_copy_is_the_file_that_was_opened(tokenizer, tmp_path):
     opened.path.write_bytes(b"another")
     opened.copy_to(tmp_path)
     assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+
+
+def test_a_line_of_many_megabytes_is_cut_in_time():
+    line = "a word and another " * 400_000  # 8 MB
+    start = time.monotonic()
+    parts = list(_training_sentences([line + "é" * 2000]))
+    assert time.monotonic() - start < 20  # a hang's limit: it takes a fraction of a second
+    assert "".join(parts) == line + "é" * 2000
+    assert max(len(part.encode()) for part in parts) <= 4192
 
 
 @pytest.fixture(scope="module")

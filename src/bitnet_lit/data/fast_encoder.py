@@ -25,8 +25,10 @@ MAX_CACHED_UNITS = 1_000_000  # about 150 MB; natural text rarely has more disti
 # A longer unit (a web address, a sentence in a script without spaces) hardly comes twice, and would fill the memory.
 MAX_CACHED_CHARACTERS = 64
 GLUED = "\0"  # marks a unit that follows the one before without a space; texts with a NUL of their own go another way
-
-
+# A text of many millions of characters (a book, a file without separators) is encoded in parts of about this size: its
+# words, as objects of their own, would take twenty times its memory.
+CHARACTERS_AT_ONCE = 2**20
+_BORDER = re.compile(rf"[^\s{SPACE}] [^\s{SPACE}]")
 BPE = 2  # TrainerSpec.ModelType in sentencepiece_model.proto
 
 
@@ -91,6 +93,15 @@ class FastEncoder:
 
     def encode(self, text: str) -> bytes:
         """Token ids without BOS, as the bytes of an array of `dtype`."""
+        if not self.by_words or len(text) <= CHARACTERS_AT_ONCE:
+            return self._encode_part(text)
+        parts, start = [], 0
+        while border := _BORDER.search(text, start + CHARACTERS_AT_ONCE):
+            parts.append(self._encode_part(text[start : border.start() + 1]))
+            start = border.end() - 1  # the one space between is the dummy prefix of what follows
+        return b"".join([*parts, self._encode_part(text[start:])])
+
+    def _encode_part(self, text: str) -> bytes:
         # A literal U+2581 reads as a space to the model but not to split(); spaces at an end have no unit to stand in.
         if not self.by_words or SPACE in text or GLUED in text or text[:1] == " " or text[-1:] == " ":
             return np.array(self._encode(text), dtype=self.dtype).tobytes()

@@ -199,15 +199,16 @@ def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
     """Lines that are not blank, in parts that SentencePiece takes: it leaves out longer ones without a word."""
     for text in texts:
         for line in text.split("\n"):
-            while len(line.encode()) > MAX_SENTENCE_BYTES:
-                # A character takes 4 bytes at most.
-                limit = MAX_SENTENCE_BYTES // 4
-                cut = line.rfind(" ", 1, limit)
-                cut = cut if cut > 0 else limit
-                yield line[:cut]
-                line = line[cut:]
-            if line.strip():
-                yield line
+            start, bytes_left = 0, len(line.encode())
+            while bytes_left > MAX_SENTENCE_BYTES:
+                limit = start + MAX_SENTENCE_BYTES // 4  # a character takes 4 bytes at most
+                cut = line.rfind(" ", start + 1, limit)
+                part = line[start : cut if cut > 0 else limit]
+                yield part
+                start += len(part)
+                bytes_left -= len(part.encode())
+            if (rest := line[start:]).strip():
+                yield rest
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
