@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 
 from bitnet_lit.config import BenchConfig
 from bitnet_lit.door import run_door
@@ -13,8 +12,9 @@ from bitnet_lit.door import run_door
 
 def _bench(config: BenchConfig) -> None:
     import torch
-    from rich.console import Console
     from rich.table import Table
+
+    from bitnet_lit.terminal import wide_console
 
     if config.suite == "data":
         from bitnet_lit.data.benchmark import data_rows
@@ -30,7 +30,7 @@ def _bench(config: BenchConfig) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*[f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()])
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    wide_console(160).print(table)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     print(json.dumps({"suite": config.suite, "machine": machine, "rows": rows}))
 

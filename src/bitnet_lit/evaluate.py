@@ -7,13 +7,12 @@ from bitnet_lit.door import run_door
 
 
 def _evaluate(config: EvaluateConfig) -> None:
-    from rich.console import Console
-
     from bitnet_lit.inference.evaluation import evaluate
+    from bitnet_lit.terminal import console
 
-    console = Console(highlight=False)
+    page = console()
     for name, value in evaluate(config).items():
-        console.print(f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}", soft_wrap=True)
+        page.print(f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}", soft_wrap=True)
 
 
 def main() -> None:

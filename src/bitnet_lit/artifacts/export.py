@@ -19,7 +19,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from bitnet_lit.artifacts.destination import check_out, default_out, described_files, replaced
 from bitnet_lit.artifacts.folder_export import latent_tensors, packed_tensors
@@ -36,6 +35,7 @@ from bitnet_lit.artifacts.verify import TensorRow, verify
 from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.config import ExportConfig
 from bitnet_lit.errors import ParityError, UserError, disk_errors
+from bitnet_lit.terminal import console
 
 KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,9 +102,9 @@ def _sizes(source: Source, rows: list[TensorRow]) -> dict[str, float]:
     }
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any], page: Console) -> None:
     """The table of tensors (those of all layers in one line, with their largest error), sizes, what was compared."""
-    table = Table(title=Text(report["out"]), box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table = Table(title=report["out"], box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("tensor", "n", "kind", "bits", "bytes", "error"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("tensor", "kind") else "right")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -117,29 +117,26 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         nbytes = sum(row["bytes"] for row in rows)
         error = f"{max(errors):.1e}" if errors else "-"
         table.add_row(name, str(len(rows)), kind, f"{8 * nbytes / values:.2f}", f"{nbytes:,}", error)
-    console.print(table)
+    page.print(table)
     sizes = report["sizes"]
-    console.print(
+    page.print(
         f"{sizes['bytes'] / 1e6:,.1f} MB for {sizes['parameters']:,} parameters: {sizes['bits_per_weight']:.2f} bits a "
-        f"weight with embeddings, 1/{sizes['ratio_to_fp16']:.1f} of fp16",
-        highlight=False,
+        f"weight with embeddings, 1/{sizes['ratio_to_fp16']:.1f} of fp16"
     )
     for name, found in report["parity"].items():
         if isinstance(found, dict):
-            console.print(
+            page.print(
                 f"{name}: loss {found['loss']:.4f} ({found['loss_difference']:+.1e}), logits differ by "
                 f"{found['mean_logit_difference']:.1e} of their spread, {found['same_likeliest_token']:.1%} same "
-                "tokens",
-                highlight=False,
+                "tokens"
             )
         elif name == "loss_with_quantized_activations":
-            console.print(
+            page.print(
                 f"its graph does not quantize activations: loss {report['parity']['loss']:.4f} there, {found:.4f} as "
-                "trained",
-                highlight=False,
+                "trained"
             )
         elif isinstance(found, str):
-            console.print(f"{name}: {found}", highlight=False, markup=False)
+            page.print(f"{name}: {found}")
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -191,7 +188,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
                 note.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     except ParityError as error:
         raise ParityError(f"{out}: not written, it would not be the model: {error}") from None
-    print_report(report, Console())
+    print_report(report, console())
     if config.format == "llama2c" and (problem := tokenizer_problem(target, source.tokenizer)):
         print(f"note: no tokenizer.bin was written ({problem}): run.c needs one for this model", file=sys.stderr)
     if config.share is not None:

@@ -11,7 +11,6 @@ A target is what an export is for. Its conditions come from the graph that will 
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from bitnet_lit.artifacts.model_folder import network_type, transformers_runs
@@ -20,6 +19,7 @@ from bitnet_lit.config.training import EXPORT_TARGETS as TARGETS
 from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.data.tokenizer import SPACE, Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.terminal import console
 
 TERNARY_BLOCK = 256
 UNNORMALIZED = "\N{LATIN SMALL LIGATURE FI}\N{FULLWIDTH LATIN CAPITAL LETTER A}"  # NFKC makes them "fi" and "A"
@@ -165,4 +165,4 @@ def print_advice(config: ModelConfig, quant: QuantConfig) -> None:
     for target in TARGETS:
         found = problems(target, config, quant)
         table.add_row(target, "no" if found else "yes", "\n".join(found))
-    Console().print(table)
+    console().print(table)

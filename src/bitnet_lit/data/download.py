@@ -17,11 +17,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from bitnet_lit.atomic import atomic_folder
 from bitnet_lit.errors import UserError
+from bitnet_lit.terminal import console
 
 TINYSTORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 CHUNK_BYTES = 1 << 20
@@ -66,12 +66,12 @@ def _receive(response: http.client.HTTPResponse, url: str, part: Path, have: int
     length = _number(response.headers.get("Content-Length") or "")
     total = None if length is None else have + length
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
     )
     with bar as progress, part.open("ab" if have else "wb") as file:
         task = progress.add_task(part.stem, total=total, completed=have)

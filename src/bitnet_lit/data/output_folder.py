@@ -14,10 +14,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-
 from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.errors import disk_errors
+from bitnet_lit.terminal import console
 
 
 @contextlib.contextmanager
@@ -61,9 +60,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        Console(stderr=True).print(
-            f"{folder}: waiting for another process that writes it", soft_wrap=True, markup=False, highlight=False
-        )
+        console(stderr=True).print(f"{folder}: waiting for another process that writes it", soft_wrap=True)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         # Some network file systems know no locks: two writers are the user's to avoid there.

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards
@@ -31,6 +30,7 @@ from bitnet_lit.data.stories import read_stories
 from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet_lit.data.write_shards import fingerprint, write_shards
 from bitnet_lit.errors import UserError
+from bitnet_lit.terminal import console
 
 _ELSEWHERE = "choose another out=, or delete the folder"
 TOKENIZER_TEXT_BYTES = 100 * 2**20  # llama2.c trains on its first ten shards; more text hardly changes a vocabulary
@@ -215,7 +215,7 @@ def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+    console(stderr=True).print(line, soft_wrap=True)
 
 
 def _is_done(plan: ShardPlan, out: Path, meta: dict[str, Any]) -> bool:

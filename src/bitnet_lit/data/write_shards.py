@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from bitnet_lit.atomic import atomic_file
@@ -31,6 +30,7 @@ from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.stories import ReadCounts, read_stories
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.terminal import console
 
 # Of a worker process: its tokenizer, and the encoder, whose cache of words lasts from shard to shard.
 _tokenizer_path: Path | None = None
@@ -123,8 +123,8 @@ def write_shards(
     """
     workers = min(num_workers or os.cpu_count() or 1, len(todo))
     columns = (TextColumn("encoding"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not todo or not console.is_terminal) as progress:
+    terminal = console(stderr=True)
+    with Progress(*columns, console=terminal, disable=not todo or not terminal.is_terminal) as progress:
         task = progress.add_task("encode", total=sum(plan.text_bytes for plan in plans))
         progress.advance(task, sum(plan.text_bytes for plan in plans if plan not in todo))
 

@@ -8,6 +8,7 @@ stdout is no terminal, or with quiet=true, not even that.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -82,31 +83,39 @@ def _tell(model: LanguageModel, config: InferConfig, prompts: Sequence[str], ind
 
 def _typed_prompts() -> Iterator[str]:
     """Lines from stdin until an empty one, the end of input, or Ctrl-C."""
+    mark = "\ufeff"  # what some programs put before a text in UTF-8 that they send
     while True:
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
+            prompt = input("> " if sys.stdin.isatty() else "").removeprefix(mark)
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise UserError(f"a typed prompt: no text in {error.encoding}: set PYTHONIOENCODING=utf-8") from None
         if not prompt:
             return
+        mark = ""
         yield prompt
 
 
 def _prompts_of(path: Path) -> list[str]:
     """The lines of a file of prompts.
 
+    Only line ends divide lines (str.splitlines divides at form feeds and at Unicode's separators too), and the mark
+    that some editors put before a text in UTF-8 is no part of the first.
+
     Raises:
         UserError: it cannot be read, or holds nothing.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"prompts={path}: cannot be read ({error.strerror}): give a text file") from None
     except UnicodeDecodeError:
         raise UserError(f"prompts={path}: not a text in UTF-8: save it as such") from None
-    if not lines:
+    if not text:
         raise UserError(f"prompts={path}: is empty: write a prompt on each line")
-    return lines
+    lines = re.split(r"\r\n|\n|\r", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def infer(config: InferConfig) -> list[str]:

@@ -9,13 +9,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from bitnet_lit.config import TrainConfig, TrainerConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import Accounting, account
+from bitnet_lit.terminal import console
 
 
 def world_size(trainer: TrainerConfig) -> int:
@@ -151,5 +151,5 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         "memory": f"about {memory_estimate_bytes(config, plan) / 2**30:.2f} GiB a device",
     }
     for name, value in rows.items():
-        table.add_row(Text(name, "bold"), Text(str(value)))  # paths are text, never markup
-    Console(stderr=True).print(table)
+        table.add_row(Text(name, "bold"), str(value))
+    console(stderr=True).print(table)

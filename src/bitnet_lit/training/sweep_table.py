@@ -14,11 +14,11 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.overrides import readable
+from bitnet_lit.terminal import wide_console
 
 TABLE_NAME = "sweep.csv"
 FIGURES = {
@@ -70,6 +70,6 @@ class SweepTable(Callback):
         for row in rows:
             cells = [row.get(column, "") for column in columns]
             table.add_row(*[f"{cell:,.4f}" if isinstance(cell, float) else str(cell) for cell in cells])
-        Console(width=None if sys.stdout.isatty() else 30 * len(columns)).print(table)
+        wide_console(30 * len(columns)).print(table)
         if any("error" in row for row in rows):
             sys.exit(1)

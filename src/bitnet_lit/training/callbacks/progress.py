@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bitnet_lit.terminal import console
 from bitnet_lit.training.plan import Plan
 
 LINE_SECONDS = 10.0  # between lines of a log file
@@ -21,7 +21,7 @@ class RichBar(ProgressBar):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._enabled = True
@@ -68,7 +68,7 @@ class RichBar(ProgressBar):
         elif now - self._last_line > LINE_SECONDS or step == self.plan.steps:
             self._last_line = now
             left = (self.plan.steps - step) * self.plan.tokens_per_step / self._tokens_per_s
-            self._console.print(f"step {step}/{self.plan.steps} {figures} {left:.0f} s left", highlight=False)
+            self._console.print(f"step {step}/{self.plan.steps} {figures} {left:.0f} s left")
 
     def _figures(self, trainer: L.Trainer) -> str:
         metrics = trainer.callback_metrics

@@ -8,12 +8,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from rich.console import Console
 from rich.text import Text
 
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
+from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.run_folder import SAMPLES_NAME
@@ -35,8 +35,8 @@ class SampleStories(Callback):
             generator.generate(prompt, max_new_tokens=self.max_new_tokens, temperature=0.0) for prompt in self.prompts
         ]
         self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))
-        line = Text.assemble((f"step {trainer.global_step}: ", "dim"), stories[0])  # a story is text, never markup
-        Console(stderr=True).print(line, highlight=False)
+        line = Text.assemble((f"step {trainer.global_step}: ", "dim"), stories[0])
+        console(stderr=True).print(line)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", "\n\n".join(stories), trainer.global_step)
