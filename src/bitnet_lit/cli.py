@@ -1,8 +1,4 @@
-"""What all doors share with Hydra: compose the config, say what is wrong with it in one line, call one function.
-
-A job of a sweep (`-m`) that fails writes its reason to `error.txt` in its folder and lets the others run; the table
-at the end of the sweep names it.
-"""
+"""What all doors share with Hydra: compose the config, say what is wrong with it in one line, call one function."""
 
 from __future__ import annotations
 
@@ -12,22 +8,23 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit import config as schema
-from bitnet_lit.errors import TrainingStopped, UserError, one_line
+from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed
-
-T = TypeVar("T")
+from bitnet_lit.sweep import run_job
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"  # in a checkout
@@ -214,19 +211,28 @@ def run(
     register_schemas()
     flags, overrides, sweep = _divide(arguments)
     failures: list[Exception] = []
+    main_process = os.getpid()
 
     def job(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts further ranks with the same command
         hydra_config = HydraConfig.get()
-        if hydra_config.mode == hydra.types.RunMode.MULTIRUN:
-            return _sweep_job(cfg, task, Path(hydra_config.runtime.output_dir))
-        try:
+
+        def work() -> Any:
             try:
                 _check_keys(cast(DictConfig, HydraConfig.instance().cfg))
                 config = to_object(cfg)
             except COMPOSITION_ERRORS as error:
                 raise UserError(_explain(door, error, overrides)) from None
             return task(config)
+
+        if hydra_config.mode == RunMode.MULTIRUN:
+            folders = Path(hydra_config.runtime.output_dir), Path(hydra_config.sweep.dir)
+            result = run_job(work, *folders, os.getpid() == main_process)
+            if result == float("inf"):
+                failures.append(TrainingStopped("jobs of the sweep failed"))
+            return result
+        try:
+            return work()
         except Exception as error:  # Hydra would print words of its own before it raises it again
             failures.append(error)
 
@@ -237,6 +243,13 @@ def run(
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)()
     except COMPOSITION_ERRORS as error:
         raise UserError(_explain(door, error, overrides)) from None
+    except BrokenProcessPool:
+        from bitnet_lit.training.sweep_table import SweepTable
+
+        SweepTable.end()
+        raise TrainingStopped(
+            "a process of the sweep was killed, most likely for memory: take fewer (hydra.launcher.n_jobs)"
+        ) from None
     finally:
         sys.argv = typed
     if failures:
@@ -249,19 +262,3 @@ def advise(overrides: Sequence[str]) -> None:
 
     config = compose("train", ["run_dir=unused", *overrides])
     print_advice(config.model, config.quant)
-
-
-def _sweep_job(cfg: DictConfig, task: Callable[[Any], T], folder: Path) -> T | float:
-    """One job of a sweep; a failure is noted, not raised, so that the others go on."""
-    try:
-        return task(to_object(cfg))
-    except Exception as error:
-        if not isinstance(error, UserError | TrainingStopped):
-            import traceback
-
-            traceback.print_exc()
-        line = f"{type(error).__name__}: {one_line(error)}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(line + "\n", encoding="utf-8")
-        print(f"error: {folder}: {line}", file=sys.stderr)
-        return float("inf")

@@ -1,5 +1,7 @@
 """The infer door with several texts: prompts from a file, samples of one prompt, in order and separated."""
 
+import io
+
 import pytest
 
 from bitnet_lit.artifacts.save import save_model_folder
@@ -47,3 +49,24 @@ def test_files_that_hold_no_prompts(folder, content, says):
         (folder / "prompts.txt").write_bytes(content)
     with pytest.raises(UserError, match=says):
         infer(compose("infer", [f"checkpoint={folder}/model", f"prompts={folder}/prompts.txt"]))
+
+
+def test_only_line_ends_divide_prompts_and_a_byte_order_mark_is_none(folder, capsys):
+    lines = ["Once \u2028 upon", "a\x0cform feed", "", "\x85 next", "Tom"]
+    (folder / "prompts.txt").write_bytes(
+        "\r\n".join(lines[:3]).encode("utf-8-sig") + "\r".join(["", *lines[3:]]).encode()
+    )
+    texts = told(folder, capsys, f"prompts={folder}/prompts.txt", "max_new_tokens=1")
+    assert [text.startswith(line) for text, line in zip(texts, lines, strict=True)] == [True] * 5
+
+
+def test_a_byte_order_mark_before_typed_prompts(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffLily\nTom\n"))
+    first, second = infer(compose("infer", [f"checkpoint={folder}/model", "max_new_tokens=2", "interactive=true"]))
+    assert first.startswith("Lily") and second.startswith("Tom")
+
+
+def test_typed_prompts_that_are_no_text_are_one_line(folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="a typed prompt: no text in utf-8"):
+        infer(compose("infer", [f"checkpoint={folder}/model", "interactive=true"]))

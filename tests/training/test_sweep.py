@@ -1,0 +1,182 @@
+"""Sweeps: every job's reason in the table, whatever signs it has; a signal ends them; folders are never shared."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from bitnet_lit import cli, sweep
+from bitnet_lit.config import TrainConfig
+from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.overrides import as_typed
+from bitnet_lit.training.own_folder import make_own, record_name
+from bitnet_lit.training.sweep_table import SweepTable, read_jobs
+from tests.support import REPOSITORY, TINY_RUN
+
+ODD = "[/b] [red] :smile: \x1b[31m \u2028 \udcff 'a, b' ${x}"
+
+
+def job_folder(folder, overrides, metrics=None, error=None):
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(overrides), folder / ".hydra" / "overrides.yaml")
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    if error is not None:
+        (folder / "error.txt").write_text(error, encoding="utf-8", errors="surrogateescape")
+
+
+def end_of(folder):
+    SweepTable().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+    return SweepTable.end()
+
+
+def test_reasons_are_text_whatever_signs_they_have(tmp_path, capsys):
+    """rich would take [/b] for the end of a style, and raise."""
+    job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
+    job_folder(
+        tmp_path / "1", as_typed(TrainConfig, ["seed=2", "data.dir=[/b] ${x}, y"]), error="UserError: [/b] [red]"
+    )
+    assert end_of(tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "UserError: [/b] [red]" in printed and "[/b] ${x}, y" in printed and "1.5000" in printed
+    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1]["error"] == "UserError: [/b] [red]" and rows[1]["data.dir"] == "[/b] ${x}, y"
+
+
+def test_a_table_that_cannot_be_written_is_no_success(tmp_path, capsys):
+    job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
+    (tmp_path / "sweep.csv").mkdir()
+    assert end_of(tmp_path) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_table_finds_jobs_whose_folder_is_a_path(tmp_path):
+    for number in (0, 2, 10):
+        job_folder(tmp_path / "lr" / f"seed-{number}", [f"seed={number}"], {"val/loss": 1.0})
+    assert [row["job"] for row in read_jobs(tmp_path)] == ["lr/seed-0", "lr/seed-2", "lr/seed-10"]
+
+
+def test_what_a_job_raises_is_noted_in_its_folder(tmp_path):
+    def fail():
+        raise UserError(ODD)
+
+    assert sweep.run_job(fail, tmp_path / "0", tmp_path, True) == float("inf")
+    text = (tmp_path / "0" / "error.txt").read_text(encoding="utf-8")
+    assert text.startswith("UserError: [/b] [red] :smile:") and text.count("\n") == 1 and "\x1b" not in text
+
+
+def test_a_job_that_a_signal_stopped_ends_the_sweep(tmp_path):
+    ran = []
+
+    def stopped():
+        ran.append(0)
+        raise TrainingStopped("SIGTERM at step 1", status=143)
+
+    for number in range(3):
+        sweep.run_job(stopped, tmp_path / str(number), tmp_path, True)
+        job_folder(tmp_path / str(number), [f"seed={number}"])
+    assert ran == [0] and sweep.stop_number(tmp_path) == signal.SIGTERM
+    errors = [row["error"] for row in read_jobs(tmp_path)]
+    assert errors[1] == errors[2] == "TrainingStopped: not started: SIGTERM ended the sweep"
+
+
+def test_a_signal_before_the_first_step_of_a_job_ends_the_sweep(tmp_path):
+    handlers = sweep.StopHandlers(tmp_path)
+    handlers.install()
+    try:
+        result = sweep.run_job(lambda: signal.raise_signal(signal.SIGHUP), tmp_path / "0", tmp_path, True)
+    finally:
+        handlers.remove()
+    assert result == float("inf") and sweep.stop_number(tmp_path) == signal.SIGHUP
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_a_signal_reaches_a_job_of_another_process_once(tmp_path, monkeypatch, by_itself):
+    """A second one would stop the job without saving."""
+    monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(sweep, "_GRACE_SECONDS", 0.2)
+    heard = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+
+    def work():
+        sweep.request_stop(tmp_path, signal.SIGUSR1)
+        if by_itself:
+            signal.raise_signal(signal.SIGUSR1)
+        time.sleep(1.0)
+
+    try:
+        sweep.run_job(work, tmp_path / "0", tmp_path, is_main_process=False)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert heard == [signal.SIGUSR1]
+
+
+def test_nothing_is_written_where_another_run_lies(tmp_path):
+    (tmp_path / "0" / "checkpoints").mkdir(parents=True)
+    assert record_name(str(tmp_path / "0")) is None and record_name(str(tmp_path / "1")) == ".hydra"
+
+    def refuse():
+        raise UserError("holds a run already")
+
+    sweep.run_job(refuse, tmp_path / "0", tmp_path, True)
+    assert [path.name for path in (tmp_path / "0").iterdir()] == ["checkpoints"]
+    assert read_jobs(tmp_path) == [{"job": "0", "error": "UserError: holds a run already"}]
+
+
+def test_default_names_never_collide(tmp_path):
+    folder = tmp_path / "2026-01-31" / "12-00-00"
+    assert [make_own(folder).name for _ in range(3)] == ["12-00-00", "12-00-00-1", "12-00-00-2"]
+
+
+def test_two_runs_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    """Through Hydra: the name is a constant here, as it is within a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "CONF_DIR", tmp_path / "conf")
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    text = (tmp_path / "conf" / "train.yaml").read_text()
+    text = text.replace("${now:%Y-%m-%d}/${now:%H-%M-%S}", "one/second")
+    (tmp_path / "conf" / "train.yaml").write_text(text)
+    seen = []
+    for _ in range(2):
+        cli.run("train", lambda config: seen.append(config.run_dir), [])
+    with pytest.raises(SystemExit):  # the jobs left no figures
+        cli.run("train", lambda config: seen.append(config.run_dir), ["-m", "seed=1,2"])
+    outputs = tmp_path / "outputs" / "one"
+    assert seen == [str(outputs / name) for name in ("second", "second-1", "second-2/0", "second-2/1")]
+    assert (outputs / "second-1" / ".hydra" / "config.yaml").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["launcher=joblib"]], ids=["one after the other", "side by side"])
+def test_sigterm_ends_a_sweep(tmp_path, shards, launcher):
+    """To the process that was started alone: the jobs that run save, no other one starts, the table says so."""
+    tiny = [item for item in TINY_RUN if not item.startswith(("trainer.max_steps", "trainer.val_check"))]
+    long = ["trainer.max_steps=100000", "trainer.val_check_interval=50000"]
+    arguments = [*tiny, *long, f"data.dir={shards}", "seed=1,2,3", "hydra.sweep.dir=sweep", *launcher]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitnet_lit.train", "-m", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for _ in range(600):
+        if (tmp_path / "sweep" / "0" / "metrics.csv").exists():
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert "Traceback" not in printed
+    errors = [row["error"] for row in read_jobs(tmp_path / "sweep")]
+    assert "SIGTERM at step" in errors[0] or "before the first step" in errors[0]
+    assert "not started" in errors[-1] and (tmp_path / "sweep" / "sweep.csv").exists()
+    if "SIGTERM at step" in errors[0]:
+        assert (tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
