@@ -27,14 +27,13 @@ def test_what_is_passed_over_is_named_and_counted(tmp_path):
     found = find_text(str(tmp_path))
     assert found.files == [tmp_path / "a.txt", tmp_path / "sub.txt" / "c.txt"]
     assert found.describe_passed_over() == (
-        "2 hidden (.b.txt, .git); 5 that are not .json, .jsonl, .txt (0.pdf, 1.pdf, 2.pdf, ...); "
-        "2 that are no files (broken.txt, pipe.txt); 2 of a shard folder's own (meta.json, tokenizer.json); "
-        "1 empty (empty.txt)"
+        "hidden: 2 (.b.txt, .git); not .json, .jsonl, .txt: 5 (0.pdf, 1.pdf, 2.pdf, ...); "
+        "no files: 2 (broken.txt, pipe.txt); of a shard folder: 2 (meta.json, tokenizer.json); empty: 1 (empty.txt)"
     )
     globbed = find_text(str(tmp_path / "*.txt"))
     assert globbed.files == [tmp_path / "a.txt"]
     assert globbed.describe_passed_over() == (
-        "2 that are no files (broken.txt, pipe.txt); 1 folders (sub.txt); 1 empty (empty.txt)"
+        "no files: 2 (broken.txt, pipe.txt); folders: 1 (sub.txt); empty: 1 (empty.txt)"
     )
 
 
@@ -53,7 +52,7 @@ def test_links_are_followed_and_read_once(tmp_path):
     found = find_text(str(source))
     assert found.files == [source / "deep" / "d.txt", source / "linked" / "o.txt", source / "z.txt"]
     assert found.describe_passed_over() == (
-        "2 links to folders that are read already (again, loop); 2 second names of a file (e.txt, a.txt)"
+        "links to folders read already: 2 (again, loop); second names of a file: 2 (e.txt, a.txt)"
     )
 
 
@@ -66,7 +65,7 @@ def test_links_are_followed_and_read_once(tmp_path):
         ("/dev/zero", r"/dev/zero: cannot be read \(it is a device, not a file\)"),
         (
             ".",
-            r"no .json, .jsonl, .txt files in it: 1 hidden \(.x.txt\); 1 that are not .json, .jsonl",
+            r"no .json, .jsonl, .txt files in it: hidden: 1 \(.x.txt\); not .json, .jsonl, .txt: 1",
         ),
         ("", "source is empty"),
         ("a\0b", "no such file"),

@@ -84,6 +84,7 @@ def one_line(error):
     ("make", "message"),
     [
         (lambda f: f.rmdir(), "no such folder.*bitnet_lit.prepare"),
+        (lambda f: (f.rmdir(), f.write_bytes(b"")), "not a folder.*bitnet_lit.prepare"),
         (lambda f: None, "no .bin shards.*bitnet_lit.prepare"),
         (lambda f: (f / "data00.bin").write_bytes(b"123"), "3 bytes are no whole number of uint16"),
         (lambda f: (f / "data00.bin").write_bytes(b""), "0 bytes"),
@@ -103,6 +104,22 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as error:
         open_shards(folder)
     assert one_line(error)
+
+
+@needs_tinystories
+def test_llama2cs_folder_and_another_vocabularys_tokenizer_do_not_fit(tmp_path):
+    (tmp_path / "tok512").mkdir()
+    write(tmp_path / "tok512" / "data00.bin", [511] * 100)
+    shutil.copy(TINYSTORIES / "llama2_tokenizer.model", tmp_path / "tokenizer.model")  # of the folder's neighbours
+    with pytest.raises(UserError, match="32000 entries, but its name says that .*tok512 was written with 512"):
+        open_shards(tmp_path / "tok512")
+
+
+def test_a_meta_without_a_hash_and_a_larger_tokenizer_do_not_fit(tmp_path, tokenizer):
+    write(tmp_path / "data00.bin", [1] * 100)
+    _vocab(tmp_path, 300)
+    with pytest.raises(UserError, match="512 entries, but meta.json says that .* was written with 300"):
+        open_shards(tmp_path, tokenizer.path)
 
 
 def test_a_shard_that_changed_size_is_refused(shards, tmp_path):

@@ -170,6 +170,17 @@ def test_a_copy_is_the_file_that_was_opened(tokenizer, tmp_path):
     assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
 
 
+@pytest.mark.parametrize("failure", [UserError("a.txt: bad"), OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_text_that_fails_while_a_tokenizer_is_trained_is_told_as_it_is(tmp_path, failure):
+    def texts():
+        yield "some text"
+        raise failure
+
+    with pytest.raises(type(failure)) as error:
+        train_tokenizer(texts(), 400, tmp_path / "tokenizer.model")
+    assert error.value is failure and not list(tmp_path.iterdir())
+
+
 def test_a_line_of_many_megabytes_is_cut_in_time():
     line = "a word and another " * 400_000  # 8 MB
     start = time.monotonic()

@@ -42,7 +42,7 @@ class FoundText:
         parts = []
         for reason, paths in self.passed_over.items():
             names = ", ".join(_printable(path.name) for path in paths[:NAMED]) + (", ..." if len(paths) > NAMED else "")
-            parts.append(f"{len(paths)} {reason} ({names})")
+            parts.append(f"{reason}: {len(paths)} ({names})")
         return "; ".join(parts)
 
 
@@ -77,7 +77,7 @@ def find_text(source: str) -> FoundText:
             if os.path.isfile(match):
                 candidates.append(match)
             else:
-                found.pass_over(match, "folders" if os.path.isdir(match) else "that are no files")
+                found.pass_over(match, "folders" if os.path.isdir(match) else "no files")
         if not candidates and not found.passed_over:
             raise UserError(
                 f"source={source}: no such file, folder or glob (or name a built-in source: demo, tinystories)"
@@ -108,7 +108,7 @@ def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
             ) from None
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
-            found.pass_over(directory, "links to folders that are read already")
+            found.pass_over(directory, "links to folders read already")
             continue
         seen.add(identity)
         for path in entries:
@@ -117,11 +117,11 @@ def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
             elif os.path.isdir(path):
                 (links if path.is_symlink() else waiting).append(path)
             elif not os.path.isfile(path):
-                found.pass_over(path, "that are no files")
+                found.pass_over(path, "no files")
             elif path.name in OWN_NAMES:
-                found.pass_over(path, "of a shard folder's own")
+                found.pass_over(path, "of a shard folder")
             elif suffix_of(path) not in SUFFIXES:
-                found.pass_over(path, f"that are not {', '.join(SUFFIXES)}")
+                found.pass_over(path, f"not {', '.join(SUFFIXES)}")
             else:
                 yield path
 

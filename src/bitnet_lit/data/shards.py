@@ -199,8 +199,9 @@ def open_shards(folder: Path, tokenizer: Path | None = None) -> ShardDirectory:
         UserError: no folder, no shards, a file that cannot be one, or a tokenizer that does not match; one line.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"data.dir={folder}: no such folder: {_WRITE}")
+    if not os.path.isdir(folder):
+        what = "not a folder" if os.path.lexists(folder) else "no such folder"
+        raise UserError(f"data.dir={folder}: {what}: {_WRITE}")
     meta = read_meta(folder)
     if not meta.get("complete", True):
         raise UserError(f"{folder}: not finished: run the same python -m bitnet_lit.prepare again")

@@ -211,6 +211,14 @@ def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
                 yield rest
 
 
+def _noting_failures(sentences: Iterable[str], failures: list[BaseException]) -> Iterator[str]:
+    try:
+        yield from sentences
+    except BaseException as error:
+        failures.append(error)
+        raise
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """Train a BPE model with llama2.c's options (`tinystories.py train_vocab`) and write it to `path`.
 
@@ -226,10 +234,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
     first = next(lines, None)
     if first is None:
         raise UserError("no text to train a tokenizer on: give a source that holds some, or an existing tokenizer=")
+    failures: list[BaseException] = []
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=itertools.chain([first], lines),
+                sentence_iterator=_noting_failures(itertools.chain([first], lines), failures),
                 model_writer=file,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -244,6 +253,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Tokeni
                 minloglevel=2,
             )
         except (RuntimeError, ValueError) as error:
+            if failures:  # the library wraps it into one of its own, with a traceback in it
+                raise failures[0] from None
             message = str(error)
             limit = re.search(r"value <= (\d+)", message)
             least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
