@@ -1,4 +1,4 @@
-"""Models that compute no numbers are named, with the tensor that is to blame, by both engines and every head."""
+"""Models that compute no numbers are refused, with the tensor that is to blame, by both engines and every head."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ import torch
 import bitnet_lit
 from bitnet_lit.artifacts.locate import open_source
 from bitnet_lit.artifacts.save import save_model_folder
-from bitnet_lit.config import QuantConfig
-from bitnet_lit.errors import ModelError
+from bitnet_lit.config import EvaluateConfig, QuantConfig
+from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.damage import find_damage
+from bitnet_lit.inference.evaluation import evaluate
 from tests.support import run_door, tiny_model
 
 # Every kind of tensor: a row of the embedding that no prompt here holds is met only through the tied head.
@@ -39,34 +40,62 @@ def damaged(folder, tokenizer, name, value, quant="b158"):
 
 @pytest.mark.parametrize("quant", ["b158", "none"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_weight_that_is_no_number_is_named_at_the_first_token(tmp_path, tokenizer, name, quant):
+def test_a_weight_that_is_no_number_is_named_when_the_model_is_opened(tmp_path, tokenizer, name, quant):
     folder = damaged(tmp_path / "model", tokenizer, name, float("nan"), quant)
     engines = [{"engine": "torch"}]
     engines += [{"engine": "cpu", "head": head, "threads": 2} for head in ("int4", "int8", "float")]
     engines += [{"engine": "cpu", "kv_cache": cache} for cache in ("float", "int8")]
     for options in engines:
-        model = bitnet_lit.load(folder, **options)
-        for temperature in (0.0, 0.8):
-            with pytest.raises(ModelError, match=f"no numbers: .* tensor {name} of .* not finite"):
-                model.generate("Lily went home", temperature=temperature, max_new_tokens=20, seed=1)
+        with pytest.raises(UserError, match=f"tensor {name} holds 1 of .* no numbers"):
+            bitnet_lit.load(folder, **options)
 
 
 @pytest.mark.parametrize("engine", ["cpu", "torch"])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.input_layernorm.weight"])
 def test_an_infinite_weight_is_named(tmp_path, tokenizer, name, engine):
-    model = bitnet_lit.load(damaged(tmp_path / "model", tokenizer, name, float("-inf")), engine=engine)
-    with pytest.raises(ModelError, match=f"tensor {name}"):
-        model.generate("Lily", max_new_tokens=20, seed=1)
+    folder = damaged(tmp_path / "model", tokenizer, name, float("-inf"))
+    with pytest.raises(UserError, match=f"tensor {name}"):
+        bitnet_lit.load(folder, engine=engine)
 
 
-def test_weights_that_are_finite_and_overflow(tmp_path, tokenizer):
-    folder = damaged(tmp_path / "model", tokenizer, "model.norm.weight", 1e38)
-    assert "every weight" in find_damage(open_source(folder))
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_weights_that_are_finite_and_overflow(tmp_path, tokenizer, engine):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e38)
+        model.model.embed_tokens.weight.mul_(1e6)
+    save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
+    opened = bitnet_lit.load(tmp_path / "model", engine=engine)
+    for temperature in (0.0, 0.8):
+        with pytest.raises(ModelError, match=r"no numbers: the logits of token \d+ are not finite: every weight of .*"):
+            opened.generate("Lily went home", temperature=temperature, max_new_tokens=20, seed=1)
+
+
+def test_a_loss_that_is_no_number_is_not_printed(tmp_path, shards, tokenizer):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e38)
+        model.model.embed_tokens.weight.mul_(1e6)
+    save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
+    with pytest.raises(ModelError, match="its loss is nan: every weight is finite"):
+        evaluate(EvaluateConfig(checkpoint=str(tmp_path / "model"), data_dir=str(shards), accelerator="cpu"))
+
+
+def test_a_file_that_was_written_over_since_is_named(tmp_path, tokenizer):
+    folder = damaged(tmp_path / "model", tokenizer, "model.norm.weight", 1.0)
+    source = open_source(folder)
+    assert "every weight" in find_damage(source)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    _, _, offset = source.reader._place["model.norm.weight"]
+    content[offset : offset + 4] = b"\xff" * 4
+    path.write_bytes(content)
+    assert "tensor model.norm.weight holds 1 of" in find_damage(source)
 
 
 def test_infer_says_it_in_one_line(tmp_path, tokenizer):
     damaged(tmp_path / "model", tokenizer, "model.norm.weight", float("nan"))
     for engine in ("cpu", "torch"):
         result = run_door("infer", "checkpoint=model", f"engine={engine}", cwd=tmp_path, check=False)
-        assert result.returncode == 1 and result.stderr.startswith("error: the model computes no numbers")
+        assert result.returncode == 2 and result.stderr.startswith("error: model: tensor model.norm.weight holds 1 of")
         assert result.stderr.count("\n") == 1 and "model.norm.weight" in result.stderr

@@ -42,6 +42,42 @@ def test_a_device_that_is_not_there(tmp_path):
         bitnet_lit.load(tmp_path, device="cuda")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"engine": "gpu"},
+        {"head": "int2"},
+        {"kv_cache": "float16"},
+        {"device": "cuda:99"},
+        {"device": "gpu"},
+        {"device": "cuda:x"},
+        {"threads": 0},
+        {"threads": "2"},
+        {"threads": True},
+        {"tokenizer": "nowhere"},
+        {"path": "nowhere"},
+        {"path": ""},
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_one_line(tmp_path, tokenizer, wrong):
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
+    with pytest.raises(UserError) as error:
+        bitnet_lit.load(**{"path": tmp_path / "model", **wrong})
+    (key,) = wrong
+    assert ("checkpoint" if key == "path" else key) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_logits_of_what_are_no_ids(tmp_path):
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), None)
+    model = bitnet_lit.load(tmp_path / "model")
+    wrong = [[1, 2], torch.zeros(3, dtype=torch.long), torch.zeros(1, 3), torch.tensor([[512]]), torch.tensor([[-1]])]
+    for ids in [*wrong, torch.zeros(1, 65, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long)]:
+        with pytest.raises(UserError, match="^ids: "):
+            model.logits(ids)
+    assert model.logits(torch.zeros(2, 64, dtype=torch.int32)).shape == (2, 64, 512)
+
+
 def test_running_a_model_imports_no_training_code():
     script = (
         "import sys, bitnet_lit.inference.run, bitnet_lit.inference.load;"

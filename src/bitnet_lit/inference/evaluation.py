@@ -21,7 +21,7 @@ from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.data.tokenizer import Tokenizer
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.model import CausalLM
 from bitnet_lit.plain_yaml import read_yaml
 
@@ -113,6 +113,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises:
         UserError: no model, no data, or data of another tokenizer.
+        ModelError: a loss that is no number.
     """
     folder = load_model(config.checkpoint)
     data_dir = config.data_dir or folder.info.get("data_dir") or _data_of_run(folder.path)
@@ -136,6 +137,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model = folder.model.to(device)
     text_bytes = TextBytes(folder.tokenizer) if folder.tokenizer else None
     sums = evaluate_split(model, split, config.batch_size, text_bytes, device)
+    if not math.isfinite(sums.nats):
+        raise ModelError(
+            f"{folder.path}: its loss is {sums.nats}: every weight is finite, what they compute overflows: train it again"
+        )
     return {
         **sums.metrics(),
         "tokens": sums.tokens,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bitnet_lit.artifacts.locate import find_model, open_source
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.config import ModelConfig
+from bitnet_lit.config.checks import one_of
 from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.damage import find_damage
@@ -106,11 +107,32 @@ class LanguageModel:
         return self._checked().generate_batch(prompts, **options)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits of every position by the network itself, whatever `engine` is; int64 (B, T) -> float32 (B, T, V)."""
+        """Logits of every position by the network itself, whatever `engine` is; int64 (B, T) -> float32 (B, T, V).
+
+        Raises:
+            UserError: ids of another shape or type, beyond the vocabulary, or more than the context.
+        """
         import torch
 
+        vocabulary, context = self.config.vocab_size or 0, self.config.max_position_embeddings
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+            raise UserError(f"ids: must be an int64 tensor (B, T), not {got}")
+        if not 0 < ids.shape[1] <= context:
+            raise UserError(f"ids: {ids.shape[1]} tokens, where the context holds 1 to {context}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise UserError(f"ids: from {int(ids.min())} to {int(ids.max())}, where the vocabulary has {vocabulary}")
         with torch.inference_mode():
             return self._network(ids.to(self._device)).float().cpu()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    kind, _, index = str(device).partition(":")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    if not count or (index and not (index.isdecimal() and int(index) < count)):
+        raise UserError(f"device={device}: not available on this machine: take device=cpu")
 
 
 def load(
@@ -137,12 +159,11 @@ def load(
     Raises:
         UserError: no model there, no such device, or an engine that cannot run it.
     """
+    one_of("engine", engine, ("auto", "cpu", "torch"))
+    one_of("head", head, ("auto", "int8", "int4", "float"))
+    one_of("kv_cache", kv_cache, ("half", "float", "int8"))
     if device != "cpu":
-        import torch
-
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not available.get(device.split(":")[0], False):
-            raise UserError(f"device={device}: not available on this machine: take device=cpu")
+        _check_device(device)
     source = open_source(find_model(path))
     if tokenizer is not None:
         source.tokenizer = open_tokenizer(tokenizer)
