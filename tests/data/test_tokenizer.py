@@ -199,3 +199,20 @@ def test_reading_text_and_shards_needs_no_framework():
     code = "import sys, bitnet_lit.data.tokenizer, bitnet_lit.data.shards, bitnet_lit.data.order; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "lightning", "hydra", "wandb", "google.protobuf"} & set(loaded)
+
+
+def test_the_decoder_of_a_long_prompt_looks_at_its_first_text_only(tokenizer):
+    """A prompt may have a million tokens, and none but the first with text says anything about what follows."""
+
+    class Counted:
+        read = 0
+
+        def __iter__(self):
+            for token in [tokenizer.bos_id, *tokenizer.encode("Lily", bos=False) * 1000]:
+                self.read += 1
+                yield token
+
+    ids = Counted()
+    decoder = tokenizer.stream_decoder(ids)
+    assert ids.read < 10
+    assert decoder.feed(tokenizer.encode("went", bos=False)[0]).startswith(" ")

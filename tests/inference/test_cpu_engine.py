@@ -188,6 +188,7 @@ def test_load_takes_the_engine_where_it_can(tmp_path, tokenizer):
         (QuantConfig(activation_bits=4), {}, "8-bit activations"),
         (QuantConfig(skip=["lm_head", "down_proj"]), {}, "not all ternary"),
         (QuantConfig(), {"sub_norm": False, "qkv_bias": True}, "biases"),
+        (QuantConfig(), {"intermediate_size": 2**18 + 4}, "wider"),
     ],
     ids=str,
 )

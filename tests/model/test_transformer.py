@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from bitnet_lit.config import QuantConfig
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.errors import UserError
 from bitnet_lit.model import KVCache, build_model, next_token_loss
+from bitnet_lit.model.accounting import account
 from tests.support import assert_close_but_for_borders, tiny_config, tiny_model
 
 
@@ -103,3 +105,9 @@ def test_a_cache_that_grows_gives_the_same_as_none():
         parts = [model(part, cache) for part in ids.split([250, 1, 10, 300, 39], dim=1)]
         assert_close_but_for_borders(torch.cat(parts, 1), model(ids))
     assert cache.keys.shape[3] == 600 == cache.length
+
+
+def test_a_vocabulary_that_is_not_known_yet_is_said():
+    for build in (build_model, account):
+        with pytest.raises(UserError, match="vocab_size=null"):
+            build(ModelConfig(), QuantConfig())

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant import BitLinear, QuantConfig, convert_linears
+from bitnet_lit.quant.functional import quantize_weight
 
 
 class Network(nn.Module):
@@ -66,3 +67,20 @@ def test_somebody_elses_llama_trains():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_one_name_to_skip_is_a_name_and_not_its_letters():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.ab = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    assert convert_linears(Net(), "b158", skip="ab") == ["a"]
+
+
+@pytest.mark.parametrize("quant", [None, 158, ["b158"]], ids=str)
+def test_what_is_no_rule_is_refused(quant):
+    with pytest.raises(UserError, match="must be b158, b1, none or a QuantConfig"):
+        convert_linears(nn.Sequential(nn.Linear(8, 8)), quant)
+    with pytest.raises(UserError, match="has no codes"):
+        quantize_weight(torch.ones(8, 8), QuantConfig(name="none"))

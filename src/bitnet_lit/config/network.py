@@ -88,6 +88,17 @@ class ModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, where they must be known.
+
+        Raises:
+            UserError: they follow the data, and no data was named.
+        """
+        if self.vocab_size is None:
+            raise UserError("model.vocab_size=null: it follows the data, and must be given where there is none")
+        return self.vocab_size
+
+    @property
     def attention_size(self) -> int:
         """Elements of all heads side by side: what enters o_proj; hidden_size unless head_dim says otherwise."""
         return self.num_attention_heads * self.head_size

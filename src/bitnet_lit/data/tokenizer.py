@@ -108,8 +108,10 @@ class Tokenizer:
     def _tables(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         if not hasattr(self, "_lengths"):
             pieces = [self.piece_bytes(token) for token in range(self.vocab_size)]
-            self._lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
             self._spaced = np.array([piece.startswith(b" ") for piece in pieces])
+            self._lengths = np.array(
+                [len(piece) for piece in pieces], dtype=np.int64
+            )  # last: other threads look for it
         return self._lengths, self._spaced
 
 
@@ -154,6 +156,8 @@ class StreamDecoder:
         self._drops_all_spaces = not normalized.startswith(SPACE * 2)
         self._at_start = normalized != "  a".replace(" ", SPACE)  # no text yet, so that a space is not one
         for token in prompt_ids:
+            if not self._at_start:
+                break  # nothing else of the prompt matters
             self.feed(int(token))
         self._at_start = self._at_start and not self._pending
         self._pending = b""  # decoding the prompt alone has given its U+FFFD already

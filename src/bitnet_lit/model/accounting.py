@@ -68,11 +68,10 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     Args:
         sequence_length: tokens of a sequence, for the attention FLOPs; null: the whole context.
     """
-    assert config.vocab_size is not None
     hidden, layers, length = config.hidden_size, config.num_hidden_layers, sequence_length
     length = length or config.max_position_embeddings
     size, kv_size = config.attention_size, config.num_kv_heads * config.head_size
-    head = config.vocab_size * hidden
+    head = config.vocabulary * hidden
     projections = layers * (2 * hidden * size + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size)
     vectors = 2 * hidden + (size + config.intermediate_size if config.sub_norm else 0)
     vectors += (size + 2 * kv_size if config.qkv_bias else 0) + (2 * config.head_size if config.qk_norm else 0)

@@ -25,13 +25,12 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.vocab_size is not None, "the vocabulary follows the data and must be known by now"
         self.gradient_checkpointing = config.gradient_checkpointing
         # On the meta device there is nothing to compute, and computing there imports sympy and torch._dynamo: a second
         # of start-up.
-        weight = torch.empty(config.vocab_size, config.hidden_size)
+        weight = torch.empty(config.vocabulary, config.hidden_size)
         self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, _weight=weight if weight.is_meta else None
+            config.vocabulary, config.hidden_size, _weight=weight if weight.is_meta else None
         )
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -70,10 +69,9 @@ class CausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        assert config.vocab_size is not None
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocabulary, bias=False)
         self.reset_parameters()
         self.tie_weights()
 

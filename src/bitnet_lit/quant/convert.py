@@ -50,7 +50,7 @@ def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | Non
     return changed
 
 
-def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[str] = ()) -> list[str]:
+def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: str | Sequence[str] = ()) -> list[str]:
     """Turn the `nn.Linear` layers below `module` into BitLinear, in place, keeping weights and biases.
 
     Only plain `nn.Linear` is touched: a subclass may be called in ways of its own, and a weight computed from others
@@ -63,17 +63,22 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: Sequence[
     Args:
         module: any network.
         quant: "b158", "b1", "none" (changes nothing) or a `QuantConfig`.
-        skip: dense layers to leave alone: a full name, or the last parts of a dotted name. Added to `quant.skip`
-            when a `QuantConfig` is given.
+        skip: dense layers to leave alone, one or several: a full name, or the last parts of a dotted name. Added to
+            `quant.skip` when a `QuantConfig` is given.
 
     Returns:
         The names of the layers it changed, in definition order.
+
+    Raises:
+        UserError: an unknown `quant`, or a module that is a linear layer itself.
     """
     if isinstance(quant, str):
         quant = QuantConfig(name=quant, skip=[])
+    if not isinstance(quant, QuantConfig):
+        raise UserError(f"quant={quant!r}: must be b158, b1, none or a QuantConfig")
     if quant.name == "none":
         return []
-    left_alone = [*skip, *quant.skip]
+    left_alone = [*([skip] if isinstance(skip, str) else skip), *quant.skip]
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
         if type(layer) is not nn.Linear or not _is_plain(layer) or is_skipped(name, left_alone):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
 
 SCALE_MIN = 1e-5  # Training Tips, figure 3: keeps an all-zero tensor from dividing by zero
 
@@ -73,13 +74,17 @@ def quantize_weight(weight: Tensor, quant: QuantConfig) -> tuple[Tensor, Tensor]
     Returns:
         codes: whole numbers as float32, shape (O, I).
         weight_scale: float32, shape (); ``weight ~= codes * weight_scale``.
+
+    Raises:
+        UserError: a rule without codes.
     """
     weight = weight.float()
     scale, center = weight_statistics(weight, quant)
     if quant.name == "b158":
         # Multiplying by the reciprocal, not dividing, is what Microsoft and Hugging Face do: it decides ties.
         return (weight * (1.0 / scale)).round().clamp(-1, 1), scale
-    assert quant.name == "b1", quant.name
+    if quant.name != "b1":
+        raise UserError(f"quant.name={quant.name}: has no codes to round to: take b158 or b1")
     return torch.where(weight >= center, 1.0, -1.0), scale
 
 

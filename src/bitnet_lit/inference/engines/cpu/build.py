@@ -35,8 +35,6 @@ FLAGS = [
     *("-O3", "-std=c++20", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),  # loops over floats become vector code
 ]
-EXTRA_FLAGS = "BITNET_LIT_ENGINE_FLAGS"
-"""Environment variable with further flags, such as those of a sanitizer; for tests."""
 VERSION_SECONDS, COMPILE_SECONDS = 20, 600  # a compiler that takes longer hangs
 
 
@@ -67,7 +65,8 @@ def cache_folders() -> list[Path]:
 
 
 def compiler() -> list[str]:
-    """The command of a C++ compiler: $CXX, or the first of the usual names that is installed.
+    """The command of a C++ compiler: $CXX, which may hold options too, or the first of the usual names that is
+    installed.
 
     Raises:
         NoCompilerError: there is none.
@@ -126,8 +125,8 @@ class _Recipe:
     """
 
     def __init__(self) -> None:
-        self._command = [*compiler(), *FLAGS, *shlex.split(os.environ.get(EXTRA_FLAGS, ""))]
-        version = _run([self._command[0], "--version"], VERSION_SECONDS).stdout
+        self._command = [*compiler(), *FLAGS]
+        version = _run([*compiler(), "--version"], VERSION_SECONDS).stdout
         sources = [*sorted(SOURCES.glob("*.h")), SOURCES / "engine.cpp"]
         content = b"".join(source.read_bytes() for source in sources)
         depends = repr((self._command, version, platform.machine(), _processor()))

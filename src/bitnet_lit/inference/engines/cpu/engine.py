@@ -41,6 +41,7 @@ NORMS = {
 HEAD_IN_CACHE = 16 * 2**20  # bytes of int8 rows that a processor's caches may hold: half of them gain nothing there
 HEAD_BITS = {"int4": 4, "int8": 8, "float": 32}
 CACHE_TYPES = ("float", "half", "int8")  # `CacheType` of cache.h
+WIDEST = 2**18  # inputs of a matrix: 63 * 127 times as much is within 32 bits, in which products are added up
 ROWS_AT_ONCE = 512  # tokens of a long prompt in one step: their activations stay in the cache
 
 
@@ -50,6 +51,8 @@ def supports(config: ModelConfig, quant: QuantConfig) -> str | None:
         return "its projections are not all ternary with 8-bit activations"
     if config.qkv_bias or config.qk_norm:
         return "it has biases or norms on queries and keys"
+    if max(config.hidden_size, config.intermediate_size, config.attention_size) > WIDEST:
+        return f"it is wider than {WIDEST}"
     return None
 
 
@@ -74,7 +77,7 @@ class NativeModel:
             *(self._layer(f"model.layers.{i}.") for i in range(config.num_hidden_layers))
         )
         if head == "auto":
-            head = "int4" if config.hidden_size * (config.vocab_size or 0) > HEAD_IN_CACHE else "int8"
+            head = "int4" if config.hidden_size * (config.vocabulary) > HEAD_IN_CACHE else "int8"
         head_name = HEAD if HEAD in source.tensors else EMBEDDING
         others = native.Weights(embedding=weights.table(EMBEDDING), norm=weights.vector("model.norm.weight"))
         if head == "float":
@@ -138,7 +141,7 @@ class NativeModel:
         Raises:
             ModelError: not enough memory; the texts of `caches` cannot go on.
         """
-        vocab = self.config.vocab_size or 0
+        vocab = self.config.vocabulary
         ids = np.array(tokens, dtype=np.int32)
         addresses = np.array([cache.address.value for cache in caches], dtype=np.uintp)
         rows = np.array(wanted, dtype=np.int32)
@@ -203,7 +206,7 @@ class CpuEngine:
         Raises:
             UserError: a token or a position that the model does not have.
         """
-        check_step(ids, [cache.length for cache in caches], self.model.config.vocab_size or 0, self.max_length)
+        check_step(ids, [cache.length for cache in caches], self.model.config.vocabulary, self.max_length)
         tokens = [token for row in ids for token in row]
         owners = [cache for row, cache in zip(ids, caches, strict=True) for _ in row]
         last = np.cumsum([len(row) for row in ids]) - 1
