@@ -13,11 +13,9 @@ from safetensors.torch import save_file
 from bitnet_lit.artifacts.folder_export import round_keeping_codes
 from bitnet_lit.artifacts.q6_k import quantize_q6_k
 from bitnet_lit.artifacts.safetensors_writer import LazyTensor, write_safetensors
-from bitnet_lit.artifacts.source import Source
 from bitnet_lit.artifacts.verify import ERROR_BOUNDS
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.functional import quantize_weight
-from tests.artifacts.exporting import QUANTS
+from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, Sign
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 NAMES = st.text("abz.019_", min_size=1, max_size=12)
@@ -92,22 +90,26 @@ def test_q6_k_on_shapes_that_break_quantizers(kind):
         assert np.sqrt(np.mean((found - rows) ** 2)) < 0.02
 
 
-class OnlyQuant(Source):
-    """A source as far as `round_keeping_codes` asks: the rule."""
-
-    def __init__(self, quant):
-        self.quant = quant
-
-
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from(["b158", "absmedian", "b1"]),
+    st.sampled_from(
+        [
+            AbsMean(),
+            AbsMedian(),
+            Sign(),
+            AbsMean(PerRow()),
+            AbsMedian(PerRow()),
+            AbsMean(PerGroup(4)),
+            AbsMean(PerGroup(32)),
+        ]
+    ),
     st.integers(0, 2**31),
-    st.sampled_from([(4, 4), (8, 64), (64, 64), (3, 1)]),
+    st.sampled_from([(4, 32), (8, 64), (64, 64), (3, 1)]),
     st.sampled_from([1e-4, 0.02, 1.0, 50.0]),
     st.sampled_from(["normal", "grid", "ternary", "constant", "outlier"]),
 )
-def test_bfloat16_weights_keep_their_codes(name, seed, shape, size, kind):
+def test_bfloat16_weights_keep_their_codes(rule, seed, shape, size, kind):
+    assume(shape[1] > 1 or not isinstance(rule.granularity, PerGroup))
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     if kind == "grid":  # many weights on the rounding borders, at half of the scale
@@ -119,20 +121,19 @@ def test_bfloat16_weights_keep_their_codes(name, seed, shape, size, kind):
     elif kind == "outlier":
         weight.flatten()[0] = 1e3
     weight = weight * size
-    quant = QUANTS[name]
-    codes, scale = quantize_weight(weight, quant)
+    codes, scale = rule.quantize(weight)
     # The sign of a weight against a mean that is the weight itself is that of the mean's own float rounding.
-    assume(not (name == "b1" and kind == "constant"))
-    rounded = round_keeping_codes(weight, OnlyQuant(quant))
+    assume(not (rule == Sign() and kind == "constant"))
+    rounded = round_keeping_codes(weight, rule)
     assert rounded.dtype == torch.bfloat16
-    found, found_scale = quantize_weight(rounded, quant)
+    found, found_scale = rule.quantize(rounded)
     assert torch.equal(found, codes)
     # Half a step of 8 bits, and for the few that were moved off a border another step: never more than the gate allows.
-    assert abs(float(found_scale / scale) - 1) <= 2.0**-8
+    assert float((found_scale / scale - 1).abs().max()) <= 2.0**-8
     assert float((rounded.float() - weight).abs().max()) <= ERROR_BOUNDS["bf16"] * 3 * float(weight.abs().max())
 
 
 def test_bfloat16_that_cannot_keep_the_codes_says_so(monkeypatch):
     monkeypatch.setattr("bitnet_lit.artifacts.folder_export.MAX_ROUNDS", 0)
     with pytest.raises(UserError, match="export it as float32"):
-        round_keeping_codes(torch.randn(8, 8), OnlyQuant(QUANTS["b158"]))
+        round_keeping_codes(torch.randn(8, 8), AbsMean())

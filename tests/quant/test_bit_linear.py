@@ -8,14 +8,19 @@ from torch import nn
 
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.quant import BitLinear
-from bitnet_lit.quant.bit_linear import set_strength
-from bitnet_lit.quant.functional import bit_linear_reference, quantize_activations, quantize_weight
+from bitnet_lit.quant.activations import AbsMax
+from bitnet_lit.quant.bit_linear import bit_linear_reference, set_strength
+from bitnet_lit.quant.scheme import B1, B158, B158Group, B158Row
+from bitnet_lit.quant.weights import AbsMean
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "quant",
-    [QuantConfig(), QuantConfig(weight_scale="absmedian"), QuantConfig(name="b1"), QuantConfig(activation_bits=4)],
+    [
+        *[B158(), B158(weight_scale="absmedian"), B158(activation_bits=4), B1()],
+        *[B158Row(), B158Row(weight_scale="absmedian"), B158Group(group_size=8), B158Group("absmedian", group_size=12)],
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(2, 5, 24), (24,)], ids=["batch", "vector"])
@@ -40,8 +45,8 @@ def test_layer_equals_reference_forward_and_gradient(quant, bias, shape):
 def test_float_accumulators_are_the_integer_ones(seed, rows, inputs, outputs):
     generator = torch.Generator().manual_seed(seed)
     x, w = torch.randn(rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
-    x_codes, x_scale = quantize_activations(x)
-    w_codes, w_scale = quantize_weight(w, QuantConfig())
+    x_codes, x_scale = AbsMax().quantize(x)
+    w_codes, w_scale = AbsMean().quantize(w)
     integers = x_codes.to(torch.int64) @ w_codes.to(torch.int64).T
     layer = BitLinear(inputs, outputs, quant=QuantConfig())
     with torch.no_grad():

@@ -30,14 +30,14 @@ from bitnet_lit.artifacts.safetensors_writer import LazyTensor
 from bitnet_lit.artifacts.save import statistics_metadata, write_folder
 from bitnet_lit.artifacts.share import check_repository, share
 from bitnet_lit.artifacts.source import Source
-from bitnet_lit.artifacts.targets import problems, tokenizer_problem
+from bitnet_lit.artifacts.targets import packed_problems, problems, tokenizer_problem
 from bitnet_lit.artifacts.verify import TensorRow, verify
 from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.config import ExportConfig
 from bitnet_lit.errors import ParityError, UserError, disk_errors
 from bitnet_lit.terminal import console
 
-KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8"}
+KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Written = tuple[list[TensorRow], Source]
 
@@ -154,8 +154,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     source = open_source(find_model(config.checkpoint))
     target = _target(config)
     impossible = problems(target, source.config, source.quant)
-    if config.format == "latent":
-        impossible = []  # ours in any case; whether transformers runs it, config.json says
+    if config.format in ("latent", "packed"):  # ours in any case; whether transformers runs it, config.json says
+        impossible = packed_problems(source.config, source.quant) if config.format == "packed" else []
     if impossible:
         raise UserError(f"{source.path} as {target}: {'; '.join(impossible)}")
     out = Path(config.out) if config.out else default_out(config, source.path)

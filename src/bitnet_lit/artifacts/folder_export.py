@@ -11,30 +11,36 @@ from torch import Tensor
 from bitnet_lit.artifacts.safetensors_writer import LazyTensor
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.functional import quantize_weight
-from bitnet_lit.quant.packing import CODES_PER_BYTE, pack_codes
+from bitnet_lit.quant.packing import CODES_PER_BYTE, stored_codes
+from bitnet_lit.quant.weights import WeightRule, spread_scale
 
 MAX_ROUNDS = 20
 
 
 def packed_tensors(source: Source, dtype: torch.dtype) -> Iterator[LazyTensor]:
-    """Codes as uint8 (O / 4, I) and scales as float32 (1,); everything else in `dtype`."""
+    """Codes as `stored_codes` keeps them and scales as float32 (1,), (O, 1) or (O, G); everything else in `dtype`."""
+    scheme = source.quant.scheme
     for name, shape in source.tensors.items():
         if name not in source.quantized:
             yield LazyTensor(name, shape, dtype, partial(source.tensor, name))
             continue
 
         def codes(name: str = name) -> Tensor:
-            return pack_codes(source.codes(name)[0])
+            return stored_codes(source.codes(name)[0], scheme)
 
-        def scale(name: str = name) -> Tensor:
-            return source.codes(name)[1].reshape(1)
+        scales = scheme.granularity.scale_shape(shape[0], shape[1]) or (1,)
 
-        yield LazyTensor(name, (shape[0] // CODES_PER_BYTE, shape[1]), torch.uint8, codes)
-        yield LazyTensor(f"{name}_scale", (1,), torch.float32, scale)
+        def scale(name: str = name, scales: tuple[int, ...] = scales) -> Tensor:
+            return source.codes(name)[1].reshape(scales)
+
+        if scheme.is_ternary:
+            yield LazyTensor(name, (shape[0] // CODES_PER_BYTE, shape[1]), torch.uint8, codes)
+        else:
+            yield LazyTensor(name, shape, torch.int8, codes)
+        yield LazyTensor(f"{name}_scale", scales, torch.float32, scale)
 
 
-def round_keeping_codes(weight: Tensor, source: Source) -> Tensor:
+def round_keeping_codes(weight: Tensor, rule: WeightRule) -> Tensor:
     """bfloat16 latent weights whose codes are those of the float32 ones.
 
     Rounding moves a weight by up to 1/256 of itself, and the scale with it, so a weight that lies on a rounding border
@@ -47,11 +53,11 @@ def round_keeping_codes(weight: Tensor, source: Source) -> Tensor:
     Raises:
         UserError: no such numbers were found.
     """
-    codes, scale = quantize_weight(weight, source.quant)
-    step = scale * 2.0**-10
+    codes, scale = rule.quantize(weight)
+    step = spread_scale(scale, weight.shape[1]) * 2.0**-10
     rounded = weight.bfloat16()
     for _ in range(MAX_ROUNDS):
-        differing = codes - quantize_weight(rounded, source.quant)[0]
+        differing = codes - rule.quantize(rounded)[0]
         if not differing.any():
             return rounded
         up, down = torch.tensor(torch.inf, dtype=rounded.dtype), torch.tensor(-torch.inf, dtype=rounded.dtype)
@@ -69,11 +75,12 @@ def latent_tensors(source: Source, dtype: torch.dtype) -> Iterator[LazyTensor]:
     """
     if source.packed:
         raise UserError(f"{source.path}: packed codes have no latent weights: export the folder that was trained")
+    rule = source.quant.scheme.weights
     for name, shape in source.tensors.items():
-        if name in source.quantized and dtype == torch.bfloat16:
+        if rule is not None and name in source.quantized and dtype == torch.bfloat16:
 
-            def rounded(name: str = name) -> Tensor:
-                return round_keeping_codes(source.tensor(name), source)
+            def rounded(name: str = name, rule: WeightRule = rule) -> Tensor:
+                return round_keeping_codes(source.tensor(name), rule)
 
             yield LazyTensor(name, shape, dtype, rounded)
         else:

@@ -1,7 +1,8 @@
 """GGUF, llama.cpp's file: written straight from our codes and scale, read back with the `gguf` package.
 
 TQ2_0 stores 256 codes and an fp16 scale in 66 bytes, TQ1_0 in 54. Each block's scale is the largest magnitude in it, so
-what is quantized must be code * scale: of latent weights, most would become 0. The fp16 rounding of the scale is the
+scales per row fit, and per group of 256 inputs or a multiple; and what is quantized must be code * scale: of latent
+weights, most would become 0. The fp16 rounding of the scale is the
 whole error of a projection. llama.cpp then quantizes activations by blocks of 256 rather than by tokens, so its logits
 differ from ours by a little more than that.
 
@@ -27,7 +28,8 @@ from bitnet_lit.artifacts.source import Source, TensorReader
 from bitnet_lit.artifacts.targets import tokenizer_problem
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.errors import UserError, needs_extra
-from bitnet_lit.quant.functional import SCALE_MIN
+from bitnet_lit.quant.activations import SCALE_MIN
+from bitnet_lit.quant.weights import spread_scale
 
 ROWS_AT_ONCE = 1024  # of a large matrix: bounds the memory of a conversion
 LAYER_NAMES = {
@@ -153,8 +155,9 @@ def _bytes_of(source: Source, name: str, kind: str) -> NDArray[Any]:
             return tensor.numpy()
         return _converted(lambda i, j: tensor[i:j].numpy(), len(tensor), kind)
     codes, scale = source.codes(name)
-    codes = interleave(codes, heads) if heads else codes
-    return _converted(lambda i, j: (codes[i:j].float() * scale).numpy(), len(codes), kind)
+    scale = spread_scale(scale, codes.shape[1]).expand(codes.shape)
+    codes, scale = (interleave(tensor, heads) if heads else tensor for tensor in (codes, scale))
+    return _converted(lambda i, j: (codes[i:j].float() * scale[i:j]).numpy(), len(codes), kind)
 
 
 def write_gguf(source: Source, path: Path, type: str, embeddings: str) -> dict[str, tuple[str, int]]:
@@ -197,16 +200,18 @@ def write_gguf(source: Source, path: Path, type: str, embeddings: str) -> dict[s
     return stored
 
 
-def _scale(values: Tensor) -> Tensor:
-    """The scale of a dequantized projection: its largest magnitude, or, where all codes are 0, the smallest scale."""
-    largest = values.abs().max()
-    return largest if largest > 0 else torch.tensor(SCALE_MIN)
+def _scales(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Scales of dequantized ternary weights (O, I): the largest magnitude of those that share one, or, where all their
+    codes are 0, the smallest scale there is; of `shape`, as the granularity gives it."""
+    magnitude = values.abs()
+    largest = magnitude.unflatten(1, (shape[1], -1)).amax(-1) if shape else magnitude.max()
+    return torch.where(largest > 0, largest, SCALE_MIN)
 
 
 class GgufReader(TensorReader):
     """A GGUF file as `gguf` reads and dequantizes it, under our names, rows in our order.
 
-    A quantized projection is given as codes and a scale: the dequantized values over the largest of them.
+    A quantized projection is given as codes and scales: the dequantized values over the largest of them.
     """
 
     def __init__(self, path: Path, source: Source) -> None:
@@ -219,8 +224,12 @@ class GgufReader(TensorReader):
             if (tensor := self._tensors.get(their_name(name))) is not None:
                 shapes[name] = tuple(map(int, reversed(tensor.shape)))  # GGUF's are innermost first
                 if name in self._source.quantized:
-                    shapes[f"{name}_scale"] = (1,)
+                    shapes[f"{name}_scale"] = self._scale_shape(name) or (1,)
         return shapes
+
+    def _scale_shape(self, name: str) -> tuple[int, ...]:
+        rows, inputs = self._source.tensors[name]
+        return self._source.quant.scheme.granularity.scale_shape(rows, inputs)
 
     def _dequantized(self, name: str) -> Tensor:
         tensor = self._tensors[their_name(name)]
@@ -234,10 +243,14 @@ class GgufReader(TensorReader):
         return deinterleave(rows, heads) if heads else rows
 
     def read(self, name: str) -> NDArray[Any]:
-        if name.endswith("_scale"):
-            return _scale(self._dequantized(name.removesuffix("_scale"))).reshape(1).numpy()
-        values = self._dequantized(name)
-        return (values / _scale(values) if name in self._source.quantized else values).numpy()
+        weight = name.removesuffix("_scale")
+        values = self._dequantized(weight)
+        if weight not in self._source.quantized:
+            return values.numpy()
+        scales = _scales(values, self._scale_shape(weight))
+        if name != weight:
+            return (scales if scales.ndim else scales.reshape(1)).numpy()
+        return (values / spread_scale(scales, values.shape[1])).numpy()
 
 
 def reopened(path: Path, source: Source) -> Source:

@@ -5,7 +5,8 @@ Reading a model begins with them, so a model can be read, checked and run withou
 
 from __future__ import annotations
 
-from bitnet_lit.config import ModelConfig, QuantConfig, is_skipped
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.quant.scheme import is_skipped
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -55,7 +56,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def quantized_names(config: ModelConfig, quant: QuantConfig) -> set[str]:
     """The weights that are codes and a scale in the forward pass: linear layers but those that `quant.skip` names."""
-    if quant.name == "none":
+    if not quant.scheme.quantizes:
         return set()
     linears = [
         f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in projection_shapes(config)

@@ -29,7 +29,7 @@ def fill(module: nn.Module, source: Source, prefix: str = "") -> nn.Module:
         weight = f"{prefix}{name}.weight"
         if source.packed and isinstance(layer, BitLinear) and weight in source.quantized:
             bias = None if layer.bias is None else source.tensor(f"{prefix}{name}.bias")
-            module.set_submodule(name, PackedBitLinear.from_codes(*source.codes(weight), bias, layer.quant))
+            module.set_submodule(name, PackedBitLinear.from_codes(*source.codes(weight), bias, layer.scheme))
     for name in _parameter_names(module):
         if prefix + name in source.tensors:
             owner, _, leaf = name.rpartition(".")

@@ -8,21 +8,24 @@
       tokenizer.model         SentencePiece (or tokenizer.json); its sha256 is in config.json
       generation_config.json
 
-Two kinds: *latent* (full precision, training can go on from it) and *packed* (2-bit codes and a scale, runs only; the
+Two kinds: *latent* (full precision, training can go on from it) and *packed* (codes and scales, runs only; the
 layout is in `quant/packing.py`). The folder says what it is in the words of `transformers`, so that
 `AutoModelForCausalLM.from_pretrained` builds the same network, or refuses:
 
-    kind     quant                        model_type          quantization_config
-    latent   none                         (network)           -
-    latent   b158, absmean, 8 bits        (network)           bitnet, autobitlinear, online
-    latent   b1, absmedian, other bits    bitnet_lit          bitnet_lit
-    packed   b158 or b1, 8 bits           (network)           bitnet, autobitlinear, offline
-    packed   other bits                   bitnet_lit          bitnet_lit
+    kind     quant                                  model_type   quantization_config
+    latent   nothing is rounded                     (network)    -
+    latent   absmean, 8 bits                        (network)    bitnet, autobitlinear, online
+    latent   any other scheme                       bitnet_lit   bitnet_lit
+    packed   ternary, one scale a matrix, 8 bits    (network)    bitnet, autobitlinear, offline
+    packed   any other scheme                       bitnet_lit   bitnet_lit
 
 (network) is bitnet with sub-norms, and without them llama, qwen2 (biases on q, k, v) or qwen3 (norms on q, k).
 `bitnet_lit` is a model type that `transformers` does not know, on purpose: it would load such weights without a word
 and compute something else. A folder of latent b158 weights without `quantization_config` has the same fault, which is
-why that entry is always written. Packed codes carry their scale, so there the rule that found them does not matter.
+why that entry is always written. Packed codes carry their scales, so there the rule that found them does not matter.
+
+The scheme stands there by its name and its settings (`QuantConfig.describe`). A name that is not known here is refused:
+nothing that a folder names is imported.
 
 Nothing here pickles.
 """
@@ -32,7 +35,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,8 @@ from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.quant.activations import AbsMax
+from bitnet_lit.quant.weights import AbsMean, PerTensor
 
 WEIGHTS_NAME = "model.safetensors"
 GENERATION_NAME = "generation_config.json"
@@ -66,11 +71,13 @@ def network_type(config: ModelConfig) -> str:
 
 
 def transformers_runs(quant: QuantConfig, packed: bool) -> bool:
-    """Whether stock `transformers` computes this quantization."""
-    if quant.name == "none":
+    """Whether stock `transformers` computes this quantization: it finds codes by absmean, or is given them."""
+    scheme = quant.scheme
+    if not scheme.quantizes:
         return True
-    known_rule = packed or (quant.name == "b158" and quant.weight_scale == "absmean")
-    return known_rule and quant.activation_bits == 8 and quant.skip == ["lm_head"]
+    given_codes = packed and scheme.is_ternary and scheme.granularity == PerTensor()
+    known_rules = (given_codes or scheme.weights == AbsMean()) and scheme.activations == AbsMax(8)
+    return known_rules and scheme.is_plain and quant.skip == ["lm_head"]
 
 
 def describe(
@@ -112,7 +119,7 @@ def describe(
             "qkv_bias": config.qkv_bias,
             "qk_norm": config.qk_norm,
             "dropout": config.dropout,
-            "quant": asdict(quant),
+            "quant": quant.describe(),
             "info": public_info(info),
         },
     }
@@ -120,8 +127,8 @@ def describe(
     described["model_type"] = model_type
     described["architectures"] = [ARCHITECTURES[model_type]]
     if model_type == "bitnet_lit":
-        described["quantization_config"] = {"quant_method": "bitnet_lit", **asdict(quant)}
-    elif quant.name != "none":
+        described["quantization_config"] = {"quant_method": "bitnet_lit", **quant.describe()}
+    elif quant.scheme.quantizes:
         described["quantization_config"] = {
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",
@@ -144,13 +151,11 @@ def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConf
             f"{path}: written by a later version (format {ours['format_version']}, this one knows {FORMAT_VERSION}): "
             "upgrade bitnet-lit"
         )
-    if unknown := sorted(ours["quant"].keys() - {field.name for field in fields(QuantConfig)}):
-        raise UserError(f"{path}: bitnet_lit.quant.{unknown[0]} is not known here: upgrade bitnet-lit")
     sizes = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
     for key in ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout"):
         sizes[key] = ours.get(key, getattr(ModelConfig, key))
     try:
-        return ModelConfig(**sizes), QuantConfig(**ours["quant"])
+        return ModelConfig(**sizes), QuantConfig.described(ours["quant"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -19,7 +19,6 @@ from bitnet_lit.atomic import atomic_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.model import CausalLM
-from bitnet_lit.quant.functional import weight_statistics
 
 
 def write_folder(
@@ -41,11 +40,14 @@ def write_folder(
 
 
 def statistics_metadata(names: Iterable[str], read: Callable[[str], Tensor], quant: QuantConfig) -> dict[str, str]:
-    """Scale and center of latent weights, which `read` gives one at a time, as a safetensors file notes them."""
-    noted = {}
+    """Scale and center of latent weights, which `read` gives one at a time, as a safetensors file notes them; nothing
+    where the scheme rounds by more than these two numbers."""
+    noted, rule = {}, quant.scheme.weights
     for name in sorted(names):
-        scale, center = weight_statistics(read(name).detach().float().cpu(), quant)
-        noted[name] = (float(scale), float(center))  # JSON keeps every bit of a float32
+        assert rule is not None, "a dense model has no quantized weights"
+        if (statistics := rule.statistics(read(name).detach().float().cpu())) is not None:
+            scale, center = map(float, statistics)
+            noted[name] = (scale, center)  # JSON keeps every bit of a float32
     return {STATISTICS: json.dumps(noted, separators=(",", ":"))} if noted else {}
 
 

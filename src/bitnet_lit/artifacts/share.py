@@ -17,7 +17,6 @@ from bitnet_lit.artifacts.source import Source
 from bitnet_lit.errors import UserError, needs_extra
 
 LONGEST_CELL = 300  # characters
-NAMES = {"b158": "ternary weights (b1.58: -1, 0, +1)", "b1": "binary weights (b1: -1, +1)", "none": "dense weights"}
 
 
 def _how_to_run(repository: str, file: str, format: str, runs_in_transformers: bool) -> Iterator[str]:
@@ -46,13 +45,13 @@ def _cell(text: str) -> str:
 
 def model_card(repository: str, source: Source, report: dict[str, Any]) -> str:
     """README.md of the shared model; YAML in front, as the hub reads it."""
-    config, info = source.config, public_info(source.info)
+    config, info, scheme = source.config, public_info(source.info), source.quant.scheme
     runs = report["runs_in_transformers"]
     yaml = ["library_name: transformers"] if runs else []
-    yaml += ["pipeline_tag: text-generation", "tags:", "- bitnet", f"- {source.quant.name}", f"- {report['format']}"]
+    yaml += ["pipeline_tag: text-generation", "tags:", "- bitnet", f"- {scheme.name}", f"- {report['format']}"]
     sizes = report["sizes"]
     rows = {
-        "weights": NAMES[source.quant.name],
+        "weights": scheme.title,
         "network": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, feed-forward "
         f"{config.intermediate_size}, {config.num_attention_heads} heads ({config.num_kv_heads} of keys and values), "
         f"context {config.max_position_embeddings}, vocabulary {config.vocab_size}",
@@ -70,7 +69,7 @@ def model_card(repository: str, source: Source, report: dict[str, Any]) -> str:
                 f"loss differs by {found['loss_difference']:+.1e} on {report['parity']['text_tokens']} tokens"
             )
     lines = ["---", *yaml, "---", "", f"# {repository.split('/')[-1]}", ""]
-    lines += [f"A 1.58-bit language model ({source.quant.name})." if source.quant.name == "b158" else ""]
+    lines += [f"A {scheme.code_bits:.3g}-bit language model ({scheme.name})." if scheme.quantizes else ""]
     lines += [
         "",
         "| | |",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
-CODES_PER_BYTE = 4  # in a packed matrix; the layout is in quant/packing.py
+CODES_PER_BYTE = 4  # in a packed matrix of ternary codes; the layout is in quant/packing.py
 STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
 NOTED_STATISTICS = MapOf(ListOf(Number(-LARGEST_NUMBER, LARGEST_NUMBER), length=2))
 CHECKED_AT_ONCE = 2**18  # values: they stay in the processor's cache between the passes of a check
@@ -66,7 +66,7 @@ class TensorReader(ABC):
         return None
 
 
-def _check_types(config: ModelConfig | QuantConfig) -> None:
+def _check_types(config: ModelConfig) -> None:
     """Refuse values that a config.json can hold and a config cannot: `true` for a number, NaN, 10**12 layers.
 
     Raises:
@@ -74,9 +74,7 @@ def _check_types(config: ModelConfig | QuantConfig) -> None:
     """
     for key, kind in get_type_hints(type(config)).items():
         value, options = getattr(config, key), get_args(kind) or (kind,)
-        if kind == list[str]:
-            fits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-        elif int in options:
+        if int in options:
             fits = value is None if type(None) in options else False
             fits = fits or (type(value) is int and value <= LARGEST_SIZE)
         elif kind is float:
@@ -118,7 +116,6 @@ class Source:
         stored = self.reader.shapes()
         try:
             _check_types(self.config)
-            _check_types(self.quant)
             if self.config.max_position_embeddings < 2:
                 raise UserError("max_position_embeddings=1: no room for a token and the one after it: copy it again")
             if self.config.attention_size > LARGEST_SIZE or self.config.max_position_embeddings > LONGEST_CONTEXT:
@@ -138,6 +135,11 @@ class Source:
         self.check_tokenizer()
         self.tensors = tensor_shapes(self.config)
         self.quantized = quantized_names(self.config, self.quant)
+        try:
+            for rows, inputs in {self.tensors[name] for name in self.quantized}:
+                self.quant.scheme.granularity.scale_shape(rows, inputs)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
         self._check(stored)
 
     def check_tokenizer(self) -> None:
@@ -164,8 +166,10 @@ class Source:
         for name in self.quantized & stored.keys():
             if f"{name}_scale" in stored:
                 rows, columns = self.tensors[name]
-                expected[name].add((rows // CODES_PER_BYTE, columns))
-                expected[f"{name}_scale"] = {(1,), ()}
+                if self.quant.scheme.is_ternary:
+                    expected[name].add((rows // CODES_PER_BYTE, columns))
+                scales = self.quant.scheme.granularity.scale_shape(rows, columns)
+                expected[f"{name}_scale"] = {scales} if scales else {(1,), ()}
         if self.config.tie_word_embeddings and HEAD in stored:
             expected[HEAD] = {self.tensors[EMBEDDING]}  # some write a tied matrix twice
         # Older Llama folders hold a table that is computed from the config.
@@ -187,21 +191,23 @@ class Source:
         """Whether a quantized weight is stored as codes, packed or plain."""
         return f"{name}_scale" in self.reader.shapes()
 
-    def scale(self, name: str) -> np.float32:
-        """What the stored codes of a weight are multiplied by.
+    def scale(self, name: str) -> NDArray[np.float32]:
+        """What the stored codes of a weight are multiplied by, in the shape of the scheme's granularity.
 
         Raises:
-            UserError: not a positive number.
+            UserError: not positive numbers.
         """
-        stored = np.float32(self.reader.read(f"{name}_scale").reshape(()))
+        shape = self.quant.scheme.granularity.scale_shape(*self.tensors[name])
+        stored = self.reader.read(f"{name}_scale").astype(np.float32).reshape(shape)
         with np.errstate(all="ignore"):
             scale = np.float32(1) / stored if self.inverse_scales else stored
-        if not 0 < scale < np.inf:
-            raise UserError(f"{self.path}: tensor {name}_scale is {stored}: no scale of codes: copy it again")
-        return scale
+        wrong = stored[~((scale > 0) & (scale < np.inf))]
+        if wrong.size:
+            raise UserError(f"{self.path}: tensor {name}_scale is {wrong[0]}: no scale of codes: copy it again")
+        return np.asarray(scale)
 
     def noted_statistics(self, name: str) -> tuple[float, float] | None:
-        """Scale and center of a latent weight (`quant.functional.weight_statistics`) as the file notes them beside it;
+        """Scale and center of a latent weight (`WeightRule.statistics`) as the file notes them beside it;
         None where it does not.
 
         Means of float32 numbers differ in the last bit with the order of summation, so the trained model's own are
@@ -261,32 +267,38 @@ class Source:
         """A quantized weight as the forward pass uses it.
 
         Returns:
-            codes: int8 (O, I), in {-1, 0, +1}.
-            scale: float32 (); weight ~= codes * scale.
+            codes: int8 (O, I), of the scheme's levels.
+            scale: float32, in the shape of the scheme's granularity.
 
         Raises:
             UserError: stored codes that are none.
         """
         import torch
 
-        from bitnet_lit.quant.functional import quantize_weight
         from bitnet_lit.quant.packing import unpack_codes
 
+        scheme = self.quant.scheme
+        assert scheme.weights is not None, "a dense model has no codes"
         if not self.holds_codes(name):
-            codes, scale = quantize_weight(self.tensor(name), self.quant)
+            codes, scale = scheme.weights.quantize(self.tensor(name))
             return codes.to(torch.int8), scale
-        stored, scale = torch.from_numpy(self.reader.read(name)), torch.tensor(self.scale(name))
+        stored, scale = torch.from_numpy(self.reader.read(name)), torch.as_tensor(self.scale(name))
         if stored.shape[0] != self.tensors[name][0]:
             if stored.dtype != torch.uint8:
                 raise UserError(f"{self.path}: tensor {name} is {stored.dtype}, but packed codes are uint8")
             stored = unpack_codes(stored)
-        if not bool(((stored >= -1) & (stored <= 1)).all()):
-            raise UserError(f"{self.path}: tensor {name} holds no ternary codes: copy it again")
+        lowest, highest = (-1, 1) if scheme.is_ternary else (scheme.levels[0], scheme.levels[-1])
+        if not bool(((stored >= lowest) & (stored <= highest)).all()):
+            raise UserError(
+                f"{self.path}: tensor {name} holds codes that are not in {lowest}..{highest}: copy it again"
+            )
         return stored.to(torch.int8), scale
 
     def dequantized(self, name: str) -> Tensor:
         """A weight as plain float32 numbers: codes * scale, or what is stored."""
         if name not in self.quantized:
             return self.tensor(name)
+        from bitnet_lit.quant.weights import spread_scale
+
         codes, scale = self.codes(name)
-        return codes.float() * scale
+        return codes.float() * spread_scale(scale, codes.shape[1])

@@ -4,8 +4,8 @@ A target is what an export is for. Its conditions come from the graph that will 
 
 - hf, packed: stock `transformers`, from latent weights or from packed codes.
 - gguf_tq2_0, gguf_tq1_0, gguf_f16: llama.cpp. Its `bitnet` graph has both sub-norms, silu and no head of its own;
-  without sub-norms its `llama` graph runs the network. Ternary types pack blocks of 256 inputs; a row that is no
-  multiple of 256 is what makes other converters fall back to 4 bits without a word.
+  without sub-norms its `llama` graph runs the network. Ternary types pack blocks of 256 inputs with a scale each; a row
+  that is no multiple of 256 is what makes other converters fall back to 4 bits without a word.
 - llama2c: run.c, whose graph is a Llama with silu, RoPE theta 10000 and norms with eps 1e-5.
 """
 
@@ -19,6 +19,7 @@ from bitnet_lit.config.training import EXPORT_TARGETS as TARGETS
 from bitnet_lit.data.json_tokenizer import JsonTokenizer
 from bitnet_lit.data.tokenizer import SPACE, Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.quant.weights import Granularity, PerGroup, PerRow, PerTensor
 from bitnet_lit.terminal import console
 
 TERNARY_BLOCK = 256
@@ -26,11 +27,12 @@ UNNORMALIZED = "\N{LATIN SMALL LIGATURE FI}\N{FULLWIDTH LATIN CAPITAL LETTER A}"
 FIRST_BYTE = 3  # run.c takes the piece of byte b for number b + 3
 
 
-def _transformers(config: ModelConfig, quant: QuantConfig, packed: bool) -> list[str]:
-    found = []
-    if packed and quant.name == "none":
-        found.append("quant=none: a dense model has no codes to pack: take quant=b158, or format=latent")
-    if packed:
+def packed_problems(config: ModelConfig, quant: QuantConfig) -> list[str]:
+    """Why a packed model folder cannot hold this model, whoever reads it; empty when it can."""
+    found, scheme = _plain_numbers(quant), quant.scheme
+    if not scheme.quantizes:
+        found.append(f"quant={scheme.name}: a dense model has no codes to pack: take quant=b158, or format=latent")
+    if scheme.is_ternary:
         kv_size = config.num_kv_heads * config.head_size
         rows = {
             "model.hidden_size": config.hidden_size,
@@ -41,22 +43,36 @@ def _transformers(config: ModelConfig, quant: QuantConfig, packed: bool) -> list
         found += [
             f"{key}={size}: four rows share a byte: take a multiple of 4" for key, size in rows.items() if size % 4
         ]
-        if config.qkv_bias and quant.name != "none":
-            found.append(
-                "model.qkv_bias=true: transformers multiplies the bias by the scale of packed codes too: take "
-                "format=latent"
-            )
+    if config.qkv_bias and scheme.quantizes:
+        found.append(
+            "model.qkv_bias=true: transformers multiplies the bias by the scale of packed codes too: take format=latent"
+        )
+    return found
+
+
+def _transformers(config: ModelConfig, quant: QuantConfig, packed: bool) -> list[str]:
+    found = packed_problems(config, quant) if packed else []
     if not transformers_runs(quant, packed):
-        rule = f"quant={quant.name}, {quant.weight_scale}, {quant.activation_bits} bits, skip={quant.skip}"
-        remedy = "packed codes run there" if transformers_runs(quant, True) else "take 8 bits and skip=[lm_head]"
-        found.append(f"{rule}: transformers quantizes latent weights by absmean alone, with 8 bits: {remedy}")
+        knows = "ternary codes with one scale for the matrix" if packed else "absmean with one scale for the matrix"
+        remedy = "take quant=b158, activation_bits=8 and skip=[lm_head]"
+        if transformers_runs(quant, True):
+            remedy = "packed codes run there"
+        found.append(
+            f"quant={quant.scheme}, skip={quant.skip}: transformers knows {knows}, activations of 8 bits, and a dense "
+            f"lm_head: {remedy}"
+        )
     if network_type(config) == "bitnet_lit":
         found.append("model.sub_norm=true with qkv_bias, qk_norm or head_dim: no such network in transformers")
     return found
 
 
 def _gguf(config: ModelConfig, quant: QuantConfig, ternary: bool) -> list[str]:
-    found = []
+    found, scheme = [], quant.scheme
+    if scheme.quantizes and not scheme.is_ternary:
+        found.append(
+            f"quant={scheme.name}: its codes are {', '.join(map(str, scheme.levels))}, and what is written there is "
+            "checked by codes -1, 0 and +1: take format=packed or llama2c"
+        )
     if config.hidden_act != "silu":
         found.append(f"model.hidden_act={config.hidden_act}: llama.cpp's graph computes silu: take hidden_act=silu")
     if config.sub_norm and not config.tie_word_embeddings:
@@ -70,8 +86,13 @@ def _gguf(config: ModelConfig, quant: QuantConfig, ternary: bool) -> list[str]:
         found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size")
     if not ternary:
         return found
-    if quant.name == "none":
-        found.append("quant=none: dense weights are no ternary codes: take type=f16, or quant=b158")
+    if not scheme.quantizes:
+        found.append(f"quant={scheme.name}: dense weights are no ternary codes: take type=f16, or quant=b158")
+    if not _fills_blocks(scheme.granularity):
+        found.append(
+            f"quant={scheme}: its scales are {scheme.granularity}, and a ternary block of {TERNARY_BLOCK} inputs has "
+            f"one: take quant=b158_row, groups of a multiple of {TERNARY_BLOCK}, or type=f16"
+        )
     rows = {"model.hidden_size": config.hidden_size, "model.intermediate_size": config.intermediate_size}
     for key, size in rows.items():
         if size % TERNARY_BLOCK:
@@ -80,10 +101,21 @@ def _gguf(config: ModelConfig, quant: QuantConfig, ternary: bool) -> list[str]:
     return found
 
 
-def _dense_head(quant: QuantConfig) -> list[str]:
-    if quant.name == "none" or "lm_head" in quant.skip:
-        return []
-    return [f"quant.skip={quant.skip}: the head is dense there: add lm_head"]
+def _fills_blocks(granularity: Granularity) -> bool:
+    """Whether all weights of a ternary block share a scale."""
+    if isinstance(granularity, PerGroup):
+        return granularity.group_size % TERNARY_BLOCK == 0
+    return granularity in (PerTensor(), PerRow())
+
+
+def _plain_numbers(quant: QuantConfig) -> list[str]:
+    """Conditions of the formats that store codes and scales, or their products, and a dense head."""
+    found = []
+    if not quant.scheme.is_plain:
+        found.append(f"quant={quant.scheme.name}: its layer computes more than codes and scales: take format=latent")
+    if quant.scheme.quantizes and "lm_head" not in quant.skip:
+        found.append(f"quant.skip={quant.skip}: the head is dense there: add lm_head")
+    return found
 
 
 def _llama2c(config: ModelConfig) -> list[str]:
@@ -114,9 +146,9 @@ def problems(target: str, config: ModelConfig, quant: QuantConfig) -> list[str]:
     if target not in TARGETS:
         raise UserError(f"export target {target}: must be one of {', '.join(TARGETS)}")
     if target == "llama2c":
-        return _dense_head(quant) + _llama2c(config)
+        return _plain_numbers(quant) + _llama2c(config)
     if target.startswith("gguf"):
-        return _dense_head(quant) + _gguf(config, quant, ternary=target != "gguf_f16")
+        return _plain_numbers(quant) + _gguf(config, quant, ternary=target != "gguf_f16")
     return _transformers(config, quant, packed=target == "packed")
 
 

@@ -155,14 +155,17 @@ def compare_tensors(source: Source, artefact: Source, rows: list[TensorRow]) -> 
     """
     for row in rows:
         _trim_heap()
-        if row.name in source.quantized and artefact.quant.name != "none":
+        if row.name in source.quantized and artefact.quant.scheme.quantizes:
             codes, scale = source.codes(row.name)
             found, found_scale = artefact.codes(row.name)
             if differing := int((codes != found).sum()):
                 raise ParityError(f"{row.name}: {differing} of {codes.numel()} codes differ")
-            row.error = float((found_scale / scale - 1).abs())
+            error = (found_scale / scale - 1).abs()
+            if scale.ndim:  # a row or group of zeros multiplies its scale by nothing, and not every format keeps it
+                error = error[codes.unflatten(1, (scale.shape[1], -1)).any(-1)]
+            row.error = float(error.max()) if error.numel() else 0.0
             # A latent weight in bfloat16 keeps its codes, but its scale is the mean or median of rounded numbers.
-            bound = {"f32": 0.0, "bf16": 2.0**-8, "u8": 2.0**-23}.get(row.kind, SCALE_ERROR)
+            bound = {"f32": 0.0, "bf16": 2.0**-8, "u8": 2.0**-23, "i8": 2.0**-23}.get(row.kind, SCALE_ERROR)
         else:
             row.error = largest_error(source.dequantized(row.name), artefact.tensor(row.name))
             bound = ERROR_BOUNDS[row.kind]
@@ -266,7 +269,7 @@ def verify(source: Source, artefact: Source, rows: list[TensorRow], target: str,
     compare_tensors(source, artefact, rows)
     ids = fixed_ids(source)
     # A target without quantized activations is compared with the network it will run.
-    dense = artefact.quant.name == "none" and source.quant.name != "none"
+    dense = source.quant.scheme.quantizes and not artefact.quant.scheme.quantizes
     ours = layerwise_logits(source, ids, float_activations=dense)
     read_back = layerwise_logits(artefact, ids)
     rounding = _differences("read back", ours, read_back, ids, ROUNDING_LOGIT_ERROR, ROUNDING_LOSS_ERROR)

@@ -8,7 +8,7 @@ Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyT
 """
 
 from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
-from bitnet_lit.config.network import ModelConfig, QuantConfig, is_skipped
+from bitnet_lit.config.network import ModelConfig, QuantConfig
 from bitnet_lit.config.training import (
     AdamWConfig,
     CallbacksConfig,
@@ -41,5 +41,4 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "TrainerConfig",
-    "is_skipped",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from bitnet_lit.config.checks import one_of, positive
 from bitnet_lit.errors import UserError
+from bitnet_lit.quant.scheme import Scheme, imported_scheme, make_scheme, scheme_class
 
 
 @dataclass
@@ -111,14 +113,24 @@ class ModelConfig:
 
 @dataclass
 class QuantConfig:
-    """What the weights and activations of the seven projections are rounded to."""
+    """How the seven projections are quantized, as the command line says it.
+
+    Three things in one group: the scheme (`name`, `weight_scale`, `activation_bits`, `settings`), which `scheme` gives
+    as the object that everyone asks; the layers that it leaves alone (`skip`); and how training leads over to it
+    (`lambda_warmup_*`).
+    """
 
     name: str = "b158"
-    """b158: weights in {-1, 0, +1}. b1: weights in {-1, +1}. none: the dense twin."""
+    """b158: weights in {-1, 0, +1}, one scale for the matrix. b158_row: a scale for each row. b158_group: a scale for
+    each quant.settings.group_size inputs. b1: weights in {-1, +1}. none: the dense twin. Or a registered scheme."""
     weight_scale: str = "absmean"
-    """absmean (BitNet b1.58) or absmedian (BitNet b1.58 Reloaded, arXiv 2407.09527); b158 only."""
+    """absmean (BitNet b1.58) or absmedian (BitNet b1.58 Reloaded, arXiv 2407.09527); ternary schemes only."""
     activation_bits: int = 8
     """Bits of the activations that enter a quantized projection, 2 to 8."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else a scheme has to set, such as group_size of b158_group."""
+    _target_: str | None = None
+    """A scheme of one's own, <module>.<class>: a subclass of bitnet_lit.quant.Scheme."""
     lambda_warmup_steps: int = 0
     """Optimizer steps over which weights and activations go linearly from full precision to quantized (for training
     that starts from a dense model). 0: quantized from the first step."""
@@ -128,19 +140,47 @@ class QuantConfig:
     """Linear layers that stay dense: a name, or the last part of a dotted name."""
 
     def __post_init__(self) -> None:
-        one_of("quant.name", self.name, ("b158", "b1", "none"))
-        one_of("quant.weight_scale", self.weight_scale, ("absmean", "absmedian"))
-        if self.name == "b1" and self.weight_scale != "absmean":
-            raise UserError(f"quant.weight_scale={self.weight_scale}: b1 knows absmean only")
+        if self._target_ is not None:
+            self.name = imported_scheme(self._target_).name
+        self.describe()  # makes the scheme, which checks its values
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
-        if not 2 <= self.activation_bits <= 8:
-            raise UserError(
-                f"quant.activation_bits={self.activation_bits}: must lie in 2..8 (codes are stored as int8)"
-            )
         if self.lambda_warmup_steps < 0:
             raise UserError(f"quant.lambda_warmup_steps={self.lambda_warmup_steps}: must be 0 or more")
 
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme as an object.
 
-def is_skipped(name: str, skip: Sequence[str]) -> bool:
-    """Whether a layer stays dense: an entry of `skip` is its name, or the last parts of its dotted name."""
-    return any(name == entry or name.endswith("." + entry) for entry in skip)
+        Raises:
+            UserError: an unknown name, or a setting that it does not have.
+        """
+        cls, settings = scheme_class(self.name), dict(self.settings)
+        has = {setting.name for setting in fields(cls)}
+        for key, default in (("weight_scale", "absmean"), ("activation_bits", 8)):
+            if key in settings:
+                raise UserError(f"quant.settings.{key}={settings[key]}: has a key of its own: set quant.{key}")
+            value = getattr(self, key)  # always has one: a scheme without the setting refuses what somebody chose
+            if key in has or (value != default and key not in cls.ignores):
+                settings[key] = value
+        return make_scheme(cls, settings)
+
+    def describe(self) -> dict[str, Any]:
+        """What a model is saved with, as plain data: the scheme's name and settings, and the layers it leaves alone."""
+        return {**self.scheme.describe(), "skip": list(self.skip)}
+
+    @classmethod
+    def described(cls, saved: Mapping[str, Any]) -> QuantConfig:
+        """The config of a saved description, those of the first version included, which held the warm-up too.
+
+        Nothing that `saved` names is imported: a scheme is looked up among those that are known.
+
+        Raises:
+            UserError: an unknown scheme, or a setting that it does not have.
+        """
+        own = {"name", "weight_scale", "activation_bits", "skip"}
+        training = {"lambda_warmup_steps", "lambda_warmup_shape"}
+        skip = saved["skip"]
+        if not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
+            raise UserError(f"skip={skip!r}: must be a list of names")
+        settings = {key: value for key, value in saved.items() if key not in own | training}
+        return cls(**{key: value for key, value in saved.items() if key in own}, settings=settings)

@@ -241,7 +241,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.compile = str(self.compile).lower()
         one_of("compile", self.compile, ("auto", "true", "false"))
-        if self.quant.name == "none" and self.quant.lambda_warmup_steps:
+        if self.quant.lambda_warmup_steps and not self.quant.scheme.quantizes:
             raise UserError("quant.lambda_warmup_steps needs quant=b158 or b1: the dense twin has nothing to warm up")
         if self.init_from is None and (self.init_optimizer or self.init_sub_norm):
             raise UserError("init_optimizer and init_sub_norm need init_from=<a trained model>")

@@ -10,7 +10,6 @@ each matrix twice, once for the input's gradient and once for its own (PaLM, arX
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from bitnet_lit.config import ModelConfig, QuantConfig
@@ -22,10 +21,11 @@ class Accounting:
 
     Attributes:
         embedding: parameters of embed_tokens, plus lm_head when it is not tied.
-        projections: parameters of the seven projections of all layers: what b158 and b1 quantize.
+        projections: parameters of the seven projections of all layers: what a scheme quantizes.
         norms: parameters of all norms, and of the biases of q, k and v where there are any.
         forward_flops_per_token: at a given sequence length, causal attention counted at its mean span.
-        bits_per_weight: stored bits of a projection weight: log2(3), 1 or 32.
+        bits_per_weight: of a projection weight, mean over all: its code's information (log2(3) for b158) and its share
+            of the scales; 32 for a dense model.
     """
 
     embedding: int
@@ -59,20 +59,27 @@ class Accounting:
         return 4 * self.parameters * (2 + optimizer_states_per_parameter)
 
 
-BITS_PER_WEIGHT = {"b158": math.log2(3), "b1": 1.0, "none": 32.0}
-
-
 def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None = None) -> Accounting:
     """Count the model that `build_model(config, quant)` would build.
 
     Args:
         sequence_length: tokens of a sequence, for the attention FLOPs; null: the whole context.
+
+    Raises:
+        UserError: groups of inputs that do not fill the rows of a projection.
     """
     hidden, layers, length = config.hidden_size, config.num_hidden_layers, sequence_length
     length = length or config.max_position_embeddings
     size, kv_size = config.attention_size, config.num_kv_heads * config.head_size
     head = config.vocabulary * hidden
-    projections = layers * (2 * hidden * size + 2 * hidden * kv_size + 3 * hidden * config.intermediate_size)
+    matrices = [
+        *[(size, hidden), (kv_size, hidden), (kv_size, hidden), (hidden, size)],  # q, k, v, o
+        *[(config.intermediate_size, hidden)] * 2,  # gate, up
+        (hidden, config.intermediate_size),  # down
+    ]
+    in_a_layer = sum(rows * inputs for rows, inputs in matrices)
+    bits = sum(rows * inputs * quant.scheme.bits_per_weight(rows, inputs) for rows, inputs in matrices)
+    projections = layers * in_a_layer
     vectors = 2 * hidden + (size + config.intermediate_size if config.sub_norm else 0)
     vectors += (size + 2 * kv_size if config.qkv_bias else 0) + (2 * config.head_size if config.qk_norm else 0)
     # Scores and their sum over values: two products of head_dim per head for each of the (length + 1) / 2 visible
@@ -83,5 +90,5 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
         projections=projections,
         norms=layers * vectors + hidden,
         forward_flops_per_token=2 * (projections + head) + attention_flops,
-        bits_per_weight=BITS_PER_WEIGHT[quant.name],
+        bits_per_weight=bits / in_a_layer,
     )

@@ -1,6 +1,6 @@
 """BitLinear: the linear layer whose three matrix products see integers.
 
-Forward::
+Forward, with one scale for the matrix (weights.py has the other granularities)::
 
     y = (x_codes @ weight_codes.T) * (x_scale * weight_scale)
 
@@ -8,6 +8,9 @@ The product runs on *whole numbers*, and the two scales enter once, at the end. 
 any order of summation as long as |sum| <= 2**24, that is for in_features up to 131072: so an int8 kernel, a packed
 2-bit kernel and this layer agree in every integer accumulator, and only the last multiplication can round
 differently. This is what makes the trained model, bit for bit, the model that runs.
+
+A scale per row multiplies the product too, output by output. Scales per group cannot wait until the end: there the
+product runs on codes * scale, and a kernel that sums integers group by group agrees up to float32's rounding of sums.
 
 Backward (straight-through: rounding counts as the identity)::
 
@@ -21,20 +24,98 @@ an ordinary `nn.Linear`.
 Different from the paper: no norm inside the layer (the network puts one before every projection) and the scales are
 applied after the product rather than before it; the same value up to float rounding.
 
-Under autocast the codes are cast to its dtype: bfloat16 holds every integer up to 256, so codes stay exact and only
-the product's output is rounded.
+Under autocast what is multiplied is cast to its dtype: bfloat16 holds every integer up to 256, so codes stay exact and
+only the product's output is rounded. Scales per group are rounded with it, by at most 1/512 of themselves.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitnet_lit.config import QuantConfig
-from bitnet_lit.quant.functional import bit_linear_reference, quantize_activations, quantize_weight
+from bitnet_lit.errors import UserError
+from bitnet_lit.quant.activations import ActivationRule
+from bitnet_lit.quant.scheme import Scheme, scheme_named
+from bitnet_lit.quant.weights import WeightRule, spread_scale
+
+if TYPE_CHECKING:
+    from bitnet_lit.config import QuantConfig
+
+
+def scheme_of(quant: str | Scheme | QuantConfig) -> Scheme:
+    """The scheme that a name ("b158"), a config or a scheme itself stands for.
+
+    Raises:
+        UserError: a name that no scheme has, or something else.
+    """
+    scheme = scheme_named(quant) if isinstance(quant, str) else getattr(quant, "scheme", quant)
+    if not isinstance(scheme, Scheme):
+        raise UserError(f"quant={quant!r}: must be a scheme, its name (b158, b1, none), or a QuantConfig")
+    return scheme
+
+
+def straight_through(value: Tensor, rounded: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+    """``rounded`` in the forward pass, the identity in the backward pass.
+
+    Args:
+        value: what the gradient goes to.
+        rounded: what the forward pass uses, same shape.
+        strength: lambda of the warm-up, 0 (``value``) to 1 (``rounded``).
+    """
+    return value + strength * (rounded - value).detach()
+
+
+def bit_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, strength: Tensor | float = 1.0
+) -> Tensor:
+    """The definition of BitLinear: every fast path is tested against these lines, gradients included.
+
+    Args:
+        x: float, shape (B..., I).
+        weight: latent weight, float, shape (O, I).
+        bias: float, shape (O,), or None; never quantized.
+        strength: lambda of the warm-up; 1 is fully quantized.
+
+    Returns:
+        float, shape (B..., O).
+    """
+    if scheme.weights is None:
+        return F.linear(x, weight, bias)
+    x_codes, x_scale = scheme.activations.quantize(x)
+    weight_codes, weight_scale = scheme.weights.quantize(weight)
+    rounded = weight_codes * spread_scale(weight_scale, weight.shape[1])
+    x = straight_through(x, (x_codes * x_scale).to(x.dtype), strength)
+    weight = straight_through(weight, rounded.to(weight.dtype), strength)
+    return F.linear(x, weight, bias)
+
+
+def factors(codes: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A quantized matrix as what activations are multiplied with, and what the product is multiplied with.
+
+    Args:
+        codes: any dtype, (O, I).
+        weight_scale: float32, (), (1,), (O, 1) or (O, G).
+
+    Returns:
+        matrix: (O, I), the codes themselves unless a row has several scales.
+        factor: float32, one number or (O,).
+    """
+    if weight_scale.ndim < 2:
+        return codes, weight_scale
+    if weight_scale.shape[1] == 1:
+        return codes, weight_scale.squeeze(1)
+    return codes * spread_scale(weight_scale, codes.shape[1]), weight_scale.new_ones(())
+
+
+def input_gradient(grad_y: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
+    """Gradient of the input, (B..., O) -> (B..., I), of a product by `factors`; its caller casts it."""
+    matrix = matrix.to(grad_y.dtype)
+    if factor.numel() == 1:
+        return (grad_y @ matrix) * factor
+    return (grad_y * factor).to(grad_y.dtype) @ matrix
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -48,36 +129,42 @@ class BitLinearFunction(torch.autograd.Function):
     """y = x @ weight.T on integer codes with a straight-through backward; shapes as in `bit_linear_reference`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, quant: QuantConfig) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, weights: WeightRule, activations: ActivationRule) -> Tensor:
         dtype = _compute_dtype(x)
-        x_codes, x_scale = quantize_activations(x, quant.activation_bits)
-        weight_codes, weight_scale = quantize_weight(weight, quant)
+        x_codes, x_scale = activations.quantize(x)
+        weight_codes, weight_scale = weights.quantize(weight)
         ctx.save_for_backward(x_codes.to(torch.int8), x_scale, weight_codes.to(torch.int8), weight_scale)
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        accumulator = F.linear(x_codes.to(dtype), weight_codes.to(dtype))
-        return (accumulator * (x_scale * weight_scale)).to(dtype)
+        matrix, factor = factors(weight_codes, weight_scale)
+        accumulator = F.linear(x_codes.to(dtype), matrix.to(dtype))
+        return (accumulator * (x_scale * factor)).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad_y,) = grad_outputs
         x_codes, x_scale, weight_codes, weight_scale = ctx.saved_tensors
-        dtype = grad_y.dtype
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = ((grad_y @ weight_codes.to(dtype)) * weight_scale).to(ctx.x_dtype)
+            grad_x = input_gradient(grad_y, *factors(weight_codes, weight_scale)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            x = (x_codes * x_scale).to(dtype)
+            x = (x_codes * x_scale).to(grad_y.dtype)
             flat_grad, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
             grad_weight = (flat_grad.T @ flat_x).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class BitLinear(nn.Linear):
-    """An `nn.Linear` whose forward pass is quantized by `quant`; shapes and parameters are those of `nn.Linear`.
+    """An `nn.Linear` whose forward pass is quantized; shapes and parameters are those of `nn.Linear`.
+
+    Args:
+        quant: a scheme, its name ("b158"), or a config that holds one; "none" makes this a plain linear layer.
 
     Attributes:
-        quant: the rule; ``QuantConfig(name="none")`` makes this a plain linear layer.
+        scheme: how it is quantized.
         strength: lambda of the warm-up as a float32 tensor of shape (), or None for fully quantized.
+
+    Raises:
+        UserError: groups of inputs that do not fill a row.
     """
 
     def __init__(
@@ -86,31 +173,44 @@ class BitLinear(nn.Linear):
         out_features: int,
         bias: bool = False,
         *,
-        quant: QuantConfig,
+        quant: str | Scheme | QuantConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.quant = quant
+        self.scheme = scheme_of(quant)
+        self.scheme.granularity.scale_shape(out_features, in_features)
+        # Kept here: what compiled code and every step read should not be made anew.
+        self._weights, self._activations = self.scheme.weights, self.scheme.activations
         self.strength: Tensor | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, quant: QuantConfig) -> BitLinear:
+    def from_linear(cls, linear: nn.Linear, quant: str | Scheme | QuantConfig) -> BitLinear:
         """The same layer quantized: its very parameters (not copies), so optimizers and ties stay valid."""
         layer = cls(linear.in_features, linear.out_features, bias=False, quant=quant, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.training = linear.training
         return layer
 
+    def quantized_weight(self) -> tuple[Tensor, Tensor]:
+        """The codes and scales that the forward pass uses; see `WeightRule.quantize`.
+
+        Raises:
+            UserError: a dense layer.
+        """
+        if self._weights is None:
+            raise UserError(f"quant={self.scheme.name}: has no codes to round to: take b158 or b1")
+        return self._weights.quantize(self.weight)
+
     def forward(self, input: Tensor) -> Tensor:
-        if self.strength is not None or self.quant.name == "none":
+        if self.strength is not None or self._weights is None:
             strength = 1.0 if self.strength is None else self.strength
-            return bit_linear_reference(input, self.weight, self.bias, self.quant, strength)
-        y = BitLinearFunction.apply(input, self.weight, self.quant)
+            return bit_linear_reference(input, self.weight, self.bias, self.scheme, strength)
+        y = BitLinearFunction.apply(input, self.weight, self._weights, self._activations)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, quant={self.quant.name}"
+        return f"{super().extra_repr()}, quant={self.scheme.name}"
 
 
 def set_strength(module: nn.Module, strength: Tensor | None) -> None:

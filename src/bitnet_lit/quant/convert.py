@@ -15,16 +15,19 @@ such is `dt_proj` in Hugging Face's Mamba); leave them out with `skip`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from bitnet_lit.config import QuantConfig, is_skipped
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.bit_linear import BitLinear
+from bitnet_lit.quant.bit_linear import BitLinear, scheme_of
 from bitnet_lit.quant.packing import CODES_PER_BYTE, PackedBitLinear
+from bitnet_lit.quant.scheme import Scheme, is_skipped
+
+if TYPE_CHECKING:
+    from bitnet_lit.config import QuantConfig
 
 
 def _is_plain(linear: nn.Linear) -> bool:
@@ -35,22 +38,27 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 
 def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
-    """Replace each submodule for which `swap(name, submodule)` gives a new one; names in definition order."""
-    changed: list[str] = []
+    """Replace each submodule for which `swap(name, submodule)` gives a new one; names in definition order.
+
+    Where `swap` raises, nothing is replaced.
+    """
+    new_layers: dict[str, nn.Module] = {}
     replaced: dict[nn.Module, nn.Module] = {}  # a layer used in two places stays one layer
-    for name, layer in list(module.named_modules(remove_duplicate=False)):
+    for name, layer in module.named_modules(remove_duplicate=False):
         new = replaced.get(layer) or swap(name, layer)
         if new is None:
             continue
         if not name:
             raise UserError(f"{type(layer).__name__} has no parent to be replaced in: wrap it in a module")
-        replaced[layer] = new
+        new_layers[name] = replaced[layer] = new
+    for name, new in new_layers.items():
         module.set_submodule(name, new)
-        changed.append(name)
-    return changed
+    return list(new_layers)
 
 
-def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: str | Sequence[str] = ()) -> list[str]:
+def convert_linears(
+    module: nn.Module, quant: str | Scheme | QuantConfig, skip: str | Sequence[str] = ()
+) -> list[str]:
     """Turn the `nn.Linear` layers below `module` into BitLinear, in place, keeping weights and biases.
 
     Only plain `nn.Linear` is touched: a subclass may be called in ways of its own, and a weight computed from others
@@ -62,7 +70,7 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: str | Seq
 
     Args:
         module: any network.
-        quant: "b158", "b1", "none" (changes nothing) or a `QuantConfig`.
+        quant: a scheme, its name ("b158"; "none" changes nothing), or a `QuantConfig`.
         skip: dense layers to leave alone, one or several: a full name, or the last parts of a dotted name. Added to
             `quant.skip` when a `QuantConfig` is given.
 
@@ -70,20 +78,22 @@ def convert_linears(module: nn.Module, quant: str | QuantConfig, skip: str | Seq
         The names of the layers it changed, in definition order.
 
     Raises:
-        UserError: an unknown `quant`, or a module that is a linear layer itself.
+        UserError: an unknown `quant`, a layer whose rows the scheme's groups do not fill, or a module that is a linear
+            layer itself.
     """
-    if isinstance(quant, str):
-        quant = QuantConfig(name=quant, skip=[])
-    if not isinstance(quant, QuantConfig):
-        raise UserError(f"quant={quant!r}: must be b158, b1, none or a QuantConfig")
-    if quant.name == "none":
+    scheme = scheme_of(quant)
+    if not scheme.quantizes:
         return []
-    left_alone = [*([skip] if isinstance(skip, str) else skip), *quant.skip]
+    left_alone = [*([skip] if isinstance(skip, str) else skip), *getattr(quant, "skip", ())]
+    make = scheme.layer or BitLinear
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
         if type(layer) is not nn.Linear or not _is_plain(layer) or is_skipped(name, left_alone):
             return None
-        new = BitLinear.from_linear(layer, quant)
+        try:
+            new = make.from_linear(layer, scheme)
+        except UserError as error:
+            raise UserError(f"{name}: {error}, or leave it dense with skip=[{name!r}]") from None
         vars(new).update(vars(layer))  # hooks, and whatever else its owner keeps on it
         return new
 
@@ -130,6 +140,7 @@ def uncalled_linears(module: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
 def pack_linears(module: nn.Module) -> list[str]:
     """Freeze every BitLinear below `module` to packed codes, in place; returns the names it changed.
 
+    A scheme's own layer, which computes more than a product of codes, stays as it is: it runs on its latent weights.
     Packing a packed model changes nothing and returns an empty list. An adapter (LoRA) beside a packed layer trains
     on: gradients pass through. Hooks stay behind with the latent layers.
 
@@ -139,16 +150,20 @@ def pack_linears(module: nn.Module) -> list[str]:
     """
     for name, layer in module.named_modules():
         _check_adapter(name, layer)
-        if isinstance(layer, BitLinear) and layer.out_features % CODES_PER_BYTE:
+        if _packs(layer) and layer.scheme.is_ternary and layer.out_features % CODES_PER_BYTE:
             raise UserError(
                 f"{name}: {layer.out_features} rows cannot be packed, out_features must be a multiple of "
                 f"{CODES_PER_BYTE}: leave it dense with skip=[{name!r}] when converting"
             )
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
-        return PackedBitLinear.from_bit_linear(layer) if isinstance(layer, BitLinear) else None
+        return PackedBitLinear.from_bit_linear(layer) if _packs(layer) else None
 
     return _replace(module, swap)
+
+
+def _packs(layer: nn.Module) -> TypeGuard[BitLinear]:
+    return isinstance(layer, BitLinear) and layer.scheme.is_plain and layer.scheme.quantizes
 
 
 def _check_adapter(name: str, wrapper: nn.Module) -> None:

@@ -1,11 +1,13 @@
 """Packed weights: four ternary codes in a byte, and the layer that runs on them.
 
-The layout is Hugging Face's (`integrations/bitnet.py`), so one tensor serves both: a matrix of O rows becomes O/4
-rows of bytes, and byte row r holds the rows r, r + O/4, r + 2*O/4, r + 3*O/4 in its bit pairs, lowest first. A pair
-stores code + 1::
+The layout of ternary and binary codes is Hugging Face's (`integrations/bitnet.py`), so one tensor serves both: a matrix
+of O rows becomes O/4 rows of bytes, and byte row r holds the rows r, r + O/4, r + 2*O/4, r + 3*O/4 in its bit pairs,
+lowest first. A pair stores code + 1::
 
     bits   7 6         5 4         3 2       1 0
     row    r+3*O/4     r+2*O/4     r+O/4     r
+
+Codes of other levels than -1, 0 and +1 are stored one in a byte, int8 (O, I).
 
 Packing takes the codes and the scale that training used; it never derives a scale from already rounded values
 (absmean of a ternary matrix is not its scale: it would shrink by the share of zeros).
@@ -19,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.bit_linear import BitLinear
-from bitnet_lit.quant.functional import quantize_activations, quantize_weight
+from bitnet_lit.quant.activations import ActivationRule
+from bitnet_lit.quant.bit_linear import BitLinear, factors, input_gradient
+from bitnet_lit.quant.scheme import Scheme
 
 CODES_PER_BYTE = 4
 
@@ -48,6 +50,15 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return pairs.to(torch.int8) - 1
 
 
+def stored_codes(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes (O, I) as they are kept: uint8 (O / 4, I) where two bits hold them, else int8 (O, I).
+
+    Raises:
+        UserError: O is no multiple of 4.
+    """
+    return pack_codes(codes) if scheme.is_ternary else codes.to(torch.int8)
+
+
 class PackedProductFunction(torch.autograd.Function):
     """y = x @ weight.T on frozen codes, with BitLinear's gradient for x: rounding counts as the identity.
 
@@ -55,64 +66,68 @@ class PackedProductFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
-        ctx.save_for_backward(codes, weight_scale)
-        return _packed_product(x, codes, weight_scale, bits)
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, factor: Tensor, activations: ActivationRule) -> Tensor:
+        ctx.save_for_backward(matrix, factor)
+        return _packed_product(x, matrix, factor, activations)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_y,) = grad_outputs
-        codes, weight_scale = ctx.saved_tensors
-        return ((grad_y @ codes.to(grad_y.dtype)) * weight_scale).to(grad_y.dtype), None, None, None
+        return input_gradient(grad_y, *ctx.saved_tensors).to(grad_y.dtype), None, None, None
 
 
-def _packed_product(x: Tensor, codes: Tensor, weight_scale: Tensor, bits: int) -> Tensor:
-    x_codes, x_scale = quantize_activations(x, bits)
-    return (F.linear(x_codes, codes) * (x_scale * weight_scale)).to(x.dtype)
+def _packed_product(x: Tensor, matrix: Tensor, factor: Tensor, activations: ActivationRule) -> Tensor:
+    x_codes, x_scale = activations.quantize(x)
+    return (F.linear(x_codes, matrix) * (x_scale * factor)).to(x.dtype)
 
 
 class PackedBitLinear(nn.Module):
-    """A BitLinear frozen to codes and a scale: runs, does not train. Gradients pass through it, to adapters say.
+    """A BitLinear frozen to codes and scales: runs, does not train. Gradients pass through it, to adapters say.
 
     Buffers:
-        weight: packed codes, uint8 (O / 4, I).
-        weight_scale: float32 (1,); multiplies (Hugging Face's packed layer divides by its own: the border converts).
+        weight: packed codes, see `stored_codes`.
+        weight_scale: float32 (1,), or (O, 1), (O, G) where rows or groups have their own; multiplies (Hugging Face's
+            packed layer divides by its own: the border converts).
     """
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
-    codes: Tensor
+    matrix: Tensor
+    factor: Tensor
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, quant: QuantConfig) -> None:
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, scheme: Scheme) -> None:
         super().__init__()
-        self.quant = quant
-        self.out_features, self.in_features = weight.shape[0] * CODES_PER_BYTE, weight.shape[1]
+        self.scheme = scheme
+        self._activations: ActivationRule = scheme.activations
         self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale.detach().float().reshape(1))
+        weight_scale = weight_scale.detach().float()
+        self.register_buffer("weight_scale", weight_scale if weight_scale.ndim == 2 else weight_scale.reshape(1))
         self.register_buffer("bias", None if bias is None else bias.detach())
+        codes = unpack_codes(weight) if scheme.is_ternary else weight
+        self.out_features, self.in_features = codes.shape
         # Unpacked once, in the dtype the product runs in: unpacking at every token would cost more than the product.
-        self.register_buffer("codes", unpack_codes(weight).float(), persistent=False)
+        matrix, factor = factors(codes.float(), self.weight_scale)
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("factor", factor, persistent=False)
 
     @classmethod
-    def from_codes(
-        cls, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, quant: QuantConfig
-    ) -> PackedBitLinear:
-        """A layer of codes (O, I) in {-1, 0, +1} and a scale (), as another tool trained them."""
-        return cls(pack_codes(codes), weight_scale, bias, quant)
+    def from_codes(cls, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, scheme: Scheme) -> PackedBitLinear:
+        """A layer of codes (O, I) and scales in the shape of the scheme's granularity, as another tool trained them."""
+        return cls(stored_codes(codes, scheme), weight_scale, bias, scheme)
 
     @classmethod
     def from_bit_linear(cls, layer: BitLinear) -> PackedBitLinear:
-        """Freeze a trained layer: the same integers, the same scale."""
+        """Freeze a trained layer: the same integers, the same scales."""
         with torch.no_grad():
-            codes, weight_scale = quantize_weight(layer.weight, layer.quant)
-            return cls.from_codes(codes, weight_scale, layer.bias, layer.quant)
+            codes, weight_scale = layer.quantized_weight()
+            return cls.from_codes(codes, weight_scale, layer.bias, layer.scheme)
 
     def forward(self, input: Tensor) -> Tensor:
         # Without a gradient no Function around it: decoding calls this for every token and layer.
         product = PackedProductFunction.apply if torch.is_grad_enabled() and input.requires_grad else _packed_product
-        y = product(input, self.codes, self.weight_scale, self.quant.activation_bits)
+        y = product(input, self.matrix, self.factor, self._activations)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, quant={self.quant.name}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, quant={self.scheme.name}"

@@ -34,7 +34,7 @@ def build_callbacks(
     """
     wanted = config.callbacks
     callbacks: list[Callback] = []
-    if wanted.ternary_health and config.quant.name != "none":
+    if wanted.ternary_health and config.quant.scheme.quantizes:
         callbacks.append(TernaryHealth(run_dir))
     if wanted.throughput:
         callbacks.append(Throughput(plan, config.trainer.precision))

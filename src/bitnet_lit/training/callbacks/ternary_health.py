@@ -2,7 +2,8 @@
 
 Latent weights move all the time; what the network computes with changes only when one crosses a rounding border and
 its code flips. A healthy run flips much early and less and less towards the end; a matrix with nearly no zeros, or
-nearly only zeros, has lost what the third value is for.
+nearly only zeros, has lost what the third value is for. Where rows or groups have scales of their own, their mean is
+noted.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from bitnet_lit.quant import BitLinear
-from bitnet_lit.quant.functional import quantize_weight
 from bitnet_lit.quant.packing import CODES_PER_BYTE, pack_codes, unpack_codes
+from bitnet_lit.quant.scheme import Scheme
 from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.run_folder import HEALTH_NAME
@@ -28,21 +29,25 @@ from bitnet_lit.training.run_folder import HEALTH_NAME
 COLUMNS = ("step", "layer", "minus", "zero", "plus", "flip_rate", "weight_scale")
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """Codes of any shape -> uint8, four a byte."""
+def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
+    """int8 codes of any shape -> uint8, four a byte; those that two bits do not hold stay as they are."""
+    if not scheme.is_ternary:
+        return codes
     flat = codes.flatten()
     return pack_codes(F.pad(flat, (0, -len(flat) % CODES_PER_BYTE))[:, None]).flatten()
 
 
 def _unpack(packed: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_pack`, in the shape and on the device of `like`."""
+    if packed.dtype == torch.int8:
+        return packed.to(like.device)
     return unpack_codes(packed.to(like.device)[:, None]).flatten()[: like.numel()].view(like.shape)
 
 
 class TernaryHealth(Callback):
     """Logs means over all quantized matrices (ternary/*) and writes a row per matrix to ternary_health.csv.
 
-    The codes of the last validation go into each checkpoint, 2 bits each, so that a resumed run counts the same flips.
+    The codes of the last validation go into each checkpoint, 2 bits each where they fit, so that a resumed run counts the same flips.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -56,14 +61,15 @@ class TernaryHealth(Callback):
         for name, layer in pl_module.model.named_modules():
             if not isinstance(layer, BitLinear):
                 continue
-            codes, weight_scale = quantize_weight(layer.weight, layer.quant)
+            codes, weight_scale = layer.quantized_weight()
             codes = codes.to(torch.int8)
-            shares = [(codes == code).float().mean().item() for code in (-1, 0, 1)]
+            signs = codes.sign()  # of schemes with more levels: below zero, zero, above zero
+            shares = [(signs == sign).float().mean().item() for sign in (-1, 0, 1)]
             previous = self._packed.get(name)
             # Unknown at the first validation.
             flip_rate = float("nan") if previous is None else (codes != _unpack(previous, codes)).float().mean().item()
-            self._packed[name] = _pack(codes)
-            rows.append((trainer.global_step, name, *shares, flip_rate, weight_scale.item()))
+            self._packed[name] = _pack(codes, layer.scheme)
+            rows.append((trainer.global_step, name, *shares, flip_rate, weight_scale.mean().item()))
         if not rows:
             return
         means = {column: sum(row[i] for row in rows) / len(rows) for i, column in enumerate(COLUMNS) if i >= 2}

@@ -8,7 +8,7 @@
 //
 // Steps of several callers run one after the other, because each takes all threads.
 //
-// The mathematics is that of model/layers.py and quant/functional.py: the integers are equal, float sums run in another
+// The mathematics is that of model/layers.py and quant/bit_linear.py: the integers are equal, float sums run in another
 // order. A dense model runs with float products in place of the integer ones.
 #pragma once
 
@@ -88,7 +88,7 @@ struct Engine {
     }
 
     // What enters a projection: the norm (or none) of one token, and of a BitNet its rounding to int8,
-    // `quantize_activations` of quant/functional.py.
+    // `AbsMax` of quant/activations.py.
     ONCE void prepare(const float* in, const float* norm, int n, int slot) {
         float* value = normed + size_t(slot) * widest;
         if (norm) {

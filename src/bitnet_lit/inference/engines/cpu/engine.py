@@ -22,6 +22,8 @@ from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.cores import physical_cores
 from bitnet_lit.inference.engines.cpu.weights import Weights
+from bitnet_lit.quant.activations import AbsMax
+from bitnet_lit.quant.weights import PerTensor
 
 PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -47,8 +49,13 @@ ROWS_AT_ONCE = 512  # tokens of a long prompt in one step: their activations sta
 
 def supports(config: ModelConfig, quant: QuantConfig) -> str | None:
     """Why the engine cannot run a model; None when it can."""
-    if quant.name != "none" and (quant.activation_bits != 8 or quant.skip != ["lm_head"]):
-        return "its projections are not all ternary with 8-bit activations"
+    scheme = quant.scheme
+    if scheme.quantizes:
+        ternary = scheme.is_ternary and scheme.is_plain and scheme.activations == AbsMax(8)
+        if not ternary or quant.skip != ["lm_head"]:
+            return "its projections are not all ternary with 8-bit activations"
+        if scheme.granularity != PerTensor():
+            return f"its scales are {scheme.granularity}, and the kernels have one for the matrix"
     if config.qkv_bias or config.qk_norm:
         return "it has biases or norms on queries and keys"
     if max(config.hidden_size, config.intermediate_size, config.attention_size) > WIDEST:
@@ -96,7 +103,7 @@ class NativeModel:
             vocab=config.vocab_size,
             context=config.max_position_embeddings,
             relu2=config.hidden_act == "relu2",
-            dense=source.quant.name == "none",
+            dense=not source.quant.scheme.quantizes,
             head_bits=HEAD_BITS[head],
             cache_type=CACHE_TYPES.index(kv_cache),
             threads=self.threads,

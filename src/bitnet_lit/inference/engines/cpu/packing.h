@@ -52,7 +52,7 @@ inline bool pack_folder(const uint8_t* stored, int rows, int inputs, uint8_t* pa
     return !wrong;
 }
 
-// What a latent matrix is rounded by (quant/functional.py), and sums over it by which those numbers can be checked.
+// What a latent matrix is rounded by (quant/weights.py), and sums over it by which those numbers can be checked.
 struct Rounding {
     float scale, center;
     int32_t binary;

@@ -1,7 +1,7 @@
 """From a `Source` to weights in the layout of the kernels (packing.h), without torch and one matrix at a time.
 
 A packed folder's codes are laid out anew; latent weights are rounded on the way, by the scale that is noted beside them
-or, where none is, by the definition in `quant/functional.py`, which imports torch. Files are mapped, and their pages
+or, where none is, by the definition in `quant/weights.py`, which needs torch. Files are mapped, and their pages
 given back at the end: what stays in memory is what a step reads, and the embedding stays in the file.
 """
 
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from bitnet_lit.artifacts.source import Source
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.engines.cpu import native
+from bitnet_lit.quant.weights import AbsMean, AbsMedian, Sign
 
+ROUNDED_HERE = (AbsMean(), AbsMedian(), Sign())  # by packing.h; codes of other rules come from the rule itself
 ALIGN = 64
 PIECE = 64 * 2**20
 PADDED = 64  # inputs of the head are padded to a multiple, as `padded` in floats.h does
@@ -151,22 +153,24 @@ class Weights:
 
     def _rounded(self, name: str) -> tuple[NDArray[np.uint8], float]:
         """Latent weights as codes."""
+        rule = self.source.quant.scheme.weights
+        if rule not in ROUNDED_HERE:
+            codes, own_scale = self.source.codes(name)
+            return pack(codes.numpy(), self._arena), float(own_scale)
         (rows, inputs), latent = self.source.tensors[name], self._dense(name)
         packed = self._arena.take((native.library().bitnet_packed_bytes(rows, inputs),), np.uint8)
 
         def round_by(scale: float, center: float) -> native.Rounding:
-            rounding = native.Rounding(scale=scale, center=center, binary=self.source.quant.name == "b1")
+            rounding = native.Rounding(scale=scale, center=center, binary=rule == Sign())
             native.library().bitnet_pack_latent(*_addresses(latent), rows, inputs, rounding, packed.ctypes.data)
             return rounding
 
         noted = self.source.noted_statistics(name)
         if noted and self._plausible(round_by(*noted), rows * inputs):
             return packed, noted[0]
-        import torch
-
-        from bitnet_lit.quant.functional import weight_statistics
-
-        scale, center = map(float, weight_statistics(torch.from_numpy(self.source.array(name)), self.source.quant))
+        statistics = rule.statistics(self.source.tensor(name))
+        assert statistics is not None, "rules of one scale and one center"
+        scale, center = map(float, statistics)
         round_by(scale, center)
         return packed, scale
 
@@ -177,7 +181,7 @@ class Weights:
             return False
         if abs(rounding.sum / count - rounding.center) > tolerance and rounding.binary:
             return False
-        if self.source.quant.weight_scale == "absmedian":
+        if self.source.quant.scheme.weights == AbsMedian():
             return 2 * max(rounding.below, rounding.above) <= count
         return abs(rounding.magnitude / count - scale) <= tolerance or rounding.magnitude / count < scale <= 1e-5
 

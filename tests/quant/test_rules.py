@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_lit.config import QuantConfig
-from bitnet_lit.quant.functional import bit_linear_reference, quantize_activations, quantize_weight
+from bitnet_lit.quant.activations import AbsMax
+from bitnet_lit.quant.bit_linear import bit_linear_reference
+from bitnet_lit.quant.scheme import B158, scheme_named
+from bitnet_lit.quant.weights import AbsMean, AbsMedian, Sign
 
 
 def paper_activation_quant(x):
@@ -34,7 +36,7 @@ def test_reference_is_the_paper_forward_and_gradient(seed):
     torch.manual_seed(seed)
     x, w = torch.randn(3, 7, 24), torch.randn(10, 24) * 0.02
     outputs = []
-    for function in (paper_bit_linear, lambda x, w: bit_linear_reference(x, w, None, QuantConfig())):
+    for function in (paper_bit_linear, lambda x, w: bit_linear_reference(x, w, None, B158())):
         x_leaf, w_leaf = x.clone().requires_grad_(), w.clone().requires_grad_()
         y = function(x_leaf, w_leaf)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
@@ -47,7 +49,7 @@ def test_reference_is_the_paper_forward_and_gradient(seed):
 def test_codes_are_exactly_those_of_the_paper():
     torch.manual_seed(0)
     w = torch.randn(64, 64)
-    codes, scale = quantize_weight(w, QuantConfig())
+    codes, scale = AbsMean().quantize(w)
     expected = (w * (1.0 / w.abs().mean())).round().clamp(-1, 1)
     assert torch.equal(codes, expected)
     assert scale == w.abs().mean()
@@ -55,21 +57,21 @@ def test_codes_are_exactly_those_of_the_paper():
 
 def test_b1_is_the_sign_around_the_mean_and_zero_is_plus_one():
     w = torch.tensor([[1.0, -1.0, 0.0, 0.0]])  # mean 0: two weights equal it
-    codes, scale = quantize_weight(w, QuantConfig(name="b1"))
+    codes, scale = Sign().quantize(w)
     assert codes.tolist() == [[1, -1, 1, 1]]
     assert scale == 0.5
 
 
 def test_absmedian_uses_the_median():
     w = torch.tensor([[0.1, -0.2, 0.3, -4.0, 5.0]])
-    codes, scale = quantize_weight(w, QuantConfig(weight_scale="absmedian"))
+    codes, scale = AbsMedian().quantize(w)
     assert scale == w.abs().median()
     assert codes.tolist() == [[0, -1, 1, -1, 1]]
 
 
 @pytest.mark.parametrize("quant", ["b158", "b1"])
 def test_all_zero_tensors_stay_finite(quant):
-    y = bit_linear_reference(torch.zeros(2, 8), torch.zeros(4, 8), None, QuantConfig(name=quant))
+    y = bit_linear_reference(torch.zeros(2, 8), torch.zeros(4, 8), None, scheme_named(quant))
     assert y.isfinite().all()
 
 
@@ -77,7 +79,7 @@ def test_all_zero_tensors_stay_finite(quant):
 @given(bits=st.integers(2, 8), seed=st.integers(0, 2**31), exponent=st.integers(-20, 20))
 def test_activation_codes_fit_their_bits_and_are_within_half_a_step(bits, seed, exponent):
     x = torch.randn(4, 33, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    codes, scale = quantize_activations(x, bits)
+    codes, scale = AbsMax(bits).quantize(x)
     assert codes.min() >= -(2 ** (bits - 1)) and codes.max() <= 2 ** (bits - 1) - 1
     assert torch.equal(codes, codes.round())
     # half a step, and float32's rounding of the quotient beside it
@@ -87,7 +89,7 @@ def test_activation_codes_fit_their_bits_and_are_within_half_a_step(bits, seed, 
 def test_strength_moves_from_dense_to_quantized():
     torch.manual_seed(0)
     x, w = torch.randn(5, 16), torch.randn(8, 16)
-    dense, quantized = F.linear(x, w), bit_linear_reference(x, w, None, QuantConfig())
-    assert torch.equal(bit_linear_reference(x, w, None, QuantConfig(), 0.0), dense)
-    half = bit_linear_reference(x, w, None, QuantConfig(), 0.5)
+    dense, quantized = F.linear(x, w), bit_linear_reference(x, w, None, B158())
+    assert torch.equal(bit_linear_reference(x, w, None, B158(), 0.0), dense)
+    half = bit_linear_reference(x, w, None, B158(), 0.5)
     assert not torch.allclose(half, dense) and not torch.allclose(half, quantized)
