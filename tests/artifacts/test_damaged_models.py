@@ -71,7 +71,7 @@ def test_what_training_noted_has_another_type(folder, info):
         (lambda raw: raw.update(tie_word_embeddings="yes"), "tie_word_embeddings: must be true or false"),
         (lambda raw: raw.update(bitnet_lit=[]), "bitnet_lit: must be an object"),
         (lambda raw: raw["bitnet_lit"].update(format_version=2), "written by a later version"),
-        (lambda raw: raw["bitnet_lit"]["quant"].update(group_size=64), "quant.group_size is not known here"),
+        (lambda raw: raw["bitnet_lit"]["quant"].update(group_size=64), "quant=b158: has no setting group_size"),
         (lambda raw: raw["bitnet_lit"]["quant"].update(skip="lm_head"), "quant.skip: must be a list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

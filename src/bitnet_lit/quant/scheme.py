@@ -312,7 +312,7 @@ def make_scheme(cls: type[Scheme], settings: Mapping[str, Any]) -> Scheme:
     for key, value in settings.items():
         if key not in kinds:
             has = ", ".join(kinds) or "none"
-            raise UserError(f"quant={cls.name}: has no setting {key} (={value!r}), it has {has}: leave it out")
+            raise UserError(f"quant={cls.name}: has no setting {key} (={value!r}), its settings are: {has}")
         allowed = _TYPES.get(kinds[key])
         if allowed and (type(value) not in allowed or (type(value) is float and not math.isfinite(value))):
             raise UserError(f"quant={cls.name}: {key}={value!r} must be of type {kinds[key]}")

@@ -47,7 +47,8 @@ def _unpack(packed: Tensor, like: Tensor) -> Tensor:
 class TernaryHealth(Callback):
     """Logs means over all quantized matrices (ternary/*) and writes a row per matrix to ternary_health.csv.
 
-    The codes of the last validation go into each checkpoint, 2 bits each where they fit, so that a resumed run counts the same flips.
+    The codes of the last validation go into each checkpoint, 2 bits each where they fit, so that a resumed run counts
+    the same flips.
     """
 
     def __init__(self, run_dir: Path) -> None:
