@@ -29,6 +29,7 @@ _FREE = {
     "model.initializer_range",
     "quant.lambda_warmup_steps",
     "quant.lambda_warmup_shape",
+    "quant._target_",  # where a scheme's class lies; its name and its settings are compared
 }
 
 
@@ -50,7 +51,8 @@ def run_identity(
     identity: dict[str, Any] = {"seed": config.seed, "optim.name": config.optim.name}
     for section in ("model", "quant"):
         for key, value in asdict(getattr(config, section)).items():
-            identity[f"{section}.{key}"] = value
+            if value != {}:  # no further settings: as checkpoints have it that know of none
+                identity[f"{section}.{key}"] = value
     identity["data.sequence_length"] = sequence_length
     identity["data.max_train_sequences"] = config.data.max_train_sequences
     identity["the tokenizer"] = None if tokenizer is None else tokenizer.sha256
