@@ -56,9 +56,7 @@ def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | Non
     return list(new_layers)
 
 
-def convert_linears(
-    module: nn.Module, quant: str | Scheme | QuantConfig, skip: str | Sequence[str] = ()
-) -> list[str]:
+def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: str | Sequence[str] = ()) -> list[str]:
     """Turn the `nn.Linear` layers below `module` into BitLinear, in place, keeping weights and biases.
 
     Only plain `nn.Linear` is touched: a subclass may be called in ways of its own, and a weight computed from others
