@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
-
+from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, disk_errors
+from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.training.loggers import CSV_NAME, read_metrics
-from bitnet_lit.training.resume import CONFIG_NAME
+from bitnet_lit.training.run_folder import CONFIG_NAME
 
 
 def _run_folders(runs: list[str]) -> list[Path]:
@@ -20,10 +22,36 @@ def _run_folders(runs: list[str]) -> list[Path]:
 
 
 def _label(folder: Path, key: str) -> str:
-    value = OmegaConf.select(OmegaConf.load(folder / CONFIG_NAME), key)
-    if OmegaConf.is_config(value):
-        value = OmegaConf.select(value, "name")
+    """What the legend says of a run: a value of its config, or the folder's name where it has no config."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return folder.name
+    value: Any = read_yaml(path, "move it away to label the run by its folder's name")
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, dict):  # a group: its name
+        value = value.get("name")
     return f"{key}={value}"
+
+
+def _points(folder: Path, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric in a run's metrics.csv."""
+    steps, values = [], []
+    for row in read_metrics(folder / CSV_NAME):
+        if metric in row:
+            try:
+                values.append(float(row[metric]))
+            except ValueError:
+                where = f"{folder / CSV_NAME}: {metric} of step {row['step']}"
+                raise UserError(f"{where} is {row[metric]!r}, no number: put a copy there, or move it away") from None
+            steps.append(int(row["step"]))
+    return steps, values
+
+
+def _drawn(text: str) -> str:
+    """Text as matplotlib draws it: a dollar would begin a formula, an underscore in front hides a label."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def plot_curves(config: PlotConfig) -> Path:
@@ -36,21 +64,31 @@ def plot_curves(config: PlotConfig) -> Path:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise UserError("matplotlib is not installed: pip install 'bitnet-lit[plot]'") from None
+    without: list[str] = []  # a run that has no validation yet has no curve
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for folder in _run_folders(config.runs):
-        rows = read_metrics(folder / CSV_NAME)
-        points = [(int(row["step"]), float(row[config.metric])) for row in rows if config.metric in row]
-        if not points:
-            known = sorted({name for row in rows for name in row} - {"step"})
-            raise UserError(f"metric={config.metric}: not in {folder / CSV_NAME}, which has {', '.join(known)}")
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, marker=".", label=f"{_label(folder, config.label)}: {values[-1]:.3f}")
+        steps, values = _points(folder, config.metric)
+        if not steps:
+            known = sorted({name for row in read_metrics(folder / CSV_NAME) for name in row} - {"step"})
+            has = f"has {', '.join(known)}" if known else "has no rows"
+            without.append(f"{folder / CSV_NAME}, which {has}")
+            continue
+        axes.plot(steps, values, marker=".", label=_drawn(f"{_label(folder, config.label)}: {values[-1]:.3f}"))
+    if not axes.lines:
+        raise UserError(f"metric={config.metric}: not in {without[0]}: give a metric that is logged, or wait for it")
+    for place in without:
+        print(f"note: metric={config.metric} is not in {place}: that run is not drawn", file=sys.stderr)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"{config.metric}{' (nats per token)' if config.metric.endswith('loss') else ''}")
+    axes.set_ylabel(_drawn(f"{config.metric}{' (nats per token)' if config.metric.endswith('loss') else ''}"))
     axes.grid(alpha=0.3)
     axes.legend()
     out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    kind = out.suffix.removeprefix(".").lower() or "png"
+    if kind not in (kinds := figure.canvas.get_supported_filetypes()):
+        raise UserError(f"out={config.out}: no kind of picture is called .{kind}: take one of {', '.join(kinds)}")
+    with disk_errors(f"out={config.out}", refused="choose another out="):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(out) as temporary:
+            figure.savefig(temporary, format=kind)
     return out

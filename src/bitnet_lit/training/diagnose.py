@@ -38,3 +38,9 @@ def last_nonfinite_gradient(model: nn.Module) -> str | None:
     """
     names = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()]
     return names[-1] if names else None
+
+
+def largest_gradient(model: nn.Module) -> str | None:
+    """Name of the parameter with the largest element in its gradient; None where there is no gradient."""
+    sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
+    return max(sizes, key=sizes.__getitem__, default=None)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import csv
 import io
+import netrc
 import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -104,6 +106,9 @@ class CsvLogger(Logger):
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
+    def finalize(self, status: str) -> None:
+        """Nothing: rows are written as they come. (Lightning's would write again after a write has failed.)"""
+
     @rank_zero_only
     def save(self) -> None:
         """Write what is new."""
@@ -123,9 +128,14 @@ class CsvLogger(Logger):
 
 
 def _wandb_logged_in() -> bool:
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    """Whether wandb would find a key: asked here, because wandb itself asks the user, or fails, where it finds none."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, resume_step: int) -> list[Logger]:
@@ -141,14 +151,16 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
         except ModuleNotFoundError:
             raise UserError("logger=tensorboard: not installed: pip install 'bitnet-lit[tensorboard]'") from None
     if config.logger.wandb:
-        offline = os.environ.get("WANDB_MODE") == "offline" or not _wandb_logged_in()
+        # A WANDB_MODE that is set is the user's own word. The logger's `offline` would set another, in words that newer
+        # versions of wandb take for online.
+        mode = None if os.environ.get("WANDB_MODE") or _wandb_logged_in() else "offline"
         loggers.append(
             WandbLogger(
                 project=config.logger.wandb_project,
                 group=config.logger.wandb_group,
                 name=run_dir.name,
                 save_dir=run_dir,
-                offline=offline,
+                mode=mode,
                 # One run per folder: a resumed run goes on in the same one.
                 id=f"{run_dir.parent.name}-{run_dir.name}".replace("/", "-"),
                 resume="allow",

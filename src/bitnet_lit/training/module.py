@@ -7,6 +7,7 @@ the warm-up of the quantization, and the random numbers of dropout, which are se
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,7 +21,8 @@ from bitnet_lit.errors import TrainingStopped
 from bitnet_lit.inference.evaluation import LossSums, TextBytes
 from bitnet_lit.model import CausalLM, next_token_loss
 from bitnet_lit.quant.bit_linear import set_strength
-from bitnet_lit.training.diagnose import first_nonfinite_output, last_nonfinite_gradient
+from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
+from bitnet_lit.training.failures import what_is_kept
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.schedule import Schedule
@@ -120,20 +122,27 @@ class BitNetModule(L.LightningModule):
         if isinstance(wrapped, FullyShardedDataParallel):  # a norm over shards
             norm = wrapped.clip_grad_norm_(limit)
         else:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             self._stop_diverged(norm)
+        if not isinstance(wrapped, FullyShardedDataParallel):
+            # Behind the check: dividing by a norm that is no number would make every gradient none.
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         self.log("train/loss", self._step_loss, sync_dist=True)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._step_loss = torch.zeros(())
 
     def _stop_diverged(self, norm: Tensor) -> None:
-        layer = first_nonfinite_output(self.model, self._batch[:, :-1])
-        what = f"the output of {layer}" if layer else f"the gradient of {last_nonfinite_gradient(self.model)}"
+        if layer := first_nonfinite_output(self.model, self._batch[:, :-1]):
+            what = f"the output of {layer} is not finite"
+        elif parameter := last_nonfinite_gradient(self.model):
+            what = f"the gradient of {parameter} is not finite"
+        else:  # every gradient is a number, and their squares are beyond the largest one
+            what = f"the norm of the gradient is not finite (the largest is that of {largest_gradient(self.model)})"
         raise TrainingStopped(
-            f"step {self.global_step}: {what} is not finite (loss {float(self._step_loss):.4g}, gradient norm "
-            f"{float(norm):.4g}); the last checkpoint is kept: lower optim.learning_rate and resume, or start again"
+            f"step {self.global_step}: {what} (loss {float(self._step_loss):.4g}, gradient norm {float(norm):.4g}): "
+            f"lower optim.learning_rate; {what_is_kept(Path(self.config.run_dir))}"
         )
 
     def on_validation_epoch_start(self) -> None:

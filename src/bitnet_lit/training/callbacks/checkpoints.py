@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 
 from bitnet_lit.errors import DataError, TrainingStopped, UserError
 from bitnet_lit.training.checkpoint_file import BEST, LAST, link_checkpoint, read_checkpoint
+from bitnet_lit.training.failures import what_is_kept
 from bitnet_lit.training.loggers import CsvLogger
 from bitnet_lit.training.signals import StopSignals
 
@@ -137,9 +138,9 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
         if not math.isfinite(loss):
-            kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "no checkpoint yet"
             raise TrainingStopped(
-                f"step {trainer.global_step}: the validation loss is {loss}; {kept}: lower optim.learning_rate"
+                f"step {trainer.global_step}: the validation loss is {loss}: lower optim.learning_rate; "
+                f"{what_is_kept(self.folder.parent)}"
             )
         self.improved = loss < self.best_loss
         if self.improved:

@@ -27,8 +27,8 @@ class SampleStories(Callback):
         self.tokenizer, self.prompts, self.max_new_tokens = tokenizer, prompts, max_new_tokens
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
+        if not trainer.is_global_zero or not trainer.callback_metrics["val/loss"].isfinite():
+            return  # a model that computes no numbers writes nothing; `Checkpoints` ends the run
         assert isinstance(pl_module, BitNetModule)
         generator = Generator(TorchEngine(pl_module.model, pack=False), self.tokenizer)
         stories = [
