@@ -16,15 +16,17 @@ from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
 
-# Three validations: the second is worse than the first, so best.ckpt and last.ckpt differ at the end.
+# The last validation is not the best one, so best.ckpt and last.ckpt differ at the end.
 RUN = [
     *TINY_RUN,
     "trainer.max_steps=6",
     "trainer.val_check_interval=2",
     "callbacks.checkpoint_every_n_steps=1",
-    "optim.learning_rate=1",
-    "optim.adamw_learning_rate=1",
-    "schedule.warmup_steps=0",
+    "optim=adamw",
+    "optim.learning_rate=3",
+    "schedule=wsd",
+    "schedule.decay_share=0.1",
+    "schedule.warmup_steps=2",
 ]
 
 
@@ -126,7 +128,8 @@ POINTS = int(os.environ.get("KILL_POINTS", "6"))
 
 @pytest.mark.slow
 def test_dead_at_a_file_operation(tmp_path, tmp_path_factory, shards, unbroken, monkeypatch):
-    original = json.loads(json.dumps(unbroken["metrics.json"]))["run_dir"]
+    assert "model_last/model.safetensors" in unbroken
+    original = unbroken["metrics.json"]["run_dir"]
     operations = die_at(monkeypatch, -1)
     train(compose("train", [f"run_dir={tmp_path / 'counted'}", f"data.dir={shards}", *RUN]))
     total = next(operations)

@@ -45,7 +45,7 @@ class Checkpoints(Callback):
         best_loss: lowest val/loss so far, in nats; inf before the first validation.
         best_step: the step it was measured at; None before the first validation.
         improved: whether the last validation was the best so far.
-        figures: what the last validation and the step before it measured.
+        figures: what the last validation and the last step measured.
     """
 
     def __init__(
@@ -145,13 +145,14 @@ class Checkpoints(Callback):
         self.improved = loss < self.best_loss
         if self.improved:
             self.best_loss, self.best_step = loss, trainer.global_step
-        self.figures = {
-            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(FIGURES)
-        }
         self.validated_step = trainer.global_step
         self._save(trainer)
         if self.improved and trainer.is_global_zero:
             link_checkpoint(self.folder / LAST, self.folder / BEST)
+
+    def _note_figures(self, trainer: L.Trainer) -> None:
+        metrics = trainer.callback_metrics
+        self.figures |= {name: float(metrics[name]) for name in metrics if name.startswith(FIGURES)}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what was reached when the data can no longer be read; the weights are those of the last step."""
@@ -168,6 +169,7 @@ class Checkpoints(Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         """Write last.ckpt; every rank calls it."""
+        self._note_figures(trainer)  # of the last step: a resumed run whose steps are done has no others
         if trainer.training and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # The row of this step comes now: Lightning writes it (again, to no effect) after the callbacks.
             metrics = trainer.logged_metrics

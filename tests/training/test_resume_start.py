@@ -1,0 +1,252 @@
+"""What a run goes on from: its config as plain data, a whole checkpoint, the same data and the same network."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+import yaml
+
+from bitnet_lit.cli import compose
+from bitnet_lit.config import EvaluateConfig, PrepareConfig
+from bitnet_lit.data.prepare import prepare
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.evaluation import evaluate
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.checkpoint_file import read_checkpoint
+from bitnet_lit.training.resume import read_start, resume_config, save_config
+from bitnet_lit.training.run import train
+from tests.support import TINY_RUN
+
+# The last validation is not the best one.
+WORSE = [
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "optim=adamw",
+    "optim.learning_rate=3",
+    "schedule=wsd",
+    "schedule.decay_share=0.1",
+    "schedule.warmup_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, shards):
+    """A finished run, and the shards that it has to itself."""
+    root = tmp_path_factory.mktemp("made")
+    shutil.copytree(shards, root / "data")
+    train(compose("train", [f"run_dir={root}/run", f"data.dir={root}/data", *TINY_RUN, *WORSE]))
+    return root
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it, to break."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+LONGER = ["trainer.max_steps=5", "schedule.total_steps=5"]
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(raw)
+
+
+def test_a_damaged_last_checkpoint_offers_the_best_one(run):
+    best = run / "checkpoints" / "best.ckpt"
+    flip(run / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=f"last.ckpt: damaged.*best.ckpt is whole.*step 2: resume={best}"):
+        train(resume_config(str(run), LONGER))
+    (run / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(UserError, match=f"last.ckpt: no such file.*resume={best}"):
+        train(resume_config(str(run), LONGER))
+    metrics = train(resume_config(str(best)))
+    assert metrics["steps"] == 4 and metrics["run_dir"] == str(run)
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    steps = [line.split(",")[0] for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == ["1", "2", "2", "3", "4", "4"]
+    flip(best)
+    flip(run / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match="best.ckpt cannot be read either"):
+        read_start(str(run))
+
+
+def test_what_the_best_model_was_is_exported_again(run):
+    expected = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "model_last")
+    (run / "metrics.json").unlink()
+    metrics = train(resume_config(str(run)))
+    assert {path.name: path.read_bytes() for path in (run / "model").iterdir()} == expected
+    assert (run / "model_last" / "model.safetensors").exists() and metrics["val/loss"] > metrics["val/best_loss"]
+    with pytest.raises(UserError, match="complete at step 4"):
+        train(resume_config(str(run)))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.hidden_size=64", "model.hidden_size was 32 when the run began, and is 64 now"),
+        ("model.rope_theta=500", "model.rope_theta was"),
+        ("quant.activation_bits=4", "quant.activation_bits was 8"),
+        ("seed=7", "seed was 1"),
+        ("data.sequence_length=16", "data.sequence_length was 32"),
+    ],
+)
+def test_another_network_or_order_is_refused(run, override, named):
+    with pytest.raises(UserError, match=f"resume={run}: {named}.*init_from={run}"):
+        train(resume_config(str(run), [override, *LONGER]))
+
+
+def test_other_data_is_refused(run, made, tmp_path):
+    other = tmp_path / "other"
+    prepare(PrepareConfig(source="demo", out=str(other), num_stories=300, vocab_size=512, num_workers=1, seed=5))
+    with pytest.raises(UserError, match=r"the tokenizer in data.dir is not the one that the run began with"):
+        train(resume_config(str(run), [f"data.dir={other}", *LONGER]))
+    changed = tmp_path / "changed"
+    shutil.copytree(made / "data", changed)
+    shard = changed / "data01.bin"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-2] + raw[:2])
+    with pytest.raises(UserError, match=r"the shard data01.bin in data.dir is not the one"):
+        train(resume_config(str(run), [f"data.dir={changed}", *LONGER]))
+    moved = tmp_path / "moved"
+    shutil.copytree(made / "data", moved)
+    assert train(resume_config(str(run), [f"data.dir={moved}", *LONGER]))["steps"] == 5
+
+
+def test_a_checkpoint_of_another_size_is_refused(run):
+    config = (run / "config.yaml").read_text()
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (run / "checkpoints" / "last.ckpt").unlink()
+    del checkpoint["callbacks"]["Checkpoints"]["identity"], checkpoint["sealed"]
+    torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+    (run / "config.yaml").write_text(config.replace("intermediate_size: 64", "intermediate_size: 128"))
+    with pytest.raises(UserError, match=r"last.ckpt: does not fit .*\(64, 32\) there, and \(128, 32\)"):
+        train(resume_config(str(run), LONGER))
+
+
+def test_a_run_of_an_earlier_version_goes_on(run):
+    """Its checkpoints say nothing but the best loss, and its model folder where the data lay."""
+    for name in ("last.ckpt", "best.ckpt"):
+        checkpoint = torch.load(run / "checkpoints" / name, weights_only=True)
+        state = checkpoint["callbacks"]
+        checkpoint["callbacks"] = {"Checkpoints": {"best_loss": state["Checkpoints"]["best_loss"]}}
+        del checkpoint["sealed"]
+        (run / "checkpoints" / name).unlink()
+        torch.save(checkpoint, run / "checkpoints" / name)
+    with pytest.raises(UserError, match="complete at step 4"):
+        train(resume_config(str(run)))
+    assert train(resume_config(str(run), LONGER))["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it holds no keys and values"),
+        ("- 1\n", "it holds no keys and values"),
+        ("seed: [1\n", "damaged"),
+        ("optim: !!python/object/apply:os.system [id]\n", "damaged"),
+        ("optim: !mine {}\n", "damaged"),
+        ("a: &a [x]\nb: *a\n", r"aliases \(\*name\) are not allowed"),
+        ("[" * 10000, "damaged"),
+        ("seed: 1\n", "optim.name is None"),
+        ("optim: {name: sgd}\n", "optim.name is 'sgd'"),
+        ("optim: {name: muon}\nnonsense: 1\n", "nonsense"),
+        ("optim: {name: muon}\nseed: x\n", "seed"),
+        ("optim: {name: muon}\nmodel: 7\n", "ModelConfig"),
+        ("\x00\xff", "damaged"),
+    ],
+)
+def test_a_damaged_config_is_one_line(run, text, message):
+    (run / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message) as error:
+        train(resume_config(str(run)))
+    assert "\n" not in str(error.value)
+
+
+def test_values_of_a_config_are_plain_text(run, monkeypatch):
+    """A foreign folder's config asks for the environment: it gets its own words back."""
+    monkeypatch.setenv("SECRET", "swordfish")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    prompts = ["costs ${5}", "${oc.env:SECRET}", "???", "a: b #c", "1e5", "true", "é ☃ \\${x}", "two\nlines "]
+    saved["logger"]["wandb_project"] = "${oc.env:SECRET}"
+    saved["callbacks"]["sample_prompts"] = prompts
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    config = resume_config(str(run), ["callbacks.sample_max_new_tokens=7"])
+    assert config.callbacks.sample_prompts == prompts
+    assert config.logger.wandb_project == "${oc.env:SECRET}"
+    save_config(config, run)
+    assert "swordfish" not in (run / "config.yaml").read_text()
+    again = resume_config(str(run))
+    assert asdict(again) == asdict(config)
+
+
+def test_a_saved_config_says_the_same_wherever_it_is_resumed_from(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    config = resume_config("run")
+    save_config(config, tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == (made / "run" / "config.yaml").read_bytes()
+    assert config.resume == "run"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda raw: b"garbage\n" + raw, "its first column is not step"),
+        (lambda raw: raw.replace(b"\r\n2,", b"\r\nx,", 1), "line 3 is no row"),
+        (lambda raw: raw.replace(b"\r\n2,", b"\r\n2,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1", 1), "line 3 is no row"),
+        (lambda raw: b"\xff\xfe" + raw, "damaged"),
+        (lambda raw: b"step\n\0\n", "damaged"),
+    ],
+)
+def test_a_damaged_metrics_csv_is_one_line(run, damage, message):
+    path = run / "metrics.csv"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"metrics.csv: .*{message}"):
+        train(resume_config(str(run), LONGER))
+
+
+def test_half_a_last_row_is_mended(run):
+    path = run / "metrics.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"5,1.25")
+    train(resume_config(str(run), LONGER))
+    assert path.read_bytes().startswith(whole)
+
+
+def test_a_stop_where_a_validation_is_due_is_made_up_for(tmp_path, made, monkeypatch):
+    """Asked to stop in the step before a validation, and in the last step: the resumed run validates first."""
+    for step in (2, 4):
+        original = Checkpoints.on_train_batch_end
+
+        def on_train_batch_end(self, trainer, *arguments, step=step, original=original):
+            if trainer.global_step == step:
+                self.signals.number = 15
+            original(self, trainer, *arguments)
+
+        folder = tmp_path / str(step)
+        monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
+        with pytest.raises(RuntimeError, match=rf"SIGTERM at step {step} of 4: saved; go on with .*resume={folder}"):
+            train(compose("train", [f"run_dir={folder}", f"data.dir={made}/data", *TINY_RUN, *WORSE]))
+        monkeypatch.undo()
+        train(resume_config(str(folder)))
+        whole, resumed = (json.loads((run / "metrics.json").read_text()) for run in (made / "run", folder))
+        for key in ("val/loss", "val/best_loss", "train/loss", "ternary/flip_rate", "steps"):
+            assert whole[key] == resumed[key], key
+        for name in ("ternary_health.csv", "samples.txt"):
+            assert (folder / name).read_bytes() == (made / "run" / name).read_bytes()
+
+
+def test_no_path_of_this_machine_in_a_model_folder(made):
+    for folder in ("model", "model_last"):
+        text = (made / "run" / folder / "config.json").read_text()
+        assert str(made) not in text and "data_dir" not in text
+    assert yaml.safe_load((made / "run" / "config.yaml").read_text())["data"]["dir"] == str(made / "data")
+    result = evaluate(EvaluateConfig(checkpoint=str(made / "run"), accelerator="cpu"))
+    assert result["data_dir"] == str(made / "data")
