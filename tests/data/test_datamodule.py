@@ -20,7 +20,6 @@ def batches(shards, count, *, world_size=1, batch_size=8, num_workers=0, resumed
             world_size=world_size,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             global_step=0,
-            max_steps=10,
             should_stop=stop,
         )
         if resumed:
@@ -54,13 +53,11 @@ def test_validation_covers_every_sequence_once_over_ranks(shards):
             global_rank=rank,
             world_size=3,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            global_step=10,
-            max_steps=10,
-            should_stop=False,
+            should_stop=True,  # at its end
         )
         loader = list(module.val_dataloader())
         assert len(loader) == -(-split.num_sequences // 15)  # the same for every rank
         seen += [ids[:valid] for ids, valid in loader]
-        module.trainer.global_step = 5
+        module.trainer.should_stop = False
         assert len(list(module.val_dataloader())) == 2  # inside the run: the limit
     assert sum(len(ids) for ids in seen) == split.num_sequences

@@ -180,10 +180,10 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         check_targets(config.export.targets, config.model, config.quant)
     shards = _open_data(config)
     tokenizer = open_tokenizer(shards.tokenizer_path) if shards.tokenizer_path else None
-    length = _sequence_length(config)
     if start is not None:
-        start.check_identity(run_identity(config, shards, tokenizer, length))
-    model = initial_model(config, shards)
+        start.check_identity(run_identity(config, shards, tokenizer, _sequence_length(config)))
+    model = initial_model(config, shards)  # fills in the sizes
+    length = _sequence_length(config)
     plan = make_plan(config, length, shards.train(length).num_sequences)
     max_time = time_limit(config.trainer.max_time)
     if start is not None:
