@@ -4,6 +4,7 @@ import json
 import multiprocessing.spawn
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -38,14 +39,17 @@ def test_a_script_without_a_guard_prepares_on_several_processes(tmp_path, way):
     assert result.stdout == "started\n3 shards\n"
 
 
-def test_the_script_is_hidden_in_the_block_alone():
+@pytest.mark.parametrize("started", [{"__file__": "script.py", "__spec__": None}, {"__spec__": None}])
+def test_the_script_is_hidden_in_the_block_alone(monkeypatch, started):
     def told():
         return {key for key in multiprocessing.spawn.get_preparation_data("a process") if key.startswith("init_main")}
 
-    main = sys.modules["__main__"]
-    before = main.__dict__.copy()
-    assert told()
+    main = types.ModuleType("__main__")
+    vars(main).update(started)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    before = dict(vars(main))
+    assert bool(told()) == ("__file__" in started)
     with pytest.raises(KeyError), without_main_script():
         assert not told()
         raise KeyError
-    assert main.__dict__ == before and told()
+    assert vars(main) == before

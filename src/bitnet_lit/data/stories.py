@@ -133,6 +133,8 @@ def _content(segment: Segment) -> str:
 
 
 def _json_texts(segment: Segment, content: str) -> Iterator[str]:
+    # Not through `foreign_json`: of a file of millions of records two things matter, and each is checked here. Half of
+    # a character pair is no error in a story, it becomes U+FFFD.
     path = segment.path
     try:
         records = json.loads(content)
