@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 import bitnet_lit
 from bitnet_lit.artifacts.save import save_model_folder
@@ -81,7 +82,7 @@ def in_a_fork(does):
     child = os.fork()
     if not child:
         try:
-            signal.alarm(120)
+            signal.alarm(60)
             os.write(writer, repr(does()).encode())
         finally:
             os._exit(0)
@@ -103,6 +104,23 @@ def test_a_model_works_after_a_fork(folder, engine):
     first = next(stream)
     rest = in_a_fork(lambda: "".join(stream))
     assert rest == repr("".join(stream)) and first + eval(rest) == "".join(model.stream("Lily", seed=1, **OPTIONS))
+
+
+def test_torch_works_in_a_child_whose_parent_divided_loops(tmp_path, tokenizer):
+    """OpenMP's threads are the parent's alone; a child that waits for them waits for ever."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 128}  # loops worth dividing
+    save_model_folder(tmp_path / "model", tiny_model(**sizes), QuantConfig(), tokenizer)
+    ids = torch.randint(0, 512, (1, 100), generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(2)
+    try:
+        model = loaded(tmp_path / "model", "torch")
+        expected = model.logits(ids).argmax(-1).tolist()
+        assert in_a_fork(lambda: model.logits(ids).argmax(-1).tolist()) == repr(expected)
+        assert in_a_fork(lambda: loaded(tmp_path / "model", "torch").logits(ids).argmax(-1).tolist()) == repr(expected)
+        said = model.generate("Lily went home " * 5, seed=1, **OPTIONS)
+        assert in_a_fork(lambda: model.generate("Lily went home " * 5, seed=1, **OPTIONS)) == repr(said)
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

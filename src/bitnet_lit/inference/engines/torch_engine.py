@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import threading
 from collections.abc import Sequence
 
@@ -41,7 +40,6 @@ class TorchEngine:
         # each step sets the mode and sets it back.
         self._shared = not pack
         self._lock = threading.Lock()
-        self._process = os.getpid()
 
     def new_cache(self) -> KVCache:
         """An empty past."""
@@ -55,10 +53,6 @@ class TorchEngine:
             UserError: a token or a position that the model does not have.
         """
         check_step(ids, [cache.length for cache in caches], self.model.lm_head.out_features, self.max_length)
-        if os.getpid() != self._process:
-            # OpenMP's threads do not survive a fork, and a step would wait for them for ever.
-            torch.set_num_threads(1)
-            self._process, self._lock = os.getpid(), threading.Lock()
         with self._lock if self._shared else contextlib.nullcontext():
             training = self.model.training
             if training:
