@@ -4,7 +4,9 @@ import json
 import multiprocessing.spawn
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -53,3 +55,17 @@ def test_the_script_is_hidden_in_the_block_alone(monkeypatch, started):
         assert not told()
         raise KeyError
     assert vars(main) == before
+
+
+def test_threads_that_hide_it_at_once_leave_it_as_it_was(monkeypatch):
+    main = types.ModuleType("__main__")
+    main.__file__ = "script.py"
+    monkeypatch.setitem(sys.modules, "__main__", main)
+
+    def hide(_):
+        with without_main_script():
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hide, range(16)))
+    assert main.__file__ == "script.py"

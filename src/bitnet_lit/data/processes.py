@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
+
+_HIDING = threading.RLock()  # of two threads, one would note what the other has hidden
 
 
 @contextlib.contextmanager
@@ -22,15 +25,16 @@ def without_main_script() -> Iterator[None]:
 
     What is sent to them (functions, classes of arguments) must not be defined in it.
     """
-    main = sys.modules["__main__"]
-    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
-    try:
-        main.__spec__ = None
-        main.__file__ = None
-        yield
-    finally:
-        for name in ("__file__", "__spec__"):
-            if name in hidden:
-                setattr(main, name, hidden[name])
-            else:
-                delattr(main, name)
+    with _HIDING:
+        main = sys.modules["__main__"]
+        hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+        try:
+            main.__spec__ = None
+            main.__file__ = None
+            yield
+        finally:
+            for name in ("__file__", "__spec__"):
+                if name in hidden:
+                    setattr(main, name, hidden[name])
+                else:
+                    delattr(main, name)
