@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test faults lint format clean
+.PHONY: help install demo test faults fuzz lint format clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: install lint ## Lint, types and the whole test suite
 
 faults: install ## Kill a run, prepare and each export at every file operation, fail the disk at each (most of an hour)
 	FAULTS=all $(BIN)/pytest tests/faults/test_kills.py
+
+fuzz: install ## Damage files and command lines for an hour, on all cores (FUZZ_SECONDS=..., FUZZ_SEED=... for others)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(BIN)/pytest tests/fuzz
 
 lint: install ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -77,15 +77,15 @@ class ForkServer:
     """The server, from the side of the test that asks.
 
     Args:
-        preload: a library to load before all others.
+        preload: libraries to load before all others.
         environment: variables to set in it.
     """
 
-    def __init__(self, preload: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, preload: Sequence[Path] = (), environment: Mapping[str, str] | None = None) -> None:
         # One thread a child: forked threads do not exist, and two test workers share the cores as it is.
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0", **(environment or {})}
-        if preload is not None:
-            variables["LD_PRELOAD"] = str(preload)
+        if preload:
+            variables["LD_PRELOAD"] = ":".join(map(str, preload))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
             cwd=REPOSITORY,

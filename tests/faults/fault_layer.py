@@ -101,7 +101,7 @@ class Faults:
             check=True,
         )
         self._log = build / "operations.log"
-        self.server = ForkServer(library)
+        self.server = ForkServer([library])
 
     def run(
         self, fault: Fault, watched: Path, target: Callable[..., None], *arguments: Any, **options: Any
@@ -112,6 +112,7 @@ class Faults:
         arm = ("fault_layer_arm", str(watched), str(self._log), *what)
         result = self.server.run(target, *arguments, before=arm, **options)
         found = []
+        assert self._log.exists(), f"it died before it was armed: {result}"
         for line in self._log.read_text(encoding="utf-8").splitlines():
             number, name, paths = line.split(" ", 2)
             path, _, source = paths.partition(" < ")
