@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.inference.engines.cpu.engine import NativeModel
 from bitnet_lit.inference.engines.cpu.weights import Arena, Weights, pack
 from tests.inference.test_cpu_engine import needs_compiler
+from tests.parity.test_imports import llama2c_weights, write_pt
 from tests.support import run_door, tiny_model
 
 NAME = "model.layers.1.mlp.gate_proj.weight"
@@ -141,3 +143,18 @@ def test_infer_needs_no_torch(tmp_path, tokenizer, quant):
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.rstrip("\n").split("\n---\n")
     assert first.startswith("Once upon a time") and first != second and result.stderr == ""
+
+
+def test_a_file_that_begins_its_numbers_anywhere_is_read_aligned(tmp_path):
+    """Another program's archive pads nothing; reading float32 at an odd address is undefined in C++."""
+    write_pt(tmp_path / "padded.pt", *llama2c_weights(2, tied=False))
+    with zipfile.ZipFile(tmp_path / "padded.pt") as padded, zipfile.ZipFile(tmp_path / "plain.pt", "w") as plain:
+        for name in padded.namelist():
+            plain.writestr(name, padded.read(name))
+    source, expected = open_source(tmp_path / "plain.pt"), open_source(tmp_path / "padded.pt")
+    norms = [name for name in source.tensors if name.endswith("norm.weight")]
+    assert any(source.array(name).ctypes.data % 4 for name in source.tensors), "the archive is aligned by chance"
+    weights = Weights(source)
+    assert all(weights._dense(name).ctypes.data % 4 == 0 for name in source.tensors)
+    assert all(weights.vector(name) % 4 == 0 for name in norms)
+    assert all(np.array_equal(weights._dense(name), expected.array(name)) for name in source.tensors)

@@ -46,6 +46,11 @@ class Arena:
         return array.reshape(shape)
 
 
+def _aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, or a copy of one that its file begins at an address where C++ has no such number."""
+    return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
+
+
 def _addresses(array: NDArray[Any]) -> tuple[int | None, int | None]:
     """Where a dense matrix lies, as (float32, bfloat16) pointers, one of them None."""
     return (None, array.ctypes.data) if array.dtype == np.uint16 else (array.ctypes.data, None)
@@ -101,7 +106,7 @@ class Weights:
     def _dense(self, name: str) -> NDArray[Any]:
         """float32 or bfloat16 bits (O, I), mapped where the file can be."""
         mapped = self.source.reader.mapped(name)
-        return self.source.array(name) if mapped is None or mapped.dtype == np.uint8 else mapped
+        return _aligned(self.source.array(name) if mapped is None or mapped.dtype == np.uint8 else mapped)
 
     def _finite(self, name: str) -> NDArray[Any]:
         """`_dense`, checked for numbers that are none; of latent weights their sums tell."""
@@ -113,7 +118,7 @@ class Weights:
 
     def vector(self, name: str) -> int | None:
         """The address of a float32 vector; None where the network has none of that name."""
-        return self._keep(self.source.array(name)).ctypes.data if name in self.source.tensors else None
+        return self._keep(_aligned(self.source.array(name))).ctypes.data if name in self.source.tensors else None
 
     def table(self, name: str) -> native.Matrix:
         """A dense matrix of which a step reads some rows: left in the file."""
