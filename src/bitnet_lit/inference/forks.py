@@ -13,7 +13,7 @@ import sys
 
 def _in_child() -> None:
     torch = sys.modules.get("torch")
-    if hasattr(torch, "set_num_threads"):  # neither absent nor half imported
+    if torch and hasattr(torch, "set_num_threads"):  # neither absent nor half imported
         torch.set_num_threads(1)
 
 
