@@ -17,7 +17,7 @@ from bitnet_lit.artifacts.verify import ERROR_BOUNDS
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, Sign
 
-DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
+DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int8]
 NAMES = st.text("abz.019_", min_size=1, max_size=12)
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 

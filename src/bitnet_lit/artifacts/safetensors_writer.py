@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LazyTensor:
 def write_safetensors(path: Path, tensors: Iterable[LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write `tensors` to `path`, each read, written and forgotten; `metadata` stands beside them in the header."""
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
-    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, DTYPES[tensor.dtype], tensor.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for tensor in ordered:

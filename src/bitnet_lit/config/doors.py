@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitnet_lit.config.checks import one_of, positive
 from bitnet_lit.errors import UserError
+from bitnet_lit.quant.scheme import imported_scheme
 
 
 @dataclass
@@ -50,6 +52,16 @@ class PrepareConfig:
         return Path("data") / (source.resolve() if source.name in ("", "..") else source).stem
 
 
+def import_schemes(targets: Sequence[str]) -> None:
+    """Make the schemes known that a user names for the model to be opened.
+
+    Raises:
+        UserError: one that cannot be imported, or is no scheme.
+    """
+    for target in targets:
+        imported_scheme(target, f"schemes=[{target}]")
+
+
 @dataclass
 class InferConfig:
     """`python -m bitnet_lit.infer`: a model folder tells a story."""
@@ -61,6 +73,9 @@ class InferConfig:
     checkpoint: str | None = None
     """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
     newest run below outputs/."""
+    schemes: list[str] = field(default_factory=list)
+    """Quantization schemes of one's own that the model may name, <module>.<class>. What a folder names is never
+    imported by itself."""
     tokenizer: str | None = None
     """Of a checkpoint that comes without one: a SentencePiece model or a tokenizer.json."""
     max_new_tokens: int = 256
@@ -100,6 +115,7 @@ class InferConfig:
     """Of the cpu engine: keys and values as half (float16), as float, or as int8 with a scale each."""
 
     def __post_init__(self) -> None:
+        import_schemes(self.schemes)
         positive(
             "infer",
             max_new_tokens=self.max_new_tokens,
@@ -128,6 +144,9 @@ class EvaluateConfig:
     checkpoint: str | None = None
     """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
     newest run below outputs/."""
+    schemes: list[str] = field(default_factory=list)
+    """Quantization schemes of one's own that the model may name, <module>.<class>. What a folder names is never
+    imported by itself."""
     data_dir: str | None = None
     """Shards to evaluate on. null: those the model was trained on."""
     batch_size: int = 32
@@ -138,6 +157,7 @@ class EvaluateConfig:
     """auto, cpu, gpu or mps."""
 
     def __post_init__(self) -> None:
+        import_schemes(self.schemes)
         positive("evaluate", batch_size=self.batch_size, sequence_length=self.sequence_length)
         one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
 
@@ -149,6 +169,9 @@ class ExportConfig:
     checkpoint: str | None = None
     """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
     newest run below outputs/."""
+    schemes: list[str] = field(default_factory=list)
+    """Quantization schemes of one's own that the model may name, <module>.<class>. What a folder names is never
+    imported by itself."""
     format: str = "packed"
     """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp) or llama2c (run.c)."""
     out: str | None = None
@@ -165,6 +188,7 @@ class ExportConfig:
     """Upload a folder with a model card to this repository of the Hugging Face hub (owner/name)."""
 
     def __post_init__(self) -> None:
+        import_schemes(self.schemes)
         one_of("format", self.format, ("latent", "packed", "gguf", "llama2c"))
         one_of("type", self.type, ("tq2_0", "tq1_0", "f16"))
         one_of("embeddings", self.embeddings, ("q8_0", "q6_k", "f16"))

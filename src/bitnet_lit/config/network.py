@@ -141,7 +141,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self._target_ is not None:
-            self.name = imported_scheme(self._target_).name
+            self.name = imported_scheme(self._target_, f"quant._target_={self._target_}").name
         self.describe()  # makes the scheme, which checks its values
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
         if self.lambda_warmup_steps < 0:

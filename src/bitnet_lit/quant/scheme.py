@@ -276,14 +276,18 @@ def scheme_class(name: str) -> type[Scheme]:
     if name not in _registered:
         known = ", ".join(dict.fromkeys([*_registered, *_installed()]))
         raise UserError(
-            f"quant.name={name}: must be one of {known}; a scheme of your own is given as "
-            "quant._target_=<module>.<class>, or registered with bitnet_lit.quant.register"
+            f"quant.name={name}: must be one of {known}; name the class of your own scheme: "
+            "quant._target_=<module>.<class> to train, schemes=[<module>.<class>] to open a model, "
+            "bitnet_lit.quant.register in Python"
         )
     return _registered[name]
 
 
-def imported_scheme(target: str) -> type[Scheme]:
+def imported_scheme(target: str, given: str) -> type[Scheme]:
     """Import and register the class that a user names, <module>.<class>.
+
+    Args:
+        given: how it was named, for the error.
 
     Raises:
         UserError: no such module or class, or one that is no scheme.
@@ -292,7 +296,7 @@ def imported_scheme(target: str) -> type[Scheme]:
         found = resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"quant._target_={target}: cannot be imported ({type(error).__name__}: {error}): give <module>.<class> of "
+            f"{given}: cannot be imported ({type(error).__name__}: {error}): give <module>.<class> of "
             "a module in this folder, on PYTHONPATH, or of an installed package"
         ) from None
     return register(found)

@@ -1,0 +1,243 @@
+"""The scheme as an object: what it says of itself, how it is found again, and that nobody goes by its name."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.model.accounting import account
+from bitnet_lit.quant import BitLinear, PackedBitLinear, Scheme, convert_linears, pack_linears, register, scheme_named
+from bitnet_lit.quant.bit_linear import bit_linear_reference
+from bitnet_lit.quant.scheme import B1, B158, B158Group, B158Row, Dense, is_skipped
+from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, PerTensor, Sign, spread_scale
+from tests.quant.toy_schemes import Centered, CenteredLinear, Quinary, Threshold
+from tests.support import REPOSITORY, tiny_config
+
+OURS = [B158(), B158("absmedian", 4), B158Row(), B158Row("absmedian"), B158Group(group_size=8), B1(), Dense()]
+TOYS = [Threshold(), Threshold(factor=0.5), Quinary(), Centered()]
+
+
+@pytest.fixture(autouse=True)
+def toys_are_known():
+    for cls in (Threshold, Quinary, Centered):
+        register(cls)
+
+
+@pytest.mark.parametrize("scheme", OURS + TOYS, ids=str)
+def test_a_description_is_plain_data_and_gives_the_scheme_back(scheme):
+    described = scheme.describe()
+    assert all(type(value) in (str, int, float, bool) for value in described.values())
+    name = described.pop("name")
+    assert scheme_named(name, described) == scheme
+    config = QuantConfig.described({"name": name, **described, "skip": ["lm_head", "o_proj"]})
+    assert config.scheme == scheme and config.skip == ["lm_head", "o_proj"]
+    assert QuantConfig.described(config.describe()) == config
+
+
+def test_what_the_first_version_saved_is_read():
+    """Warm-up and all, and every key for every scheme, whether it has the setting or not."""
+    for name, scheme in (("b158", B158()), ("b1", B1()), ("none", Dense())):
+        saved = {"name": name, "weight_scale": "absmean", "activation_bits": 8, "lambda_warmup_steps": 7}
+        config = QuantConfig.described({**saved, "lambda_warmup_shape": "cosine", "skip": ["lm_head"]})
+        assert config == QuantConfig(name=name) and config.scheme == scheme
+    saved = {"name": "b158", "weight_scale": "absmedian", "activation_bits": 4, "skip": []}
+    assert QuantConfig.described(saved).scheme == B158("absmedian", 4)
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ({"name": "nobody.knows"}, "quant.name=nobody.knows: must be one of b158"),
+        ({"name": "b158", "group_size": 64}, "quant=b158: has no setting group_size"),
+        ({"name": "b158", "_target_": "os.system"}, "quant=b158: has no setting _target_"),
+        ({"name": "b1", "weight_scale": "absmedian"}, "quant=b1: has no setting weight_scale"),
+        ({"name": "b158", "weight_scale": "mean"}, "quant.weight_scale=mean: must be one of absmean, absmedian"),
+        ({"name": "b158", "activation_bits": True}, "activation_bits=True must be of type int"),
+        ({"name": "b158", "activation_bits": 9}, "must lie in 2..8"),
+        ({"name": "b158_group", "group_size": 64.0}, "group_size=64.0 must be of type int"),
+        ({"name": "b158_group", "group_size": 1}, "group_size=1: must be 2 or more"),
+        ({"name": "threshold", "factor": float("nan")}, "factor=nan must be of type float"),
+        ({"name": "b158", "skip": "lm_head"}, "skip='lm_head': must be a list of names"),
+    ],
+    ids=str,
+)
+def test_a_description_that_does_not_fit_is_one_line(saved, says):
+    with pytest.raises(UserError) as error:
+        QuantConfig.described({"skip": [], **saved})
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_of_ones_own_is_named_by_its_user_alone():
+    config = QuantConfig(_target_="tests.quant.toy_schemes.Threshold", settings={"factor": 0.5})
+    assert config.name == "threshold" and config.scheme.factor == 0.5 and "_target_" not in config.describe()
+    for target, says in (
+        ("no_such_module.Scheme", "cannot be imported"),
+        ("tests.quant.toy_schemes.Nothing", "cannot be imported"),
+        ("pathlib.Path", "is no quantization scheme"),
+        ("bitnet_lit.quant.scheme.register", "is no quantization scheme"),
+    ):
+        with pytest.raises(UserError, match=says):
+            QuantConfig(_target_=target)
+    with pytest.raises(UserError, match="activation_bits.*has a key of its own"):
+        QuantConfig(settings={"activation_bits": 4})
+
+
+def test_one_name_one_class():
+    @dataclass(frozen=True)
+    class Another(Scheme):
+        name = "b158"
+        title = "not it"
+
+        @property
+        def weights(self):
+            return AbsMean()
+
+    with pytest.raises(UserError, match=r"b158: bitnet_lit.quant.scheme.B158 has this name"):
+        register(Another)
+    assert type(scheme_named("b158")) is B158
+
+
+def test_bits_levels_and_scales():
+    said = {
+        scheme: (scheme.levels, scheme.granularity, scheme.is_ternary, scheme.bits_per_weight(64, 256))
+        for scheme in OURS
+    }
+    log3 = 1.584962500721156
+    assert said[B158()] == ((-1, 0, 1), PerTensor(), True, log3 + 32 / (64 * 256))
+    assert said[B158Row()] == ((-1, 0, 1), PerRow(), True, log3 + 32 / 256)
+    assert said[B158Group(group_size=8)] == ((-1, 0, 1), PerGroup(8), True, log3 + 32 / 8)
+    assert said[B1()] == ((-1, 1), PerTensor(), True, 1 + 32 / (64 * 256))
+    assert said[Dense()] == ((), PerTensor(), False, 32.0)
+    assert not Quinary().is_ternary and not Centered().is_plain and Threshold().is_plain
+
+
+@pytest.mark.parametrize("scheme", OURS + TOYS, ids=str)
+def test_a_model_of_any_scheme_is_counted(scheme):
+    config = tiny_config()  # hidden 32, feed-forward 64, two layers
+    quant = QuantConfig.described({**scheme.describe(), "skip": ["lm_head"]})
+    shapes = [(32, 32)] * 4 + [(64, 32)] * 2 + [(32, 64)]
+    if scheme.quantizes:
+        scales = sum(torch.ones(scheme.weights.quantize(torch.randn(shape))[1].shape).numel() for shape in shapes)
+        expected = scheme.code_bits + 32 * scales / sum(rows * inputs for rows, inputs in shapes)
+    else:
+        expected = 32.0
+    assert account(config, quant).bits_per_weight == pytest.approx(expected, rel=1e-12)
+
+
+def test_groups_that_do_not_fill_a_row_are_one_line_and_change_nothing():
+    model = nn.ModuleDict({"a": nn.Linear(128, 8), "b": nn.Linear(96, 8)})
+    with pytest.raises(UserError, match=r"b: rows of 96 inputs do not divide into groups of 64.*skip=\['b'\]"):
+        convert_linears(model, B158Group(group_size=64))
+    assert type(model["a"]) is nn.Linear
+    assert convert_linears(model, B158Group(group_size=64), skip=["b"]) == ["a"]
+    with pytest.raises(UserError, match="do not divide into groups of 24"):
+        account(tiny_config(), QuantConfig(name="b158_group", settings={"group_size": 24}))
+
+
+@pytest.mark.parametrize("rule", [AbsMean, AbsMedian])
+def test_rows_and_groups_are_rounded_as_matrices_of_their_own(rule):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 32) * torch.rand(6, 1)
+    for granularity, parts in ((PerRow(), 1), (PerGroup(8), 4), (PerGroup(32), 1)):
+        codes, scale = rule(granularity).quantize(weight)
+        assert scale.shape == granularity.scale_shape(6, 32) == (6, parts)
+        for row in range(6):
+            for part, piece in enumerate(weight[row].split(32 // parts)):
+                own_codes, own_scale = rule().quantize(piece[None])
+                assert torch.equal(codes[row].split(32 // parts)[part], own_codes[0])
+                torch.testing.assert_close(scale[row, part], own_scale, rtol=2**-22, atol=0)  # sums in another order
+        spread = spread_scale(scale, 32).expand(6, 32)
+        assert torch.equal(spread, scale.repeat_interleave(32 // parts, 1))
+
+
+def test_statistics_are_of_rules_that_two_numbers_describe():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16)
+    for rule in (AbsMean(), AbsMedian(), Sign()):
+        scale, center = rule.statistics(weight)
+        assert scale == rule.quantize(weight)[1] and center == (weight.mean() if rule == Sign() else 0)
+    for rule in (AbsMean(PerRow()), AbsMedian(PerGroup(8)), Quinary().weights, Threshold().weights):
+        assert rule.statistics(weight) is None
+
+
+@pytest.mark.parametrize("scheme", [B158Row(), B158Group(group_size=16), B158(), Threshold(), Quinary()], ids=str)
+def test_trained_and_packed_layers_agree_bit_for_bit_gradients_included(scheme):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layer = BitLinear(48, 16, bias=True, quant=scheme)
+        packed = PackedBitLinear.from_bit_linear(layer)
+        results = []
+        for module in (layer, packed):
+            x = torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            y = module(x)
+            y.square().sum().backward()
+            results.append((y, x.grad))
+            with torch.no_grad():
+                assert torch.equal(module(x), y)
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.equal(ours, theirs)
+        assert packed.weight.dtype == (torch.uint8 if scheme.is_ternary else torch.int8)
+
+
+@pytest.mark.parametrize("scheme", [B158(), B158Row(), B158Group(group_size=16), Quinary(), Centered()], ids=str)
+def test_compiled_code_has_no_breaks(scheme):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 16, bias=False))
+    convert_linears(module, scheme)
+    x = torch.randn(4, 32)
+    expected = module(x)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert module[0].weight.grad.abs().sum() > 0
+
+
+def test_a_layer_of_ones_own_is_used_and_is_not_packed():
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16)), torch.randn(4, 32) + 3
+    assert convert_linears(module, Centered()) == ["0", "2"]
+    assert type(module[0]) is CenteredLinear
+    layer = module[0]
+    expected = bit_linear_reference(x - x.mean(-1, keepdim=True), layer.weight, layer.bias, B158())
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)  # scales before or after the product
+    assert pack_linears(module) == [] and type(module[0]) is CenteredLinear
+
+
+def test_skipped_names():
+    assert is_skipped("a.b.lm_head", ["lm_head"]) and is_skipped("a.b", ["a.b"])
+    assert not is_skipped("my_lm_head", ["lm_head"])
+
+
+def test_a_scheme_needs_no_torch():
+    """The native engine opens a model without it."""
+    code = "import sys, bitnet_lit.config as c; c.QuantConfig().scheme; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+NAME = r"""['"](b158\w*|b1|none)['"]"""
+COMPARISON = re.compile(
+    rf"quant\.name\s*[!=]=|scheme\.name\s*[!=]=|\bname\s*[!=]=\s*{NAME}|[!=]=\s*{NAME}|\bin\s*[(\[]\s*{NAME}"
+)
+
+
+def test_nobody_goes_by_a_schemes_name():
+    """Ask the scheme what it is; its name stands in its own file, in configs, and where one is made."""
+    sources = [path for path in Path(REPOSITORY, "src").rglob("*.py") if path.name != "scheme.py"]
+    assert len(sources) > 50
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()}"
+        for path in sources
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if COMPARISON.search(line)
+    ]
+    assert found == []
+    for line in ('if quant.name == "none":', 'x = name != "b1"', 'if q in ("b158", "b1"):'):
+        assert COMPARISON.search(line)
