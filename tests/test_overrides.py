@@ -1,9 +1,11 @@
 """What is typed behind `key=` arrives as typed: through Hydra's grammar, OmegaConf, and what is written of them."""
 
+import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from bitnet_lit.cli import SCHEMAS, compose, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import as_typed, quoted, readable, text_keys
+from bitnet_lit.plain_yaml import dump_yaml
 from tests.support import run_door
 
 # What people typed, and what Hydra or OmegaConf would read otherwise.
@@ -62,7 +65,7 @@ def read(override):
     record = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create([override]))))
     assert record == [override]
     config = to_object(cfg)
-    written = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    written = yaml.safe_load(dump_yaml(asdict(config)))
     assert (written["prompt"], written["stop"]) == (config.prompt, config.stop)
     return config
 
@@ -80,8 +83,9 @@ def test_any_text_arrives_as_typed(text):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(TEXTS, max_size=4))
 def test_any_list_of_texts_arrives(texts):
-    override = f"stop=[{','.join(map(quoted, texts))}]"
-    assert read(override).stop == texts
+    assert read(f"stop=[{','.join(map(quoted, texts))}]").stop == texts
+    (typed,) = as_typed(InferConfig, [f"stop={json.dumps(texts)}"])
+    assert read(typed).stop == texts
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -124,6 +128,8 @@ def test_every_text_key_of_every_door_takes_text():
         ("['Once, there', b, 1e5, true, null]", ["Once, there", "b", "1e5", "true", "null"]),
         ("[costs ${5}, x]", ["costs ${5}", "x"]),
         (r'["C:\Users"]', [r"C:\Users"]),  # no escape in YAML: Hydra's grammar reads it
+        ('["a\nb", c]', ["a\nb", "c"]),
+        (r'["\ud83d\ude42"]', ["\U0001f642"]),
         ("[END", ["[END"]),
         ("'[END]'", ["'[END]'"]),
     ],
@@ -188,6 +194,7 @@ def test_a_sweep_says_the_quoting_that_works():
         (["seed=???"], "give a value"),
         (["seed=${x}"], "seed: Interpolation key 'x' not found"),
         (["prompt='${x}'"], "prompt: Interpolation key 'x' not found"),
+        ([r'stop=["\ud83d"]'], "a list that cannot be read"),
         (["stop=[a, [b]]"], "a list that cannot be read"),
         (["prompt=\udcff"], "not a text in UTF-8"),
         (["--foo"], "unrecognized arguments: --foo"),

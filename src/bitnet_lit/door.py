@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, one_line
+from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, is_out_of_memory, one_line
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 
@@ -81,8 +81,10 @@ def _status_of(work: Callable[[], object]) -> int:
         return _fail(error, error.status)
     except (ParityError, ModelError) as error:
         return _fail(error, 1)
-    except MemoryError as error:
-        return _fail(f"out of memory: {error}" if str(error) else "out of memory", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory ({error}): take a smaller batch, context or model", 1)
     except OSError as error:
         output = _failed_output()
         if isinstance(output, BrokenPipeError):

@@ -60,6 +60,16 @@ def needs_extra(package: str, what: str) -> Iterator[None]:
         ) from None
 
 
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has ended: Python and numpy raise MemoryError, torch RuntimeErrors on every device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
 class ParityError(RuntimeError):
     """An exported artefact that is not the model it was written from; nothing is left of it. Status 1."""
 

@@ -19,6 +19,7 @@ rules.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -39,6 +40,7 @@ from omegaconf._utils import OmegaConfDumper, get_omega_conf_dumper
 
 from bitnet_lit.errors import UserError
 
+_LINE_END = re.compile("[\n\r\x85\u2028\u2029]")
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$-]*(?:\.[\w$-]+)*)=(.*)", re.DOTALL)
 
 
@@ -80,7 +82,7 @@ def _walk(schema: type, prefix: str) -> Iterator[tuple[str, TextKey]]:
 
 def _represent_text(dumper: OmegaConfDumper, text: str) -> yaml.ScalarNode:
     """A text in YAML. PyYAML writes Unicode's line ends as they are, and reads them as spaces: they need escapes."""
-    if any(sign in text for sign in "\x85\u2028\u2029"):
+    if _LINE_END.search(text):
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
     return OmegaConfDumper.str_representer(dumper, text)
 
@@ -128,14 +130,16 @@ def _texts(key: str, value: str) -> list[str] | None:
     """
     if not (value.startswith("[") and value.endswith("]")):
         return None
-    try:
-        texts = yaml.load(value, yaml.BaseLoader)  # which reads every scalar as text
-    except yaml.YAMLError:
-        override = _parse(f"key={value}")
-        texts = None if override is None else override.value()
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{key}={value}: a list that cannot be read: put its texts in quotes: {key}=['...', '...']")
-    return texts
+    texts: Any = None
+    with contextlib.suppress(yaml.YAMLError):
+        if not _LINE_END.search(value):  # which YAML would fold into spaces
+            texts = yaml.load(value, yaml.BaseLoader)  # which reads every scalar as text
+    if texts is None and (override := _parse(f"key={value}")) is not None:
+        texts = override.value()
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        with contextlib.suppress(UnicodeDecodeError):  # JSON's two escapes for one sign become one
+            return [text.encode("utf-16", "surrogatepass").decode("utf-16") for text in texts]
+    raise UserError(f"{key}={value}: a list that cannot be read: put its texts in quotes: {key}=['...', '...']")
 
 
 def _spelled(key: str, value: str, text: TextKey) -> str:

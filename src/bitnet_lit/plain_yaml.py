@@ -34,7 +34,10 @@ class _PlainDumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Text in quotes where YAML 1.2 (and OmegaConf) would read a number, as in 1e3, or a reference."""
+    """Text in quotes where YAML 1.2 (and OmegaConf) would read a number, as in 1e3, or a reference, and with escapes
+    where YAML would read Unicode's line ends as spaces."""
+    if any(sign in text for sign in "\x85\u2028\u2029"):
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
     try:
         float(text)
     except ValueError:

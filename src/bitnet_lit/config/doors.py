@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from bitnet_lit.config.checks import one_of, positive
+from bitnet_lit.config.checks import COUNT, SIZE, Checked, Range, one_of
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.scheme import imported_scheme
 
+ANY_SEED = Range(-(2**64), 2**64)
+
+# What a sampler can compute with: temperatures and penalties are used as float32, in which less would be zero and more
+# infinite.
+SAMPLING = {
+    "temperature": Range(1e-30, 1e30, also=(0,), must="be 0 (greedy) or 1e-30 to 1e+30"),
+    "top_k": COUNT,
+    "top_p": Range(0, 1, open_left=True),
+    "min_p": Range(0, 1, open_right=True),
+    "repeat_penalty": Range(1e-30, 1e30, must="be 1 (off), or 1e-30 to 1e+30"),
+    "repeat_last_n": COUNT,
+}
+
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Checked):
     """`python -m bitnet_lit.prepare`: text to llama2.c shards."""
 
     source: str = "demo"
@@ -33,13 +46,20 @@ class PrepareConfig:
     download_dir: str | None = None
     """Where source=tinystories keeps the archive and the text. null: in out."""
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "vocab_size": SIZE,
+        "num_workers": Range(1, 2**16, must="be 1 to 65536"),
+        "seed": ANY_SEED,
+        "num_stories": SIZE,
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(
                 f"tokenizer={self.tokenizer} and vocab_size={self.vocab_size}: give one, an existing tokenizer or the "
                 "size of a new one"
             )
-        positive("prepare", vocab_size=self.vocab_size, num_workers=self.num_workers, num_stories=self.num_stories)
 
     @property
     def folder(self) -> Path:
@@ -63,7 +83,7 @@ def import_schemes(targets: Sequence[str]) -> None:
 
 
 @dataclass
-class InferConfig:
+class InferConfig(Checked):
     """`python -m bitnet_lit.infer`: a model folder tells a story."""
 
     prompt: str = "Once upon a time"
@@ -114,31 +134,25 @@ class InferConfig:
     kv_cache: str = "half"
     """Of the cpu engine: keys and values as half (float16), as float, or as int8 with a scale each."""
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "max_new_tokens": SIZE,
+        **SAMPLING,
+        "seed": ANY_SEED,
+        "num_samples": SIZE,
+        "threads": SIZE,
+    }
+
     def __post_init__(self) -> None:
         import_schemes(self.schemes)
-        positive(
-            "infer",
-            max_new_tokens=self.max_new_tokens,
-            num_samples=self.num_samples,
-            repeat_penalty=self.repeat_penalty,
-            threads=self.threads,
-        )
+        super().__post_init__()
         one_of("engine", self.engine, ("auto", "cpu", "torch"))
         one_of("head", self.head, ("auto", "int8", "int4", "float"))
         one_of("kv_cache", self.kv_cache, ("half", "float", "int8"))
         one_of("device", self.device, ("cpu", "cuda", "mps"))
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: must lie in (0, 1]")
-        if not 0 <= self.min_p < 1:
-            raise UserError(f"min_p={self.min_p}: must lie in [0, 1)")
-        if self.top_k < 0 or self.repeat_last_n < 0:
-            raise UserError(f"top_k={self.top_k}, repeat_last_n={self.repeat_last_n}: must be 0 (off) or more")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """`python -m bitnet_lit.evaluate`: a deterministic pass over a validation split."""
 
     checkpoint: str | None = None
@@ -156,9 +170,11 @@ class EvaluateConfig:
     accelerator: str = "auto"
     """auto, cpu, gpu or mps."""
 
+    RANGES: ClassVar[dict[str, Range]] = {"batch_size": SIZE, "sequence_length": SIZE}
+
     def __post_init__(self) -> None:
         import_schemes(self.schemes)
-        positive("evaluate", batch_size=self.batch_size, sequence_length=self.sequence_length)
+        super().__post_init__()
         one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
 
 
@@ -199,7 +215,7 @@ class ExportConfig:
 class PlotConfig:
     """`python -m bitnet_lit.plot`: curves of runs, as a PNG."""
 
-    runs: Any = "outputs"
+    runs: list[str] = field(default_factory=lambda: ["outputs"])
     """A run folder, a folder with runs somewhere below, or a list of them: [a,b]."""
     metric: str = "val/loss"
     """A column of metrics.csv."""
@@ -208,12 +224,9 @@ class PlotConfig:
     out: str = "outputs/curves.png"
     """The picture to write."""
 
-    def __post_init__(self) -> None:
-        self.runs = [self.runs] if isinstance(self.runs, str) else [str(run) for run in self.runs]
-
 
 @dataclass
-class BenchConfig:
+class BenchConfig(Checked):
     """`python -m bitnet_lit.bench`: speed, beside what it is compared to; the last line is JSON."""
 
     suite: str = "data"
@@ -223,6 +236,8 @@ class BenchConfig:
     threads: int | None = None
     """suite=cpu: of every engine. null: one on each physical core."""
 
+    RANGES: ClassVar[dict[str, Range]] = {"rounds": SIZE, "threads": SIZE}
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("suite", self.suite, ("data", "cpu"))
-        positive("bench", rounds=self.rounds, threads=self.threads)

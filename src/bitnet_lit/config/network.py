@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
-from bitnet_lit.config.checks import one_of, positive
+from bitnet_lit.config.checks import COUNT, POSITIVE, SIZE, Checked, Range, one_of
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.scheme import Scheme, imported_scheme, make_scheme, scheme_class
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Checked):
     """The sizes of a Llama-shaped decoder. Field names are Hugging Face's, units are elements."""
 
     name: str = "custom"
@@ -50,21 +50,24 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of every matrix; o_proj and down_proj are divided by sqrt(2 * layers) as in GPT-2."""
 
+    OWNER: ClassVar[str] = "model."
+    RANGES: ClassVar[dict[str, Range]] = {
+        "hidden_size": SIZE,
+        "num_hidden_layers": SIZE,
+        "num_attention_heads": SIZE,
+        "num_key_value_heads": SIZE,
+        "head_dim": SIZE,
+        "intermediate_size": SIZE,
+        "vocab_size": SIZE,
+        "max_position_embeddings": SIZE,
+        "rope_theta": POSITIVE,
+        "rms_norm_eps": POSITIVE,
+        "dropout": Range(0, 1, open_right=True),
+        "initializer_range": POSITIVE,
+    }
+
     def __post_init__(self) -> None:
-        positive(
-            "model",
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=self.max_position_embeddings,
-            rope_theta=self.rope_theta,
-            rms_norm_eps=self.rms_norm_eps,
-            initializer_range=self.initializer_range,
-        )
+        super().__post_init__()
         one_of("model.hidden_act", self.hidden_act, ("silu", "relu2"))
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UserError(
@@ -81,8 +84,6 @@ class ModelConfig:
                 f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"model.num_attention_heads={self.num_attention_heads}: choose a divisor"
             )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout={self.dropout}: must lie in [0, 1)")
 
     @property
     def head_size(self) -> int:
@@ -112,7 +113,7 @@ class ModelConfig:
 
 
 @dataclass
-class QuantConfig:
+class QuantConfig(Checked):
     """How the seven projections are quantized, as the command line says it.
 
     Three things in one group: the scheme (`name`, `weight_scale`, `activation_bits`, `settings`), which `scheme` gives
@@ -139,13 +140,18 @@ class QuantConfig:
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
     """Linear layers that stay dense: a name, or the last part of a dotted name."""
 
+    OWNER: ClassVar[str] = "quant."
+    RANGES: ClassVar[dict[str, Range]] = {
+        "activation_bits": Range(2, 8, must="lie in 2..8 (codes are stored as int8)"),
+        "lambda_warmup_steps": COUNT,
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self._target_ is not None:
             self.name = imported_scheme(self._target_, f"quant._target_={self._target_}").name
         self.describe()  # makes the scheme, which checks its values
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
-        if self.lambda_warmup_steps < 0:
-            raise UserError(f"quant.lambda_warmup_steps={self.lambda_warmup_steps}: must be 0 or more")
 
     @property
     def scheme(self) -> Scheme:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from bitnet_lit.config.checks import one_of, positive
+from bitnet_lit.config.checks import COUNT, FACTOR, LENGTH, POSITIVE, SHARE, SIZE, Checked, Range, one_of
 from bitnet_lit.config.network import ModelConfig, QuantConfig
 from bitnet_lit.errors import UserError
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Checked):
     """llama2.c shards and how batches are cut from them."""
 
     dir: str | None = None
@@ -27,19 +27,17 @@ class DataConfig:
     max_train_sequences: int | None = None
     """Train on the first n sequences of the shuffled corpus only. null: all. mode=overfit sets one batch."""
 
-    def __post_init__(self) -> None:
-        positive(
-            "data",
-            sequence_length=self.sequence_length,
-            batch_size=self.batch_size,
-            max_train_sequences=self.max_train_sequences,
-        )
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers}: must be 0 or more")
+    OWNER: ClassVar[str] = "data."
+    RANGES: ClassVar[dict[str, Range]] = {
+        "sequence_length": SIZE,
+        "batch_size": SIZE,
+        "num_workers": Range(0, 1024),
+        "max_train_sequences": LENGTH,
+    }
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Checked):
     """What every optimizer has; `learning_rate` is the peak that the schedule scales."""
 
     name: str = "adamw"
@@ -50,11 +48,16 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # BitNet's Training Tips, table 2
     eps: float = 1e-8
 
+    OWNER: ClassVar[str] = "optim."
+    RANGES: ClassVar[dict[str, Range]] = {"learning_rate": POSITIVE, "weight_decay": FACTOR, "eps": POSITIVE}
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("optim.name", self.name, ("adamw", "muon"))
-        positive("optim", learning_rate=self.learning_rate, eps=self.eps)
-        if self.weight_decay < 0:
-            raise UserError(f"optim.weight_decay={self.weight_decay}: must be 0 or more")
+        if len(self.betas) != 2:
+            raise UserError(f"optim.betas={list(self.betas)}: must be two numbers: optim.betas=[0.9,0.95]")
+        for number, beta in enumerate(self.betas):
+            Range(0, 1, open_right=True).check(f"optim.betas[{number}]", beta)
 
 
 @dataclass
@@ -77,13 +80,16 @@ class MuonConfig(OptimConfig):
     ns_steps: int = 5
     """Newton-Schulz iterations that orthogonalize an update."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("optim", adamw_learning_rate=self.adamw_learning_rate, ns_steps=self.ns_steps)
+    RANGES: ClassVar[dict[str, Range]] = {
+        **OptimConfig.RANGES,
+        "adamw_learning_rate": POSITIVE,
+        "momentum": Range(0, 1, open_right=True),
+        "ns_steps": Range(1, 99),  # torch's Muon refuses more
+    }
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Checked):
     """Learning rate and weight decay over the run, as factors of the optimizer's peaks."""
 
     name: str = "cosine"
@@ -103,16 +109,24 @@ class ScheduleConfig:
     total_steps: int | None = None
     """The length that the curve is drawn for. null: the run's; a resumed run that got longer must say."""
 
+    OWNER: ClassVar[str] = "schedule."
+    RANGES: ClassVar[dict[str, Range]] = {
+        "warmup_steps": COUNT,
+        "warmup_tokens": COUNT,
+        "final_factor": SHARE,
+        "switch_at": SHARE,
+        "second_stage_factor": SHARE,
+        "decay_share": Range(0, 1, open_left=True),
+        "total_steps": LENGTH,
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("schedule.name", self.name, ("cosine", "two_stage", "wsd"))
-        positive("schedule", total_steps=self.total_steps, decay_share=self.decay_share)
-        for key in ("final_factor", "switch_at", "second_stage_factor", "decay_share"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"schedule.{key}={getattr(self, key)}: must lie in [0, 1]")
 
 
 @dataclass
-class TrainerConfig:
+class TrainerConfig(Checked):
     """Lightning's Trainer, in its own words; lengths are optimizer steps."""
 
     accelerator: str = "auto"
@@ -147,26 +161,27 @@ class TrainerConfig:
     detect_anomaly: bool = False
     """Autograd's own check of every backward operation; slow."""
 
+    OWNER: ClassVar[str] = "trainer."
+    RANGES: ClassVar[dict[str, Range]] = {
+        "num_nodes": SIZE,
+        "max_steps": LENGTH,
+        "max_tokens": LENGTH,
+        "val_check_interval": LENGTH,
+        "limit_val_batches": LENGTH,
+        "accumulate_grad_batches": SIZE,
+        "gradient_clip_val": FACTOR,
+        "log_every_n_steps": LENGTH,
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
         one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed", "bf16-true"))
-        if self.gradient_clip_val < 0:
-            raise UserError(f"trainer.gradient_clip_val={self.gradient_clip_val}: must be 0 (off) or more")
-        positive(
-            "trainer",
-            max_steps=self.max_steps,
-            max_tokens=self.max_tokens,
-            val_check_interval=self.val_check_interval,
-            limit_val_batches=self.limit_val_batches,
-            accumulate_grad_batches=self.accumulate_grad_batches,
-            num_nodes=self.num_nodes,
-            log_every_n_steps=self.log_every_n_steps,
-        )
 
 
 @dataclass
-class CallbacksConfig:
+class CallbacksConfig(Checked):
     """What watches a run. Checkpoints and the model folder are always written."""
 
     checkpoint_every_n_steps: int | None = None
@@ -181,6 +196,13 @@ class CallbacksConfig:
     sample_max_new_tokens: int = 100
     profile_steps: int = 0
     """Steps to trace into profile/ (mode=profile)."""
+
+    OWNER: ClassVar[str] = "callbacks."
+    RANGES: ClassVar[dict[str, Range]] = {
+        "checkpoint_every_n_steps": LENGTH,
+        "sample_max_new_tokens": SIZE,
+        "profile_steps": COUNT,
+    }
 
 
 @dataclass
@@ -210,7 +232,7 @@ class ExportTargetsConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Checked):
     """`python -m bitnet_lit.train`: shards to a run folder with a model folder in it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -238,9 +260,14 @@ class TrainConfig:
     run_dir: str = "outputs/manual"
     """The run folder; the door sets it to Hydra's."""
 
+    RANGES: ClassVar[dict[str, Range]] = {"seed": Range(0, 2**32 - 1)}
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.compile = str(self.compile).lower()
         one_of("compile", self.compile, ("auto", "true", "false"))
+        if self.model.max_position_embeddings < 2:
+            raise UserError("model.max_position_embeddings=1: leaves no room for a token and its successor: take more")
         if self.quant.lambda_warmup_steps and not self.quant.scheme.quantizes:
             raise UserError("quant.lambda_warmup_steps needs quant=b158 or b1: the dense twin has nothing to warm up")
         if self.init_from is None and (self.init_optimizer or self.init_sub_norm):

@@ -132,6 +132,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "with: prepare the text with that one"
         )
     length = config.sequence_length or folder.info.get("sequence_length") or folder.config.max_position_embeddings
+    if length > folder.config.max_position_embeddings:
+        raise UserError(
+            f"sequence_length={length}: is beyond the model's context, {folder.config.max_position_embeddings}: give "
+            "that or less"
+        )
     split = shards.validation(length)
     device = torch.device(_device(config.accelerator))
     model = folder.model.to(device)

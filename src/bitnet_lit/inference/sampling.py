@@ -19,17 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_lit.config.doors import SAMPLING
 from bitnet_lit.errors import ModelError, UserError
 
 Floats = NDArray[np.float32]
 
-# Temperatures and penalties are used as float32, in which less would be zero and more infinite.
-SMALLEST, LARGEST = 1e-30, 1e30
 LARGEST_LOGIT = float(np.finfo(np.float32).max)
 
 
@@ -65,18 +64,10 @@ class SamplingOptions:
     repeat_last_n: int = 64
 
     def __post_init__(self) -> None:
-        require_whole("top_k", self.top_k, least=0)
-        require_whole("repeat_last_n", self.repeat_last_n, least=0)
-        reals = {
-            "temperature": (lambda t: t == 0 or SMALLEST <= t <= LARGEST, f"be 0 (greedy) or {SMALLEST} to {LARGEST}"),
-            "top_p": (lambda p: 0 < p <= 1, "lie in (0, 1]"),
-            "min_p": (lambda p: 0 <= p < 1, "lie in [0, 1)"),
-            "repeat_penalty": (lambda p: SMALLEST <= p <= LARGEST, f"be 1 (off), or {SMALLEST} to {LARGEST}"),
-        }
-        for key, (fits, must) in reals.items():
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):  # a NaN fits nowhere
-                raise UserError(f"{key}={value!r}: must {must}")
+        require_whole("top_k", self.top_k)
+        require_whole("repeat_last_n", self.repeat_last_n)
+        for key, allowed in SAMPLING.items():
+            allowed.check(key, getattr(self, key))
 
 
 def penalize_repeats(logits: Floats, recent: Sequence[int], penalty: float) -> Floats:

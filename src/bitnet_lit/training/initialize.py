@@ -27,6 +27,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.training.checkpoint_file import BEST, read_checkpoint
+from bitnet_lit.training.plan import check_memory
 
 CALIBRATION_SEQUENCES = 8
 
@@ -53,6 +54,7 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
             f"init_from={config.init_from}: was trained with another tokenizer than the one of data.dir="
             f"{config.data.dir}: its embedding means other tokens, unless the two are one vocabulary in two files"
         )
+    check_memory(config)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.quant)
     if trained is not None:

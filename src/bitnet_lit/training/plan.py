@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +24,20 @@ from bitnet_lit.terminal import console
 def world_size(trainer: TrainerConfig) -> int:
     """Processes that `trainer` asks for: devices of a node times nodes."""
     devices = trainer.devices
+    on_cpu = trainer.accelerator == "cpu" or (
+        trainer.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    )
+    if on_cpu and not isinstance(devices, int | str):
+        raise UserError(f"trainer.devices={trainer.devices}: indices choose among GPUs; on a CPU give a number")
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
     if devices in ("auto", -1):
         uses_cuda = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         devices = torch.cuda.device_count() if uses_cuda else 1
-    if isinstance(devices, int) and devices > 0:
+    most = max(64, 4 * (os.cpu_count() or 1))  # processes on CPUs: more would only wait for each other
+    if on_cpu and isinstance(devices, int) and devices > most:
+        raise UserError(f"trainer.devices={devices}: more processes than {os.cpu_count()} cores can serve: take fewer")
+    if isinstance(devices, int) and not isinstance(devices, bool) and devices > 0:
         return devices * trainer.num_nodes
     if not isinstance(devices, str | int) and len(devices):
         return len(devices) * trainer.num_nodes
@@ -111,6 +122,36 @@ def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int) -
         train_sequences=train_sequences,
         accounting=account(config.model, config.quant, sequence_length),
     )
+
+
+def _machine_memory_bytes() -> float:
+    """What this process may have at most: the machine's memory, or its control group's limit."""
+    limits = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            limits.append(float(Path(path).read_text(encoding="ascii")))
+    return min(limits)
+
+
+def check_memory(config: TrainConfig) -> None:
+    """Refuse a model whose weights this machine cannot hold, before it tries to.
+
+    The weights are made on the CPU, wherever they go then; on a CPU gradients and optimizer states join them.
+
+    Raises:
+        UserError: with both sizes.
+    """
+    count = account(config.model, config.quant)
+    on_cpu = config.trainer.accelerator == "cpu" and config.trainer.strategy != "fsdp"
+    needed = count.training_bytes(1.0) if on_cpu else 4.0 * count.parameters
+    has = _machine_memory_bytes()
+    if needed > has:
+        raise UserError(
+            f"the model has {count.parameters:,} parameters, and {'training it' if on_cpu else 'holding it'} takes "
+            f"{needed / 2**30:,.0f} GiB at least; this machine has {has / 2**30:,.1f}: take smaller sizes "
+            f"(model.hidden_size={config.model.hidden_size}, "
+            f"model.num_hidden_layers={config.model.num_hidden_layers}, model.vocab_size={config.model.vocab_size})"
+        )
 
 
 def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
