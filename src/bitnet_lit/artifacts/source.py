@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -72,7 +72,9 @@ def _check_types(config: ModelConfig) -> None:
     Raises:
         UserError: the first of them.
     """
-    for key, kind in get_type_hints(type(config)).items():
+    kinds = get_type_hints(type(config))
+    for each in fields(config):
+        key, kind = each.name, kinds[each.name]
         value, options = getattr(config, key), get_args(kind) or (kind,)
         if int in options:
             fits = value is None if type(None) in options else False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from bitnet_lit.config.checks import COUNT, SIZE, Checked, Range, one_of
+from bitnet_lit.config.checks import SIZE, Checked, Range, one_of
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.scheme import imported_scheme
 
@@ -17,11 +17,11 @@ ANY_SEED = Range(-(2**64), 2**64)
 # infinite.
 SAMPLING = {
     "temperature": Range(1e-30, 1e30, also=(0,), must="be 0 (greedy) or 1e-30 to 1e+30"),
-    "top_k": COUNT,
+    "top_k": Range(0, 1e30),  # more than there are tokens means all of them
     "top_p": Range(0, 1, open_left=True),
     "min_p": Range(0, 1, open_right=True),
     "repeat_penalty": Range(1e-30, 1e30, must="be 1 (off), or 1e-30 to 1e+30"),
-    "repeat_last_n": COUNT,
+    "repeat_last_n": Range(0, 1e30),
 }
 
 

@@ -144,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sums = evaluate_split(model, split, config.batch_size, text_bytes, device)
     if not math.isfinite(sums.nats):
         raise ModelError(
-            f"{folder.path}: its loss is {sums.nats}: each weight is finite, what they compute overflows: train it again"
+            f"{folder.path}: its loss is {sums.nats}: weights are finite, what they compute overflows: train it again"
         )
     return {
         **sums.metrics(),
