@@ -82,6 +82,9 @@ def test_the_optimizers_state_comes_along_where_it_fits(dense):
     assert all(entry["step"] == 200 for entry in adamw.state.values())
     with pytest.raises(UserError, match="other parameters"):
         restore_optimizer(build_optimizer(tiny_model(num_hidden_layers=1), MuonConfig()), state)
+    wider = build_optimizer(tiny_model(), MuonConfig())  # as many parameters, of other sizes
+    with pytest.raises(UserError, match=r"momentum_buffer of parameter 0 is .* in init_from's run and .* here"):
+        restore_optimizer(wider, state)
     assert optimizer_state("tests") is None
 
 

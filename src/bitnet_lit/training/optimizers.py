@@ -127,6 +127,18 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Optim
     return MuonAdamW(muon, adamw(others, config.adamw_learning_rate))
 
 
+def _check_shapes(part: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+    """Refuse moments of other shapes than the parameters': `load_state_dict` takes them, and the first step fails."""
+    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for name, value in saved.get(number, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise UserError(
+                    f"init_optimizer=true: {name} of parameter {number} is {tuple(value.shape)} in init_from's run "
+                    f"and {tuple(parameter.shape)} here: take init_optimizer=false"
+                )
+
+
 def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Give a new optimizer the moments of `saved`; rates and decay stay its own.
 
@@ -142,4 +154,5 @@ def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             "init_optimizer=false"
         )
     for part, state in zip(parts, states, strict=True):
+        _check_shapes(part, state["state"])
         part.load_state_dict({"state": state["state"], "param_groups": part.state_dict()["param_groups"]})

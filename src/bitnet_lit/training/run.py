@@ -126,6 +126,8 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
+        ".*sync_dist=True.*",  # those figures are the same on every rank already
+        ".*`broadcast_buffers` is deprecated.*",
         ".*does not have many workers.*",
         ".*ModelCheckpoint.*",
         ".*LeafSpec.*",

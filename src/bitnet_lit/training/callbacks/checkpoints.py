@@ -91,6 +91,10 @@ class Checkpoints(Callback):
             validation.restarting = False
             validation.run()
             trainer.training = True
+        elif self.validated_step == trainer.global_step and not self._validates(trainer):
+            # A validation between two regular ones: Lightning has saved its count of steps before adding this one, and
+            # passes the place where it does that only where a validation is due.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def _validates(self, trainer: L.Trainer) -> bool:
         """Whether a validation is due behind the batch that was last."""

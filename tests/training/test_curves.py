@@ -1,0 +1,58 @@
+"""plot: it draws what there is, and says in one line what is wrong."""
+
+import pytest
+
+from bitnet_lit.config import PlotConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.training.curves import plot_curves
+
+pytest.importorskip("matplotlib")
+
+
+def run(folder, rows="1,,5.0\r\n2,4.5,\r\n", config="quant:\n  name: b158\n"):
+    folder.mkdir()
+    (folder / "metrics.csv").write_bytes(b"step,val/loss,train/loss\r\n" + rows.encode())
+    if config is not None:
+        (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def plot(tmp_path, **options):
+    return plot_curves(PlotConfig(**{"runs": [str(tmp_path)], "out": str(tmp_path / "c.png"), **options}))
+
+
+def test_what_cannot_be_drawn_is_left_out_with_a_note(tmp_path, capsys):
+    run(tmp_path / "whole")
+    run(tmp_path / "_no_config $x^{", config=None)
+    run(tmp_path / "literal", config="quant: ${oc.env:HOME}\n")
+    run(tmp_path / "no_validation_yet", rows="1,,5.0\r\n")
+    run(tmp_path / "empty", rows="")
+    run(tmp_path / "half_a_row", rows="1,4.5,\r\n2,4.")
+    assert plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+    notes = capsys.readouterr().err
+    assert "no_validation_yet" in notes and "empty" in notes and notes.count("note: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ("", {}, "metric=val/loss: not in .*metrics.csv, which has no rows"),
+        ("1,,5.0\r\n", {}, "metric=val/loss: not in .*which has train/loss"),
+        ("1,x,5.0\r\n", {}, "val/loss of step 1 is 'x', no number"),
+        ("1,4.5\r\n", {}, "line 2 is no row"),
+        ("1,4.5,\r\n", {"out": "c.xyz"}, "out=c.xyz: no kind of picture is called .xyz"),
+        ("1,4.5,\r\n", {"out": "/dev/null/c.png"}, "out=/dev/null/c.png"),
+        ("1,4.5,\r\n", {"runs": ["nowhere"]}, "no metrics.csv below"),
+    ],
+)
+def test_one_line(tmp_path, rows, options, message):
+    run(tmp_path / "run", rows)
+    with pytest.raises(UserError, match=message) as error:
+        plot(tmp_path, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_anothers_csv(tmp_path):
+    (tmp_path / "metrics.csv").write_text("a;b\n1;2\n")
+    with pytest.raises(UserError, match="its first column is not step"):
+        plot(tmp_path)

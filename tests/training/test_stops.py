@@ -1,0 +1,216 @@
+"""What ends a run early: signals, time, divergence, data that is gone, a process of the run that dies."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet_lit.cli import compose
+from bitnet_lit.errors import DataError, TrainingStopped, UserError
+from bitnet_lit.training import run as run_module
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.checkpoint_file import read_checkpoint
+from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.plan import time_limit
+from bitnet_lit.training.resume import resume_config
+from bitnet_lit.training.run import train
+from bitnet_lit.training.signals import STOP_SIGNALS, StopSignals
+from tests.support import TINY_RUN, run_door
+
+
+def config(folder, shards, *overrides):
+    return compose("train", [f"run_dir={folder}", f"data.dir={shards}", *TINY_RUN, *overrides])
+
+
+def at_step(monkeypatch, step, action):
+    """Run `action` behind an optimizer step, before the callback that saves looks at anything."""
+    original = Checkpoints.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *arguments):
+        if trainer.global_step == step:
+            action()
+        original(self, trainer, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
+
+
+def send(*numbers):
+    return lambda: [os.kill(os.getpid(), number) for number in numbers]
+
+
+def test_a_signal_before_the_first_step_is_one_line(tmp_path, shards, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run_module, "make_plan", lambda *arguments: send(signal.SIGTERM)())
+    with pytest.raises(TrainingStopped, match="SIGTERM before the first step: no step was done") as stopped:
+        train(config(tmp_path / "run", shards))
+    assert stopped.value.status == 128 + signal.SIGTERM
+    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU], ids=lambda number: number.name)
+def test_what_schedulers_send_saves(tmp_path, shards, monkeypatch, number):
+    at_step(monkeypatch, 3, send(number))
+    with pytest.raises(TrainingStopped, match=f"{number.name} at step 3 of 8: saved; go on with .*resume=") as stopped:
+        train(config(tmp_path / "run", shards))
+    assert stopped.value.status == 128 + number
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
+    monkeypatch.undo()
+    assert train(resume_config(str(tmp_path / "run")))["steps"] == 8
+
+
+def test_the_second_signal_stops_at_once(tmp_path, shards, monkeypatch):
+    at_step(monkeypatch, 3, send(signal.SIGTERM, signal.SIGINT))
+    with pytest.raises(TrainingStopped, match="SIGINT for the second time: stopped at once") as stopped:
+        train(config(tmp_path / "run", shards))
+    assert stopped.value.status == 128 + signal.SIGINT
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_signal_that_comes_too_late_still_ends_what_started_the_run(tmp_path, shards, monkeypatch):
+    original = BitNetModule.on_validation_start
+
+    def on_validation_start(self):
+        if self.global_step == 8:
+            send(signal.SIGTERM)()
+        original(self)
+
+    monkeypatch.setattr(BitNetModule, "on_validation_start", on_validation_start)
+    with pytest.raises(TrainingStopped, match=r"SIGTERM: .* is complete") as stopped:
+        train(config(tmp_path / "run", shards))
+    assert stopped.value.status == 128 + signal.SIGTERM and (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_what_the_caller_ignores_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with StopSignals() as signals:
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert all(signal.getsignal(number) == signals._request for number in STOP_SIGNALS[:2])
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_time_is_up_before_the_first_validation(tmp_path, shards):
+    """A whole end: validation, checkpoint, model, figures; and the run goes on where it was."""
+    metrics = train(config(tmp_path / "run", shards, "trainer.max_time=00:00:00:00"))
+    assert metrics["steps"] == 1 and metrics["val/loss"] > 0 and metrics["train/loss"] > 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert train(resume_config(str(tmp_path / "run")))["steps"] == 2  # the time of each process counts anew
+    assert train(resume_config(str(tmp_path / "run"), ["trainer.max_time=null"]))["steps"] == 8
+    rows = [line.split(",")[0] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
+    assert rows == ["1", "1", "2", "2", "3", "4", "4", "5", "6", "7", "8", "8"]
+
+
+@pytest.mark.parametrize("text", ["5m", "00:05:00", "1:2:3:4", "", "-1:00:00:00", "\u0660\u0660:00:00:01"])
+def test_a_time_that_is_none_is_named(text):
+    with pytest.raises(UserError, match=r"trainer.max_time=.*write it as DD:HH:MM:SS"):
+        time_limit(text)
+
+
+def test_time_is_up_between_two_batches_of_a_step(tmp_path, shards):
+    """A step that accumulates is finished first: a checkpoint within it would lose half of its gradient."""
+    options = ["trainer.accumulate_grad_batches=3", "trainer.max_steps=2", "trainer.val_check_interval=1"]
+    train(config(tmp_path / "whole", shards, *options))
+    assert train(config(tmp_path / "run", shards, "trainer.max_time=00:00:00:00", *options))["steps"] == 1
+    train(resume_config(str(tmp_path / "run"), ["trainer.max_time=null"]))
+    whole, resumed = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "run"))
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name])
+
+
+def diverging(monkeypatch, factor):
+    """Every gradient of one matrix is multiplied by `factor` from the second step on."""
+    original = BitNetModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            self.model.get_parameter("model.layers.0.mlp.up_proj.weight").register_hook(lambda grad: grad * factor)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(BitNetModule, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    ("factor", "what"),
+    [
+        (float("nan"), "the gradient of model.layers.0.mlp.up_proj.weight is not finite"),
+        (1e30, r"the norm of the gradient is not finite \(the largest is that of model.layers.0.mlp.up_proj.weight\)"),
+    ],
+)
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_divergence_names_the_layer_and_what_is_kept(tmp_path, shards, monkeypatch, factor, what, has_checkpoint):
+    diverging(monkeypatch, factor)
+    kept = f"the last checkpoint is kept: .*resume={tmp_path}" if has_checkpoint else "there is no checkpoint yet"
+    options = ["callbacks.checkpoint_every_n_steps=1"] if has_checkpoint else []
+    with pytest.raises(TrainingStopped, match=f"step 1: {what}.*lower optim.learning_rate; {kept}"):
+        train(config(tmp_path / "run", shards, *options))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_breaks_while_it_is_read(tmp_path, shards, monkeypatch, workers):
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    whole = (data / "data01.bin").read_bytes()
+    at_step(monkeypatch, 3, lambda: os.truncate(data / "data01.bin", 100))
+    options = [f"data.num_workers={workers}", "trainer.max_steps=40", "trainer.val_check_interval=40"]
+    with pytest.raises(DataError, match=r"data01.bin.*the last checkpoint is kept: .*resume=") as error:
+        train(config(tmp_path / "run", data, *options))
+    assert "\n" not in str(error.value)
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    assert saved >= 3
+    monkeypatch.undo()
+    (data / "data01.bin").write_bytes(whole)
+    metrics = train(resume_config(str(tmp_path / "run")))
+    assert metrics["steps"] == 40
+    if workers == 0:
+        train(config(tmp_path / "whole", shards, *options))
+        unbroken, resumed = (read_checkpoint(tmp_path / n / "checkpoints" / "last.ckpt") for n in ("whole", "run"))
+        for name, tensor in unbroken["state_dict"].items():
+            assert torch.equal(tensor, resumed["state_dict"][name])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the second process in /proc")
+def test_a_rank_that_is_killed_is_one_line(tmp_path, shards):
+    options = ["trainer=ddp_sim", "trainer.max_steps=100000", "trainer.val_check_interval=20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitnet_lit.train", f"data.dir={shards}", *TINY_RUN, *options, "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(others[0]), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "rank 0 of 2 lost the others" in line and "resume=" in line
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_stays_offline(tmp_path, shards):
+    """Nothing in the environment says so: no WANDB_MODE, no key, no file of keys."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    options = ["logger=wandb", "trainer.max_steps=1", "hydra.run.dir=run"]
+    run_door(
+        "train", f"data.dir={shards}", *TINY_RUN, *options, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL
+    )
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 1
