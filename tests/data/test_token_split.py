@@ -2,11 +2,13 @@
 
 import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from bitnet_lit.data.datamodule import TrainBatches, _ErrorsAsItems, _ShardLoader
+from bitnet_lit.data.batches import BatchLoader, ErrorsAsItems, TrainBatches
 from bitnet_lit.data.order import SampleOrder
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.errors import DataError
@@ -57,8 +59,8 @@ def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path, change, messag
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_line_is_the_same_from_a_loaders_process(tmp_path, num_workers):
     split = write_folder(tmp_path)
-    loader = _ShardLoader(
-        _ErrorsAsItems(TrainBatches(split, SampleOrder(split.num_sequences, 0), 32)),
+    loader = BatchLoader(
+        ErrorsAsItems(TrainBatches(split, SampleOrder(split.num_sequences, 0), 32)),
         batch_size=None,
         sampler=list(range(0, 32 * 20, 32)),
         num_workers=num_workers,
@@ -87,3 +89,9 @@ def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
 
 def test_no_sequences_are_no_rows(tmp_path):
     assert write_folder(tmp_path).gather(np.array([], dtype=np.int64)).shape == (0, 11)
+
+
+def test_a_loaders_process_needs_no_lightning():
+    code = "import sys, bitnet_lit.data.batches; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded and not {"lightning", "hydra", "wandb"} & set(loaded)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitnet_lit.data.datamodule import TrainBatches
+from bitnet_lit.data.batches import TrainBatches
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.fast_encoder import FastEncoder
 from bitnet_lit.data.order import SampleOrder

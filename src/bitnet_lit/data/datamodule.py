@@ -11,36 +11,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bitnet_lit.config import DataConfig
+from bitnet_lit.data.batches import BatchLoader, ErrorsAsItems, TrainBatches, ValidationBatches
 from bitnet_lit.data.order import SampleOrder
-from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.shards import ShardDirectory
-from bitnet_lit.data.token_split import TokenSplit
-from bitnet_lit.errors import DataError
-
-ORDER_BLOCK = 8192  # samples
-
-
-class TrainBatches(Dataset):
-    """Batch `start` (its first global sample) to token ids."""
-
-    def __init__(self, split: TokenSplit, order: SampleOrder, batch_size: int) -> None:
-        self.split, self.order, self.batch_size = split, order, batch_size
-        self._block_start, self._block = 0, np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, start: int) -> Tensor:
-        """int64 (B, T + 1)."""
-        offset = start - self._block_start
-        if offset < 0 or offset + self.batch_size > len(self._block):
-            # The order of many samples at once costs little more than that of a batch.
-            samples = np.arange(start, start + max(ORDER_BLOCK, self.batch_size), dtype=np.int64)
-            self._block_start, self._block, offset = start, self.order(samples), 0
-        return torch.from_numpy(self.split.gather(self._block[offset : offset + self.batch_size]))
 
 
 class Starts(Sampler[int]):
@@ -69,53 +45,6 @@ class ValidationOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         at_end = self.trainer.should_stop
         return iter(range(self.num_batches if at_end else min(self.num_batches, self.limit or self.num_batches)))
-
-
-class ValidationBatches(Dataset):
-    """Batch m of this rank: sequences in order, every rank the same number of batches."""
-
-    def __init__(self, split: TokenSplit, batch_size: int, rank: int, world_size: int) -> None:
-        self.split, self.batch_size = split, batch_size
-        self.rank, self.world_size = rank, world_size
-
-    def __len__(self) -> int:
-        return -(-self.split.num_sequences // (self.batch_size * self.world_size))
-
-    def __getitem__(self, batch: int) -> tuple[Tensor, int]:
-        """(int64 (B', T + 1), number of rows that count); a rank beyond the end repeats a sequence that does not."""
-        start = (batch * self.world_size + self.rank) * self.batch_size
-        stop = min(start + self.batch_size, self.split.num_sequences)
-        indices = np.arange(start, stop) if start < stop else np.zeros(1, dtype=np.int64)
-        return torch.from_numpy(self.split.gather(indices)), max(0, stop - start)
-
-
-class _ErrorsAsItems(Dataset):
-    """Returns a `DataError` that a batch ends in: raised in a loader's process, it would come out with a traceback."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except DataError as error:
-            return error
-
-
-class _ShardLoader(DataLoader):
-    """A DataLoader whose processes do not run the caller's script, and whose errors come out in one line."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that the trainer needs
-        with without_main_script():
-            batches = super().__iter__()
-        return _raised(batches)
-
-
-def _raised(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
 
 
 class BitNetDataModule(L.LightningDataModule):
@@ -150,8 +79,8 @@ class BitNetDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: Dataset, sampler: Sampler[int], num_workers: int) -> DataLoader:
         assert self.trainer is not None
-        return _ShardLoader(
-            _ErrorsAsItems(dataset),
+        return BatchLoader(
+            ErrorsAsItems(dataset),
             batch_size=None,  # a batch is gathered at once
             sampler=sampler,
             num_workers=num_workers,
