@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+from typing import TYPE_CHECKING
 
-from bitnet_lit.config import BenchConfig
 from bitnet_lit.door import run_door
+
+if TYPE_CHECKING:
+    from bitnet_lit.config import BenchConfig
 
 
 def _bench(config: BenchConfig) -> None:

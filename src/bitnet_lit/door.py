@@ -57,25 +57,18 @@ def _fail(error: object, status: int) -> int:
     return status
 
 
-def _failed_output() -> OSError | None:
-    """What keeps stdout from taking the rest of what was printed; None where it took it."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        # Let it go nowhere: Python would fail again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
-        return error
-    return None
-
-
 def _status_of(work: Callable[[], object]) -> int:
     """Do the work; print what went wrong in one line.
 
     Returns:
         The exit status. What is a bug of ours is raised.
     """
+    status = 0
     try:
-        work()
+        try:
+            work()
+        except SystemExit as end:  # Hydra's flags, and the end of a sweep
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush()
     except (UserError, TrainingStopped) as error:
         return _fail(error, error.status)
@@ -86,16 +79,16 @@ def _status_of(work: Callable[[], object]) -> int:
             raise
         return _fail(f"out of memory ({error}): take a smaller batch, context or model", 1)
     except OSError as error:
-        output = _failed_output()
-        if isinstance(output, BrokenPipeError):
+        # Let what is left go nowhere: Python would fail again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        if isinstance(error, BrokenPipeError):
             return 0  # the reader has what it wanted (evaluate | head)
-        if output is not None:
-            return _fail(f"the output cannot be written: {output.strerror}", 1)
-        name = "" if error.filename is None else f"{error.filename}: "
-        return _fail(f"{name}{error.strerror or error}", 1)
+        # Files are opened by name; what is written without one, outside of `disk_errors`, is what was printed.
+        name = "the output cannot be written" if error.filename is None else error.filename
+        return _fail(f"{name}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT)
-    return 0
+    return status
 
 
 def run_door(door: str, task: Callable[[Any], Any], defaults: Callable[[list[str]], list[str]] | None = None) -> None:

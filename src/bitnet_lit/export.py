@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from bitnet_lit.config import ExportConfig
 from bitnet_lit.door import leave, run_door
+
+if TYPE_CHECKING:
+    from bitnet_lit.config import ExportConfig
 
 
 def _export(config: ExportConfig) -> None:

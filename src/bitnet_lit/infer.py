@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from bitnet_lit.config import InferConfig
+from typing import TYPE_CHECKING
+
 from bitnet_lit.door import run_door
+
+if TYPE_CHECKING:
+    from bitnet_lit.config import InferConfig
 
 
 def _infer(config: InferConfig) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from bitnet_lit.config import PrepareConfig
+from typing import TYPE_CHECKING
+
 from bitnet_lit.door import run_door
+
+if TYPE_CHECKING:
+    from bitnet_lit.config import PrepareConfig
 
 
 def _prepare(config: PrepareConfig) -> None:

@@ -6,10 +6,12 @@ A sweep (`-m`) gives the final validation loss to Hydra's sweeper, so an optimiz
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitnet_lit.config import TrainConfig
 from bitnet_lit.door import run_door
+
+if TYPE_CHECKING:
+    from bitnet_lit.config import TrainConfig
 
 
 def _train(config: TrainConfig) -> float:

@@ -1,0 +1,93 @@
+"""What a door does with its terminal: none, a full one, one that shows ASCII only, and Ctrl-C at any time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.config import QuantConfig
+from tests.support import run_door, tiny_model
+
+
+def in_shell(command, cwd, **environment):
+    return subprocess.run(
+        ["bash", "-c", command.replace("python", sys.executable, 1)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(("where", "why"), [(">/dev/full", b"No space left"), (">&-", b"Bad file descriptor")])
+def test_an_output_that_takes_nothing_is_one_line_and_status_1(tmp_path, where, why):
+    result = in_shell(f"python -m bitnet_lit.infer --help {where}", tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith(b"error: the output cannot be written: ")
+    assert why in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    result = in_shell("python -m bitnet_lit.train --help | head -c 1; exit ${PIPESTATUS[0]}", tmp_path)
+    assert result.returncode == 0 and result.stderr == b"" and len(result.stdout) == 1
+
+
+def test_errors_that_nobody_sees_keep_their_status(tmp_path):
+    assert in_shell("python -m bitnet_lit.infer nonsense 2>&-", tmp_path).returncode == 2
+    assert in_shell("python -m bitnet_lit.infer nonsense 2>/dev/full", tmp_path).returncode == 2
+
+
+def test_a_terminal_that_shows_ascii_only(tmp_path, tokenizer):
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
+    arguments = ["prompt=Caf\u00e9", "checkpoint=model", "max_new_tokens=2", "engine=torch"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = run_door("infer", *arguments, cwd=tmp_path, env=environment)
+    assert result.stdout.startswith("Caf?") and result.stderr == ""
+    wrong = run_door("infer", "checkpoint=caf\u00e9", cwd=tmp_path, env=environment, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: checkpoint=caf\\xe9: ")
+
+
+def test_an_import_that_is_interrupted_is_left_at_once(tmp_path):
+    """Ctrl-C while PyTorch is imported: an exception inside an import may be swallowed, or leave half a module."""
+    (tmp_path / "heavy.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+        "print('went on')\n"
+    )
+    script = "from bitnet_lit.door import leave\nleave(lambda: __import__('heavy'))\n"
+    (tmp_path / "script.py").write_text(script)
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_a_door_hears_ctrl_c_before_it_imports_anything_heavy():
+    heavy = "{'torch', 'hydra', 'omegaconf', 'numpy', 'rich'}"
+    doors = ("train", "prepare", "evaluate", "infer", "export", "plot", "bench")
+    imports = "; ".join(f"import bitnet_lit.{door}" for door in doors)
+    code = f"import sys; {imports}; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "[]\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc to read processor time from")
+@pytest.mark.parametrize("seconds", [0.4, 1.0])
+def test_ctrl_c_while_it_starts(tmp_path, seconds):
+    """Python catches the signal by itself as soon as it runs; a door's own handler is there a moment later."""
+    arguments = ["source=demo", "num_stories=1000000", "num_workers=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitnet_lit.prepare", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    # As processor time, which a busy machine does not stretch.
+    ticks = os.sysconf("SC_CLK_TCK")
+    while process.poll() is None:
+        with open(f"/proc/{process.pid}/stat") as file:
+            used = sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / ticks
+        if used >= seconds:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "error: interrupted\n"
