@@ -237,6 +237,24 @@ def test_a_note_of_names_that_is_damaged_costs_the_user_nothing(tmp_path, names)
     assert "mine" in tree(tmp_path).values() and (tmp_path / "m" / "a").read_text() == "2"
 
 
+def test_a_folder_that_cannot_be_cleaned_now_is_cleaned_later(tmp_path, monkeypatch):
+    write_folder(tmp_path / "m", a="1")
+    (tmp_path / "m" / "README.md").write_text("mine")
+    real = os.unlink
+
+    def fails(name, *arguments, **options):
+        if os.path.basename(name) in OURS:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", fails)
+    write_folder(tmp_path / "m", a="2")
+    assert tree(tmp_path / "m") == {"a": "2", "README.md": "mine"} and len(os.listdir(tmp_path)) == 2
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"m/a": "2", "m/README.md": "mine"} and os.listdir(tmp_path) == ["m"]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
 def test_a_cleanup_that_fails_hides_no_error_and_makes_none(tmp_path, monkeypatch, number):
     def fails(*_, **__):

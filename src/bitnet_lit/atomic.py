@@ -267,10 +267,11 @@ def _settle(holder: Path, path: Path) -> None:
             for name in set(os.listdir(folder)) - ours:
                 _give_back(folder / name, path)
         shutil.rmtree(folder, ignore_errors=True)
-    if holder.exists():
-        for name in (f"{NAMES}.part", NAMES, LOCK):
-            (holder / name).unlink(missing_ok=True)
-        holder.rmdir()
+    if not any(folder.exists() for folder in folders):  # else the disk fails: its lock and names stay for the next time
+        with contextlib.suppress(OSError):
+            for name in (f"{NAMES}.part", NAMES, LOCK):
+                (holder / name).unlink(missing_ok=True)
+            holder.rmdir()
 
 
 def _give_back(entry: Path, folder: Path) -> None:

@@ -116,6 +116,17 @@ def test_any_other_name(model, capsys, format, name):
     assert not list(Path(".").rglob("*.tmp"))
 
 
+def test_the_home_folder_and_the_cache_of_the_hub(model, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent / "home"))
+    export_as("packed", "~/x")
+    assert load_model("home/x").packed and not Path("~").exists()
+    cached = Path("cache/models--me--story/snapshots/abc")
+    cached.parent.mkdir(parents=True)
+    model.rename(cached)
+    report = export(ExportConfig(checkpoint=str(cached), format="packed", verify=False))
+    assert report["out"] == "story-packed" and os.listdir(cached.parent) == ["abc"]
+
+
 def test_links_are_followed(model):
     Path("disk/empty").mkdir(parents=True)
     Path("out").symlink_to("disk/empty")

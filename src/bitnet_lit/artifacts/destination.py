@@ -31,9 +31,16 @@ NOTE = Record(
 
 
 def default_out(config: ExportConfig, path: Path) -> Path:
-    """Where an export goes by itself: beside the model it was made from."""
+    """Where an export goes by itself: beside its model, or to the current folder where that lies in the hub's cache."""
     suffix = {"gguf": f"{config.type}.gguf", "latent": config.dtype}.get(config.format, config.format)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return Path(f"{path.parent.parent.name.split('--')[-1]}-{suffix}")
     return path.with_name(f"{path.stem}-{suffix}")
+
+
+def given_out(out: str) -> Path:
+    """What was typed behind out=, with the home folder for a ~ that the shell left there."""
+    return Path(out).expanduser() if out.startswith("~/") else Path(out)
 
 
 def note_of(out: Path, is_file: bool) -> Path:

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_lit.artifacts.destination import check_out, default_out, described_files, replaced
+from bitnet_lit.artifacts.destination import check_out, default_out, described_files, given_out, replaced
 from bitnet_lit.artifacts.folder_export import latent_tensors, packed_tensors
 from bitnet_lit.artifacts.gguf_file import reopened, write_gguf
 from bitnet_lit.artifacts.llama2c_file import open_bin, write_bin
@@ -158,7 +158,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         impossible = packed_problems(source.config, source.quant) if config.format == "packed" else []
     if impossible:
         raise UserError(f"{source.path} as {target}: {'; '.join(impossible)}")
-    out = Path(config.out) if config.out else default_out(config, source.path)
+    out = given_out(config.out) if config.out else default_out(config, source.path)
     is_file = config.format == "gguf"
     runs_there = config.format not in ("latent", "packed") or (
         transformers_runs(source.quant, config.format == "packed") and network_type(source.config) != "bitnet_lit"

@@ -237,12 +237,13 @@ class Source:
         """
         bad = 0
         flat = values.reshape(-1)
-        for start in range(0, flat.size, CHECKED_AT_ONCE):
-            part = flat[start : start + CHECKED_AT_ONCE]
-            if part.dtype == np.uint16:
-                bad += int(np.count_nonzero((part & 0x7F80) == 0x7F80))
-            elif not (-np.inf < part.min() and part.max() < np.inf):  # NaN goes through min and max
-                bad += int(np.count_nonzero(~np.isfinite(part)))
+        with np.errstate(all="ignore"):
+            for start in range(0, flat.size, CHECKED_AT_ONCE):
+                part = flat[start : start + CHECKED_AT_ONCE]
+                if part.dtype == np.uint16:
+                    bad += int(np.count_nonzero((part & 0x7F80) == 0x7F80))
+                elif not np.isfinite(part.sum()):  # one pass; large numbers may add up to an infinity too
+                    bad += int(np.count_nonzero(~np.isfinite(part)))
         if bad:
             raise UserError(
                 f"{self.path}: tensor {name} holds {bad} of {flat.size} values that are no numbers (NaN or infinite): "
