@@ -116,6 +116,17 @@ def test_every_text_key_of_every_door_takes_text():
     )
 
 
+def test_keys_of_an_open_slot_need_no_plus():
+    """What a scheme has to set, only the scheme knows."""
+    for sign in ("", "+", "++"):
+        quant = compose("train", ["run_dir=x", "quant=b158_group", f"{sign}quant.settings.group_size=64"]).quant
+        assert quant.scheme.group_size == 64
+    with pytest.raises(UserError, match="quant=b158: has no setting group_size"):
+        compose("train", ["run_dir=x", "quant.settings.group_size=64"])
+    with pytest.raises(UserError, match=r"unknown key 'quant.setting.group_size'"):
+        compose("train", ["run_dir=x", "quant.setting.group_size=64"])
+
+
 @pytest.mark.parametrize(
     ("typed", "texts"),
     [

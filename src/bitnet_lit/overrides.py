@@ -11,7 +11,7 @@ or OmegaConf would read as its own escaped. The rules, for a command that has on
 - A list of texts (`stop`, `callbacks.sample_prompts`, ...): `[a, 'b, c', "\n"]` is a list as in YAML (or, where YAML
   cannot read it, in Hydra's grammar); anything else is one text, and nothing is the empty list.
 - Hydra's own text (`hydra.run.dir`, ...): every character is the text's, and interpolations are resolved.
-- Any other key: Hydra's grammar.
+- Any other key: Hydra's grammar. Below an open slot (`quant.settings`) it needs no `+`.
 
 In a sweep (`-m`) a value that Hydra reads as several, `a,b` or `choice(a,b)`, is a sweep; its elements follow the same
 rules.
@@ -67,7 +67,8 @@ def _hint_as_text(hint: Any) -> TextKey | None:
     return None
 
 
-def _walk(schema: type, prefix: str) -> Iterator[tuple[str, TextKey]]:
+def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every dotted key that is no group, and its type."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
@@ -76,8 +77,8 @@ def _walk(schema: type, prefix: str) -> Iterator[tuple[str, TextKey]]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             for group in (hint, *hint.__subclasses__()):
                 yield from _walk(group, f"{prefix}{field.name}.")
-        elif text := _hint_as_text(hint):
-            yield f"{prefix}{field.name}", text
+        else:
+            yield f"{prefix}{field.name}", hint
 
 
 def _represent_text(dumper: OmegaConfDumper, text: str) -> yaml.ScalarNode:
@@ -94,8 +95,16 @@ get_omega_conf_dumper().add_representer(str, _represent_text)
 @functools.cache
 def text_keys(schema: type) -> dict[str, TextKey]:
     """Every dotted key of a schema that holds text, Hydra's own (`hydra.`) included."""
-    hydras = {key: dataclasses.replace(text, resolves=True) for key, text in _walk(HydraConf, "hydra.")}
-    return {key: text for key, text in hydras.items() if not text.is_list} | dict(_walk(schema, ""))
+    hydras = {key: _hint_as_text(hint) for key, hint in _walk(HydraConf, "hydra.")}
+    ours = {key: _hint_as_text(hint) for key, hint in _walk(schema, "")}
+    texts = {key: dataclasses.replace(text, resolves=True) for key, text in hydras.items() if text and not text.is_list}
+    return texts | {key: text for key, text in ours.items() if text}
+
+
+@functools.cache
+def open_slots(schema: type) -> tuple[str, ...]:
+    """Every dotted key of a schema below which any key may be set (`quant.settings`), with the dot behind it."""
+    return tuple(f"{key}." for key, hint in _walk(schema, "") if typing.get_origin(hint) is dict)
 
 
 def _parse(override: str) -> Override | None:
@@ -207,6 +216,8 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
             spelled.append(override)
             continue
         prefix, key, value = match.groups()
+        if key.startswith(open_slots(schema)):
+            prefix = "++"  # Hydra's for a key that the schema does not know
         if key in keys:
             value = (_sweep_spelled if sweep else _spelled)(key, value, keys[key])
         elif _parse(f"key={value}") is None:

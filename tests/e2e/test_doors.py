@@ -118,6 +118,29 @@ def test_every_kind_of_weights_in_one_sweep(tmp_path, shards):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_a_scheme_of_ones_own_by_the_command_line_alone(tmp_path, shards):
+    """A file beside the data: it trains, goes on, is saved by its name, and is imported when its user says so."""
+    shutil.copy(REPOSITORY / "tests" / "quant" / "toy_schemes.py", tmp_path / "my_schemes.py")
+    own = ["quant._target_=my_schemes.Quinary", "quant.skip=[lm_head, down_proj]"]
+    run_door("train", f"data.dir={shards}", *TINY_RUN, *own, "hydra.run.dir=outputs/run", cwd=tmp_path)
+    run_door("train", "resume=outputs/run", "trainer.max_steps=10", "schedule.total_steps=8", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "outputs" / "run" / "metrics.json").read_text())
+    saved = json.loads((tmp_path / "outputs" / "run" / "model" / "config.json").read_text())["bitnet_lit"]["quant"]
+    assert metrics["steps"] == 10 and saved == {"name": "quinary", "skip": ["lm_head", "down_proj"]}
+    with (tmp_path / "outputs" / "run" / "ternary_health.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["layer"].split(".")[-1] for row in rows} == {f"{k}_proj" for k in ("q", "k", "v", "o", "gate", "up")}
+    refused = run_door("evaluate", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "quant.name=quinary: must be one of b158" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    evaluated = run_door("evaluate", "schemes=[my_schemes.Quinary]", cwd=tmp_path).stdout
+    printed = dict(line.split(None, 1) for line in evaluated.splitlines())
+    assert float(printed["loss"]) == pytest.approx(metrics["val/best_loss"], rel=1e-3)
+    packed = run_door("export", "format=packed", "schemes=[my_schemes.Quinary]", "out=packed", cwd=tmp_path)
+    assert "logits differ by 0.0e+00" in packed.stdout
+
+
 def test_the_learning_rate_grid_runs_side_by_side(tmp_path, shards):
     grid = ["-m", "sweep=lr", "launcher=joblib", "hydra.sweep.dir=grid", "mode=smoke"]
     run_door("train", *grid, *TINY_MODEL, f"data.dir={shards}", "trainer.accelerator=cpu", cwd=tmp_path)
