@@ -143,7 +143,7 @@ class TrainerConfig(Checked):
     max_tokens: int | None = None
     """Tokens of the run, over all devices; takes the place of max_steps."""
     max_time: str | None = None
-    """Stop after DD:HH:MM:SS, wherever the run is."""
+    """Stop after DD:HH:MM:SS, wherever the run is; a resumed run has that time anew."""
     val_check_interval: int | None = None
     """Optimizer steps between validations (Lightning counts batches: ours is multiplied by the accumulation).
     null: twenty validations in a run."""

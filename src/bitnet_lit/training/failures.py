@@ -50,3 +50,7 @@ def in_one_line(run_dir: Path, world_size: int, rank: int) -> Iterator[None]:
                 f"{what_is_kept(run_dir)}"
             ) from error
         raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == "wandb":
+            raise UserError(f"logger=wandb: {error}: wandb login, or WANDB_MODE=offline, or another logger=") from error
+        raise

@@ -67,7 +67,9 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str) -> N
     Raises:
         UserError: they differ; it names what changed.
     """
-    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    # A key that the checkpoint does not have came with a later version; a shard that it does not have is another shard.
+    compared = [*saved, *(key for key in now if key not in saved and key.startswith("the shard"))]
+    changed = [key for key in compared if saved.get(key) != now.get(key)]
     if not changed:
         return
     data = [key for key in changed if key.startswith("the ")]

@@ -11,6 +11,7 @@ import csv
 import io
 import netrc
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
                 save_dir=run_dir,
                 mode=mode,
                 # One run per folder: a resumed run goes on in the same one.
-                id=f"{run_dir.parent.name}-{run_dir.name}".replace("/", "-"),
+                id=re.sub(r"[:;,#?/'\\]", "-", f"{run_dir.parent.name}-{run_dir.name}"),  # wandb refuses these signs
                 resume="allow",
             )
         )

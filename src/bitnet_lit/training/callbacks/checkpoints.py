@@ -12,6 +12,7 @@ resumed run validates first.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -169,7 +170,8 @@ class Checkpoints(Callback):
             and trainer.training
             and trainer.global_step > (self.saved_step or 0)
         ):
-            self._save(trainer)
+            with contextlib.suppress(OSError):  # what ended the run is what is told
+                self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
         """Write last.ckpt; every rank calls it."""

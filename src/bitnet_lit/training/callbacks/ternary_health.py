@@ -34,6 +34,8 @@ def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
     if not scheme.is_ternary:
         return codes
     flat = codes.flatten()
+    if not len(flat):  # of a rank that holds no part of a sharded matrix
+        return flat.to(torch.uint8)
     return pack_codes(F.pad(flat, (0, -len(flat) % CODES_PER_BYTE))[:, None]).flatten()
 
 
@@ -67,9 +69,10 @@ class TernaryHealth(Callback):
             signs = codes.sign()  # of schemes with more levels: below zero, zero, above zero
             shares = [(signs == sign).float().mean().item() for sign in (-1, 0, 1)]
             previous = self._packed.get(name)
-            # Unknown at the first validation.
-            flip_rate = float("nan") if previous is None else (codes != _unpack(previous, codes)).float().mean().item()
-            self._packed[name] = _pack(codes, layer.scheme)
+            self._packed[name] = packed = _pack(codes, layer.scheme)
+            flip_rate = float("nan")  # at the first validation, and where a sharded matrix was cut otherwise before
+            if previous is not None and len(packed) and previous.shape == packed.shape:
+                flip_rate = (codes != _unpack(previous, codes)).float().mean().item()
             rows.append((trainer.global_step, name, *shares, flip_rate, weight_scale.mean().item()))
         if not rows:
             return
