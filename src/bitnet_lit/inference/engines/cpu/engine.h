@@ -142,7 +142,7 @@ struct Engine {
     template <class Does>
     void divide(const Input& in, int tokens, int rows, int unit, const Does& does) {
         if (tokens > 1)
-            pool.divide((tokens + PREPARED - 1) / PREPARED, [&](int, const auto& next) {
+            pool.divide((tokens + PREPARED - 1) / PREPARED, [=, this](int, const auto& next) {
                 for (int piece; (piece = next()) >= 0;)
                     for (int t = piece * PREPARED; t < std::min(tokens, (piece + 1) * PREPARED); t++)
                         prepare(in.x + size_t(t) * widest, in.norm, in.n, t);
@@ -151,7 +151,7 @@ struct Engine {
         const int units = (rows + unit - 1) / unit;
         // Of many tokens a thread has one part of the rows: what is made of the tokens for it is made once.
         const int parts = tokens_divided ? pool.count : tokens > FEW_TOKENS ? std::min(pool.count, units) : units;
-        pool.divide(parts, [&](int thread, const auto& next) {
+        pool.divide(parts, [=, this](int thread, const auto& next) {
             int part = next();
             if (part < 0) return;
             const Entering entering = enter(thread, tokens, in);
@@ -238,11 +238,11 @@ struct Engine {
     // Heads are divided by groups that share keys, so that a thread, unless tokens are divided, reads only what it wrote itself.
     template <class E>
     void attention_part(int index, const Row* rows, int count) {
-        const Layer& l = layers[index];
+        const Layer* l = &layers[index];
         const int p = s.head_dim, group = s.heads / s.kv_heads;
         const bool tokens_divided = by_tokens(count);
-        divide({x, l.input_norm, s.hidden}, count, s.kv_heads, heads_unit, [&](const Entering& in, int from, int to, int first, int last) {
-            multiply({{l.q, from * group * p, to * group * p, q}, {l.k, from * p, to * p, k}, {l.v, from * p, to * p, v}}, in, first, last, set);
+        divide({x, l->input_norm, s.hidden}, count, s.kv_heads, heads_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
+            multiply({{l->q, from * group * p, to * group * p, q}, {l->k, from * p, to * p, k}, {l->v, from * p, to * p, v}}, in, first, last, set);
             for (int t = first; t < last; t++) {
                 for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
                 for (int h = from; h < to; h++) {
@@ -254,18 +254,18 @@ struct Engine {
             if (!tokens_divided) attend_heads<E>(from, to, index, rows, count);
         });
         if (tokens_divided)
-            pool.divide(s.kv_heads, [&](int, const auto& next) {
+            pool.divide(s.kv_heads, [=, this](int, const auto& next) {
                 for (int h; (h = next()) >= 0;) attend_heads<E>(h, h + 1, index, rows, count);
             });
-        divide({attended, l.attn_norm, attention}, count, s.hidden, out_unit, [&](const Entering& in, int from, int to, int first, int last) {
-            multiply({{l.o, from, to, x}}, in, first, last, add);
+        divide({attended, l->attn_norm, attention}, count, s.hidden, out_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
+            multiply({{l->o, from, to, x}}, in, first, last, add);
         });
     }
 
     void feed_forward_part(int index, int count) {
-        const Layer& l = layers[index];
-        divide({x, l.post_norm, s.hidden}, count, s.ffn, ffn_unit, [&](const Entering& in, int from, int to, int first, int last) {
-            multiply({{l.gate, from, to, gated}, {l.up, from, to, raised}}, in, first, last, set);
+        const Layer* l = &layers[index];
+        divide({x, l->post_norm, s.hidden}, count, s.ffn, ffn_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
+            multiply({{l->gate, from, to, gated}, {l->up, from, to, raised}}, in, first, last, set);
             for (int t = first; t < last; t++) {
                 float *gate = gated + size_t(t) * widest, *up = raised + size_t(t) * widest;
                 if (s.relu2)
@@ -274,8 +274,8 @@ struct Engine {
                     for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
             }
         });
-        divide({gated, l.ffn_norm, s.ffn}, count, s.hidden, down_unit, [&](const Entering& in, int from, int to, int first, int last) {
-            multiply({{l.down, from, to, x}}, in, first, last, add);
+        divide({gated, l->ffn_norm, s.ffn}, count, s.hidden, down_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
+            multiply({{l->down, from, to, x}}, in, first, last, add);
         });
     }
 
@@ -291,11 +291,11 @@ struct Engine {
     template <int BITS>
     void head_part(const std::vector<int>& wanted, float* logits) {
         const int count = int(wanted.size());
-        pool.divide(count, [&](int, const auto& next) {
+        pool.divide(count, [=, this, wanted = wanted.data()](int, const auto& next) {
             for (int i; (i = next()) >= 0;) head_input<BITS>(x + size_t(wanted[i]) * widest, i);
         });
         if constexpr (BITS == 32)
-            pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [&](int, const auto& next) {
+            pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [=, this](int, const auto& next) {
                 for (int piece; (piece = next()) >= 0;)
                     multiply_dense(w.head, normed, count, s.hidden, piece * HEAD_PIECE, std::min(s.vocab, (piece + 1) * HEAD_PIECE), logits, s.vocab, set);
             });

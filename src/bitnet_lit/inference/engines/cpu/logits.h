@@ -35,7 +35,7 @@ class IntegerHead {
     void logits(const Weights& w, const Shape& s, Pool& pool, const float* rows, size_t stride, int count, float* out) {
         const int groups = head_groups_of(s.vocab), quads = quads_of(s.hidden);
         std::fill(bounds.data, bounds.data + size_t(count) * pool.count, -INFINITY);
-        pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [&](int thread, const auto& next) {
+        pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [=, this, &w, &s, &pool](int thread, const auto& next) {
             for (int piece; (piece = next()) >= 0;)
                 for (int from = piece * HEAD_PIECE, to = std::min(s.vocab, from + HEAD_PIECE), g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
                     head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(HEAD_GROUP, to - g * HEAD_GROUP),
@@ -46,7 +46,7 @@ class IntegerHead {
                     }
                 }
         });
-        pool.divide(pool.count, [&](int, const auto& next) {
+        pool.divide(pool.count, [=, this, &w, &s, &pool](int, const auto& next) {
             for (int piece; (piece = next()) >= 0;) {
                 const auto [from, to] = part_of(piece, pool.count, s.vocab, HEAD_GROUP);
                 for (int i = 0; i < count; i++)

@@ -14,10 +14,12 @@
 #include <chrono>
 #include <csignal>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <time.h>
@@ -40,9 +42,9 @@ class Patience {
     }
     bool lasts() {
         relax();
-        if (turns++ % TURNS) return true;
+        if (++turns % TURNS) return true;
         const auto now = Clock::now();
-        if (turns == 1) begun = now;
+        if (turns == TURNS) begun = now;
         else if (now - looked > LOST) busy = BUSY;  // for so few turns: others ran here meanwhile
         looked = now;
         return now - begun < (busy ? std::min(whole, BRIEF) : whole);
@@ -87,14 +89,16 @@ class Pool {
     Pool(const Pool&) = delete;
 
     // does(thread, next) on thread 0 and on helpers: next() is a piece from [0, pieces) that nobody else has, or -1 where all
-    // are taken. Returns when all are done. Throws what thread 0 throws, and std::bad_alloc for what a helper throws.
+    // are taken. `does` is copied: what it refers to should be old. Returns when all are done. Throws what thread 0 throws, and std::bad_alloc for what a helper throws.
     template <class Does>
     void divide(int pieces, const Does& does) {
         for (int i = 0; i < count; i++)
             shares[i].rest.store(Rest{uint32_t(int64_t(pieces) * i / count), uint32_t(int64_t(pieces) * (i + 1) / count)}, std::memory_order_relaxed);
         if (pieces < 2 || alone() || !start()) return does(0, Next{*this, 0});
-        work = &does;
-        call = [](Pool& pool, int thread) { (*static_cast<const Does*>(pool.work))(thread, Next{pool, thread}); };
+        // Copied, because each cache line of thread 0's stack would be fetched by each helper.
+        static_assert(sizeof(Does) <= sizeof(work) && std::is_trivially_copyable_v<Does>);
+        std::memcpy(work, &does, sizeof(Does));
+        call = [](Pool& pool, int thread) { (*reinterpret_cast<const Does*>(pool.work))(thread, Next{pool, thread}); };
         open();
         {
             const Closing closing{*this};
@@ -167,7 +171,7 @@ class Pool {
 
     void open() {
         // No helper is at work, and none begins while `state` is closed.
-        state.store((state.load(std::memory_order_relaxed) & ~ACTIVE) + NEXT + OPEN);
+        state.store(state.load(std::memory_order_relaxed) + NEXT + OPEN, std::memory_order_release);
         if (!asleep.load(std::memory_order_relaxed)) return;
         const auto now = Clock::now();
         if (now - woken < WAKING) return;  // a call to the system for every layer would cost more than helpers give
@@ -206,11 +210,11 @@ class Pool {
                 } catch (...) {
                     failed = true;
                 }
+                if ((state.fetch_sub(1) & ACTIVE) == 1 && waiting.load()) state.notify_all();
                 if (Clock::now() - begun > LOST) {  // or else no time can have been lost
                     if (loss.since_begin() > LOST) crowded = true;
                     loss.begin();
                 }
-                if ((state.fetch_sub(1) & ACTIVE) == 1 && waiting.load()) state.notify_all();
                 patience.begin();
             } else if (!patience.lasts()) {
                 asleep++;
@@ -226,13 +230,13 @@ class Pool {
     static constexpr std::chrono::milliseconds SHORTEST_REST{10}, LONGEST_REST{500}, REMEMBERED{1000};
     std::unique_ptr<Share[]> shares;
     std::unique_ptr<std::vector<std::thread>> helpers;
-    const void* work = nullptr;
-    void (*call)(Pool&, int) = nullptr;
     Patience patience{WAITING};  // of thread 0
     Clock::time_point woken{}, rested{};
     std::chrono::milliseconds rest{};
     bool resting = false;
-    alignas(64) std::atomic<uint32_t> state{0};
+    alignas(64) void (*call)(Pool&, int) = nullptr;
+    alignas(16) unsigned char work[176];
+    alignas(64) std::atomic<uint32_t> state{0};  // helpers look at it all the time
     alignas(64) std::atomic<int> asleep{0};
     std::atomic<bool> waiting{false}, failed{false}, crowded{false}, stopping{false};
 };
