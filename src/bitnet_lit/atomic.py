@@ -129,8 +129,12 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
         sync(new)
         _put_in_place(holder, path, ours)
         sync(path.parent)
-    finally:
         _settle(holder, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what went wrong first is what the user hears
+            _settle(holder, path)
+        raise
+    finally:
         os.close(descriptor)
 
 
@@ -266,12 +270,17 @@ def _settle(holder: Path, path: Path) -> None:
         if ours is not None and folder.is_dir():
             for name in set(os.listdir(folder)) - ours:
                 _give_back(folder / name, path)
-        shutil.rmtree(folder, ignore_errors=True)
-    if not any(folder.exists() for folder in folders):  # else the disk fails: its lock and names stay for the next time
-        with contextlib.suppress(OSError):
-            for name in (f"{NAMES}.part", NAMES, LOCK):
-                (holder / name).unlink(missing_ok=True)
+    try:
+        for folder in filter(Path.exists, folders):
+            shutil.rmtree(folder)
+        for name in (f"{NAMES}.part", NAMES, LOCK):
+            (holder / name).unlink(missing_ok=True)
+        if holder.exists():
             holder.rmdir()
+    except OSError as error:
+        # A network mount keeps deleted files for whoever has them open. The lock and the names stay for the next time.
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
 
 
 def _give_back(entry: Path, folder: Path) -> None:
