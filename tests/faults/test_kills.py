@@ -27,7 +27,7 @@ from tests.forked import Result, door
 
 ALL = os.environ.get("FAULTS") == "all"
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(0 if ALL else 300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0 if ALL else 1200)]
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 
