@@ -83,6 +83,10 @@ class Operation:
     path: str
     source: str
 
+    def same(self, other: Operation) -> bool:
+        """The same thing done to the same file."""
+        return (self.name, self.path) == (other.name, other.path)
+
     def __str__(self) -> str:
         path = re.sub(r"\.\d+\.tmp", ".<process>.tmp", self.path or "/")
         return f"{self.number} {self.name} {path}"

@@ -56,8 +56,18 @@ class Broken:
         return self.faults.run(fault, self.folder, door, self.scenario.door, self.scenario.arguments, cwd=self.folder)
 
     def points(self, count: int, salt: str) -> list[int]:
-        """Numbers of operations: a sample that the seed draws, or all of them."""
-        numbers = [operation.number for operation in self.operations]
+        """Numbers of operations: a sample that the seed draws, or all of them.
+
+        Of the writes to one file in a row, the first and the last count: a checkpoint has a hundred, and those between
+        leave the same folder but for the size of a temporary file.
+        """
+        numbers = [
+            here.number
+            for before, here, after in zip(
+                [None, *self.operations], self.operations, [*self.operations[1:], None], strict=False
+            )
+            if not (before and after and before.same(here) and here.same(after))
+        ]
         if ALL:
             return numbers
         return sorted(random.Random(f"{SEED} {self.scenario.name} {salt}").sample(numbers, min(count, len(numbers))))
