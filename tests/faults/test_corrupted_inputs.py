@@ -15,14 +15,11 @@ import textwrap
 
 import pytest
 import torch
-from transformers import BitNetConfig, LlamaConfig, LlamaForCausalLM
 
-from bitnet_lit.artifacts.save import save_model_folder
-from bitnet_lit.config import QuantConfig
-from tests.artifacts.exporting import export_to, leave_out_other_tools
-from tests.data.test_json_tokenizer import byte_level, metaspace
-from tests.parity.test_imports import llama2c_weights, write_bin, write_pt
-from tests.support import REPOSITORY, tiny_model
+from tests.fuzz.mutators import damage
+from tests.fuzz.originals import make_models
+from tests.parity.test_imports import llama2c_weights, write_pt
+from tests.support import REPOSITORY
 
 SECONDS_EACH = 5  # a damaged file is opened in milliseconds; anything near this is a loop over a size it claims
 MEMORY = 400 * 2**20  # beyond what the imports and the model itself take
@@ -76,121 +73,31 @@ OPEN_ALL = textwrap.dedent("""
 """)
 
 
-def flipped(content, draw):
-    """A few bits."""
-    content = bytearray(content)
-    for _ in range(draw.choice([1, 1, 2, 8])):
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    return bytes(content)
-
-
-def flipped_early(content, draw):
-    """A few bits of the header, where the sizes stand."""
-    content = bytearray(content)
-    for _ in range(draw.choice([1, 1, 2, 8])):
-        content[draw.randrange(min(len(content), 400))] ^= 1 << draw.randrange(8)
-    return bytes(content)
-
-
-def truncated(content, draw):
-    return content[: draw.choice([0, 1, 7, 8, 28, draw.randrange(len(content)), len(content) - 1])]
-
-
-def spliced(content, draw):
-    """Some bytes from elsewhere, put in or written over."""
-    start, length = draw.randrange(len(content)), draw.randrange(1, 200)
-    other = draw.choice([content[start : start + length], draw.randbytes(length), b"\0" * length, b"\xff" * length])
-    at = draw.randrange(len(content))
-    return content[:at] + other + content[at + draw.choice([0, len(other)]) :]
-
-
-def appended(content, draw):
-    return content + draw.randbytes(draw.randrange(1, 1000))
-
-
-BYTES = [flipped, flipped_early, truncated, spliced, appended]
-
-
-def nodes(value, found):
-    """Every place of a JSON document where a value stands."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, below in items:
-        found.append((value, key))
-        nodes(below, found)
-    return found
-
-
-def changed_json(content, draw):
-    """Another type or an absurd size for one or two values; or one left out."""
-    document = json.loads(content)
-    for _ in range(draw.choice([1, 1, 2])):
-        places = nodes(document, [])
-        if not places:
-            break
-        owner, key = draw.choice(places)
-        if draw.random() < 0.15:
-            del owner[key]
-            continue
-        others = [None, True, "x", "", [], {}, [[]], {"a": 1}, 0.5, float("nan"), "1" * 5000, [owner[key]], *HUGE]
-        owner[key] = draw.choice(others)
-    return json.dumps(document).encode()
-
-
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory, tokenizer):
     """One small model of each kind that can be opened, by name: what to open, and which file of it is damaged."""
     root = tmp_path_factory.mktemp("originals")
-    small = {"num_hidden_layers": 1, "vocab_size": 512}
-    save_model_folder(root / "latent", tiny_model(**small), QuantConfig(), tokenizer)
-    with pytest.MonkeyPatch.context() as patch:
-        leave_out_other_tools(patch)
-        export_to(root / "packed", root / "latent", format="packed")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "max_position_embeddings": 64,
-    }
-    for name, options in (("hub", {}), ("sharded", {"max_shard_size": "60KB"})):
-        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(root / name, **options)
-    # Same tensors, other configs: what opens first is config.json.
-    raw = json.loads((root / "latent" / "config.json").read_text())
-    hub_bitnet = {**BitNetConfig(**{**sizes, "num_key_value_heads": 4}).to_dict(), "tie_word_embeddings": True}
-    shutil.copytree(root / "latent", root / "hub_bitnet")
-    hub_bitnet |= {"quantization_config": raw["quantization_config"], "bos_token_id": 1, "eos_token_id": 2}
-    hub_bitnet |= {"hidden_act": "silu"}
-    (root / "hub_bitnet" / "config.json").write_text(json.dumps(hub_bitnet))
-    for name, build in (("byte_level", byte_level), ("metaspace", metaspace)):
-        shutil.copytree(root / "hub", root / name)
-        built, names = build()
-        built.save(str(root / name / "tokenizer.json"))
-        (root / name / "tokenizer_config.json").write_text(json.dumps(names))
-    weights, arguments = llama2c_weights(2, tied=False)
-    write_bin(root / "stories.bin", weights, arguments, tied=False)
-    write_pt(root / "stories.pt", weights, arguments)
+    make_models(root, tokenizer)
     return root
 
 
-# The model, the file of it that is damaged, how many times, and how.
+# The model, the file of it that is damaged, and how many times.
 KINDS = {
-    "latent weights": ("latent", "model.safetensors", 110, BYTES),
-    "packed weights": ("packed", "model.safetensors", 110, BYTES),
-    "weights of transformers": ("hub", "model.safetensors", 60, BYTES),
-    "our config": ("latent", "config.json", 110, [changed_json, changed_json, changed_json, *BYTES]),
-    "packed config": ("packed", "config.json", 60, [changed_json, changed_json, changed_json, *BYTES]),
-    "config of transformers": ("hub", "config.json", 110, [changed_json, changed_json, changed_json, *BYTES]),
-    "config of BitNet": ("hub_bitnet", "config.json", 110, [changed_json, changed_json, changed_json, *BYTES]),
-    "tokenizer.model": ("latent", "tokenizer.model", 60, BYTES),
-    "tokenizer.json, byte level": ("byte_level", "tokenizer.json", 50, [changed_json, *BYTES]),
-    "tokenizer.json, metaspace": ("metaspace", "tokenizer.json", 50, [changed_json, *BYTES]),
-    "tokenizer_config.json": ("byte_level", "tokenizer_config.json", 20, [changed_json, *BYTES]),
-    "index": ("sharded", "model.safetensors.index.json", 60, [changed_json, changed_json, *BYTES]),
-    "shard": ("sharded", "model-00001-of-*.safetensors", 30, BYTES),
-    "bin": ("stories.bin", "", 80, BYTES),
-    "pt": ("stories.pt", "", 80, BYTES),
+    "latent weights": ("latent", "model.safetensors", 110),
+    "packed weights": ("packed", "model.safetensors", 110),
+    "weights of transformers": ("hub", "model.safetensors", 60),
+    "our config": ("latent", "config.json", 110),
+    "packed config": ("packed", "config.json", 60),
+    "config of transformers": ("hub", "config.json", 110),
+    "config of BitNet": ("hub_bitnet", "config.json", 110),
+    "tokenizer.model": ("latent", "tokenizer.model", 60),
+    "tokenizer.json, byte level": ("byte_level", "tokenizer.json", 50),
+    "tokenizer.json, metaspace": ("metaspace", "tokenizer.json", 50),
+    "tokenizer_config.json": ("byte_level", "tokenizer_config.json", 20),
+    "index": ("sharded", "model.safetensors.index.json", 60),
+    "shard": ("sharded", "model-00001-of-*.safetensors", 30),
+    "bin": ("stories.bin", "", 80),
+    "pt": ("stories.pt", "", 80),
 }
 assert sum(kind[2] for kind in KINDS.values()) >= 1000
 
@@ -240,20 +147,14 @@ def copy_of(originals, target, model):
     return target
 
 
-def damage(path, changes, seed):
-    draw = random.Random(seed)
-    content = path.read_bytes()
-    path.write_bytes(draw.choice(changes)(content, draw))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_refused_in_one_line_or_harmless(originals, tmp_path, kind):
-    model, name, count, changes = KINDS[kind]
+    model, name, count = KINDS[kind]
     paths = []
     for seed in range(count):
         path = copy_of(originals, tmp_path / str(seed), model)
         (damaged,) = path.glob(name) if name else [path]
-        damage(damaged, changes, f"{kind} {seed}")
+        damage(damaged, random.Random(f"{kind} {seed}"))
         paths.append(path)
     said = open_all(paths, originals / model)
     judge(said)
