@@ -51,8 +51,7 @@ def run_identity(
     identity: dict[str, Any] = {"seed": config.seed, "optim.name": config.optim.name}
     for section in ("model", "quant"):
         for key, value in asdict(getattr(config, section)).items():
-            if value != {}:  # no further settings: as checkpoints have it that know of none
-                identity[f"{section}.{key}"] = value
+            identity[f"{section}.{key}"] = value
     identity["data.sequence_length"] = sequence_length
     identity["data.max_train_sequences"] = config.data.max_train_sequences
     identity["the tokenizer"] = None if tokenizer is None else tokenizer.sha256

@@ -181,6 +181,7 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         **facts,
         "model": f"{config.model.name}, {config.quant.name}: {count.parameters:,} parameters "
         f"({count.projections:,} in projections, {count.embedding:,} in embeddings)",
+        "weights": f"{config.quant.scheme.title}; {count.bits_per_weight:.2f} bits a projection weight, scales counted",
         "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens "
         f"({config.data.batch_size} x {plan.sequence_length} x "
         f"{plan.samples_per_step // config.data.batch_size} batches)",
