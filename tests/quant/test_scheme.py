@@ -59,7 +59,7 @@ def test_what_the_first_version_saved_is_read():
         ({"name": "b158", "_target_": "os.system"}, "quant=b158: has no setting _target_"),
         ({"name": "b1", "weight_scale": "absmedian"}, "quant=b1: has no setting weight_scale"),
         ({"name": "b158", "weight_scale": "mean"}, "quant.weight_scale=mean: must be one of absmean, absmedian"),
-        ({"name": "b158", "activation_bits": True}, "activation_bits=True must be of type int"),
+        ({"name": "b158", "activation_bits": True}, "activation_bits=True: must be a number"),
         ({"name": "b158", "activation_bits": 9}, "must lie in 2..8"),
         ({"name": "b158_group", "group_size": 64.0}, "group_size=64.0 must be of type int"),
         ({"name": "b158_group", "group_size": 1}, "group_size=1: must be 2 or more"),
@@ -72,6 +72,14 @@ def test_a_description_that_does_not_fit_is_one_line(saved, says):
     with pytest.raises(UserError) as error:
         QuantConfig.described({"skip": [], **saved})
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_scheme_checks_its_own_settings_too():
+    with pytest.raises(UserError, match="activation_bits=True must be of type int"):
+        scheme_named("b158", {"activation_bits": True})
+    for cls in (B158, B158Row, B158Group, B1):
+        with pytest.raises(UserError, match="activation_bits=9: must lie in 2..8"):
+            cls(activation_bits=9)
 
 
 def test_a_class_of_ones_own_is_named_by_its_user_alone():
