@@ -83,13 +83,16 @@ class ForkServer:
 
     def __init__(self, preload: Sequence[Path] = (), environment: Mapping[str, str] | None = None) -> None:
         # One thread a child: forked threads do not exist, and two test workers share the cores as it is.
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0", **(environment or {})}
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0", **(environment or {})}
         if preload:
-            variables["LD_PRELOAD"] = ":".join(map(str, preload))
-        self._process = subprocess.Popen(
+            self._environment["LD_PRELOAD"] = ":".join(map(str, preload))
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
             cwd=REPOSITORY,
-            env=variables,
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -125,7 +128,7 @@ class ForkServer:
             signals: (seconds after the start, number) of signals to send to it.
             before: name and arguments of a C function of the preloaded library to call first.
         """
-        name = f"{target.__module__}:{target.__qualname__}".replace("__main__", "tests.forked")
+        name = f"{target.__module__}:{target.__qualname__}"
         asked = {
             "target": name,
             "arguments": arguments,
@@ -136,10 +139,16 @@ class ForkServer:
             "before": before,
         }
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, "the fork server died"
+        try:
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+            assert answer, "the fork server died"
+        except BaseException:  # a test that was stopped while it waited must not leave its answer to the next one
+            self._process.kill()
+            self._process.wait()
+            self._process = self._start()
+            raise
         return Result(**json.loads(answer))
 
 

@@ -331,3 +331,13 @@ def test_a_matrix_of_zeros_is_exported(tmp_path, tokenizer, monkeypatch, options
     save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
     report = export_to(tmp_path / "out", tmp_path / "model", **FORMATS[options])
     assert report["parity"]["bitnet_lit"]["same_likeliest_token"] > 0.9
+
+
+@pytest.mark.parametrize("options", ["latent", "packed"])
+def test_a_model_whose_logits_are_all_equal_is_exported(tmp_path, tokenizer, monkeypatch, options):
+    leave_out_other_tools(monkeypatch)
+    model = random_model(QUANTS["b158"])
+    torch.nn.init.zeros_(model.model.norm.weight)
+    save_model_folder(tmp_path / "m", model, QUANTS["b158"], tokenizer)
+    report = export_to(tmp_path / "out", tmp_path / "m", **FORMATS[options])
+    assert report["parity"]["bitnet_lit"]["mean_logit_difference"] == 0.0

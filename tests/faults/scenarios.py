@@ -66,10 +66,14 @@ def _export(name: str, target: str, *arguments: str) -> list[Scenario]:
 
 
 SCENARIOS = [
-    _train("train", "callbacks.checkpoint_every_n_steps=1", sampled=16),
+    _train("train", "callbacks.checkpoint_every_n_steps=1", sampled=12),
     # The first validation is the best one: what comes after it only has to keep it.
-    _train("train-worse", "optim.learning_rate=3", "schedule=wsd", "seed=3", sampled=12),
+    _train("train-worse", "optim.learning_rate=3", "schedule=wsd", "seed=3", sampled=8),
     Scenario("prepare", "prepare", ("source=texts", "out=data", "vocab_size=300", "num_workers=1"), sampled=10),
+    # Its processes write the shards; the one that is killed is their parent, which notes them.
+    Scenario(
+        "prepare-processes", "prepare", ("source=texts", "out=data", "vocab_size=300", "num_workers=2"), sampled=2
+    ),
     Scenario("plot", "plot", ("runs=run", "out=curves.png"), sampled=4),
     *_export("latent", "exported", "format=latent"),
     *_export("packed", "exported", "format=packed"),

@@ -181,7 +181,7 @@ def _differences(
     Raises:
         ParityError: they are not of the same model.
     """
-    spread = float(ours.std())
+    spread = float(ours.std()) or 1.0  # logits that are all equal, as those of zero weights are, have none
     difference = (ours - theirs).abs_()
     figures = {
         "loss": loss_of(theirs, ids),
