@@ -73,6 +73,7 @@ def test_what_training_noted_has_another_type(folder, info):
         (lambda raw: raw["bitnet_lit"].update(format_version=2), "written by a later version"),
         (lambda raw: raw["bitnet_lit"]["quant"].update(group_size=64), "quant=b158: has no setting group_size"),
         (lambda raw: raw["bitnet_lit"]["quant"].update(skip="lm_head"), "quant.skip: must be a list"),
+        (lambda raw: raw["bitnet_lit"]["quant"].pop("skip"), "quant.skip: is missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -53,13 +53,12 @@ OPTIONAL: dict[str, Shape] = {
     "tokenizer_sha256": OrNull(Text()),
 }
 QUANT = Record(
-    {"name": Text()},
+    {"name": Text(), "skip": ListOf(Text())},
     {
         "weight_scale": Text(),
         "activation_bits": Integer(1, 64),
         "lambda_warmup_steps": Integer(0, 2**63),
         "lambda_warmup_shape": Text(),
-        "skip": ListOf(Text()),
     },
 )
 INFO = Record(
