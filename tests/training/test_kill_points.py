@@ -123,7 +123,7 @@ def compare(folder, unbroken, original):
         assert left[name] == content, name
 
 
-POINTS = int(os.environ.get("KILL_POINTS", "6"))
+POINTS = int(os.environ.get("KILL_POINTS", "3"))
 
 
 @pytest.mark.slow
