@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import account
 from bitnet_lit.quant import BitLinear, PackedBitLinear, Scheme, convert_linears, pack_linears, register, scheme_named
+from bitnet_lit.quant import scheme as registry
 from bitnet_lit.quant.bit_linear import bit_linear_reference
 from bitnet_lit.quant.scheme import B1, B158, B158Group, B158Row, Dense, is_skipped
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, PerTensor, Sign, spread_scale
@@ -95,6 +97,19 @@ def test_a_class_of_ones_own_is_named_by_its_user_alone():
             QuantConfig(_target_=target)
     with pytest.raises(UserError, match="activation_bits.*has a key of its own"):
         QuantConfig(settings={"activation_bits": 4})
+
+
+@pytest.mark.parametrize("door", ["train", "infer", "evaluate", "export"])
+def test_doors_that_open_a_model_import_what_their_user_names(door, monkeypatch):
+    known = {name: cls for name, cls in registry._registered.items() if cls not in (Threshold, Quinary, Centered)}
+    monkeypatch.setattr(registry, "_registered", known)
+    options = ["run_dir=x"] if door == "train" else []
+    with pytest.raises(UserError, match=r"schemes=\[my.Missing\]: cannot be imported"):
+        compose(door, [*options, "schemes=[my.Missing]"])
+    with pytest.raises(UserError, match="quant.name=threshold: must be one of"):
+        scheme_named("threshold")
+    compose(door, [*options, "schemes=[tests.quant.toy_schemes.Threshold]"])
+    assert scheme_named("threshold") == Threshold()
 
 
 def test_one_name_one_class():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from bitnet_lit.config.checks import SIZE, Checked, Range, one_of
+from bitnet_lit.config.network import import_schemes
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.scheme import imported_scheme
 
 ANY_SEED = Range(-(2**64), 2**64)
 
@@ -70,16 +69,6 @@ class PrepareConfig(Checked):
         while any(sign in source.name for sign in "*?["):
             source = source.parent
         return Path("data") / (source.resolve() if source.name in ("", "..") else source).stem
-
-
-def import_schemes(targets: Sequence[str]) -> None:
-    """Make the schemes known that a user names for the model to be opened.
-
-    Raises:
-        UserError: one that cannot be imported, or is no scheme.
-    """
-    for target in targets:
-        imported_scheme(target, f"schemes=[{target}]")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -190,3 +190,13 @@ class QuantConfig(Checked):
             raise UserError(f"skip={skip!r}: must be a list of names")
         settings = {key: value for key, value in saved.items() if key not in own | training}
         return cls(**{key: value for key, value in saved.items() if key in own}, settings=settings)
+
+
+def import_schemes(targets: Sequence[str]) -> None:
+    """Make the schemes known that a user names for the model to be opened.
+
+    Raises:
+        UserError: one that cannot be imported, or is no scheme.
+    """
+    for target in targets:
+        imported_scheme(target, f"schemes=[{target}]")

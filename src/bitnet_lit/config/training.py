@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from bitnet_lit.config.checks import COUNT, FACTOR, LENGTH, POSITIVE, SHARE, SIZE, Checked, Range, one_of
-from bitnet_lit.config.network import ModelConfig, QuantConfig
+from bitnet_lit.config.network import ModelConfig, QuantConfig, import_schemes
 from bitnet_lit.errors import UserError
 
 
@@ -253,6 +253,8 @@ class TrainConfig(Checked):
     """A run folder to go on with, in place."""
     init_from: str | None = None
     """A trained model to start from, ours or another's (see infer's checkpoint); its sizes replace `model`."""
+    schemes: list[str] = field(default_factory=list)
+    """Quantization schemes of one's own that the model of init_from may name, <module>.<class>."""
     init_optimizer: bool = False
     """Keep the optimizer's state too, where init_from is a run of ours."""
     init_sub_norm: bool = False
@@ -264,12 +266,15 @@ class TrainConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        import_schemes(self.schemes)
         self.compile = str(self.compile).lower()
         one_of("compile", self.compile, ("auto", "true", "false"))
         if self.model.max_position_embeddings < 2:
             raise UserError("model.max_position_embeddings=1: leaves no room for a token and its successor: take more")
         if self.quant.lambda_warmup_steps and not self.quant.scheme.quantizes:
-            raise UserError("quant.lambda_warmup_steps needs quant=b158 or b1: the dense twin has nothing to warm up")
+            raise UserError(
+                "quant.lambda_warmup_steps needs a scheme that rounds: the dense twin has nothing to warm up"
+            )
         if self.init_from is None and (self.init_optimizer or self.init_sub_norm):
             raise UserError("init_optimizer and init_sub_norm need init_from=<a trained model>")
         if self.init_optimizer and (self.init_sub_norm or self.trainer.strategy == "fsdp"):
