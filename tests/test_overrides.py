@@ -212,6 +212,8 @@ def test_a_sweep_says_the_quoting_that_works():
         (["--run", "--multirun"], "Only one of"),
         (["--experimental-rerun", "x"], "unpickles a file"),
         (["+hydra.data.dir=[]"], "unknown key 'hydra.data'"),
+        (["hydra/launcher=nope"], "did you mean 'joblib'|did you mean 'basic'"),
+        (["hydra.job.env_copy=[NO_SUCH_NAME]"], "Hydra cannot read these options"),
         (["--help", "x="], "unknown key 'x'"),
     ],
 )
@@ -221,6 +223,13 @@ def test_what_cannot_be_read_is_one_line(arguments, message, monkeypatch, tmp_pa
     with pytest.raises(UserError, match=message):
         cli.run("infer", ran.append, arguments)
     assert not ran and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["model=", "model=../../etc/passwd", "optim=x", "-m model=demo,nope"])
+def test_options_of_groups_that_do_not_exist(option, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"unknown (model|optim)=.*: did you mean '\w+'\? \((?!.*_schema)"):
+        cli.run("train", print, option.split(" "))
 
 
 def test_the_command_line_is_as_it_was_afterwards(monkeypatch):

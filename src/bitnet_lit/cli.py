@@ -141,17 +141,22 @@ def _explain(door: str, error: Exception, overrides: Sequence[str]) -> str:
     if isinstance(error, UserError):
         return str(error)
     text = " ".join(str(error).split())
+    if not isinstance(error, COMPOSITION_ERRORS):
+        return f"Hydra cannot read these options ({type(error).__name__}: {text})"
     cause = " ".join(str(error.__cause__ or error).split())
     cause = re.sub(r" (full_key|object_type|reference_type): .*", "", cause)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
     if unknown:
         key = unknown.group(1)
-        return f"unknown key '{key}': did you mean '{_nearest_key(door, key, overrides)}'?"
+        if (known := _nearest_key(door, key, overrides)) == key:
+            return f"{key} has no such entry: add one with +{key}.<name>=<value>"
+        return f"unknown key '{key}': did you mean '{known}'?"
     option = re.search(
-        r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text
+        r"Could not find '([^']+?)/([^']*)' Available options in '[^']+': (.*?) Config search path", text
     )
     if option:
-        group, name, available = option.group(1), option.group(2), option.group(3).split()
+        group, name = option.group(1), option.group(2)
+        available = [each for each in option.group(3).split() if not each.endswith("_schema")]
         near = difflib.get_close_matches(name, available, n=1, cutoff=0.0)
         return f"unknown {group}={name}: did you mean '{near[0]}'? ({', '.join(available)})"
     if several := re.search(r"Ambiguous value for argument '(.*?)' 1\. To use it as a list", text):
@@ -162,12 +167,12 @@ def _explain(door: str, error: Exception, overrides: Sequence[str]) -> str:
     if "Could not override ''" in text:
         return "a value without a key: give key=value"
     if "Config group override must be" in text:
-        return f"a group was given a number: put the option's name (python -m bitnet_lit.{door} --help lists them)"
+        return f"a group needs the name of an option (python -m bitnet_lit.{door} --help lists them)"
     merging = re.search(r"Error merging override (\S+)", text)
     if merging:
         return f"{merging.group(1)}: {cause}"
-    if getattr(error, "full_key", None):
-        return f"{error.full_key}: {cause}"  # type: ignore[attr-defined]
+    if full_key := getattr(error, "full_key", None):
+        return f"{full_key}: {cause}"
     return cause
 
 
@@ -241,8 +246,6 @@ def run(
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)()
-    except COMPOSITION_ERRORS as error:
-        raise UserError(_explain(door, error, overrides)) from None
     except BrokenProcessPool:
         from bitnet_lit.training.sweep_table import SweepTable
 
@@ -250,6 +253,12 @@ def run(
         raise TrainingStopped(
             "a process of the sweep was killed, most likely for memory: take fewer (hydra.launcher.n_jobs)"
         ) from None
+    except COMPOSITION_ERRORS as error:  # some of which are OSErrors
+        raise UserError(_explain(door, error, overrides)) from None
+    except (OSError, TrainingStopped):
+        raise
+    except Exception as error:  # not the task's: what a job raises is kept in `failures`
+        raise UserError(_explain(door, error, overrides)) from error
     finally:
         sys.argv = typed
     if failures:
