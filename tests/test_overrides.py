@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from bitnet_lit import cli
+from bitnet_lit import cli, door
 from bitnet_lit.cli import SCHEMAS, compose, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
@@ -182,6 +182,27 @@ def test_hydras_own_paths_keep_their_interpolations():
 )
 def test_in_a_sweep_lists_stay_lists(typed, spelled):
     assert as_typed(InferConfig, [f"prompt={typed}"], sweep=True) == [f"prompt={spelled}"]
+
+
+def test_a_rank_that_lightning_starts_has_the_run_folder_of_the_first():
+    """Lightning puts the name between two quotes, whatever signs it has."""
+    name = 'out, "x" ${y}'
+    typed = [f"hydra.run.dir={name}", f'hydra.run.dir="{name}"', "hydra.job.name=train_ddp_process_1"]
+    last = as_typed(TrainConfig, cli._from_lightning(typed))[1]
+    value = OverridesParser.create().parse_override(last).value()
+    assert OmegaConf.to_container(OmegaConf.create({"a": value}), resolve=True) == {"a": name}
+
+
+def test_ctrl_c_that_hydra_turns_into_another_exception(monkeypatch):
+    def interrupted(*arguments, **keywords):
+        door.interruptions.append(2)
+        raise UnboundLocalError("cannot access local variable 'f'")
+
+    monkeypatch.setattr(door, "interruptions", [])
+    monkeypatch.setattr(cli, "interruptions", door.interruptions)
+    monkeypatch.setattr(cli.hydra, "main", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.run("infer", print, [])
 
 
 def test_a_sweep_says_the_quoting_that_works():

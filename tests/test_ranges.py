@@ -76,7 +76,12 @@ def test_values_that_users_gave(overrides, message):
 
 @pytest.mark.parametrize(
     ("devices", "message"),
-    [("[0]", "on a CPU give a number"), ("[]", "on a CPU"), ("100000", "more processes"), ("0", "give a number")],
+    [
+        ("[0]", "on a CPU give a number"),
+        ("[]", "give a number, a list of indices, or auto"),
+        ("100000", "more processes"),
+        ("0", "give a number"),
+    ],
 )
 def test_devices_of_a_cpu(devices, message):
     config = compose("train", ["run_dir=unused", "trainer.accelerator=cpu", f"trainer.devices={devices}"])

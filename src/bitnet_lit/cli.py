@@ -22,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit import config as schema
+from bitnet_lit.door import interruptions
 from bitnet_lit.errors import TrainingStopped, UserError
-from bitnet_lit.overrides import as_typed
+from bitnet_lit.overrides import as_typed, quoted
 from bitnet_lit.sweep import run_job
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
@@ -195,6 +196,19 @@ def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     return flags, known.overrides, known.multirun or "hydra.mode=MULTIRUN" in known.overrides
 
 
+def _from_lightning(overrides: list[str]) -> list[str]:
+    """The overrides with which Lightning starts a rank: it puts the run folder's name into quotes as it is."""
+    if not any(override.startswith("hydra.job.name=train_ddp_process_") for override in overrides):
+        return overrides
+    key = "hydra.run.dir="
+    return [
+        key + quoted(override[len(key) + 1 : -1])
+        if override.startswith(f'{key}"') and override.endswith('"')
+        else override
+        for override in overrides
+    ]
+
+
 def run(
     door: str,
     task: Callable[[Any], Any],
@@ -241,24 +255,26 @@ def run(
         except Exception as error:  # Hydra would print words of its own before it raises it again
             failures.append(error)
 
-    spelled = as_typed(SCHEMAS[door], overrides, sweep)
+    spelled = as_typed(SCHEMAS[door], _from_lightning(overrides), sweep)
     spelled = [*(defaults(spelled) if defaults else []), *spelled]
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)()
-    except BrokenProcessPool:
+    except Exception as error:  # not the task's: what a job raises is kept in `failures`
+        if interruptions:
+            raise KeyboardInterrupt from None
+        if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
+            raise UserError(_explain(door, error, overrides)) from None
+        if isinstance(error, OSError):
+            raise
+        if not isinstance(error, BrokenProcessPool):
+            raise UserError(_explain(door, error, overrides)) from error
         from bitnet_lit.training.sweep_table import SweepTable
 
         SweepTable.end()
         raise TrainingStopped(
             "a process of the sweep was killed, most likely for memory: take fewer (hydra.launcher.n_jobs)"
         ) from None
-    except COMPOSITION_ERRORS as error:  # some of which are OSErrors
-        raise UserError(_explain(door, error, overrides)) from None
-    except (OSError, TrainingStopped):
-        raise
-    except Exception as error:  # not the task's: what a job raises is kept in `failures`
-        raise UserError(_explain(door, error, overrides)) from error
     finally:
         sys.argv = typed
     if failures:

@@ -20,6 +20,8 @@ from typing import Any
 from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, is_out_of_memory, one_line
 
 STDIN, STDOUT, STDERR = 0, 1, 2
+interruptions: list[int] = []
+"""The Ctrl-C's that came: a library may turn the exception into one of its own."""
 
 
 def _prepare_streams() -> None:
@@ -48,6 +50,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
             os.write(STDERR, b"error: interrupted\n")
             os._exit(128 + number)
         frame = frame.f_back
+    interruptions.append(number)
     raise KeyboardInterrupt
 
 

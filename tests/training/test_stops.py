@@ -141,7 +141,11 @@ def diverging(monkeypatch, factor):
     ("factor", "what", "has_checkpoint"),
     [
         (float("nan"), "the gradient of model.layers.0.mlp.up_proj.weight is not finite", False),
-        (1e30, r"the norm of the gradient is not finite \(the largest is that of .*layers.0.mlp.up_proj.weight\)", True),
+        (
+            1e30,
+            r"the norm of the gradient is not finite \(the largest is that of .*layers.0.mlp.up_proj.weight\)",
+            True,
+        ),
     ],
 )
 def test_divergence_names_the_layer_and_what_is_kept(tmp_path, shards, monkeypatch, factor, what, has_checkpoint):

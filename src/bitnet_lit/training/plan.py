@@ -27,7 +27,7 @@ def world_size(trainer: TrainerConfig) -> int:
     on_cpu = trainer.accelerator == "cpu" or (
         trainer.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
     )
-    if on_cpu and not isinstance(devices, int | str):
+    if on_cpu and not isinstance(devices, int | str) and len(devices):
         raise UserError(f"trainer.devices={trainer.devices}: indices choose among GPUs; on a CPU give a number")
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
