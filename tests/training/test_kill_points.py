@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bitnet_lit.cli import compose
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
@@ -80,9 +81,7 @@ def contents(folder):
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if path.suffix == ".ckpt":
-            whole = plain(torch.load(path, weights_only=True))
-            # Lightning counts batches that are ready and started; a resumed run begins those counts anew.
-            found[name] = {key: value for key, value in whole.items() if key != "loops"}
+            found[name] = plain(torch.load(path, weights_only=True))
         elif name == "metrics.csv":
             with path.open(newline="") as file:
                 found[name] = [without_times(row) for row in csv.DictReader(file)]
@@ -143,3 +142,28 @@ def test_dead_at_a_file_operation(tmp_path, tmp_path_factory, shards, unbroken, 
         monkeypatch.undo()
         resume(folder, shards)
         compare(folder, unbroken, original)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_behind_every_step(tmp_path, shards, monkeypatch):
+    """The last step is no multiple of anything: its row and its validation come from the end of the run alone."""
+    options = [f"data.dir={shards}", *TINY_RUN, "trainer.max_steps=5", "trainer.val_check_interval=2"]
+    options += ["trainer.log_every_n_steps=2", "trainer.accumulate_grad_batches=2"]
+    train(compose("train", [f"run_dir={tmp_path}/whole", *options]))
+    original, stops = Checkpoints.on_train_batch_end, [1, 2, 3, 4, 5]
+
+    def on_train_batch_end(self, trainer, *arguments):
+        if trainer.global_step in stops:
+            self.signals.number = 15
+        original(self, trainer, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(TrainingStopped, match="SIGTERM at step 1 of 5"):
+        train(compose("train", [f"run_dir={tmp_path}/stopped", *options]))
+    for step in (2, 3, 4, 5):
+        stops.remove(step - 1)
+        with pytest.raises(TrainingStopped, match=f"SIGTERM at step {step} of 5"):
+            train(resume_config(str(tmp_path / "stopped")))
+    stops.clear()
+    train(resume_config(str(tmp_path / "stopped")))
+    compare(tmp_path / "stopped", contents(tmp_path / "whole"), tmp_path / "whole")

@@ -239,6 +239,13 @@ def test_a_stop_where_a_validation_is_due_is_made_up_for(tmp_path, made, monkeyp
         whole, resumed = (json.loads((run / "metrics.json").read_text()) for run in (made / "run", folder))
         for key in ("val/loss", "val/best_loss", "train/loss", "ternary/flip_rate", "steps"):
             assert whole[key] == resumed[key], key
+        counts = [read_checkpoint(run / "checkpoints" / "last.ckpt")["loops"] for run in (made / "run", folder)]
+        assert counts[0] == counts[1]
+        steps = [
+            [row.split(",")[0] for row in (run / "metrics.csv").read_text().splitlines()]
+            for run in (made / "run", folder)
+        ]
+        assert steps[0] == steps[1]
         for name in ("ternary_health.csv", "samples.txt"):
             assert (folder / name).read_bytes() == (made / "run" / name).read_bytes()
 

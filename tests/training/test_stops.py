@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,11 +142,7 @@ def diverging(monkeypatch, factor):
     ("factor", "what", "has_checkpoint"),
     [
         (float("nan"), "the gradient of model.layers.0.mlp.up_proj.weight is not finite", False),
-        (
-            1e30,
-            r"the norm of the gradient is not finite \(the largest is that of .*layers.0.mlp.up_proj.weight\)",
-            True,
-        ),
+        (1e30, r"the norm of the gradient is not finite \(the largest is that of .*0.mlp.up_proj.weight\)", True),
     ],
 )
 def test_divergence_names_the_layer_and_what_is_kept(tmp_path, shards, monkeypatch, factor, what, has_checkpoint):
@@ -201,8 +198,7 @@ def test_a_rank_that_is_killed_is_one_line(tmp_path, shards):
     finally:
         process.kill()
     assert process.returncode == 1 and "Traceback" not in output, output
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "rank 0 of 2 lost the others" in line and "resume=" in line
+    assert len(re.findall(r"error: rank 0 of 2 lost the others .*resume=", output)) == 1, output
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
 
 

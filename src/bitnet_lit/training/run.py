@@ -126,6 +126,7 @@ def _quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
+        ".*GPU available but not used.*",  # the user asked for the CPU
         ".*sync_dist=True.*",  # those figures are the same on every rank already
         ".*`broadcast_buffers` is deprecated.*",
         ".*does not have many workers.*",

@@ -87,15 +87,26 @@ class Checkpoints(Callback):
             self._restore_best(trainer.global_step)
         trainer.strategy.barrier()
         if self.validated_step != trainer.global_step and (trainer.should_stop or self._validates(trainer)):
-            trainer.validating = True
-            validation = trainer.fit_loop.epoch_loop.val_loop
-            validation.restarting = False
-            validation.run()
-            trainer.training = True
+            self._validate(trainer)
         elif self.validated_step == trainer.global_step and not self._validates(trainer):
             # A validation between two regular ones: Lightning has saved its count of steps before adding this one, and
             # passes the place where it does that only where a validation is due.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def _validate(self, trainer: L.Trainer) -> None:
+        """Run the validation that the restored checkpoint owes, before the first batch."""
+        loop, done = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.batch_progress
+        # Saved behind a batch, before Lightning counted it as completed; it does so when it goes on with the next one.
+        is_uncounted = done.current.completed < done.current.processed  # type: ignore[attr-defined]
+        if is_uncounted:
+            done.increment_completed()
+        trainer.validating = True
+        loop.val_loop.restarting = False
+        loop.val_loop.run()
+        trainer.training = True
+        if is_uncounted and not trainer.should_stop:
+            done.current.completed -= 1
+            done.total.completed -= 1
 
     def _validates(self, trainer: L.Trainer) -> bool:
         """Whether a validation is due behind the batch that was last."""
@@ -176,13 +187,13 @@ class Checkpoints(Callback):
     def _save(self, trainer: L.Trainer) -> None:
         """Write last.ckpt; every rank calls it."""
         self._note_figures(trainer)  # of the last step: a resumed run whose steps are done has no others
-        if trainer.training and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if trainer.training and (is_logged or trainer.global_step >= self.steps):
             # The row of this step comes now: Lightning writes it (again, to no effect) after the callbacks.
+            names = ("train/", "perf/") if is_logged else ("train/",)  # speeds are measured at logged steps only
             metrics = trainer.logged_metrics
-            self.csv.log_metrics(
-                {name: float(metrics[name]) for name in metrics if name.startswith(("train/", "perf/"))},
-                trainer.global_step - 1,
-            )
+            row = {name: float(metrics[name]) for name in metrics if name.startswith(names)}
+            self.csv.log_metrics(row, trainer.global_step - 1)
         self.csv.sync()
         trainer.save_checkpoint(self.folder / LAST)
         self.saved_step = trainer.global_step
