@@ -48,13 +48,20 @@ def greedy_tokens(quant):
     return tokens
 
 
+# Another processor's float rounding turns single int8 codes, and curves drift apart from there. Twelve curves whose
+# first weights differ by 1e-7 of themselves differed at a step by up to 0.9 % (b158), 2.6 % (b1: a sign that turns
+# moves a weight by twice the scale) and 8e-7 (dense), and in the mean over a curve by 0.25 %, 1.1 % and 1e-7. Twice
+# that is allowed.
+LARGEST_DIFFERENCE = {"b158": 2e-2, "b1": 5e-2, "none": 2e-6}
+MEAN_DIFFERENCE = {"b158": 5e-3, "b1": 2e-2, "none": 3e-7}
+
+
 @pytest.mark.parametrize("quant", ["b158", "b1", "none"])
 def test_loss_curve(quant):
-    golden = json.loads(GOLDEN.read_text())["loss_curve"][quant]
-    # The first steps agree to float rounding; later an int8 code that rounds the other way makes curves of two
-    # processors drift apart by some thousandths.
-    assert loss_curve(quant)[:3] == pytest.approx(golden[:3], rel=1e-3)
-    assert loss_curve(quant) == pytest.approx(golden, rel=2e-2)
+    golden = torch.tensor(json.loads(GOLDEN.read_text())["loss_curve"][quant])
+    differences = (torch.tensor(loss_curve(quant)) / golden - 1).abs()
+    assert differences.max() < LARGEST_DIFFERENCE[quant]
+    assert differences.mean() < MEAN_DIFFERENCE[quant]
 
 
 @pytest.mark.parametrize("quant", ["b158", "b1", "none"])
