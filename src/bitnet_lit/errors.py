@@ -14,10 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+LONGEST_LINE = 2000  # characters: a screen
+
+
 def one_line(message: object) -> str:
-    """A message on one line, with escapes for what no terminal shows: it may quote anything that was typed or read."""
+    """A message on one line, with escapes for what no terminal shows: it may quote anything that was typed or read.
+
+    Of one that would fill more than a screen the middle is left out: what is wrong stands in front, the remedy behind.
+    """
     text = " ".join(str(message).split())
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    text = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+    half = LONGEST_LINE // 2 - 3
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 class UserError(ValueError):

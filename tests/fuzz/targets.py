@@ -26,12 +26,12 @@ from random import Random
 from typing import Any
 
 from bitnet_lit.config import EvaluateConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig
+from bitnet_lit.errors import LONGEST_LINE
 from tests.forked import door
 from tests.fuzz.mutators import NUMBERS, TEXTS, damage, value
 from tests.fuzz.originals import TRAIN
 
 SECONDS, MEMORY = 60, 4 * 2**30
-LONGEST_LINE = 1000
 TOO_LATE = 75  # an exit status that nothing else has
 Target = Callable[[str, Random], None]
 
@@ -316,7 +316,7 @@ def _wrong(status: int, output: str) -> str:
         return "an error with status 0"
     if status and len(errors) != 1:
         return f"status {status} with {len(errors)} lines of errors"
-    if errors and len(errors[0]) > LONGEST_LINE:
+    if errors and len(errors[0]) > len("error: ") + LONGEST_LINE:
         return f"a line of {len(errors[0])} characters"
     if status == 0 and "'loss': nan" in output:
         return "a loss that is no number"
