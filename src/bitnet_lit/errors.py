@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-
 LONGEST_LINE = 2000  # characters: a screen
 
 
