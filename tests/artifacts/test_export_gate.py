@@ -204,11 +204,11 @@ def test_a_tool_that_cannot_open_the_artefact(tmp_path, monkeypatch, model, erro
 
 def test_a_tool_that_is_half_installed_is_said_to_be_missing(tmp_path, monkeypatch, model):
     def missing(*_):
-        raise ModuleNotFoundError("No module named 'diskcache'")
+        raise ModuleNotFoundError("No module named 'diskcache'", name="diskcache")
 
     monkeypatch.setattr(verify, "_transformers_logits", missing)
     report = export_to(tmp_path / "out", model, format="packed")
-    assert report["parity"]["transformers"] == "not installed (No module named 'diskcache')"
+    assert report["parity"]["transformers"] == "not installed (diskcache)"
 
 
 @pytest.mark.parametrize("figure", [float("nan"), float("inf")])

@@ -120,11 +120,17 @@ def test_every_kind_of_weights_in_one_sweep(tmp_path, shards):
 
 @pytest.mark.slow
 def test_a_scheme_of_ones_own_by_the_command_line_alone(tmp_path, shards):
-    """A file beside the data: it trains, goes on, is saved by its name, and is imported when its user says so."""
+    """A file beside the data: it trains, goes on, is saved by its name, and is imported only when its user says so."""
     shutil.copy(REPOSITORY / "tests" / "quant" / "toy_schemes.py", tmp_path / "my_schemes.py")
     own = ["quant._target_=my_schemes.Quinary", "quant.skip=[lm_head, down_proj]"]
     run_door("train", f"data.dir={shards}", *TINY_RUN, *own, "hydra.run.dir=outputs/run", cwd=tmp_path)
-    run_door("train", "resume=outputs/run", "trainer.max_steps=10", "schedule.total_steps=8", cwd=tmp_path)
+    config = (tmp_path / "outputs" / "run" / "config.yaml").read_text()
+    longer = ["resume=outputs/run", "trainer.max_steps=10", "schedule.total_steps=8"]
+    refused = run_door("train", *longer, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "schemes=[my_schemes.Quinary]" in refused.stderr
+    run_door("train", *longer, "schemes=[my_schemes.Quinary]", cwd=tmp_path)
+    assert "_target_: my_schemes.Quinary" in config
+    assert "_target_: my_schemes.Quinary" in (tmp_path / "outputs" / "run" / "config.yaml").read_text()
     metrics = json.loads((tmp_path / "outputs" / "run" / "metrics.json").read_text())
     saved = json.loads((tmp_path / "outputs" / "run" / "model" / "config.json").read_text())["bitnet_lit"]["quant"]
     assert metrics["steps"] == 10 and saved == {"name": "quinary", "skip": ["lm_head", "down_proj"]}

@@ -15,6 +15,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
+from bitnet_lit.training.plan import world_size
 from bitnet_lit.training.resume import read_start, resume_config, save_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
@@ -185,6 +186,33 @@ def test_values_of_a_config_are_plain_text(run, monkeypatch):
     assert "swordfish" not in (run / "config.yaml").read_text()
     again = resume_config(str(run))
     assert asdict(again) == asdict(config)
+
+
+@pytest.mark.parametrize("key", ["quant._target_", "schemes"])
+def test_no_class_that_a_folder_names_is_imported(run, tmp_path, monkeypatch, key):
+    """Importing it would run it."""
+    (tmp_path / "hostile.py").write_text("open('was_run', 'w').close()\nclass Scheme: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    if key == "schemes":
+        saved["schemes"] = ["hostile.Scheme"]
+    else:
+        saved["quant"] |= {"_target_": "hostile.Scheme", "name": "hostile"}
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    if key == "schemes":
+        save_config(resume_config(str(run)), tmp_path)
+    else:
+        with pytest.raises(UserError, match=r"names the class hostile\.Scheme"):
+            resume_config(str(run))
+    assert not (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("devices", ["null", "[]", "{a: 1}"])
+def test_devices_that_are_none_are_one_line(run, devices):
+    config = resume_config(str(run), [f"trainer.devices={devices}"])
+    with pytest.raises(UserError, match=r"trainer\.devices=.*: give a number, a list|on a CPU give a number"):
+        world_size(config.trainer)
 
 
 def test_a_saved_config_says_the_same_wherever_it_is_resumed_from(made, tmp_path, monkeypatch):

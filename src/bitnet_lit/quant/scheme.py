@@ -265,6 +265,11 @@ def _installed() -> dict[str, Any]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
+def is_known(name: str) -> bool:
+    """Whether a scheme of this name is built in, registered or installed."""
+    return name in _registered or name in _installed()
+
+
 def scheme_class(name: str) -> type[Scheme]:
     """The class of a scheme.
 
@@ -273,7 +278,7 @@ def scheme_class(name: str) -> type[Scheme]:
     """
     if name not in _registered and name in _installed():
         register(_installed()[name].load())
-    if name not in _registered:
+    if not is_known(name):
         known = ", ".join(dict.fromkeys([*_registered, *_installed()]))
         raise UserError(
             f"quant.name={name}: must be one of {known}; name the class of your own scheme: "

@@ -27,7 +27,7 @@ def world_size(trainer: TrainerConfig) -> int:
     on_cpu = trainer.accelerator == "cpu" or (
         trainer.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
     )
-    if on_cpu and not isinstance(devices, int | str) and len(devices):
+    if on_cpu and devices and not isinstance(devices, int | str):
         raise UserError(f"trainer.devices={trainer.devices}: indices choose among GPUs; on a CPU give a number")
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
@@ -39,7 +39,7 @@ def world_size(trainer: TrainerConfig) -> int:
         raise UserError(f"trainer.devices={devices}: more processes than {os.cpu_count()} cores can serve: take fewer")
     if isinstance(devices, int) and not isinstance(devices, bool) and devices > 0:
         return devices * trainer.num_nodes
-    if not isinstance(devices, str | int) and len(devices):
+    if devices and not isinstance(devices, str | int):
         return len(devices) * trainer.num_nodes
     raise UserError(f"trainer.devices={trainer.devices}: give a number, a list of indices, or auto")
 

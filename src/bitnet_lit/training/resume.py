@@ -1,7 +1,8 @@
 """Going on with a run: its config.yaml, and the checkpoint it starts from.
 
 A run is resumed with the config it began with, not with today's defaults; overrides on the command line go on top.
-config.yaml is read as plain data: a run folder may be somebody else's.
+config.yaml is read as plain data: a run folder may be somebody else's. A class that it names (`quant._target_`,
+`schemes`) is not imported unless the user names it too.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import nn
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import AdamWConfig, MuonConfig, TrainConfig
+from bitnet_lit.config.network import import_schemes
 from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
+from bitnet_lit.quant.scheme import is_known
 from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
 from bitnet_lit.training.identity import check_identity
 from bitnet_lit.training.run_folder import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, exported_step
@@ -70,6 +73,7 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
             f"resume={resume}: no checkpoint in it (it was stopped before its first one): start again without resume"
         )
     saved = read_yaml(path, f"put the {CONFIG_NAME} there that the run began with")
+    target = _take_classes(saved, path, resume, [parsed(override) for override in overrides])
     try:
         optim = saved.get("optim")
         name = optim.get("name") if isinstance(optim, dict) else None
@@ -92,8 +96,34 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
             f"resume={resume} with another length than trainer.max_steps={before[0]}: it would move the learning "
             f"rate's curve: add schedule.total_steps={before[0]} to keep the curve, or the new length to stretch it"
         )
+    config.quant._target_ = config.quant._target_ or target  # config.yaml keeps it
     same = Path(config.run_dir).absolute() == folder.absolute()  # as it was written: it stands in metrics.json
     return replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
+
+
+def _take_classes(saved: dict[str, Any], path: Path, resume: str, overrides: Sequence[tuple[str, Any]]) -> str | None:
+    """Take the classes that a saved config names out of it: those that its user names are imported, and no others.
+
+    Returns:
+        quant._target_ of the saved config.
+
+    Raises:
+        UserError: the run's scheme is one that nobody but the folder has named.
+    """
+    saved.pop("schemes", None)  # of the model that the run began with
+    quant = saved.get("quant")
+    if not isinstance(quant, dict):
+        return None
+    target = quant.pop("_target_", None)
+    for key, value in overrides:
+        if key in ("schemes", "quant._target_"):
+            import_schemes([value] if isinstance(value, str) else value)
+    if target is None or (isinstance(target, str) and is_known(str(quant.get("name")))):
+        return target
+    raise UserError(
+        f"resume={resume}: its {path.name} names the class {target}, and what a folder names is not imported: name it "
+        f"yourself, if you trust it: schemes=[{target}]"
+    )
 
 
 def _apply(cfg: Any, override: str, resume: str) -> None:
