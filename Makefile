@@ -29,7 +29,7 @@ demo: install ## Demo corpus, dense twin, b1 and BitNet trained and compared, cu
 test: install lint ## Lint, types and the whole test suite
 	$(BIN)/pytest
 
-faults: install ## Kill a run, prepare and each export at every file operation, fail the disk at each (most of an hour)
+faults: install ## Kill a run, prepare and each export at every file operation, fail the disk at each (an hour or two)
 	FAULTS=all $(BIN)/pytest tests/faults/test_kills.py
 
 fuzz: install ## Damage files and command lines for an hour, on all cores (FUZZ_SECONDS=..., FUZZ_SEED=... for others)
