@@ -112,6 +112,7 @@ def sanitized(root: Path) -> Fuzzer:
     compiler.chmod(0o755)
     cache.mkdir(mode=0o700)
     variables = {"CXX": str(compiler), "BITNET_LIT_CACHE": str(cache), "ASAN_OPTIONS": "detect_leaks=0"}
+    variables["CUDA_VISIBLE_DEVICES"] = ""  # CUDA needs the addresses that the sanitizer takes
     return Fuzzer(root / "fuzz", memory=None, preload=preload, environment=variables)
 
 
