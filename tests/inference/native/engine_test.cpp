@@ -325,28 +325,34 @@ void damaged_head(int vocab, int inputs) {
     for (int r = 0; r < vocab; r++) CHECK(std::isnan(rows[r / HEAD_GROUP].scale[r % HEAD_GROUP]) == (r == vocab / 2), "row %d", r);
 }
 
-// A piece of work is done once, by however many helpers; what one throws arrives; work may follow at once or after a rest.
+// A piece of work is done once, by however many helpers; what one throws arrives, once; work may follow at once or after a rest.
 void pools() {
     for (int threads : {1, 2, 5, 40}) {  // more than there are processors, too
         Pool pool(threads);
         for (int round = 0; round < 300; round++) {
             const int pieces = round % 40;
             std::vector<int> done(pieces);
-            pool.divide(pieces, [&](int, const auto& next) {
+            pool.divide(pieces, [&](int, auto& next) {
                 for (int piece; (piece = next()) >= 0;) done[piece]++;
             });
             CHECK(std::all_of(done.begin(), done.end(), [](int n) { return n == 1; }), "threads %d", threads);
             if (round % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // helpers fall asleep
         }
-        bool thrown = false;
-        try {
-            pool.divide(50, [](int, const auto& next) {
-                while (next() >= 0) throw std::bad_alloc();
+        for (int round = 0; round < 20; round++) {
+            bool thrown = false;
+            try {
+                pool.divide(50, [](int, auto& next) {
+                    while (next() >= 0) throw std::bad_alloc();
+                });
+            } catch (const std::bad_alloc&) {
+                thrown = true;
+            }
+            std::atomic<int> done{0};
+            pool.divide(50, [counts = &done](int, auto& next) {  // throws nothing, whatever helpers threw before
+                while (next() >= 0) ++*counts;
             });
-        } catch (const std::bad_alloc&) {
-            thrown = true;
+            CHECK(thrown && done == 50, "threads %d", threads);
         }
-        CHECK(thrown, "threads %d", threads);
     }
 }
 

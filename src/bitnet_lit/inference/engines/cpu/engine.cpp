@@ -116,7 +116,7 @@ double bitnet_read_bandwidth(int64_t bytes, int threads, int rounds) {
     std::vector<int32_t> found(threads);
     const auto start = std::chrono::steady_clock::now();
     for (int round = 0; round < rounds; round++)
-        pool.divide(threads, [&](int, const auto& next) {
+        pool.divide(threads, [&](int, auto& next) {
             for (int part; (part = next()) >= 0;) {
                 const int64_t from = bytes * part / threads / 64 * 64, to = bytes * (part + 1) / threads / 64 * 64;
                 simd::Sums sums = simd::zero();

@@ -142,7 +142,7 @@ struct Engine {
     template <class Does>
     void divide(const Input& in, int tokens, int rows, int unit, const Does& does) {
         if (tokens > 1)
-            pool.divide((tokens + PREPARED - 1) / PREPARED, [=, this](int, const auto& next) {
+            pool.divide((tokens + PREPARED - 1) / PREPARED, [=, this](int, auto& next) {
                 for (int piece; (piece = next()) >= 0;)
                     for (int t = piece * PREPARED; t < std::min(tokens, (piece + 1) * PREPARED); t++)
                         prepare(in.x + size_t(t) * widest, in.norm, in.n, t);
@@ -151,7 +151,7 @@ struct Engine {
         const int units = (rows + unit - 1) / unit;
         // Of many tokens a thread has one part of the rows: what is made of the tokens for it is made once.
         const int parts = tokens_divided ? pool.count : tokens > FEW_TOKENS ? std::min(pool.count, units) : units;
-        pool.divide(parts, [=, this](int thread, const auto& next) {
+        pool.divide(parts, [=, this](int thread, auto& next) {
             int part = next();
             if (part < 0) return;
             const Entering entering = enter(thread, tokens, in);
@@ -254,7 +254,7 @@ struct Engine {
             if (!tokens_divided) attend_heads<E>(from, to, index, rows, count);
         });
         if (tokens_divided)
-            pool.divide(s.kv_heads, [=, this](int, const auto& next) {
+            pool.divide(s.kv_heads, [=, this](int, auto& next) {
                 for (int h; (h = next()) >= 0;) attend_heads<E>(h, h + 1, index, rows, count);
             });
         divide({attended, l->attn_norm, attention}, count, s.hidden, out_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
@@ -291,11 +291,11 @@ struct Engine {
     template <int BITS>
     void head_part(const std::vector<int>& wanted, float* logits) {
         const int count = int(wanted.size());
-        pool.divide(count, [=, this, wanted = wanted.data()](int, const auto& next) {
+        pool.divide(count, [=, this, wanted = wanted.data()](int, auto& next) {
             for (int i; (i = next()) >= 0;) head_input<BITS>(x + size_t(wanted[i]) * widest, i);
         });
         if constexpr (BITS == 32)
-            pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [=, this](int, const auto& next) {
+            pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [=, this](int, auto& next) {
                 for (int piece; (piece = next()) >= 0;)
                     multiply_dense(w.head, normed, count, s.hidden, piece * HEAD_PIECE, std::min(s.vocab, (piece + 1) * HEAD_PIECE), logits, s.vocab, set);
             });

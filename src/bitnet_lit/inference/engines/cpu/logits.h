@@ -22,7 +22,8 @@ class IntegerHead {
    public:
     void reserve(int rows, int threads, int hidden) {
         const size_t each = padded(hidden);
-        halves.reset(rows * 2 * each), fine.reset(rows * each), inputs.resize(rows), bounds.reset(size_t(rows) * threads);
+        halves.reset(rows * 2 * each), fine.reset(rows * each), inputs.resize(rows);
+        bounds_stride = round_up(rows, 64 / int(sizeof(float))), bounds.reset(size_t(bounds_stride) * threads);
         for (int i = 0; i < rows; i++) inputs[i] = {halves + 2 * i * each, halves + (2 * i + 1) * each, 0, 0, 0, fine + i * each, 0};
     }
     void begin(int wanted, int vocab) { reach.resize(std::max(reach.size(), size_t(wanted) * head_groups_of(vocab))); }
@@ -34,24 +35,26 @@ class IntegerHead {
     template <int BITS>
     void logits(const Weights& w, const Shape& s, Pool& pool, const float* rows, size_t stride, int count, float* out) {
         const int groups = head_groups_of(s.vocab), quads = quads_of(s.hidden);
-        std::fill(bounds.data, bounds.data + size_t(count) * pool.count, -INFINITY);
-        pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [=, this, &w, &s, &pool](int thread, const auto& next) {
+        for (int thread = 0; thread < pool.count; thread++) std::fill_n(bounds + size_t(thread) * bounds_stride, count, -INFINITY);
+        pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [=, this, &w, &s, &pool](int thread, auto& next) {
             for (int piece; (piece = next()) >= 0;)
                 for (int from = piece * HEAD_PIECE, to = std::min(s.vocab, from + HEAD_PIECE), g = from / HEAD_GROUP; g < head_groups_of(to); g++) {
                     head_logits<BITS>(w.head_codes + g * head_group_bytes<BITS>(s.hidden), w.head_rows[g], std::min(HEAD_GROUP, to - g * HEAD_GROUP),
                                       inputs.data(), count, quads, out + g * HEAD_GROUP, s.vocab, &reach[g], groups);
                     for (int i = 0; i < count; i++) {
-                        float& least = bounds[i * pool.count + thread];  // of the best logit of what this thread computes
+                        float& least = bounds[size_t(thread) * bounds_stride + i];  // of the best logit of what this thread computes
                         least = std::max(least, reach[size_t(i) * groups + g].least);
                     }
                 }
         });
-        pool.divide(pool.count, [=, this, &w, &s, &pool](int, const auto& next) {
+        pool.divide(pool.count, [=, this, &w, &s, &pool](int, auto& next) {
             for (int piece; (piece = next()) >= 0;) {
                 const auto [from, to] = part_of(piece, pool.count, s.vocab, HEAD_GROUP);
-                for (int i = 0; i < count; i++)
-                    refine<BITS>(w, s, i, *std::max_element(&bounds[i * pool.count], &bounds[i * pool.count] + pool.count),
-                                 rows + i * stride, from, to, out + size_t(i) * s.vocab);
+                for (int i = 0; i < count; i++) {
+                    float bound = -INFINITY;
+                    for (int thread = 0; thread < pool.count; thread++) bound = std::max(bound, bounds[size_t(thread) * bounds_stride + i]);
+                    refine<BITS>(w, s, i, bound, rows + i * stride, from, to, out + size_t(i) * s.vocab);
+                }
             }
         });
     }
@@ -102,7 +105,8 @@ class IntegerHead {
 
     Buffer<uint8_t> halves;
     Buffer<int16_t> fine;
-    Buffer<float> bounds;           // [wanted row][thread]
+    Buffer<float> bounds;           // [thread][wanted row], a thread's in cache lines of its own
+    int bounds_stride = 0;          // from one thread to the next
     std::vector<HeadInput> inputs;  // of wanted rows
     std::vector<Reach> reach;       // [wanted row][group]
 };

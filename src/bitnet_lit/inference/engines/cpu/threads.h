@@ -1,13 +1,18 @@
 // Work that several threads share, piece by piece.
 //
-// The calling thread, thread 0, never waits for a helper to come: it opens some work, and whoever is awake takes pieces of
-// it, thread 0 too. The work is over when all pieces are taken and all who took one are done; who comes later finds it
-// closed. So a helper that got no processor, because others need it, costs nothing.
+// The calling thread, thread 0, never waits for a helper to come: it gives every thread a share of the pieces, and a helper
+// that is awake finds its share and begins. Whoever has finished its own takes from others' shares, thread 0 too. To take a
+// piece is all there is to joining: the work is over when all pieces are taken and those who took some say that they are
+// done. So a helper that got no processor, because others need it, costs nothing.
+//
+// What a phase of the work costs is how often a cache line goes from one core to another. Here a helper has one line of its
+// own: thread 0 writes the share into it, the helper takes pieces there and then says there how many it has done.
 //
 // Helpers wait awake for a moment, because waking takes longer than a small model takes for a layer; then they sleep. One
 // that was taken off its processor while it waited awake knows that others need it, and sleeps sooner for a while. Where one
-// is taken off in the middle of a piece, thread 0 has to wait for it: after that it works alone for a while, and for longer
-// each time. So several threads on a machine that is busy are about as fast as one.
+// is taken off in the middle of a piece, thread 0 has to wait for it; where one is called several times and does not come,
+// the calls cost something. After either thread 0 works alone for many times as long as it lost. So several threads on a
+// machine that is busy are about as fast as one.
 #pragma once
 
 #include <atomic>
@@ -20,6 +25,7 @@
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <time.h>
@@ -81,65 +87,79 @@ class Pool {
     explicit Pool(int threads) : count(std::max(threads, 1)), shares(new Share[size_t(count)]) {}
     ~Pool() {
         if (!helpers) return;
-        stopping.store(true, std::memory_order_relaxed);
-        state.fetch_add(NEXT);
-        state.notify_all();
+        stopping = true;
+        wakes++, wakes.notify_all();
         for (auto& helper : *helpers) helper.join();
     }
     Pool(const Pool&) = delete;
 
     // does(thread, next) on thread 0 and on helpers: next() is a piece from [0, pieces) that nobody else has, or -1 where all
-    // are taken. `does` is copied: what it refers to should be old. Returns when all are done. Throws what thread 0 throws, and std::bad_alloc for what a helper throws.
+    // are taken. `does` is copied: what it refers to should be old. Returns when all are done. Throws what thread 0 throws,
+    // and std::bad_alloc for what a helper throws.
     template <class Does>
     void divide(int pieces, const Does& does) {
-        for (int i = 0; i < count; i++)
-            shares[i].rest.store(Rest{uint32_t(int64_t(pieces) * i / count), uint32_t(int64_t(pieces) * (i + 1) / count)}, std::memory_order_relaxed);
-        if (pieces < 2 || alone() || !start()) return does(0, Next{*this, 0});
-        // Copied, because each cache line of thread 0's stack would be fetched by each helper.
-        static_assert(sizeof(Does) <= sizeof(work) && std::is_trivially_copyable_v<Does>);
-        std::memcpy(work, &does, sizeof(Does));
-        call = [](Pool& pool, int thread) { (*reinterpret_cast<const Does*>(pool.work))(thread, Next{pool, thread}); };
-        open();
+        const int sharing = pieces < 2 || alone() || !start() ? 1 : count;
+        if (sharing > 1) {
+            // Copied, because each cache line of thread 0's stack would be fetched by each helper.
+            static_assert(sizeof(Does) <= sizeof(work) && std::is_trivially_copyable_v<Does>);
+            std::memcpy(work, &does, sizeof(Does));
+            call = [](Pool& pool, Next& next) { (*reinterpret_cast<const Does*>(pool.work))(next.thread, next); };
+        }
+        if (failed) failed = false;  // thread 0 threw, too
+        for (int i = sharing - 1; i >= 0; i--)
+            shares[i].rest.store(Rest{uint32_t(int64_t(pieces) * i / sharing), uint32_t(int64_t(pieces) * (i + 1) / sharing)}, std::memory_order_release);
+        if (sharing > 1) wake();
+        given += uint32_t(pieces);
         {
             const Closing closing{*this};
-            does(0, Next{*this, 0});
+            Next next{*this, 0, -1};
+            does(0, next);
         }
-        if (failed.exchange(false)) throw std::bad_alloc();
+        if (failed) throw std::bad_alloc();
     }
 
     // In the child of a fork, where there are no helpers; between two calls of `divide`.
     void forget() {
         (void)helpers.release();  // whose destructor would end the process
-        state = 0, asleep = 0, failed = waiting = crowded = false;
+        asleep = 0, crowded = false;
     }
     const int count;
 
    private:
+    using Clock = std::chrono::steady_clock;
     struct Rest { uint32_t from, to; };  // pieces
-    struct alignas(64) Share { std::atomic<Rest> rest; };
+    struct alignas(64) Share {
+        std::atomic<Rest> rest{};
+        std::atomic<uint32_t> done{0};  // pieces, since the pool was made
+        uint32_t taken = 0;             // by this thread, from all shares
+    };
     struct Next {
         Pool& pool;
-        int thread;
-        int operator()() const { return pool.take(thread); }
+        int thread, first;  // a piece that is taken already, or -1
+        int operator()() { return first < 0 ? pool.take(thread) : std::exchange(first, -1); }
     };
     struct Closing {
         Pool& pool;
         ~Closing() { pool.close(); }
     };
-    // What `state` holds: how many helpers are at work, whether there is work, and a number of it.
-    static constexpr uint32_t ACTIVE = (1 << 16) - 1, OPEN = 1 << 16, NEXT = 1 << 17;
 
-    // A thread takes from the front of its own share, one piece after the other, and then from the back of others' shares:
-    // processors that share a machine are seldom equally fast.
-    int take(int thread) {
-        for (int i = 0; i < count; i++) {
-            std::atomic<Rest>& rest = shares[(thread + i) % count].rest;
-            Rest seen = rest.load(std::memory_order_relaxed);
-            while (seen.from < seen.to) {
-                const Rest left = i ? Rest{seen.from, seen.to - 1} : Rest{seen.from + 1, seen.to};
-                if (rest.compare_exchange_weak(seen, left, std::memory_order_relaxed)) return int(i ? left.to : seen.from);
-            }
+    // A piece of the share of thread `of`, or -1. A thread takes from the front of its own share and from the back of others'.
+    int take(int thread, int of) {
+        std::atomic<Rest>& rest = shares[of].rest;
+        Rest seen = rest.load(std::memory_order_relaxed);
+        while (seen.from < seen.to) {
+            const Rest left = of == thread ? Rest{seen.from + 1, seen.to} : Rest{seen.from, seen.to - 1};
+            if (!rest.compare_exchange_weak(seen, left, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+            shares[thread].taken++;
+            return int(of == thread ? seen.from : left.to);
         }
+        return -1;
+    }
+
+    // Its own share first, then the others': processors that share a machine are seldom equally fast.
+    int take(int thread) {
+        for (int i = 0; i < count; i++)
+            if (const int piece = take(thread, (thread + i) % count); piece >= 0) return piece;
         return -1;
     }
 
@@ -158,85 +178,91 @@ class Pool {
         return !helpers->empty();
     }
 
-    // Whether thread 0 works without helpers now, after one of them had no processor.
-    bool alone() {
-        if (!crowded.load(std::memory_order_relaxed) && !resting) return false;
-        const auto now = Clock::now();
-        if (crowded.exchange(false)) {
-            rest = now - rested < REMEMBERED ? std::min(2 * rest, LONGEST_REST) : SHORTEST_REST;
-            rested = now + rest, resting = true;
-        }
-        return resting = now < rested;
+    // For RESTS times as long as helpers without a processor have cost.
+    void work_alone(Clock::duration lost) {
+        resting = true, unanswered = 0;
+        rested = Clock::now() + std::min<Clock::duration>(RESTS * lost, LONGEST_REST);
     }
+    bool alone() { return resting && (resting = Clock::now() < rested); }
 
-    void open() {
-        // No helper is at work, and none begins while `state` is closed.
-        state.store(state.load(std::memory_order_relaxed) + NEXT + OPEN, std::memory_order_release);
+    // A helper that falls asleep at this moment may miss the call: the next work calls it.
+    void wake() {
         if (!asleep.load(std::memory_order_relaxed)) return;
         const auto now = Clock::now();
         if (now - woken < WAKING) return;  // a call to the system for every layer would cost more than helpers give
         woken = now;
-        state.notify_all();
+        if (const uint32_t taken = given - shares[0].taken; taken != helped) helped = taken, unanswered = 0;
+        if (++unanswered > CALLS) return work_alone(CALLS * WAKING);
+        wakes++, wakes.notify_all();
+    }
+
+    bool all_done() const {
+        uint32_t done = 0;
+        for (int i = 0; i < count; i++) done += shares[i].done.load(std::memory_order_acquire);
+        return done == given;
     }
 
     void close() {
+        while (take(0) >= 0) {}  // where thread 0 threw, nobody begins anything more
+        finish(0);
+        if (all_done()) return;
         patience.begin();
-        while (true) {
-            uint32_t now = state.load(std::memory_order_acquire);
-            if (!(now & ACTIVE)) {
-                if (state.compare_exchange_weak(now, now - OPEN, std::memory_order_acq_rel)) return;
-            } else if (!patience.lasts()) {
-                waiting.store(true);
-                if ((now = state.load()) & ACTIVE) state.wait(now);
-                waiting.store(false);
-            }
-        }
+        while (patience.lasts())
+            if (all_done()) return;
+        const auto begun = Clock::now();
+        late.store(true, std::memory_order_relaxed);
+        while (!all_done()) std::this_thread::sleep_for(LOOKING);
+        late.store(false, std::memory_order_relaxed);
+        if (crowded.load(std::memory_order_relaxed)) work_alone(Clock::now() - begun);
+        crowded.store(false, std::memory_order_relaxed);
     }
+
+    void finish(int thread) { shares[thread].done.store(shares[thread].taken, std::memory_order_release); }
 
     void help(int thread) {
         Patience patience{AWAKE};
         Loss loss;
         loss.begin();
-        uint32_t done = 0;  // the work that this thread was at last
-        while (true) {
-            uint32_t now = state.load(std::memory_order_acquire);
-            if (stopping.load(std::memory_order_relaxed)) return;
-            if (now & OPEN && (now & ~ACTIVE) != done) {
-                if (!state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
-                done = now & ~ACTIVE;
-                const auto begun = Clock::now();
+        while (!stopping.load(std::memory_order_relaxed)) {
+            if (Next next{*this, thread, take(thread, thread)}; next.first >= 0) {
                 try {
-                    call(*this, thread);
+                    call(*this, next);
                 } catch (...) {
                     failed = true;
                 }
-                if ((state.fetch_sub(1) & ACTIVE) == 1 && waiting.load()) state.notify_all();
-                if (Clock::now() - begun > LOST) {  // or else no time can have been lost
+                if (late.load(std::memory_order_relaxed)) {
                     if (loss.since_begin() > LOST) crowded = true;
                     loss.begin();
                 }
+                finish(thread);
                 patience.begin();
             } else if (!patience.lasts()) {
+                const uint32_t before = wakes;
                 asleep++;
-                state.wait(now);
+                if (!stopping) wakes.wait(before);
                 asleep--;
                 patience.begin(), loss.begin();
             }
         }
     }
 
-    using Clock = std::chrono::steady_clock;
-    static constexpr std::chrono::microseconds AWAKE{1000}, WAITING{100}, WAKING{100}, LOST{300};
-    static constexpr std::chrono::milliseconds SHORTEST_REST{10}, LONGEST_REST{500}, REMEMBERED{1000};
-    std::unique_ptr<Share[]> shares;
+    static constexpr std::chrono::microseconds AWAKE{1000}, WAITING{100}, LOOKING{20}, WAKING{100}, LOST{300};
+    static constexpr int CALLS = 10, RESTS = 20;  // so helpers that never come cost a twentieth
+    static constexpr std::chrono::seconds LONGEST_REST{5};
+    const std::unique_ptr<Share[]> shares;
     std::unique_ptr<std::vector<std::thread>> helpers;
-    Patience patience{WAITING};  // of thread 0
+    // Thread 0's, in cache lines that helpers do not read.
+    alignas(64) uint32_t given = 0;  // pieces, since the pool was made
+    Patience patience{WAITING};
     Clock::time_point woken{}, rested{};
-    std::chrono::milliseconds rest{};
+    uint32_t helped = 0;  // pieces that helpers had taken when one was called
+    int unanswered = 0;   // calls since helpers took a piece
     bool resting = false;
-    alignas(64) void (*call)(Pool&, int) = nullptr;
-    alignas(16) unsigned char work[176];
-    alignas(64) std::atomic<uint32_t> state{0};  // helpers look at it all the time
-    alignas(64) std::atomic<int> asleep{0};
-    std::atomic<bool> waiting{false}, failed{false}, crowded{false}, stopping{false};
+    // What a helper reads once it has a piece.
+    alignas(64) void (*call)(Pool&, Next&) = nullptr;
+    unsigned char work[184];
+    // Seldom written.
+    alignas(64) std::atomic<uint32_t> wakes{0};
+    std::atomic<int> asleep{0};
+    std::atomic<bool> late{false}, failed{false}, crowded{false}, stopping{false};
 };
