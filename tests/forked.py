@@ -170,7 +170,6 @@ def _child(asked: dict[str, Any], output: int) -> None:
         os.chdir(asked["cwd"])
         faulthandler.dump_traceback_later(asked["seconds"], file=2)
         signal.alarm(asked["seconds"] + 1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         module, name = asked["target"].split(":")
         target = getattr(importlib.import_module(module), name)
         if asked["memory"]:
@@ -179,14 +178,19 @@ def _child(asked: dict[str, Any], output: int) -> None:
             function, *arguments = asked["before"]
             getattr(ctypes.CDLL(None), function)(*(a.encode() if isinstance(a, str) else a for a in arguments))
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             target(*asked["arguments"])
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            unheard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            if isinstance(error, KeyboardInterrupt) and unheard:  # before the door was there to hear it
+                status = 128 + signal.SIGINT
+            else:
+                traceback.print_exc()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(ValueError, OSError):
                 stream.flush()
