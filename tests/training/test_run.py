@@ -140,6 +140,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_layer(tmp_path, sh
         (["model.vocab_size=100"], "leave model.vocab_size at null"),
         (["schedule.warmup_steps=100"], "longer than the run"),
         (["trainer.devices=[]"], "give a number, a list of indices, or auto"),
+        (["trainer.num_nodes=2"], "nothing says where the nodes are"),
         (["init_from=/nowhere"], "no such file or folder"),
     ],
     ids=str,

@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import (
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +27,26 @@ from bitnet_lit.model.accounting import Accounting, account
 from bitnet_lit.terminal import console
 
 
+def _check_nodes(num_nodes: int) -> None:
+    """Refuse several nodes where nothing says which: the first one would wait for the others for ever."""
+    known = "MASTER_ADDR" in os.environ or any(
+        environment.detect()
+        for environment in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+    )
+    if num_nodes > 1 and not known:
+        raise UserError(
+            f"trainer.num_nodes={num_nodes}: nothing says where the nodes are: set MASTER_ADDR, MASTER_PORT and "
+            "NODE_RANK on each of them, or start the command with torchrun or srun"
+        )
+
+
 def world_size(trainer: TrainerConfig) -> int:
-    """Processes that `trainer` asks for: devices of a node times nodes."""
+    """Processes that `trainer` asks for: devices of a node times nodes.
+
+    Raises:
+        UserError: devices that are none, or nodes that cannot find each other.
+    """
+    _check_nodes(trainer.num_nodes)
     devices = trainer.devices
     on_cpu = trainer.accelerator == "cpu" or (
         trainer.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
