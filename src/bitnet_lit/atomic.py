@@ -47,7 +47,7 @@ NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.E
 
 
 def real_path(path: Path, folder: bool = False) -> Path:
-    """Where a write to `path` goes: links are followed.
+    """The path that a write to `path` goes to: links are followed.
 
     Args:
         folder: what is to be written there: a folder, or a file.

@@ -51,7 +51,7 @@ class Mismatch(ValueError):
 
 
 class Shape(Protocol):
-    """What a value must look like."""
+    """A description of the values that are allowed."""
 
     def check(self, value: Any, key: str) -> None:
         """Raise `Mismatch` where `value`, which stands under the dotted `key`, has another shape."""
@@ -148,7 +148,7 @@ class Choice:
 
 
 class Either:
-    """What has one of several shapes; `called` names them all in the error."""
+    """A value of one of several shapes; `called` names them all in the error."""
 
     def __init__(self, *shapes: Shape, called: str) -> None:
         self.shapes, self.called = shapes, called

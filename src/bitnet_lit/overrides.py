@@ -1,4 +1,4 @@
-"""What is typed behind `key=` on a command line arrives as typed, where the key holds text.
+"""Text that is typed behind `key=` on a command line arrives as typed.
 
 Hydra reads `key=value` with a grammar of its own, in which commas, quotes, brackets and most signs mean something.
 That is right for numbers, lists and sweeps, and wrong for a prompt or a path. So each override is spelled anew before
@@ -108,7 +108,7 @@ def open_slots(schema: type) -> tuple[str, ...]:
 
 
 def _parse(override: str) -> Override | None:
-    """What Hydra reads; None where its grammar does not fit."""
+    """The override as Hydra reads it; None where its grammar does not fit."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:

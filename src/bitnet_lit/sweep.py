@@ -79,7 +79,7 @@ class StopHandlers:
 
 @contextlib.contextmanager
 def _signalled_by(sweep_dir: Path) -> Iterator[None]:
-    """In a process beside the one that the sweep was started in: pass its signal on to the job that runs here.
+    """Pass the signal of the process that started the sweep on to the job that runs in this one.
 
     A terminal and most schedulers send a signal to every process themselves. A second one would stop the job at once,
     without saving; so it is passed on only where none has come by itself.

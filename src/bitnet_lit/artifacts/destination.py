@@ -1,4 +1,4 @@
-"""Where an export goes, what may lie there already, and which of the files there are an export's own.
+"""The place an export goes to: its default, what may lie there already, and which files there an export wrote.
 
 An export leaves a note: `export.json` in a folder, `<name>.json` beside a file. It lists what was written, with sizes
 and sha256. So a folder that is exported to again loses exactly those files, and what its user has put there since
@@ -31,7 +31,7 @@ NOTE = Record(
 
 
 def default_out(config: ExportConfig, path: Path) -> Path:
-    """Where an export goes by itself: beside its model, or to the current folder where that lies in the hub's cache."""
+    """The place without out=: beside the model, or in the current folder for a model in the hub's cache."""
     suffix = {"gguf": f"{config.type}.gguf", "latent": config.dtype}.get(config.format, config.format)
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return Path(f"{path.parent.parent.name.split('--')[-1]}-{suffix}")
@@ -39,12 +39,12 @@ def default_out(config: ExportConfig, path: Path) -> Path:
 
 
 def given_out(out: str) -> Path:
-    """What was typed behind out=, with the home folder for a ~ that the shell left there."""
+    """The path typed behind out=; a ~ that the shell left there becomes the home folder."""
     return Path(out).expanduser() if out.startswith("~/") else Path(out)
 
 
 def note_of(out: Path, is_file: bool) -> Path:
-    """Where the note of an export to `out` lies."""
+    """The path of the note that belongs to an export at `out`."""
     return out.with_name(f"{out.name}.json") if is_file else out / NOTE_NAME
 
 

@@ -69,7 +69,7 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _nothing_there(checkpoint: str, path: Path) -> str:
-    """Where a path ends, and what is like it there."""
+    """Say how far a path exists, and which names there are like the next part of it."""
     if path.is_symlink():
         return f"a link to {os.readlink(path)}, which is not there"
     parent, missing = path.parent, path.name

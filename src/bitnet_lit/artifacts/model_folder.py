@@ -170,7 +170,7 @@ PATH_IN_TEXT = re.compile(r"(?<![^\s'\"(=])(?:[A-Za-z]:[\\/]|~?/)[^\s'\"]*?([^\s
 
 
 def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What training noted, without the paths of the machine: a model folder is given to others.
+    """Leave the paths of this machine out of what training noted: a model folder is given to others.
 
     Of a path its last part stays, and of the folder of the data its name, under "data".
     """

@@ -194,7 +194,7 @@ class Source:
         return f"{name}_scale" in self.reader.shapes()
 
     def scale(self, name: str) -> NDArray[np.float32]:
-        """What the stored codes of a weight are multiplied by, in the shape of the scheme's granularity.
+        """The scale that multiplies the stored codes of a weight, in the shape of the scheme's granularity.
 
         Raises:
             UserError: not positive numbers.

@@ -73,7 +73,7 @@ class Checked:
     """A dataclass of the schema whose numbers are checked when it is made."""
 
     OWNER: ClassVar[str] = ""
-    """What stands before a key: `model.`, or nothing for a command's own."""
+    """The prefix of a key: `model.`, or nothing for a command's own."""
     RANGES: ClassVar[dict[str, Range]] = {}
     """The range of each numeric field."""
 

@@ -129,7 +129,7 @@ class QuantConfig(Checked):
     activation_bits: int = 8
     """Bits of the activations that enter a quantized projection, 2 to 8."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What else a scheme has to set, such as group_size of b158_group."""
+    """Further settings of a scheme, such as group_size of b158_group."""
     _target_: str | None = None
     """A scheme of one's own, <module>.<class>: a subclass of bitnet_lit.quant.Scheme."""
     lambda_warmup_steps: int = 0
@@ -171,7 +171,7 @@ class QuantConfig(Checked):
         return make_scheme(cls, settings)
 
     def describe(self) -> dict[str, Any]:
-        """What a model is saved with, as plain data: the scheme's name and settings, and the layers it leaves alone."""
+        """Plain data to save with a model: the scheme's name and settings, and the layers it leaves alone."""
         return {**self.scheme.describe(), "skip": list(self.skip)}
 
     @classmethod

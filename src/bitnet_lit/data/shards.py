@@ -110,7 +110,7 @@ def _find_tokenizer(folder: Path, given: Path | None) -> Path | None:
 
 
 def _vocab_size(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer | None) -> int:
-    """What ids lie below: as meta.json, the tokenizer or llama2.c's name of the folder says, and they must agree."""
+    """The vocabulary that meta.json, the tokenizer and llama2.c's name of the folder agree on."""
     remedy = "give the right one (data.tokenizer), or prepare the text again"
     named = re.fullmatch(r"tok(\d{1,9})", folder.name)
     if meta:

@@ -61,7 +61,7 @@ class Segment:
 
 @dataclass
 class ReadCounts:
-    """What `read_stories` met.
+    """Counts of what `read_stories` met.
 
     Attributes:
         documents: records of JSON, parts with text of .txt.
@@ -179,7 +179,7 @@ def _line(segment: Segment, number: int) -> str:
 
 
 def document_ends(path: Path, every: int) -> list[int]:
-    """Where a large file can be cut: byte offsets behind a document, about `every` bytes apart; the last is its end.
+    """Offsets where a large file can be cut: bytes behind a document, about `every` bytes apart; the last is its end.
 
     A cut falls behind what divides documents for `read_stories` too: the separator, or the end of a .jsonl line.
     """

@@ -1,4 +1,4 @@
-"""What is wrong with a model whose logits are no numbers.
+"""Finding what is wrong with a model whose logits are no numbers.
 
 A NaN or an infinity in one weight reaches every logit; a model with one is refused when it is opened, as are those
 whose file was written over since. An activation that grows beyond float32 shows in the logits alone.

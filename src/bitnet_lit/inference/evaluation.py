@@ -97,7 +97,7 @@ def evaluate_split(
 
 
 def _data_of_run(model: Path) -> str | None:
-    """Where the run that a model folder lies in had its data; the model folder itself says nothing of this machine."""
+    """The data folder of the run that a model folder lies in; the model folder itself says nothing of this machine."""
     config = model.parent / "config.yaml"
     if not config.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What a fork leaves of torch: importing this module keeps it usable in the child.
+"""Forks and torch: importing this module keeps torch usable in the child.
 
 torch computes on OpenMP's threads. A fork copies one thread alone, and the first loop that the child divides waits for
 the others for ever. So the child takes one thread, as torch's own worker processes of a DataLoader do. The native

@@ -184,7 +184,7 @@ class Generator:
         return [first[id(text)] for text in texts]
 
     def _draw(self, text: _Text, logits: NDArray[np.float32]) -> str:
-        """As `_Text.draw`; says what is wrong with a model that computes no numbers."""
+        """Draw as `_Text.draw` does; say what is wrong with a model that computes no numbers."""
         try:
             return text.draw(logits)
         except NotFiniteError:
@@ -228,7 +228,7 @@ class Generator:
     def _run(
         self, prompts: Sequence[str], samplers: Sequence[Sampler], max_new_tokens: int, stops: Sequence[str]
     ) -> Iterator[tuple[int, str]]:
-        """What `stream_batch` gives, from options that were checked."""
+        """Yield the pieces of `stream_batch`, from options that were checked."""
         statistics = self.statistics = Statistics()
         if not prompts:
             return

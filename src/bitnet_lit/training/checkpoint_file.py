@@ -47,7 +47,7 @@ _KEYS: dict[str, type] = {
 
 
 class _HashingFile:
-    """What `torch.save` needs of a file; hashes what goes through and keeps the error that a full disk raises.
+    """A file for `torch.save` that hashes what goes through and keeps the error that a full disk raises.
 
     `torch.save` turns such an error into a RuntimeError about positions in the archive.
     """

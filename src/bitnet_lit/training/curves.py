@@ -22,7 +22,7 @@ def _run_folders(runs: list[str]) -> list[Path]:
 
 
 def _label(folder: Path, key: str) -> str:
-    """What the legend says of a run: a value of its config, or the folder's name where it has no config."""
+    """The words of the legend for a run: a value of its config, or the folder's name where it has no config."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         return folder.name

@@ -1,4 +1,4 @@
-"""What ends a run from outside, in one line: a full disk, data that is gone, a process of the run that died."""
+"""Failures that end a run from outside, in one line: a full disk, data that is gone, a process of the run that died."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pi
 
 
 def what_is_kept(run_dir: Path) -> str:
-    """What a run that stops leaves, and how to go on."""
+    """Say what a run that stops leaves, and how to go on."""
     if (run_dir / CHECKPOINTS / LAST).exists():
         return f"the last checkpoint is kept: go on with python -m bitnet_lit.train resume={run_dir}"
     return "there is no checkpoint yet: start again"

@@ -1,4 +1,4 @@
-"""What makes a run the run that it is: what must not change between the part before a resume and the part behind it.
+"""The identity of a run: what must not change between the part before a resume and the part behind it.
 
 The network's sizes and rules, the seed and the length of a sequence decide what the weights mean and which tokens come
 next; so do the shards and their tokenizer. All of it stands in each checkpoint, as one flat mapping of plain values,

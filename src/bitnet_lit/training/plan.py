@@ -149,7 +149,7 @@ def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int) -
 
 
 def _machine_memory_bytes() -> float:
-    """What this process may have at most: the machine's memory, or its control group's limit."""
+    """The most bytes that this process may have: the machine's memory, or its control group's limit."""
     limits = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"

@@ -25,7 +25,7 @@ def _users_own_group(gid: int) -> bool:
 
 
 def why_not_private(folder: Path) -> str | None:
-    """What lets others change what lies in `folder`; None where nothing does.
+    """The reason why others can change what lies in `folder`; None where they cannot.
 
     Args:
         folder: exists, and holds no symbolic link: see `Path.resolve`.
