@@ -1,4 +1,4 @@
-"""llama.cpp on the GGUF files that are written here, with a model trained on real text: same perplexity, same words."""
+"""llama.cpp on the GGUF files that are written here, with a model trained here: same perplexity, same words."""
 
 import pytest
 import torch
@@ -12,10 +12,9 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.model import next_token_loss
 from bitnet_lit.training.run import train
-from tests.support import TINYSTORIES, needs_tinystories
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install llama-cpp-python)")
-pytestmark = [needs_tinystories, pytest.mark.slow, pytest.mark.llama_cpp]
+pytestmark = [pytest.mark.slow, pytest.mark.llama_cpp]
 
 LENGTH = 128
 PROMPTS = ["Once upon a time", "One day, a little girl", "Tom had a big", "The dog was", "Lily and her mom"]
@@ -25,8 +24,7 @@ PROMPTS = ["Once upon a time", "One day, a little girl", "Tom had a big", "The d
 def trained(tmp_path_factory):
     """A run folder and its shards: a minute of training, enough for words and for scales that matter."""
     folder = tmp_path_factory.mktemp("llama_cpp")
-    source = str(TINYSTORIES / "data0[0-2].json")
-    prepare(PrepareConfig(source=source, out=str(folder / "data"), vocab_size=1024, num_workers=1))
+    prepare(PrepareConfig(source="demo", out=str(folder / "data"), vocab_size=1024, num_workers=1))
     overrides = [
         "model.hidden_size=256",
         "model.intermediate_size=512",
