@@ -113,6 +113,8 @@ def run_door(door: str, task: Callable[[Any], Any], defaults: Callable[[list[str
 
 def leave(work: Callable[[], object]) -> None:
     """Do the work of a door and leave the process with the exit status that it comes to."""
+    if sys.platform == "win32":
+        sys.exit("error: bitnet-lit runs on Linux and macOS, not on Windows: use WSL, the Windows Subsystem for Linux")
     _prepare_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import bitnet_lit
 from bitnet_lit.cli import CONF_DIR
 from tests.support import REPOSITORY, TINY_MODEL, TINY_RUN, run_door
 
@@ -196,6 +197,10 @@ def test_the_wheel_works_from_an_empty_directory(tmp_path):
     shutil.unpack_archive(wheel, site, "zip")
     assert (site / "bitnet_lit" / "conf" / "model" / "demo.yaml").exists()
     assert (site / "bitnet_lit" / "inference" / "engines" / "cpu" / "engine.cpp").exists()
+    described = next(site.glob("*.dist-info"))
+    assert "bitnet-lit = bitnet_lit.__main__:main" in (described / "entry_points.txt").read_text()
+    assert f"\nVersion: {bitnet_lit.__version__}\n" in (described / "METADATA").read_text()
+    assert (described / "licenses" / "LICENSE").read_text() == (REPOSITORY / "LICENSE").read_text()
     environment = {**os.environ, "PYTHONPATH": str(site)}
     where = subprocess.run(
         [sys.executable, "-c", "import bitnet_lit.cli as c; print(c.CONF_DIR)"],

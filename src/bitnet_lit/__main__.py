@@ -1,0 +1,69 @@
+"""`bitnet-lit <command> [key=value ...]`, which is `python -m bitnet_lit.<command> [key=value ...]`.
+
+The command runs under the name `__main__`, as `python -m` runs it: Lightning starts the other ranks of a distributed
+run with the module that it finds under that name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+import sys
+
+COMMANDS = {
+    "prepare": "text to shards of token ids and a tokenizer",
+    "train": "shards to a run folder with a model folder in it; sweeps with -m",
+    "evaluate": "loss, perplexity, bits per byte and accuracy on the validation split",
+    "infer": "a model continues a prompt",
+    "export": "packed codes, GGUF and other formats, each compared with its source",
+    "plot": "loss curves of runs, as a PNG",
+    "bench": "speed beside PyTorch, transformers and llama.cpp, with JSON in the last line",
+}
+"""Each command is the module of that name in this package. They are listed in the order in which they are used."""
+
+_HELP = """\
+Train, study and ship 1.58-bit language models: bitnet-lit <command> [key=value ...]
+
+{commands}
+
+bitnet-lit <command> --help lists the keys of a command. python -m bitnet_lit.<command> is the same.
+"""
+
+
+def _print_help() -> None:
+    width = max(map(len, COMMANDS))
+    print(_HELP.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())), end="")
+
+
+def _print_version() -> None:
+    from bitnet_lit import __version__
+
+    print(f"bitnet-lit {__version__}")
+
+
+def _refuse(command: str) -> None:
+    from bitnet_lit.errors import UserError
+
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    remedy = f"did you mean '{near[0]}'?" if near else f"take one of {', '.join(COMMANDS)}"
+    raise UserError(f"unknown command '{command}': {remedy}")
+
+
+def main() -> None:
+    """Entry point of the console script `bitnet-lit` and of `python -m bitnet_lit`."""
+    from bitnet_lit.door import leave
+
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in COMMANDS:
+        sys.argv[1:] = arguments
+        runpy.run_module(f"bitnet_lit.{command}", run_name="__main__", alter_sys=True)
+    elif command in ("-h", "--help", "help"):
+        leave(_print_help)
+    elif command == "--version":
+        leave(_print_version)
+    else:
+        leave(lambda: _refuse(command))
+
+
+if __name__ == "__main__":
+    main()
