@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
+C_SOURCES = $(shell find src tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test faults fuzz lint format clean
@@ -35,14 +36,16 @@ faults: install ## Kill a run, prepare and each export at every file operation, 
 fuzz: install ## Damage files and command lines for an hour, on all cores (FUZZ_SECONDS=..., FUZZ_SEED=... for others)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(BIN)/pytest tests/fuzz
 
-lint: install ## ruff (lint and format) and mypy
+lint: install ## ruff (lint and format), clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/mypy
 
-format: install ## Let ruff format and fix
+format: install ## Let ruff and clang-format format, and ruff fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 clean: ## Remove .venv, outputs and caches
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -43,7 +43,8 @@ static atomic_int counted;
  * rename: "<to> < <from>", without what comes from outside the folder).
  * from, to: the operations, counted from 1, that are killed, torn or fail. error: errno of those that fail.
  * operations: names with a comma before and behind each (",write,create,"), the only ones that fail; "" for all. */
-void fault_layer_arm(const char *folder, const char *log, int what, int from, int to, int error, const char *operations) {
+void fault_layer_arm(const char* folder, const char* log, int what, int from, int to, int error,
+                     const char* operations) {
     snprintf(prefix, sizeof prefix, "%s", folder);
     snprintf(filter, sizeof filter, "%s", operations);
     prefix_length = strlen(prefix);
@@ -61,7 +62,7 @@ static _Noreturn void die(void) {
 }
 
 /* One operation on `path` (of a rename: its target, and what comes there): what becomes of it. */
-static enum answer meets_both(const char *operation, const char *path, const char *from) {
+static enum answer meets_both(const char* operation, const char* path, const char* from) {
     char text[2 * PATH_MAX + 64], quoted[32];
     int number = atomic_fetch_add(&counted, 1) + 1;
     int length = snprintf(text, sizeof text, "%d %s %s%s%s\n", number, operation, path + prefix_length,
@@ -76,15 +77,15 @@ static enum answer meets_both(const char *operation, const char *path, const cha
     return FAILED;
 }
 
-static enum answer meets(const char *operation, const char *path) { return meets_both(operation, path, ""); }
+static enum answer meets(const char* operation, const char* path) { return meets_both(operation, path, ""); }
 
 static int armed(void) { return armed_process && armed_process == getpid(); }
 
-static int below(const char *path) {
+static int below(const char* path) {
     return !strncmp(path, prefix, prefix_length) && (path[prefix_length] == '/' || !path[prefix_length]);
 }
 
-static int path_of(int descriptor, char *path) {
+static int path_of(int descriptor, char* path) {
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
     ssize_t length = readlink(link, path, PATH_MAX - 1);
@@ -93,7 +94,7 @@ static int path_of(int descriptor, char *path) {
 }
 
 /* The absolute path that `name` means beside `directory`; whether it lies below the folder. */
-static int full_path(int directory, const char *name, char *path) {
+static int full_path(int directory, const char* name, char* path) {
     int saved = errno, inside = 0;
     if (name[0] == '/') {
         snprintf(path, PATH_MAX, "%s", name);
@@ -112,13 +113,13 @@ static int full_path(int directory, const char *name, char *path) {
     return inside;
 }
 
-static enum answer meets_name(const char *operation, int directory, const char *name) {
+static enum answer meets_name(const char* operation, int directory, const char* name) {
     char path[PATH_MAX];
     if (!armed() || !full_path(directory, name, path)) return PROCEED;
     return meets(operation, path);
 }
 
-static enum answer meets_rename(const char *operation, int from_at, const char *from, int to_at, const char *to) {
+static enum answer meets_rename(const char* operation, int from_at, const char* from, int to_at, const char* to) {
     char source[PATH_MAX], path[PATH_MAX];
     if (!armed()) return PROCEED;
     int comes_from_here = full_path(from_at, from, source);
@@ -126,7 +127,7 @@ static enum answer meets_rename(const char *operation, int from_at, const char *
     return meets_both(operation, path, comes_from_here ? source : "");
 }
 
-static enum answer meets_descriptor(const char *operation, int descriptor) {
+static enum answer meets_descriptor(const char* operation, int descriptor) {
     char path[PATH_MAX];
     int saved = errno;
     if (!armed() || !path_of(descriptor, path)) {
@@ -137,7 +138,7 @@ static enum answer meets_descriptor(const char *operation, int descriptor) {
     return meets(operation, path);
 }
 
-static enum answer meets_open(int directory, const char *name, int writes) {
+static enum answer meets_open(int directory, const char* name, int writes) {
     char path[PATH_MAX];
     struct stat found;
     if (!writes || !armed() || !full_path(directory, name, path)) return PROCEED;
@@ -147,149 +148,151 @@ static enum answer meets_open(int directory, const char *name, int writes) {
 }
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-#define ORIGINAL(name)                          \
-    static __typeof__(&name) original;          \
+#define ORIGINAL(name)                 \
+    static __typeof__(&name) original; \
     if (!original) original = NEXT(name)
 
 /* After a torn operation that is no write, the operation itself and then the kill. */
-#define GUARDED(met, call, failed)                    \
-    do {                                              \
-        enum answer found = (met);                    \
-        if (found == FAILED) return failed;           \
-        __typeof__(call) result = (call);             \
-        if (found == TORN) die();                     \
-        return result;                                \
+#define GUARDED(met, call, failed)          \
+    do {                                    \
+        enum answer found = (met);          \
+        if (found == FAILED) return failed; \
+        __typeof__(call) result = (call);   \
+        if (found == TORN) die();           \
+        return result;                      \
     } while (0)
 
 #define WRITES(flags) (((flags) & O_ACCMODE) != O_RDONLY || ((flags) & (O_CREAT | O_TRUNC)))
-#define MODE(flags)                                   \
-    mode_t mode = 0;                                  \
+#define MODE(flags)                                                \
+    mode_t mode = 0;                                               \
     if ((flags) & O_CREAT || ((flags) & O_TMPFILE) == O_TMPFILE) { \
-        va_list rest;                                 \
-        va_start(rest, flags);                        \
-        mode = (mode_t)va_arg(rest, int);             \
-        va_end(rest);                                 \
+        va_list rest;                                              \
+        va_start(rest, flags);                                     \
+        mode = (mode_t)va_arg(rest, int);                          \
+        va_end(rest);                                              \
     }
 
-int open(const char *name, int flags, ...) {
+int open(const char* name, int flags, ...) {
     MODE(flags);
     ORIGINAL(open);
     GUARDED(meets_open(AT_FDCWD, name, WRITES(flags)), original(name, flags, mode), -1);
 }
-int open64(const char *name, int flags, ...) {
+int open64(const char* name, int flags, ...) {
     MODE(flags);
     ORIGINAL(open64);
     GUARDED(meets_open(AT_FDCWD, name, WRITES(flags)), original(name, flags, mode), -1);
 }
-int openat(int directory, const char *name, int flags, ...) {
+int openat(int directory, const char* name, int flags, ...) {
     MODE(flags);
     ORIGINAL(openat);
     GUARDED(meets_open(directory, name, WRITES(flags)), original(directory, name, flags, mode), -1);
 }
-int openat64(int directory, const char *name, int flags, ...) {
+int openat64(int directory, const char* name, int flags, ...) {
     MODE(flags);
     ORIGINAL(openat64);
     GUARDED(meets_open(directory, name, WRITES(flags)), original(directory, name, flags, mode), -1);
 }
-FILE *fopen(const char *name, const char *mode) {
+FILE* fopen(const char* name, const char* mode) {
     ORIGINAL(fopen);
     GUARDED(meets_open(AT_FDCWD, name, strpbrk(mode, "wa+") != NULL), original(name, mode), NULL);
 }
-FILE *fopen64(const char *name, const char *mode) {
+FILE* fopen64(const char* name, const char* mode) {
     ORIGINAL(fopen64);
     GUARDED(meets_open(AT_FDCWD, name, strpbrk(mode, "wa+") != NULL), original(name, mode), NULL);
 }
 
-/* A torn write leaves half of its bytes. A disk that fills takes half of them too, and says so by a short count; what is
- * written next fails. */
-#define WRITE(descriptor, length, whole, half)                                                  \
-    do {                                                                                        \
-        enum answer found = meets_descriptor("write", descriptor);                              \
-        if (found == FAILED) {                                                                  \
+/* A torn write leaves half of its bytes. A disk that fills takes half of them too, and says so by a short count; what
+ * is written next fails. */
+#define WRITE(descriptor, length, whole, half)                                                         \
+    do {                                                                                               \
+        enum answer found = meets_descriptor("write", descriptor);                                     \
+        if (found == FAILED) {                                                                         \
             if (error_number == ENOSPC && atomic_load(&counted) == first && (length) > 1) return half; \
-            return -1;                                                                          \
-        }                                                                                       \
-        ssize_t result = found == TORN ? half : whole;                                          \
-        if (found == TORN) die();                                                               \
-        return result;                                                                          \
+            return -1;                                                                                 \
+        }                                                                                              \
+        ssize_t result = found == TORN ? half : whole;                                                 \
+        if (found == TORN) die();                                                                      \
+        return result;                                                                                 \
     } while (0)
 
-ssize_t write(int descriptor, const void *bytes, size_t length) {
+ssize_t write(int descriptor, const void* bytes, size_t length) {
     ORIGINAL(write);
     WRITE(descriptor, length, original(descriptor, bytes, length), original(descriptor, bytes, length / 2));
 }
-ssize_t pwrite64(int descriptor, const void *bytes, size_t length, off64_t offset) {
+ssize_t pwrite64(int descriptor, const void* bytes, size_t length, off64_t offset) {
     ORIGINAL(pwrite64);
     WRITE(descriptor, length, original(descriptor, bytes, length, offset),
           original(descriptor, bytes, length / 2, offset));
 }
-ssize_t pwrite(int descriptor, const void *bytes, size_t length, off_t offset) {
+ssize_t pwrite(int descriptor, const void* bytes, size_t length, off_t offset) {
     return pwrite64(descriptor, bytes, length, offset);
 }
-ssize_t writev(int descriptor, const struct iovec *parts, int count) {
+ssize_t writev(int descriptor, const struct iovec* parts, int count) {
     ORIGINAL(writev);
-    WRITE(descriptor, count, original(descriptor, parts, count), original(descriptor, parts, count > 1 ? count / 2 : 1));
+    WRITE(descriptor, count, original(descriptor, parts, count),
+          original(descriptor, parts, count > 1 ? count / 2 : 1));
 }
-ssize_t sendfile64(int out, int in, off64_t *offset, size_t length) {
+ssize_t sendfile64(int out, int in, off64_t* offset, size_t length) {
     ORIGINAL(sendfile64);
     WRITE(out, length, original(out, in, offset, length), original(out, in, offset, length / 2));
 }
-ssize_t sendfile(int out, int in, off_t *offset, size_t length) { return sendfile64(out, in, offset, length); }
-ssize_t copy_file_range(int in, off64_t *in_at, int out, off64_t *out_at, size_t length, unsigned flags) {
+ssize_t sendfile(int out, int in, off_t* offset, size_t length) { return sendfile64(out, in, offset, length); }
+ssize_t copy_file_range(int in, off64_t* in_at, int out, off64_t* out_at, size_t length, unsigned flags) {
     ORIGINAL(copy_file_range);
     WRITE(out, length, original(in, in_at, out, out_at, length, flags),
           original(in, in_at, out, out_at, length / 2, flags));
 }
 
-int rename(const char *from, const char *to) {
+int rename(const char* from, const char* to) {
     ORIGINAL(rename);
     GUARDED(meets_rename("rename", AT_FDCWD, from, AT_FDCWD, to), original(from, to), -1);
 }
-int renameat(int from_at, const char *from, int to_at, const char *to) {
+int renameat(int from_at, const char* from, int to_at, const char* to) {
     ORIGINAL(renameat);
     GUARDED(meets_rename("rename", from_at, from, to_at, to), original(from_at, from, to_at, to), -1);
 }
-int renameat2(int from_at, const char *from, int to_at, const char *to, unsigned flags) {
+int renameat2(int from_at, const char* from, int to_at, const char* to, unsigned flags) {
     ORIGINAL(renameat2);
     GUARDED(meets_rename("exchange", from_at, from, to_at, to), original(from_at, from, to_at, to, flags), -1);
 }
-int link(const char *from, const char *to) {
+int link(const char* from, const char* to) {
     ORIGINAL(link);
     GUARDED(meets_name("link", AT_FDCWD, to), original(from, to), -1);
 }
-int linkat(int from_at, const char *from, int to_at, const char *to, int flags) {
+int linkat(int from_at, const char* from, int to_at, const char* to, int flags) {
     ORIGINAL(linkat);
     GUARDED(meets_name("link", to_at, to), original(from_at, from, to_at, to, flags), -1);
 }
-int symlink(const char *target, const char *name) {
+int symlink(const char* target, const char* name) {
     ORIGINAL(symlink);
     GUARDED(meets_name("symlink", AT_FDCWD, name), original(target, name), -1);
 }
-int unlink(const char *name) {
+int unlink(const char* name) {
     ORIGINAL(unlink);
     GUARDED(meets_name("unlink", AT_FDCWD, name), original(name), -1);
 }
-int unlinkat(int directory, const char *name, int flags) {
+int unlinkat(int directory, const char* name, int flags) {
     ORIGINAL(unlinkat);
-    GUARDED(meets_name(flags & AT_REMOVEDIR ? "rmdir" : "unlink", directory, name), original(directory, name, flags), -1);
+    GUARDED(meets_name(flags & AT_REMOVEDIR ? "rmdir" : "unlink", directory, name), original(directory, name, flags),
+            -1);
 }
-int mkdir(const char *name, mode_t mode) {
+int mkdir(const char* name, mode_t mode) {
     ORIGINAL(mkdir);
     GUARDED(meets_name("mkdir", AT_FDCWD, name), original(name, mode), -1);
 }
-int mkdirat(int directory, const char *name, mode_t mode) {
+int mkdirat(int directory, const char* name, mode_t mode) {
     ORIGINAL(mkdirat);
     GUARDED(meets_name("mkdir", directory, name), original(directory, name, mode), -1);
 }
-int rmdir(const char *name) {
+int rmdir(const char* name) {
     ORIGINAL(rmdir);
     GUARDED(meets_name("rmdir", AT_FDCWD, name), original(name), -1);
 }
-int truncate64(const char *name, off64_t length) {
+int truncate64(const char* name, off64_t length) {
     ORIGINAL(truncate64);
     GUARDED(meets_name("truncate", AT_FDCWD, name), original(name, length), -1);
 }
-int truncate(const char *name, off_t length) { return truncate64(name, length); }
+int truncate(const char* name, off_t length) { return truncate64(name, length); }
 int ftruncate64(int descriptor, off64_t length) {
     ORIGINAL(ftruncate64);
     GUARDED(meets_descriptor("truncate", descriptor), original(descriptor, length), -1);

@@ -1,8 +1,8 @@
 // The native engine against plain loops: compiled by test_native.py for several processors and with sanitizers.
 //
-// Every kernel at sizes that are no multiple of anything, then whole steps: a model of random weights must give the same
-// bits for a token alone and among others, for one thread and three, for one caller and several at once, and after a fork.
-// Weights that are no numbers give logits that are none. Prints what was wrong and returns 1.
+// Every kernel at sizes that are no multiple of anything, then whole steps: a model of random weights must give the
+// same bits for a token alone and among others, for one thread and three, for one caller and several at once, and after
+// a fork. Weights that are no numbers give logits that are none. Prints what was wrong and returns 1.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,9 +21,11 @@ float normal() { return std::normal_distribution<float>()(random_bits); }
 int failures = 0;
 
 #define CHECK(condition, ...) \
-    if (!(condition)) failures++, std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition), std::printf(__VA_ARGS__), std::printf("\n")
+    if (!(condition))         \
+    failures++, std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition), std::printf(__VA_ARGS__), std::printf("\n")
 
-template <class T> std::vector<T> filled(size_t n, auto value) {
+template <class T>
+std::vector<T> filled(size_t n, auto value) {
     std::vector<T> v(n);
     for (auto& x : v) x = T(value());
     return v;
@@ -59,8 +61,10 @@ void ternary_products(int some_rows, int inputs, int tokens, bool extremes) {
         for (int t = 0; t < count; t++)
             for (int r = group * ROWS; r < std::min(rows[part], (group + 1) * ROWS); r++, seen++) {
                 int32_t expected = 0;
-                for (int i = 0; i < inputs; i++) expected += codes[part][size_t(r) * inputs + i] * x[size_t(first + t) * stride + i];
-                CHECK(products[t * ROWS + r % ROWS] == expected, "part %d row %d inputs %d tokens %d", part, r, inputs, tokens);
+                for (int i = 0; i < inputs; i++)
+                    expected += codes[part][size_t(r) * inputs + i] * x[size_t(first + t) * stride + i];
+                CHECK(products[t * ROWS + r % ROWS] == expected, "part %d row %d inputs %d tokens %d", part, r, inputs,
+                      tokens);
             }
     });
     CHECK(seen == (some_rows + rows[1]) * tokens, "%d products", seen);
@@ -86,8 +90,8 @@ void head(int vocab, int inputs, int tokens) {
     std::vector<Reach> reach(tokens);
     for (int g = 0; g < head_groups_of(vocab); g++) {
         const int count = std::min(HEAD_GROUP, vocab - g * HEAD_GROUP);
-        head_logits<BITS>(codes.data() + g * head_group_bytes<BITS>(inputs), rows[g], count, in.data(), tokens, quads_of(inputs),
-                          &logits[g * HEAD_GROUP], vocab, reach.data(), 1);
+        head_logits<BITS>(codes.data() + g * head_group_bytes<BITS>(inputs), rows[g], count, in.data(), tokens,
+                          quads_of(inputs), &logits[g * HEAD_GROUP], vocab, reach.data(), 1);
         for (int t = 0; t < tokens; t++)
             for (int r = 0; r < count; r++) {
                 const int v = g * HEAD_GROUP + r;
@@ -99,13 +103,15 @@ void head(int vocab, int inputs, int tokens) {
                 const float found = logits[size_t(t) * vocab + v], margin = in[t].noise * rows[g].scale[r];
                 const float slack = 1e-6f * (std::abs(found) + margin);  // the same sum may be rounded once or twice
                 CHECK(std::abs(found - exact) <= margin, "%g and %g, margin %g", double(found), exact, double(margin));
-                CHECK(found <= reach[t].best && found + margin <= reach[t].most + slack && found - margin <= reach[t].least + slack,
+                CHECK(found <= reach[t].best && found + margin <= reach[t].most + slack &&
+                          found - margin <= reach[t].least + slack,
                       "row %d", v);
                 if constexpr (BITS == 4) {
                     const float scale = rows[g].scale[r] * 7 / 127 * in[t].fine_step;
                     const double finer = double(fine_product(&fine[v * pad], in[t].fine, inputs)) * scale;
                     // Half a step of the largest weight and of the largest activation, at every input.
-                    CHECK(std::abs(finer - exact) <= inputs * (rows[g].scale[r] * 7 / 254 * 5 + in[t].fine_step * 3) + 1e-5 * size,
+                    CHECK(std::abs(finer - exact) <=
+                              inputs * (rows[g].scale[r] * 7 / 254 * 5 + in[t].fine_step * 3) + 1e-5 * size,
                           "%g and %g", finer, exact);
                 }
             }
@@ -128,7 +134,8 @@ void attention(CacheType type, int head_dim, int length, int queries, double tol
     const size_t stride = round_up(length, LANES);
     std::vector<float> scores(QUERIES * stride);
     std::vector<Query> list;
-    for (int i = 0; i < queries; i++) list.push_back({&q[size_t(i) * head_dim], &out[size_t(i) * head_dim], std::max(1, length - i)});
+    for (int i = 0; i < queries; i++)
+        list.push_back({&q[size_t(i) * head_dim], &out[size_t(i) * head_dim], std::max(1, length - i)});
     attend<E>(cache, shape, 1, list.data(), queries, scores.data(), stride);
     for (int i = 0; i < queries; i++) {
         const int n = list[i].length;
@@ -170,7 +177,8 @@ void dense(int inputs, int tokens) {
 void exponentials() {
     for (float x = -100; x < 90; x += 0.0371f) {
         const double exact = std::exp(double(std::min(88.0f, std::max(-87.0f, x))));
-        CHECK(std::abs(fast_exp(x) / exact - 1) < 1e-5, "exp(%g) = %g", double(x), double(fast_exp(x)));  // the argument's own rounding: 127 * 2^-24
+        CHECK(std::abs(fast_exp(x) / exact - 1) < 1e-5, "exp(%g) = %g", double(x),
+              double(fast_exp(x)));  // the argument's own rounding: 127 * 2^-24
     }
 }
 
@@ -187,24 +195,32 @@ struct RandomModel {
     explicit RandomModel(const Shape& s) : shape(s) {
         const int q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
         for (int i = 0; i < s.layers; i++)
-            layers.push_back({norm(s.hidden), norm(q), norm(s.hidden), norm(s.ffn), matrix(q, s.hidden), matrix(kv, s.hidden),
-                              matrix(kv, s.hidden), matrix(s.hidden, q), matrix(s.ffn, s.hidden), matrix(s.ffn, s.hidden),
-                              matrix(s.hidden, s.ffn)});
+            layers.push_back({norm(s.hidden), norm(q), norm(s.hidden), norm(s.ffn), matrix(q, s.hidden),
+                              matrix(kv, s.hidden), matrix(kv, s.hidden), matrix(s.hidden, q), matrix(s.ffn, s.hidden),
+                              matrix(s.ffn, s.hidden), matrix(s.hidden, s.ffn)});
         weights.norm = norm(s.hidden);
         floats.push_back(filled<float>(size_t(s.vocab) * s.hidden, normal));
         weights.embedding = weights.head = {nullptr, floats.back().data(), nullptr, 1};
-        head_codes.resize(head_groups_of(s.vocab) * head_group_bytes<8>(s.hidden)), head_rows.resize(head_groups_of(s.vocab));
+        head_codes.resize(head_groups_of(s.vocab) * head_group_bytes<8>(s.hidden)),
+            head_rows.resize(head_groups_of(s.vocab));
         head_fine.resize(size_t(s.vocab) * padded(s.hidden));
         const auto quantize = [&]<int BITS>() {
-            quantize_head<BITS>(floats.back().data(), s.vocab, s.hidden, head_codes.data(), head_rows.data(), head_fine.data());
+            quantize_head<BITS>(floats.back().data(), s.vocab, s.hidden, head_codes.data(), head_rows.data(),
+                                head_fine.data());
         };
         if (s.head_bits == 4) quantize.operator()<4>();
         else quantize.operator()<8>();
-        weights.head_codes = head_codes.data(), weights.head_rows = head_rows.data(), weights.head_fine = head_fine.data();
+        weights.head_codes = head_codes.data(), weights.head_rows = head_rows.data(),
+        weights.head_fine = head_fine.data();
     }
-    const float* norm(int n) { return floats.emplace_back(filled<float>(n, [] { return 1 + 0.1f * normal(); })).data(); }
+    const float* norm(int n) {
+        return floats.emplace_back(filled<float>(n, [] { return 1 + 0.1f * normal(); })).data();
+    }
     Matrix matrix(int rows, int inputs) {
-        if (shape.dense) return {nullptr, floats.emplace_back(filled<float>(size_t(rows) * inputs, [] { return 0.1f * normal(); })).data(), nullptr, 1};
+        if (shape.dense)
+            return {nullptr,
+                    floats.emplace_back(filled<float>(size_t(rows) * inputs, [] { return 0.1f * normal(); })).data(),
+                    nullptr, 1};
         const auto codes = filled<int8_t>(size_t(rows) * inputs, [] { return uniform(-1, 1); });
         return {packed.emplace_back(packed_codes(codes, rows, inputs)).data(), nullptr, nullptr, 0.05f};
     }
@@ -299,12 +315,14 @@ void damaged(const Shape& shape) {
             if (std::isinf(value) && shape.relu2) continue;  // minus infinity is zero there
             model.floats[which][model.floats[which].size() / 2] = value;
             const auto logits = model.logits(1, 2, 9, 9);
-            CHECK(std::none_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }), "floats %zu, %g", which, double(value));
+            CHECK(std::none_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }),
+                  "floats %zu, %g", which, double(value));
         }
     }
     if (!shape.dense) {
         RandomModel model(shape);
-        for (Matrix Layer::*matrix : {&Layer::q, &Layer::k, &Layer::v, &Layer::o, &Layer::gate, &Layer::up, &Layer::down}) {
+        for (Matrix Layer::* matrix :
+             {&Layer::q, &Layer::k, &Layer::v, &Layer::o, &Layer::gate, &Layer::up, &Layer::down}) {
             const float scale = std::exchange((model.layers[0].*matrix).scale, NAN);
             const auto logits = model.logits(1, 2, 9, 9);
             CHECK(std::none_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }), "a scale");
@@ -322,10 +340,12 @@ void damaged_head(int vocab, int inputs) {
     std::vector<HeadRows> rows(head_groups_of(vocab));
     std::vector<int8_t> fine(size_t(vocab) * padded(inputs));
     quantize_head<BITS>(weights.data(), vocab, inputs, codes.data(), rows.data(), fine.data());
-    for (int r = 0; r < vocab; r++) CHECK(std::isnan(rows[r / HEAD_GROUP].scale[r % HEAD_GROUP]) == (r == vocab / 2), "row %d", r);
+    for (int r = 0; r < vocab; r++)
+        CHECK(std::isnan(rows[r / HEAD_GROUP].scale[r % HEAD_GROUP]) == (r == vocab / 2), "row %d", r);
 }
 
-// A piece of work is done once, by however many helpers; what one throws arrives, once; work may follow at once or after a rest.
+// A piece of work is done once, by however many helpers; what one throws arrives, once; work may follow at once or
+// after a rest.
 void pools() {
     for (int threads : {1, 2, 5, 40}) {  // more than there are processors, too
         Pool pool(threads);
@@ -361,7 +381,8 @@ void pools() {
 int main() {
     for (bool extremes : {false, true}) {
         for (int inputs : {1, 3, 16, 31, 64, 96, 300, 1000, 2048})
-            for (int tokens : {1, 2, 3, 4, 5, 7, 16, 17, 70}) ternary_products(uniform(1, 40), inputs, tokens, extremes);
+            for (int tokens : {1, 2, 3, 4, 5, 7, 16, 17, 70})
+                ternary_products(uniform(1, 40), inputs, tokens, extremes);
         for (int inputs : {1, 31, 64, 300, 1000})
             for (int tokens : {15, 31, 32, 70}) ternary_products(uniform(500, 520), inputs, tokens, extremes);
         ternary_products(20, 13000, 3, extremes);  // runs of blocks
@@ -383,7 +404,9 @@ int main() {
     for (int type : {CACHE_FLOAT, CACHE_HALF, CACHE_INT8})
         for (int dense : {0, 1})
             for (int head_bits : {4, 8, 32})
-                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f}, 23);
+                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits,
+                       type, 1, 1e-5f, 1e4f},
+                      23);
     // So many rows and tokens that tokens are divided rather than rows, evenly (two threads) or not.
     steps({48, 2, 3, 3, 18, 300, 77, 40, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 33);
     callers({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from bitnet_lit.inference.engines.cpu.private_folder import make_private, why_not_private
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "csrc"
 FLAGS = [
     *("-O3", "-std=c++20", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),  # loops over floats become vector code

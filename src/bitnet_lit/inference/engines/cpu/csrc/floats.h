@@ -1,5 +1,5 @@
-// Vectors of floats, LANES at a time, and what the engine needs of them. The order of every sum is fixed in the source and
-// products are added by an explicit fused multiply-add, so a token alone and a token among many get the same bits.
+// Vectors of floats, LANES at a time, and what the engine needs of them. The order of every sum is fixed in the source
+// and products are added by an explicit fused multiply-add, so a token alone and a token among many get the same bits.
 #pragma once
 
 #include <algorithm>
@@ -30,14 +30,19 @@ constexpr int LANES = 4;
 #endif
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 inline int padded(int inputs) { return round_up(inputs, 64); }  // whole vectors of every width
 
-// How far ahead weights are asked for, into the second cache: the hardware's own prefetching stops at every 4 KiB page, and
-// a step reads each weight once. Half as fast again from memory (Sapphire Rapids); beyond the end of a matrix it is a no-op.
+// How far ahead weights are asked for, into the second cache: the hardware's own prefetching stops at every 4 KiB page,
+// and a step reads each weight once. Half as fast again from memory (Sapphire Rapids); beyond the end of a matrix it is
+// a no-op.
 constexpr int AHEAD = 4096;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 template <class T>
@@ -46,7 +51,11 @@ inline void prefetch(const T* row, int count) {  // all of a row
 }
 
 inline Floats all(float value) { return value - Floats{}; }
-inline Floats load_floats(const float* p) { Floats v; std::memcpy(&v, p, sizeof(v)); return v; }
+inline Floats load_floats(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
 inline void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
 
 #if defined(__AVX512F__)
@@ -69,8 +78,12 @@ inline Floats load_floats(const bfloat16* p) {
 inline Floats load_floats(const float16* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 #else
 #if defined(__aarch64__)
-inline Floats fused(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-inline Floats load_floats(const float16* p) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))); }
+inline Floats fused(Floats a, Floats b, Floats c) {
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline Floats load_floats(const float16* p) {
+    return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));
+}
 #else
 inline Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 #endif
@@ -97,7 +110,11 @@ using Half = __fp16;
 #else
 using Half = _Float16;
 #endif
-inline float as_float(float16 value) { Half half; std::memcpy(&half, &value, 2); return float(half); }
+inline float as_float(float16 value) {
+    Half half;
+    std::memcpy(&half, &value, 2);
+    return float(half);
+}
 inline float16 to_float16(float value) {  // the largest there is for what is larger; for infinity, as for NaN, a NaN
     const Half half = Half(std::min(std::max(value, -65504.0f), 65504.0f) + (value - value));
     float16 bits;
@@ -123,7 +140,8 @@ inline void dense_dots(const W* w, const float* x, size_t stride, int n, float* 
         prefetch((const char*)(w + i) + AHEAD);
         for (int c = 0; c < CHAINS; c++) {
             const Floats weights = load_floats(w + i + c * LANES);
-            for (int t = 0; t < T; t++) sums[t][c] = fused(weights, load_floats(x + t * stride + i + c * LANES), sums[t][c]);
+            for (int t = 0; t < T; t++)
+                sums[t][c] = fused(weights, load_floats(x + t * stride + i + c * LANES), sums[t][c]);
         }
     }
     for (int t = 0; t < T; t++) {
@@ -138,17 +156,23 @@ constexpr int DENSE_TOKENS = LANES == 16 ? 4 : 2;
 template <class W>
 inline void dense_row(const W* w, const float* x, size_t stride, int tokens, int n, float* out) {
     int t = 0;
-    for (; t + DENSE_TOKENS <= tokens; t += DENSE_TOKENS) dense_dots<DENSE_TOKENS>(w, x + t * stride, stride, n, out + t);
+    for (; t + DENSE_TOKENS <= tokens; t += DENSE_TOKENS)
+        dense_dots<DENSE_TOKENS>(w, x + t * stride, stride, n, out + t);
     for (; t < tokens; t++) dense_dots<1>(w, x + t * stride, stride, n, out + t);
 }
 
-// exp to 1e-5 relative at the ends, 2e-7 near zero, in a form that compilers turn into vector code: 2^n times a polynomial of the fraction.
+// exp to 1e-5 relative at the ends, 2e-7 near zero, in a form that compilers turn into vector code: 2^n times a
+// polynomial of the fraction.
 inline float fast_exp(float x) {
     x = std::min(88.0f, std::max(-87.0f, x)) * 1.44269504f;
     const float n = std::floor(x + 0.5f), f = (x - n) * 0.693147181f;
     const float p =
-        1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (8.33333e-3f + f * 1.388889e-3f)))));
-    union { int32_t i; float f; } two = {(int32_t(n) + 127) << 23};
+        1.0f +
+        f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (8.33333e-3f + f * 1.388889e-3f)))));
+    union {
+        int32_t i;
+        float f;
+    } two = {(int32_t(n) + 127) << 23};
     return two.f * p;
 }
 
@@ -159,7 +183,8 @@ ONCE inline float sum_of_squares(const float* x, int n) {
     return sum;
 }
 
-// NaN where there is one: as whole numbers, the bits of magnitudes are in the order of the magnitudes, NaN above infinity.
+// NaN where there is one: as whole numbers, the bits of magnitudes are in the order of the magnitudes, NaN above
+// infinity.
 inline float largest_magnitude(const float* x, int n) {
     int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -167,9 +192,11 @@ inline float largest_magnitude(const float* x, int n) {
     return std::bit_cast<float>(largest);
 }
 
-// The nearest whole number within [-limit, limit]. A NaN is -limit, because converting it is undefined; it goes on in the
-// scale that belongs to the code, which is a NaN too.
-inline int32_t code_of(float value, float limit) { return int32_t(std::nearbyint(std::min(limit, std::max(-limit, value)))); }
+// The nearest whole number within [-limit, limit]. A NaN is -limit, because converting it is undefined; it goes on in
+// the scale that belongs to the code, which is a NaN too.
+inline int32_t code_of(float value, float limit) {
+    return int32_t(std::nearbyint(std::min(limit, std::max(-limit, value))));
+}
 
 template <class T>
 struct Buffer {  // zeroed, aligned to cache lines; large ones on huge pages where the system has them

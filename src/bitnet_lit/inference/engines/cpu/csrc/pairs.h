@@ -1,9 +1,10 @@
-// Weights of 2 bits and their products with int8 activations, for processors with a product of bytes that adds into 32 bits.
+// Weights of 2 bits and their products with int8 activations, for processors with a product of bytes that adds into 32
+// bits.
 //
-// A matrix of O rows and I inputs: rows in groups of 16, inputs in blocks of 16. A block of a group is 64 bytes, four for each
-// row; byte j of a row holds its inputs j, j + 4, j + 8, j + 12 in its bit pairs, lowest first, each as code + 1. So a 32-bit
-// lane belongs to one row from beginning to end, and no sum has to be collected from several lanes. The blocks of a group
-// follow each other: a thread reads one stream of memory.
+// A matrix of O rows and I inputs: rows in groups of 16, inputs in blocks of 16. A block of a group is 64 bytes, four
+// for each row; byte j of a row holds its inputs j, j + 4, j + 8, j + 12 in its bit pairs, lowest first, each as code
+// + 1. So a 32-bit lane belongs to one row from beginning to end, and no sum has to be collected from several lanes.
+// The blocks of a group follow each other: a thread reads one stream of memory.
 //
 // What is computed is sum((code + 1) * x); sum(x) is taken off at the end. All of it is exact in 32 bits for I < 2**18.
 #pragma once
@@ -27,10 +28,11 @@ inline void pack_block(const uint8_t* codes, int row, uint8_t* block) {
 }
 
 // Independent chains of additions for each code and token: AVX-512 adds into 32 bits at once, which takes some cycles.
-template <int T> constexpr int CHAINS = simd::W == 64 && T <= 2 ? 2 : 1;
+template <int T>
+constexpr int CHAINS = simd::W == 64 && T <= 2 ? 2 : 1;
 
-// One group of rows times T tokens (x of stride bytes a token, padded with zeros to whole pairs of blocks), each code with
-// sums of its own: the decode step. out[token * ROWS + row].
+// One group of rows times T tokens (x of stride bytes a token, padded with zeros to whole pairs of blocks), each code
+// with sums of its own: the decode step. out[token * ROWS + row].
 template <int T>
 ONCE void few_dot(const uint8_t* w, const int8_t* x, size_t stride, int blocks, int32_t* out) {
     using namespace simd;
@@ -71,8 +73,8 @@ inline void unpack_group(const uint8_t* w, int blocks, uint8_t* codes) {
     }
 }
 
-// The same as few_dot with one sum for all codes, for more tokens than that has registers for. w is a packed group, or an
-// unpacked one.
+// The same as few_dot with one sum for all codes, for more tokens than that has registers for. w is a packed group, or
+// an unpacked one.
 template <int T, bool UNPACKED>
 ONCE void tile_dot(const uint8_t* w, const int8_t* x, size_t stride, int blocks, int32_t* out) {
     using namespace simd;
@@ -104,7 +106,8 @@ constexpr int TILE = simd::W == 64 ? 16 : 6;
 constexpr int MANY = 4 * TILE;
 
 template <int T>
-inline void up_to(int tokens, const uint8_t* w, bool unpacked, const int8_t* x, size_t stride, int blocks, int32_t* out) {
+inline void up_to(int tokens, const uint8_t* w, bool unpacked, const int8_t* x, size_t stride, int blocks,
+                  int32_t* out) {
     if (tokens == T && unpacked) return tile_dot<T, true>(w, x, stride, blocks, out);
     if constexpr (T <= FEW) {
         if (tokens == T) return few_dot<T>(w, x, stride, blocks, out);

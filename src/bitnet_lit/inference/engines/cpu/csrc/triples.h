@@ -1,15 +1,16 @@
-// Weights of 1.67 bits and their products with the int8 activations of a few tokens, for processors without a product of
-// bytes that adds into 32 bits.
+// Weights of 1.67 bits and their products with the int8 activations of a few tokens, for processors without a product
+// of bytes that adds into 32 bits.
 //
-// Three codes are one of 27 numbers c0 + 3 c1 + 9 c2 from -13 to 13: four bits of magnitude and a sign. The sum of three
-// activations under each of the 14 magnitudes is made once for all rows; a row finds its own by the instruction that
-// chooses among sixteen bytes and takes it with its sign (element-wise lookup: Wang et al. 2025, bitnet.cpp,
-// arXiv:2502.11880). Bytes do not hold such sums, so they are split, sum = SPLIT * high + low, and both parts are added up in
-// bytes for a block, in 16 bits for a run of blocks. All of it is exact.
+// Three codes are one of 27 numbers c0 + 3 c1 + 9 c2 from -13 to 13: four bits of magnitude and a sign. The sum of
+// three activations under each of the 14 magnitudes is made once for all rows; a row finds its own by the instruction
+// that chooses among sixteen bytes and takes it with its sign (element-wise lookup: Wang et al. 2025, bitnet.cpp,
+// arXiv:2502.11880). Bytes do not hold such sums, so they are split, sum = SPLIT * high + low, and both parts are added
+// up in bytes for a block, in 16 bits for a run of blocks. All of it is exact.
 //
-// A matrix of O rows and I inputs: rows in groups of 32, inputs in blocks of 24. A block of a group is 160 bytes: triple q of
-// a row, its inputs q, q + 8 and q + 16, is in byte 32 * (q / 2) + place_of(row), low half for even q, and its sign in bit
-// 7 - q of byte 128 + place_of(row). The blocks of a group follow each other: a thread reads one stream of memory.
+// A matrix of O rows and I inputs: rows in groups of 32, inputs in blocks of 24. A block of a group is 160 bytes:
+// triple q of a row, its inputs q, q + 8 and q + 16, is in byte 32 * (q / 2) + place_of(row), low half for even q, and
+// its sign in bit 7 - q of byte 128 + place_of(row). The blocks of a group follow each other: a thread reads one stream
+// of memory.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +24,9 @@ constexpr int TRIPLES = BLOCK / 3, MAGNITUDES = 14;
 inline int blocks_of(int inputs) { return round_up(inputs, BLOCK) / BLOCK; }
 
 // Even bytes of words come out of sums before odd ones, and words in the order of simd::store_sums.
-constexpr int place_of(int row) { return row % 2 * 2 + row / 2 % 2 * 16 + row / 4 % 2 * 4 + row / 8 % 2 * 8 + row / 16; }
+constexpr int place_of(int row) {
+    return row % 2 * 2 + row / 2 % 2 * 16 + row / 4 % 2 * 4 + row / 8 % 2 * 8 + row / 16;
+}
 
 // The codes + 1 of a row in a block, a byte each, to `block`. All eight triples at once, a byte of a word each.
 inline void pack_block(const uint8_t* codes, int row, uint8_t* block) {
@@ -32,13 +35,15 @@ inline void pack_block(const uint8_t* codes, int row, uint8_t* block) {
     std::memcpy(word, codes, sizeof(word));
     const uint64_t shifted = word[0] + 3 * word[1] + 9 * word[2] + (128 - 13) * EACH;  // 128 is number 0
     const uint64_t negative = (~shifted >> 7) & EACH;
-    const uint64_t magnitude = ((shifted ^ negative * 255) & 127 * EACH) + negative, halves = magnitude | magnitude >> 4;
+    const uint64_t magnitude = ((shifted ^ negative * 255) & 127 * EACH) + negative,
+                   halves = magnitude | magnitude >> 4;
     block += place_of(row);
     for (int n = 0; n < 4; n++) block[32 * n] = uint8_t(halves >> 16 * n);
     block[128] = uint8_t(negative * 0x8040201008040201 >> 56);  // bit 8 q to bit 63 - q
 }
 
-// The digits of a magnitude, lowest first, in the order of the elements that `simd::choose` chooses among; `times` each.
+// The digits of a magnitude, lowest first, in the order of the elements that `simd::choose` chooses among; `times`
+// each.
 template <class T>
 struct Digits {
     alignas(32) T of[3][16]{};
@@ -51,9 +56,12 @@ struct Digits {
     }
 };
 
-constexpr int SPLIT = 31;  // the largest sum, 381, is 12 * 31 + 9; what is left over is at most 15, and eight of those fit a byte
+constexpr int SPLIT =
+    31;  // the largest sum, 381, is 12 * 31 + 9; what is left over is at most 15, and eight of those fit a byte
 
-struct alignas(32) TripleSums { int8_t high[16], low[16]; };  // of three inputs, by magnitude
+struct alignas(32) TripleSums {
+    int8_t high[16], low[16];
+};  // of three inputs, by magnitude
 
 // The sums of the inputs x, padded with zeros to whole blocks.
 ONCE inline void sum_triples(const int8_t* x, int blocks, TripleSums* to) {
@@ -81,8 +89,8 @@ ONCE void triple_dot(const uint8_t* w, const TripleSums* tokens, int blocks, int
     for (auto& token : sums)
         for (auto& sum : token) sum = zero();
     for (int block = 0; block < blocks;) {
-        // Of two bytes that share a word the first starts at 128 and carries nothing: the sum of the words is, modulo 2**16,
-        // 256 times the second's and the first's with these 128.
+        // Of two bytes that share a word the first starts at 128 and carries nothing: the sum of the words is, modulo
+        // 2**16, 256 times the second's and the first's with these 128.
         Words both[T][2], second[T][2];
         for (int t = 0; t < T; t++)
             for (int part = 0; part < 2; part++) both[t][part] = second[t][part] = all_words(0);
@@ -93,7 +101,8 @@ ONCE void triple_dot(const uint8_t* w, const TripleSums* tokens, int blocks, int
             for (auto& token : acc) token[0] = token[1] = start;
 #pragma GCC unroll 8
             for (int q = 0; q < TRIPLES; q++) {
-                const Bytes halves = load(w + q / 2 * 32), magnitudes = q % 2 ? high_nibbles(halves) : low_nibbles(halves);
+                const Bytes halves = load(w + q / 2 * 32),
+                            magnitudes = q % 2 ? high_nibbles(halves) : low_nibbles(halves);
                 const Bytes sign = any_of(signs, one);  // never zero
                 signs = add_bytes(signs, signs);
                 for (int t = 0; t < T; t++) {
@@ -120,7 +129,8 @@ ONCE void triple_dot(const uint8_t* w, const TripleSums* tokens, int blocks, int
         }
     }
     for (int t = 0; t < T; t++)
-        for (int half = 0; half < 2; half++) store_sums(out + t * ROWS + half * 16, sums[t][2 * half], sums[t][2 * half + 1]);
+        for (int half = 0; half < 2; half++)
+            store_sums(out + t * ROWS + half * 16, sums[t][2 * half], sums[t][2 * half + 1]);
 }
 
 constexpr int TILE = 4;  // tokens whose sums fit into the registers

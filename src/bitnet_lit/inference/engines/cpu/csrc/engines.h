@@ -1,7 +1,8 @@
 // The engines of a process, and what a fork does to them.
 //
-// A fork copies memory and the one thread that calls it. The copy of a step that another thread was at would never end, and
-// there would be no helpers. So a fork waits until no step runs, and the engines of the child start helpers of their own.
+// A fork copies memory and the one thread that calls it. The copy of a step that another thread was at would never end,
+// and there would be no helpers. So a fork waits until no step runs, and the engines of the child start helpers of
+// their own.
 #pragma once
 
 #include <pthread.h>
@@ -30,7 +31,9 @@ class Engines {
     }
 
    private:
-    Engines() { pthread_atfork([] { all().before(); }, [] { all().after(false); }, [] { all().after(true); }); }
+    Engines() {
+        pthread_atfork([] { all().before(); }, [] { all().after(false); }, [] { all().after(true); });
+    }
     void before() {
         turn.lock();
         for (Engine* engine : list) engine->turn.lock();

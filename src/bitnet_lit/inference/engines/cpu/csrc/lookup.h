@@ -1,19 +1,21 @@
 // Products of weights as in triples.h and many tokens by lookup.
 //
-// Four codes are one of 81 sets. The sum of four activations under each set is made once for 32 tokens, and a row adds the
-// one that its codes name: an addition for four products of sixteen tokens, where AVX2's multiplication of bytes and an
-// addition make two. (The method of four Russians: Arlazarov, Dinic, Kronrod, Faradzhev 1970.) The sums are exact: they stay
-// in 16 bits for as long as the activations' magnitudes cannot add up to more.
+// Four codes are one of 81 sets. The sum of four activations under each set is made once for 32 tokens, and a row adds
+// the one that its codes name: an addition for four products of sixteen tokens, where AVX2's multiplication of bytes
+// and an addition make two. (The method of four Russians: Arlazarov, Dinic, Kronrod, Faradzhev 1970.) The sums are
+// exact: they stay in 16 bits for as long as the activations' magnitudes cannot add up to more.
 //
 // Four triples make three sets: each of the first three with a digit of the fourth.
 #pragma once
 
 #include "packing.h"
 
-constexpr int LOOKUP_TOKENS = 32;  // a sum for all of them is a cache line
+constexpr int LOOKUP_TOKENS = 32;                    // a sum for all of them is a cache line
 constexpr int SETS = 81, SETS_OF_BLOCK = BLOCK / 4;  // 31 KB of sums for a block
 
-struct alignas(64) Tokens { simd::Words half[2]; };  // a number for each token
+struct alignas(64) Tokens {
+    simd::Words half[2];
+};  // a number for each token
 
 inline Tokens operator+(const Tokens& a, const Tokens& b) {
     return {simd::add_words(a.half[0], b.half[0]), simd::add_words(a.half[1], b.half[1])};
@@ -22,7 +24,9 @@ inline Tokens operator-(const Tokens& a, const Tokens& b) {
     return {simd::sub_words(a.half[0], b.half[0]), simd::sub_words(a.half[1], b.half[1])};
 }
 
-struct Table { Tokens sum[SETS]; };  // set c0 + 3 c1 + 9 c2 + 27 c3 of four codes, from -40 to 40
+struct Table {
+    Tokens sum[SETS];
+};  // set c0 + 3 c1 + 9 c2 + 27 c3 of four codes, from -40 to 40
 
 inline void fill_table(const Tokens& a, const Tokens& b, const Tokens& c, const Tokens& d, Table& table) {
     Tokens* to = table.sum;
@@ -41,7 +45,10 @@ inline void fill_table(const Tokens& a, const Tokens& b, const Tokens& c, const 
 }
 
 // Of each row of a group its six sets in a block: offsets into the tables, from their middle, of 16 bits.
-struct Places { uint64_t four[ROWS]; uint32_t two[ROWS]; };
+struct Places {
+    uint64_t four[ROWS];
+    uint32_t two[ROWS];
+};
 
 inline void find_places(const uint8_t* block, Places& places) {
     using namespace simd;
@@ -67,7 +74,9 @@ inline void find_places(const uint8_t* block, Places& places) {
 
 ONCE inline void add_sums(const Places& places, const Table* tables, Tokens* sums) {
     const char* middle = (const char*)tables->sum + SETS / 2 * sizeof(Tokens);
-    const auto add = [&](Tokens& sum, int set, int16_t place) { sum = sum + *(const Tokens*)(middle + set * sizeof(Table) + place); };
+    const auto add = [&](Tokens& sum, int set, int16_t place) {
+        sum = sum + *(const Tokens*)(middle + set * sizeof(Table) + place);
+    };
     for (int row = 0; row < ROWS; row++) {
         Tokens sum = sums[row];
         const uint64_t four = places.four[row];  // loads are what this loop is made of
@@ -91,7 +100,8 @@ inline void widen_sums(const Tokens* sums, bool adds, int32_t* to) {
         }
 }
 
-// LOOKUP_TOKENS tokens times the groups of all parts; use(part, group, products) gets sum(code * x), [token * ROWS + row].
+// LOOKUP_TOKENS tokens times the groups of all parts; use(part, group, products) gets sum(code * x), [token * ROWS +
+// row].
 template <class Use>
 inline void lookup_products(const Part* parts, int count, const int8_t* x, size_t stride, int blocks, const Use& use) {
     using namespace simd;
@@ -126,13 +136,15 @@ inline void lookup_products(const Part* parts, int count, const int8_t* x, size_
         for (int u = 0; u < TRIPLES; u += 4)
             for (int k = 0; k < 3; k++) {
                 const Tokens* triple = in + u + k;
-                fill_table(triple[0], triple[TRIPLES], triple[2 * TRIPLES], in[u + 3 + k * TRIPLES], tables[u / 4 * 3 + k]);
+                fill_table(triple[0], triple[TRIPLES], triple[2 * TRIPLES], in[u + 3 + k * TRIPLES],
+                           tables[u / 4 * 3 + k]);
             }
         Tokens* place = sums;
         for (int i = 0; i < count; i++)
             for (int group = parts[i].first; group < parts[i].last; group++, place += ROWS) {
                 const uint8_t* w = parts[i].packed + (size_t(group) * blocks + block) * BLOCK_BYTES;
-                for (int line = 0; line < BLOCK_BYTES; line += 64) __builtin_prefetch(w + size_t(blocks) * BLOCK_BYTES + line);
+                for (int line = 0; line < BLOCK_BYTES; line += 64)
+                    __builtin_prefetch(w + size_t(blocks) * BLOCK_BYTES + line);
                 alignas(64) Places places;
                 find_places(w, places);
                 add_sums(places, tables, place);

@@ -2,9 +2,9 @@
 // cache, output head. No Python and no dispatch between two tokens.
 //
 // A step takes rows (token, sequence, position). One prompt is many rows of one sequence, a batch is one row of each of
-// many sequences; both share one pass over the weights. Thread 0 walks through the layers. What there is to do in each, four or
-// five times a layer, is divided among the threads (threads.h): heads in the attention, elsewhere rows of the matrices or, where
-// there are many, tokens.
+// many sequences; both share one pass over the weights. Thread 0 walks through the layers. What there is to do in each,
+// four or five times a layer, is divided among the threads (threads.h): heads in the attention, elsewhere rows of the
+// matrices or, where there are many, tokens.
 //
 // Steps of several callers run one after the other, because each takes all threads.
 //
@@ -41,7 +41,7 @@ struct Engine {
     std::mutex turn;  // of the caller whose step runs
     int attention;
     int heads_unit, out_unit, ffn_unit, down_unit;  // key/value heads or rows of a piece
-    int widest;  // numbers from one token to the next in all that follows
+    int widest;                                     // numbers from one token to the next in all that follows
     // of all rows of a step
     Buffer<float> x, q, k, v, attended, gated, raised, normed;
     Buffer<int8_t> codes;
@@ -52,13 +52,18 @@ struct Engine {
     int capacity = 0, positions = 0;
 
     Engine(const Shape& shape, const Layer* l, const Weights& weights)
-        : s(shape), cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, CacheType(s.cache_type)},
-          layers(l, l + shape.layers), w(weights), pool(shape.threads) {
+        : s(shape),
+          cache_shape{s.layers * s.kv_heads, s.head_dim, s.context, CacheType(s.cache_type)},
+          layers(l, l + shape.layers),
+          w(weights),
+          pool(shape.threads) {
         attention = s.heads * s.head_dim;
         const int whole = ROWS / std::gcd(ROWS, s.head_dim);  // heads that fill groups of rows
         heads_unit = s.kv_heads / whole >= pool.count ? whole : 1;
-        out_unit = piece_rows(s.hidden, attention), ffn_unit = piece_rows(s.ffn, s.hidden), down_unit = piece_rows(s.hidden, s.ffn);
-        widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)}) + 64;  // not 4 KiB: those would share sets of the caches
+        out_unit = piece_rows(s.hidden, attention), ffn_unit = piece_rows(s.ffn, s.hidden),
+        down_unit = piece_rows(s.hidden, s.ffn);
+        widest = std::max({padded(s.hidden), padded(attention), padded(s.ffn)}) +
+                 64;  // not 4 KiB: those would share sets of the caches
     }
 
     void reserve(int rows) {
@@ -110,14 +115,22 @@ struct Engine {
         scales[slot] = largest / 127.0f, sums[slot] = sum;
     }
 
-    struct Input { const float *x, *norm; int n; };  // what enters a projection, and its norm; n numbers a token
-    struct Entering { int slot, n; Inputs inputs; };  // all rows as a thread multiplies them; row 0 is in `slot`
+    struct Input {
+        const float *x, *norm;
+        int n;
+    };  // what enters a projection, and its norm; n numbers a token
+    struct Entering {
+        int slot, n;
+        Inputs inputs;
+    };  // all rows as a thread multiplies them; row 0 is in `slot`
 
     // For this thread, after `prepare` of all rows where there are several.
     Entering enter(int thread, int rows, const Input& in) {
         const int slot = rows == 1 ? thread : 0;
         if (rows == 1) prepare(in.x, in.norm, in.n, slot);
-        return {slot, in.n, {codes + size_t(slot) * widest, size_t(widest), s.dense ? 0 : rows, blocks_of(in.n), &sums[slot]}};
+        return {slot,
+                in.n,
+                {codes + size_t(slot) * widest, size_t(widest), s.dense ? 0 : rows, blocks_of(in.n), &sums[slot]}};
     }
 
     // Whether products are divided by tokens rather than by rows: a table of lookup.h then serves all rows.
@@ -131,14 +144,15 @@ struct Engine {
         return most * pool.count <= tokens * 9 / 8;
     }
 
-    // Rows of a piece: so many that taking it costs little beside its product, but four for each thread where there are.
+    // Rows of a piece: so many that taking it costs little beside its product, but four for each thread where there
+    // are.
     int piece_rows(int rows, int inputs) const {
         const int worth = int(PIECE_BYTES / group_bytes(inputs)), enough = groups_of(rows) / (4 * pool.count);
         return ROWS * std::max(1, std::min(worth, enough));
     }
 
-    // does(entering, from, to, first, last): the rows (or heads) [from, to) of matrices times the tokens [first, last), until all
-    // rows and tokens are done.
+    // does(entering, from, to, first, last): the rows (or heads) [from, to) of matrices times the tokens [first, last),
+    // until all rows and tokens are done.
     template <class Does>
     void divide(const Input& in, int tokens, int rows, int unit, const Does& does) {
         if (tokens > 1)
@@ -156,17 +170,22 @@ struct Engine {
             if (part < 0) return;
             const Entering entering = enter(thread, tokens, in);
             for (; part >= 0; part = next()) {
-                const auto [from, to] = tokens_divided ? part_of(part, parts, tokens, LOOKUP_TOKENS) : part_of(part, parts, rows, unit);
+                const auto [from, to] =
+                    tokens_divided ? part_of(part, parts, tokens, LOOKUP_TOKENS) : part_of(part, parts, rows, unit);
                 if (tokens_divided) does(entering, 0, rows, from, to);
                 else does(entering, from, to, 0, tokens);
             }
         });
     }
 
-    struct Product { const Matrix& m; int from, to; float* out; };  // rows [from, to) of a matrix, and where they go
+    struct Product {
+        const Matrix& m;
+        int from, to;
+        float* out;
+    };  // rows [from, to) of a matrix, and where they go
 
-    // Rows of matrices with the same inputs times the tokens [begin, end); use(place, value) gets each value and where it
-    // belongs.
+    // Rows of matrices with the same inputs times the tokens [begin, end); use(place, value) gets each value and where
+    // it belongs.
     template <int N, class Use>
     void multiply(const Product (&products)[N], const Entering& in, int begin, int end, const Use& use) {
         if (s.dense) {
@@ -176,8 +195,10 @@ struct Engine {
             return;
         }
         Part parts[N];
-        for (int i = 0; i < N; i++) parts[i] = {products[i].m.packed, products[i].from / ROWS, groups_of(products[i].to)};
-        multiply_parts(parts, N, in.inputs, begin, end, [&](int part, int group, int token, int count, const int32_t* found) {
+        for (int i = 0; i < N; i++)
+            parts[i] = {products[i].m.packed, products[i].from / ROWS, groups_of(products[i].to)};
+        multiply_parts(parts, N, in.inputs, begin, end,
+                       [&](int part, int group, int token, int count, const int32_t* found) {
             const Product& p = products[part];
             // Heads may begin inside a group; the rows outside are another thread's.
             const int first = std::max(p.from - group * ROWS, 0), last = std::min(ROWS, p.to - group * ROWS);
@@ -231,24 +252,31 @@ struct Engine {
                     }
                 const size_t stride = round_up(rows[next - 1].position + 1, LANES);
                 scores.resize(std::max(scores.size(), QUERIES * stride));
-                attend<E>(*cache, cache_shape, index * s.kv_heads + h, queries.data(), int(queries.size()), scores.data(), stride);
+                attend<E>(*cache, cache_shape, index * s.kv_heads + h, queries.data(), int(queries.size()),
+                          scores.data(), stride);
             }
     }
 
-    // Heads are divided by groups that share keys, so that a thread, unless tokens are divided, reads only what it wrote itself.
+    // Heads are divided by groups that share keys, so that a thread, unless tokens are divided, reads only what it
+    // wrote itself.
     template <class E>
     void attention_part(int index, const Row* rows, int count) {
         const Layer* l = &layers[index];
         const int p = s.head_dim, group = s.heads / s.kv_heads;
         const bool tokens_divided = by_tokens(count);
-        divide({x, l->input_norm, s.hidden}, count, s.kv_heads, heads_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
-            multiply({{l->q, from * group * p, to * group * p, q}, {l->k, from * p, to * p, k}, {l->v, from * p, to * p, v}}, in, first, last, set);
+        divide({x, l->input_norm, s.hidden}, count, s.kv_heads, heads_unit,
+               [=, this](const Entering& in, int from, int to, int first, int last) {
+            multiply(
+                {{l->q, from * group * p, to * group * p, q}, {l->k, from * p, to * p, k}, {l->v, from * p, to * p, v}},
+                in, first, last, set);
             for (int t = first; t < last; t++) {
-                for (int g = from * group; g < to * group; g++) rotate(q + size_t(t) * widest + g * p, rows[t].position);
+                for (int g = from * group; g < to * group; g++)
+                    rotate(q + size_t(t) * widest + g * p, rows[t].position);
                 for (int h = from; h < to; h++) {
                     float* key = k + size_t(t) * widest + h * p;
                     rotate(key, rows[t].position);
-                    put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key, v + size_t(t) * widest + h * p);
+                    put<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, key,
+                           v + size_t(t) * widest + h * p);
                 }
             }
             if (!tokens_divided) attend_heads<E>(from, to, index, rows, count);
@@ -257,24 +285,28 @@ struct Engine {
             pool.divide(s.kv_heads, [=, this](int, auto& next) {
                 for (int h; (h = next()) >= 0;) attend_heads<E>(h, h + 1, index, rows, count);
             });
-        divide({attended, l->attn_norm, attention}, count, s.hidden, out_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
+        divide({attended, l->attn_norm, attention}, count, s.hidden, out_unit,
+               [=, this](const Entering& in, int from, int to, int first, int last) {
             multiply({{l->o, from, to, x}}, in, first, last, add);
         });
     }
 
     void feed_forward_part(int index, int count) {
         const Layer* l = &layers[index];
-        divide({x, l->post_norm, s.hidden}, count, s.ffn, ffn_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
+        divide({x, l->post_norm, s.hidden}, count, s.ffn, ffn_unit,
+               [=, this](const Entering& in, int from, int to, int first, int last) {
             multiply({{l->gate, from, to, gated}, {l->up, from, to, raised}}, in, first, last, set);
             for (int t = first; t < last; t++) {
                 float *gate = gated + size_t(t) * widest, *up = raised + size_t(t) * widest;
                 if (s.relu2)
-                    for (int i = from; i < to; i++) gate[i] = (gate[i] < 0 ? 0 : gate[i] * gate[i]) * up[i];  // a NaN stays one
+                    for (int i = from; i < to; i++)
+                        gate[i] = (gate[i] < 0 ? 0 : gate[i] * gate[i]) * up[i];  // a NaN stays one
                 else
                     for (int i = from; i < to; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
             }
         });
-        divide({gated, l->ffn_norm, s.ffn}, count, s.hidden, down_unit, [=, this](const Entering& in, int from, int to, int first, int last) {
+        divide({gated, l->ffn_norm, s.ffn}, count, s.hidden, down_unit,
+               [=, this](const Entering& in, int from, int to, int first, int last) {
             multiply({{l->down, from, to, x}}, in, first, last, add);
         });
     }
@@ -297,10 +329,10 @@ struct Engine {
         if constexpr (BITS == 32)
             pool.divide((s.vocab + HEAD_PIECE - 1) / HEAD_PIECE, [=, this](int, auto& next) {
                 for (int piece; (piece = next()) >= 0;)
-                    multiply_dense(w.head, normed, count, s.hidden, piece * HEAD_PIECE, std::min(s.vocab, (piece + 1) * HEAD_PIECE), logits, s.vocab, set);
+                    multiply_dense(w.head, normed, count, s.hidden, piece * HEAD_PIECE,
+                                   std::min(s.vocab, (piece + 1) * HEAD_PIECE), logits, s.vocab, set);
             });
-        else
-            head.logits<BITS>(w, s, pool, normed, widest, count, logits);
+        else head.logits<BITS>(w, s, pool, normed, widest, count, logits);
     }
 
     void embed(int token, float* out) const {

@@ -1,43 +1,52 @@
 // The output head in integers: half of a small model's bytes, and a matrix that was not trained to be rounded.
 //
-// Rows are rounded to 8 or to 4 bits with a scale each, activations so finely that the rounding of the rows is nearly the
-// whole error. The logits are close; which token is the likeliest is that of the weights as they were: every row that could be
-// the best within six standard deviations of the error is computed again from them (logits.h). With 4 bits the best rows
-// besides, about a twelfth, are computed again from 8 bits: what stays coarse are unlikely tokens.
+// Rows are rounded to 8 or to 4 bits with a scale each, activations so finely that the rounding of the rows is nearly
+// the whole error. The logits are close; which token is the likeliest is that of the weights as they were: every row
+// that could be the best within six standard deviations of the error is computed again from them (logits.h). With 4
+// bits the best rows besides, about a twelfth, are computed again from 8 bits: what stays coarse are unlikely tokens.
 //
 // Rows lie in groups of 16, four inputs of each in a quad of 64 bytes (of 8 bits), so that a 32-bit lane belongs to one
 // row. Of products, processors have those of unsigned and signed bytes.
 //
-//   8 bits  Activations have 12 bits, are shifted to be positive and split in two halves of 6:  x ~ (64 * high + low - 2048)
-//           * step,  so  w . x ~ scale * step * (64 * w . high + w . low - 2048 * sum(w)).  Sums of two products of such
-//           halves fit into the 16 bits of AVX2.
-//   4 bits  Codes are stored as code + 8, an even quad in the low half of a byte and the odd one after it in the high half;
-//           activations are int8:  w . x ~ scale * step * ((code + 8) . x - 8 * sum(x)).  The 8-bit rows lie one after the
-//           other, because only some are read, and activations have 12 bits for them.
+//   8 bits  Activations have 12 bits, are shifted to be positive and split in two halves of 6:  x ~ (64 * high + low -
+//   2048)
+//           * step,  so  w . x ~ scale * step * (64 * w . high + w . low - 2048 * sum(w)).  Sums of two products of
+//           such halves fit into the 16 bits of AVX2.
+//   4 bits  Codes are stored as code + 8, an even quad in the low half of a byte and the odd one after it in the high
+//   half;
+//           activations are int8:  w . x ~ scale * step * ((code + 8) . x - 8 * sum(x)).  The 8-bit rows lie one after
+//           the other, because only some are read, and activations have 12 bits for them.
 #pragma once
 
 #include "floats.h"
 #include "simd.h"
 
 constexpr int HEAD_GROUP = 16, HALF_BITS = 6, HEAD_ZERO = 1 << (2 * HALF_BITS - 1);
-template <int BITS> constexpr int LARGEST_CODE = (1 << (BITS - 1)) - 1;
+template <int BITS>
+constexpr int LARGEST_CODE = (1 << (BITS - 1)) - 1;
 
 inline int head_groups_of(int vocab) { return (vocab + HEAD_GROUP - 1) / HEAD_GROUP; }
 inline int quads_of(int inputs) { return padded(inputs) / 4; }
-template <int BITS> inline size_t head_group_bytes(int inputs) { return size_t(quads_of(inputs)) * 64 * BITS / 8; }
+template <int BITS>
+inline size_t head_group_bytes(int inputs) {
+    return size_t(quads_of(inputs)) * 64 * BITS / 8;
+}
 
 struct HeadRows {  // of a group; a row that does not exist has scale 0
     float scale[HEAD_GROUP];
-    int32_t zero[HEAD_GROUP];  // 8 bits: HEAD_ZERO times the sum of the codes; 32 bits may overflow, and the final sum undoes that
+    int32_t zero[HEAD_GROUP];  // 8 bits: HEAD_ZERO times the sum of the codes; 32 bits may overflow, and the final sum
+                               // undoes that
 };
 
-// (vocab, inputs) to groups of codes (zeros before) and what belongs to each; for 4 bits also to 8-bit rows of padded(inputs).
+// (vocab, inputs) to groups of codes (zeros before) and what belongs to each; for 4 bits also to 8-bit rows of
+// padded(inputs).
 template <int BITS, class W>
 inline void quantize_head(const W* weights, int vocab, int inputs, uint8_t* codes, HeadRows* groups, int8_t* fine) {
     Buffer<float> row{size_t(inputs)};
     for (int r = 0; r < vocab; r++) {
         for (int i = 0; i < inputs; i++) row[i] = as_float(weights[size_t(r) * inputs + i]);
-        const float largest = std::max(largest_magnitude(row, inputs), 1e-12f), scale = largest / float(LARGEST_CODE<BITS>);
+        const float largest = std::max(largest_magnitude(row, inputs), 1e-12f),
+                    scale = largest / float(LARGEST_CODE<BITS>);
         if constexpr (BITS == 4)
             for (int i = 0; i < inputs; i++)
                 fine[size_t(r) * padded(inputs) + i] = int8_t(code_of(row[i] * (127.0f / largest), 127.0f));
@@ -54,7 +63,7 @@ inline void quantize_head(const W* weights, int vocab, int inputs, uint8_t* code
     }
 }
 
-struct HeadInput {  // one token; each has room for padded(inputs)
+struct HeadInput {        // one token; each has room for padded(inputs)
     uint8_t *high, *low;  // 8 bits: the halves. 4 bits: the first holds int8 activations,
     int32_t zero;         // of which this is eight times the sum
     float step, noise;
@@ -62,9 +71,9 @@ struct HeadInput {  // one token; each has room for padded(inputs)
     float fine_step;
 };
 
-// `noise` times a row's scale is the margin: six deviations of a logit from its exact value. The rounding of a row's weights
-// is noise of scale / sqrt(12) at each input; that of the activations is noise of step / sqrt(12) at each weight, and those
-// are at most LARGEST_CODE scales.
+// `noise` times a row's scale is the margin: six deviations of a logit from its exact value. The rounding of a row's
+// weights is noise of scale / sqrt(12) at each input; that of the activations is noise of step / sqrt(12) at each
+// weight, and those are at most LARGEST_CODE scales.
 template <int BITS>
 inline void quantize_head_input(const float* x, int inputs, HeadInput& to) {
     const int fine_limit = std::min(HEAD_ZERO - 1, INT32_MAX / (127 * inputs));  // so that a whole product has 32 bits
@@ -73,11 +82,13 @@ inline void quantize_head_input(const float* x, int inputs, HeadInput& to) {
     int32_t sum = 0;
     for (int i = 0; i < inputs; i++) {
         const int32_t code = code_of(x[i] * factor, float(limit)), shifted = code + HEAD_ZERO;
-        if constexpr (BITS == 8) to.high[i] = uint8_t(shifted >> HALF_BITS), to.low[i] = uint8_t(shifted & ((1 << HALF_BITS) - 1));
+        if constexpr (BITS == 8)
+            to.high[i] = uint8_t(shifted >> HALF_BITS), to.low[i] = uint8_t(shifted & ((1 << HALF_BITS) - 1));
         else to.high[i] = uint8_t(code), sum += code;
     }
     if constexpr (BITS == 4)
-        for (int i = 0; i < inputs; i++) to.fine[i] = int16_t(code_of(x[i] * (float(fine_limit) / largest), float(fine_limit)));
+        for (int i = 0; i < inputs; i++)
+            to.fine[i] = int16_t(code_of(x[i] * (float(fine_limit) / largest), float(fine_limit)));
     to.zero = 8 * sum, to.step = largest / float(limit), to.fine_step = largest / float(fine_limit);
     const float widest = float(LARGEST_CODE<BITS>) * to.step;
     to.noise = 6.0f * std::sqrt((sum_of_squares(x, inputs) + float(inputs) * widest * widest) / 12.0f);
@@ -167,9 +178,12 @@ inline void head_products(const uint8_t* w, const HeadInput* x, int quads, uint3
 constexpr int FINE_AHEAD = 6;  // rows of 8 bits that are asked for before they are needed
 constexpr int HEAD_TILE = simd::W == 64 ? 4 : 2;
 
-struct Reach { float best, most, least; };  // of a group: its largest logit, and the largest with margin added and taken off
+struct Reach {
+    float best, most, least;
+};  // of a group: its largest logit, and the largest with margin added and taken off
 
-// Logits of the first `count` rows of a group for all tokens, logits[token * stride + row], and their reach[token * reaches].
+// Logits of the first `count` rows of a group for all tokens, logits[token * stride + row], and their reach[token *
+// reaches].
 template <int BITS>
 inline void head_logits(const uint8_t* w, const HeadRows& rows, int count, const HeadInput* x, int tokens, int quads,
                         float* logits, size_t stride, Reach* reach, size_t reaches) {
@@ -177,7 +191,8 @@ inline void head_logits(const uint8_t* w, const HeadRows& rows, int count, const
         uint32_t products[HEAD_TILE * HEAD_GROUP];
         const int now = std::min(HEAD_TILE, tokens - t);
         if (now == HEAD_TILE) head_products<BITS, HEAD_TILE>(w, x + t, quads, products);
-        else for (int i = 0; i < now; i++) head_products<BITS, 1>(w, x + t + i, quads, products + i * HEAD_GROUP);
+        else
+            for (int i = 0; i < now; i++) head_products<BITS, 1>(w, x + t + i, quads, products + i * HEAD_GROUP);
         for (int i = 0; i < now; i++) {
             const HeadInput& in = x[t + i];
             float values[HEAD_GROUP], best = -INFINITY, most = -INFINITY, least = -INFINITY;

@@ -5,7 +5,8 @@
 
 #include "packing.h"
 
-constexpr int FEW_TOKENS = 16;  // and fewer: a decode step; with triples.h as fast as lookup.h, which always makes tables for 32
+constexpr int FEW_TOKENS =
+    16;  // and fewer: a decode step; with triples.h as fast as lookup.h, which always makes tables for 32
 
 #if defined(SIMD_LOOKUP)
 #include "lookup.h"
@@ -15,7 +16,9 @@ constexpr bool LOOKS_UP = false;
 constexpr int LOOKUP_TOKENS = 1;
 #endif
 
-inline int readable(int tokens) { return round_up(tokens, LOOKUP_TOKENS); }  // tokens that are read where there are so many
+inline int readable(int tokens) {
+    return round_up(tokens, LOOKUP_TOKENS);
+}  // tokens that are read where there are so many
 
 // Tokens that enter a product; the thread that made it uses it, before it makes the next.
 struct Inputs {
@@ -59,7 +62,8 @@ inline void multiply_parts(const Part* parts, int count, const Inputs& in, int f
             use(part, group, first, tokens, products.data());
         });
     for (; first < last; first += LOOKUP_TOKENS)
-        lookup_products(parts, count, in.x + size_t(first) * in.stride, in.stride, in.blocks, [&](int part, int group, const int32_t* found) {
+        lookup_products(parts, count, in.x + size_t(first) * in.stride, in.stride, in.blocks,
+                        [&](int part, int group, const int32_t* found) {
             use(part, group, first, std::min(LOOKUP_TOKENS, last - first), found);
         });
 #else

@@ -1,8 +1,8 @@
 // Keys and values of one text, as float32, float16 or int8.
 //
-// Keys lie in blocks of LANES positions, dimension by dimension, so that a vector is LANES scores in the making; values lie
-// position by position. Nothing is summed across a vector. As int8 each position of each head has a scale of its own for
-// its key and for its value: a quarter of the memory.
+// Keys lie in blocks of LANES positions, dimension by dimension, so that a vector is LANES scores in the making; values
+// lie position by position. Nothing is summed across a vector. As int8 each position of each head has a scale of its
+// own for its key and for its value: a quarter of the memory.
 #pragma once
 
 #include <memory>
@@ -57,7 +57,9 @@ struct Cache {
     }
 };
 
-inline float scale_of(const float* x, int n, const int8_t*) { return std::max(largest_magnitude(x, n), 1e-12f) / 127.0f; }
+inline float scale_of(const float* x, int n, const int8_t*) {
+    return std::max(largest_magnitude(x, n), 1e-12f) / 127.0f;
+}
 inline float scale_of(const float*, int, const void*) { return 1; }
 inline void store_element(float* to, float value, float) { *to = value; }
 inline void store_element(float16* to, float value, float) { *to = to_float16(value); }

@@ -1,5 +1,5 @@
-// The engine's C interface: what native.py calls. What fails returns a status, 0 for done and 1 for memory that ended, or a
-// null pointer: an exception that left here would end the process.
+// The engine's C interface: what native.py calls. What fails returns a status, 0 for done and 1 for memory that ended,
+// or a null pointer: an exception that left here would end the process.
 #include <chrono>
 #include <numeric>
 
@@ -34,12 +34,15 @@ const char* bitnet_simd() { return SIMD_NAME; }
 
 int64_t bitnet_packed_bytes(int rows, int inputs) { return int64_t(groups_of(rows)) * group_bytes(inputs); }
 
-void bitnet_pack_codes(const int8_t* codes, int rows, int inputs, uint8_t* packed) { pack_codes(codes, rows, inputs, packed); }
+void bitnet_pack_codes(const int8_t* codes, int rows, int inputs, uint8_t* packed) {
+    pack_codes(codes, rows, inputs, packed);
+}
 int bitnet_pack_folder(const uint8_t* stored, int rows, int inputs, uint8_t* packed) {
     return pack_folder(stored, rows, inputs, packed);
 }
 // Of the dense matrices below, one of the two pointers is not null.
-void bitnet_pack_latent(const float* floats, const bfloat16* bfloats, int rows, int inputs, Rounding* by, uint8_t* packed) {
+void bitnet_pack_latent(const float* floats, const bfloat16* bfloats, int rows, int inputs, Rounding* by,
+                        uint8_t* packed) {
     if (floats) pack_latent(floats, rows, inputs, *by, packed);
     else pack_latent(bfloats, rows, inputs, *by, packed);
 }
@@ -81,22 +84,26 @@ void* bitnet_new(const Shape* shape, const Layer* layers, const Weights* weights
 }
 void bitnet_free(void* engine) { Engines::all().remove((Engine*)engine); }
 
-void* bitnet_cache_new() { return made_by([] { return new Cache; }); }
+void* bitnet_cache_new() {
+    return made_by([] { return new Cache; });
+}
 void bitnet_cache_free(void* cache) { delete (Cache*)cache; }
 void* bitnet_cache_fork(void* engine, const void* cache) {
     return made_by([&] { return ((const Cache*)cache)->fork(((Engine*)engine)->cache_shape); });
 }
-void bitnet_cache_truncate(void* cache, int length) { ((Cache*)cache)->length = std::min(((Cache*)cache)->length, length); }
+void bitnet_cache_truncate(void* cache, int length) {
+    ((Cache*)cache)->length = std::min(((Cache*)cache)->length, length);
+}
 int64_t bitnet_cache_bytes(void* engine, int positions) {  // read by a decode step
     const CacheShape& s = ((Engine*)engine)->cache_shape;
     const int64_t scales = s.scaled() ? 2 * sizeof(float) : 0;
     return int64_t(s.lanes) * positions * ((s.head_dim + s.width()) * int64_t(s.element()) + scales);
 }
 
-// `count` tokens; token i goes to the end of caches[i]. Logits of the rows named in `wanted`: float32 (n_wanted, vocab).
-// Several threads may call it at once, each with caches of its own.
-int bitnet_step(void* engine, int count, const int32_t* tokens, void* const* caches, int n_wanted, const int32_t* wanted,
-                float* logits) {
+// `count` tokens; token i goes to the end of caches[i]. Logits of the rows named in `wanted`: float32 (n_wanted,
+// vocab). Several threads may call it at once, each with caches of its own.
+int bitnet_step(void* engine, int count, const int32_t* tokens, void* const* caches, int n_wanted,
+                const int32_t* wanted, float* logits) {
     return status_of([&] {
         std::vector<Row> rows(count);
         for (int i = 0; i < count; i++) {
@@ -107,8 +114,8 @@ int bitnet_step(void* engine, int count, const int32_t* tokens, void* const* cac
     });
 }
 
-// Bytes per second that `threads` threads read from memory together, each its own part of a buffer: the limit of a decode
-// step, which reads every weight once.
+// Bytes per second that `threads` threads read from memory together, each its own part of a buffer: the limit of a
+// decode step, which reads every weight once.
 double bitnet_read_bandwidth(int64_t bytes, int threads, int rounds) {
     Buffer<uint8_t> buffer{size_t(bytes)};
     std::memset(buffer, 1, size_t(bytes));  // pages nobody wrote to are all the same one

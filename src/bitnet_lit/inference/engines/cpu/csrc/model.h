@@ -6,11 +6,12 @@
 extern "C" {
 
 struct Shape {
-    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_bits, cache_type, threads;
+    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_bits, cache_type,
+        threads;
     float eps, rope_theta;
 };
 
-struct Matrix {  // one of the three
+struct Matrix {             // one of the three
     const uint8_t* packed;  // packing.h; times scale
     const float* floats;    // (O, I)
     const bfloat16* bfloats;
@@ -23,11 +24,11 @@ struct Layer {
 };
 
 struct Weights {
-    Matrix embedding, head;    // (vocab, hidden), dense
+    Matrix embedding, head;  // (vocab, hidden), dense
     const float* norm;
     const uint8_t* head_codes;  // head.h, where head_bits is not 32
     const HeadRows* head_rows;
-    const int8_t* head_fine;   // (vocab, padded hidden), where head_bits is 4
+    const int8_t* head_fine;  // (vocab, padded hidden), where head_bits is 4
 };
 }
 

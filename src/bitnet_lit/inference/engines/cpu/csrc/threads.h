@@ -1,18 +1,18 @@
 // Work that several threads share, piece by piece.
 //
-// The calling thread, thread 0, never waits for a helper to come: it gives every thread a share of the pieces, and a helper
-// that is awake finds its share and begins. Whoever has finished its own takes from others' shares, thread 0 too. To take a
-// piece is all there is to joining: the work is over when all pieces are taken and those who took some say that they are
-// done. So a helper that got no processor, because others need it, costs nothing.
+// The calling thread, thread 0, never waits for a helper to come: it gives every thread a share of the pieces, and a
+// helper that is awake finds its share and begins. Whoever has finished its own takes from others' shares, thread 0
+// too. To take a piece is all there is to joining: the work is over when all pieces are taken and those who took some
+// say that they are done. So a helper that got no processor, because others need it, costs nothing.
 //
-// What a phase of the work costs is how often a cache line goes from one core to another. Here a helper has one line of its
-// own: thread 0 writes the share into it, the helper takes pieces there and then says there how many it has done.
+// What a phase of the work costs is how often a cache line goes from one core to another. Here a helper has one line of
+// its own: thread 0 writes the share into it, the helper takes pieces there and then says there how many it has done.
 //
-// Helpers wait awake for a moment, because waking takes longer than a small model takes for a layer; then they sleep. One
-// that was taken off its processor while it waited awake knows that others need it, and sleeps sooner for a while. Where one
-// is taken off in the middle of a piece, thread 0 has to wait for it; where one is called several times and does not come,
-// the calls cost something. After either thread 0 works alone for many times as long as it lost. So several threads on a
-// machine that is busy are about as fast as one.
+// Helpers wait awake for a moment, because waking takes longer than a small model takes for a layer; then they sleep.
+// One that was taken off its processor while it waited awake knows that others need it, and sleeps sooner for a while.
+// Where one is taken off in the middle of a piece, thread 0 has to wait for it; where one is called several times and
+// does not come, the calls cost something. After either thread 0 works alone for many times as long as it lost. So
+// several threads on a machine that is busy are about as fast as one.
 #pragma once
 
 #include <atomic>
@@ -93,9 +93,9 @@ class Pool {
     }
     Pool(const Pool&) = delete;
 
-    // does(thread, next) on thread 0 and on helpers: next() is a piece from [0, pieces) that nobody else has, or -1 where all
-    // are taken. `does` is copied: what it refers to should be old. Returns when all are done. Throws what thread 0 throws,
-    // and std::bad_alloc for what a helper throws.
+    // does(thread, next) on thread 0 and on helpers: next() is a piece from [0, pieces) that nobody else has, or -1
+    // where all are taken. `does` is copied: what it refers to should be old. Returns when all are done. Throws what
+    // thread 0 throws, and std::bad_alloc for what a helper throws.
     template <class Does>
     void divide(int pieces, const Does& does) {
         const int sharing = pieces < 2 || alone() || !start() ? 1 : count;
@@ -107,7 +107,9 @@ class Pool {
         }
         if (failed) failed = false;  // thread 0 threw, too
         for (int i = sharing - 1; i >= 0; i--)
-            shares[i].rest.store(Rest{uint32_t(int64_t(pieces) * i / sharing), uint32_t(int64_t(pieces) * (i + 1) / sharing)}, std::memory_order_release);
+            shares[i].rest.store(
+                Rest{uint32_t(int64_t(pieces) * i / sharing), uint32_t(int64_t(pieces) * (i + 1) / sharing)},
+                std::memory_order_release);
         if (sharing > 1) wake();
         given += uint32_t(pieces);
         {
@@ -127,7 +129,9 @@ class Pool {
 
    private:
     using Clock = std::chrono::steady_clock;
-    struct Rest { uint32_t from, to; };  // pieces
+    struct Rest {
+        uint32_t from, to;
+    };  // pieces
     struct alignas(64) Share {
         std::atomic<Rest> rest{};
         std::atomic<uint32_t> done{0};  // pieces, since the pool was made
@@ -143,7 +147,8 @@ class Pool {
         ~Closing() { pool.close(); }
     };
 
-    // A piece of the share of thread `of`, or -1. A thread takes from the front of its own share and from the back of others'.
+    // A piece of the share of thread `of`, or -1. A thread takes from the front of its own share and from the back of
+    // others'.
     int take(int thread, int of) {
         std::atomic<Rest>& rest = shares[of].rest;
         Rest seen = rest.load(std::memory_order_relaxed);
@@ -163,7 +168,8 @@ class Pool {
         return -1;
     }
 
-    // At the first work, or the first after a fork. Fewer threads than asked for are no error. Returns whether there are helpers.
+    // At the first work, or the first after a fork. Fewer threads than asked for are no error. Returns whether there
+    // are helpers.
     bool start() {
         if (helpers) return !helpers->empty();
         helpers = std::make_unique<std::vector<std::thread>>();
@@ -172,8 +178,7 @@ class Pool {
         sigfillset(&all), pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
             for (int i = 1; i < count; i++) helpers->emplace_back([this, i] { help(i); });
-        } catch (const std::system_error&) {
-        }
+        } catch (const std::system_error&) {}
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         return !helpers->empty();
     }

@@ -1,5 +1,5 @@
-// Weights as they lie in a model folder to weights as the kernels of this processor read them: triples.h or pairs.h. Rows and
-// inputs that do not exist are code 0.
+// Weights as they lie in a model folder to weights as the kernels of this processor read them: triples.h or pairs.h.
+// Rows and inputs that do not exist are code 0.
 #pragma once
 
 #include "simd.h"
@@ -13,7 +13,10 @@
 inline int groups_of(int rows) { return (rows + ROWS - 1) / ROWS; }
 inline size_t group_bytes(int inputs) { return size_t(blocks_of(inputs)) * BLOCK_BYTES; }
 
-struct Part { const uint8_t* packed; int first, last; };  // groups [first, last) of a matrix
+struct Part {
+    const uint8_t* packed;
+    int first, last;
+};  // groups [first, last) of a matrix
 
 // row(r, codes) writes codes + 1 of row r, a byte each, to `codes`, which has room for whole blocks.
 template <class Row>
@@ -25,7 +28,8 @@ inline void pack_rows(int rows, int inputs, uint8_t* packed, const Row& row) {
         if (r < rows) row(r, codes.data);
         else std::memset(codes, 1, size_t(blocks) * BLOCK);
         uint8_t* group = packed + r / ROWS * group_bytes(inputs);
-        for (int block = 0; block < blocks; block++) pack_block(codes + block * BLOCK, r % ROWS, group + size_t(block) * BLOCK_BYTES);
+        for (int block = 0; block < blocks; block++)
+            pack_block(codes + block * BLOCK, r % ROWS, group + size_t(block) * BLOCK_BYTES);
     }
 }
 
@@ -74,7 +78,7 @@ inline void pack_latent(const W* weights, int rows, int inputs, Rounding& by, ui
             // Rounding half to even and cutting at one: a half becomes 0.
             const int ternary = 1 + (scaled > 0.5f) - (scaled < -0.5f), binary = 2 * (w >= by.center);
             to[i] = uint8_t(by.binary ? binary : ternary);
-            sum += w, magnitude += size, below += size < by.scale, above += size > by.scale;
+            sum += w, magnitude += size, below += size<by.scale, above += size> by.scale;
         }
         by.sum += sum, by.magnitude += magnitude, by.below += below, by.above += above;
     });
