@@ -71,8 +71,8 @@ def greedy_tokens(quant):
 LARGEST_DIFFERENCE = {"b158": 2e-2, "b1": 5e-2, "none": 2e-6}
 MEAN_DIFFERENCE = {"b158": 5e-3, "b1": 2e-2, "none": 3e-7}
 # The same for two steps from trained weights: 24 runs differed by up to 7e-7 in the first loss and by 5e-4 (b158), 7e-7
-# (b1) and 6e-8 (dense) in the second. Other processors turn a few codes more. Norms with an eps of 1e-6 in place of 1e-5
-# move the first loss by 1e-5.
+# (b1) and 6e-8 (dense) in the second. Other processors turn a few codes more. Norms with an eps of 1e-6 instead of
+# 1e-5 move the first loss by 1e-5.
 STEP_DIFFERENCE = {"b158": (8e-6, 1.5e-3), "b1": (8e-6, 1.5e-3), "none": (1e-6, 1e-6)}
 
 

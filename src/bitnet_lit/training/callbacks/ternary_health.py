@@ -87,7 +87,7 @@ class TernaryHealth(Callback):
             self.file.append(text.getvalue())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_bytes": self.file.num_bytes, "codes": self._packed}
+        return {"num_bytes": self.file.num_bytes, "codes": dict(self._packed)}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get("TernaryHealth", {})

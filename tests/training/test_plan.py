@@ -1,0 +1,111 @@
+"""What the lengths of a config come to, in optimizer steps and tokens, and what the plan says of them."""
+
+import re
+from datetime import timedelta
+
+import pytest
+
+from bitnet_lit.config import (
+    DataConfig,
+    ModelConfig,
+    MuonConfig,
+    QuantConfig,
+    ScheduleConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from bitnet_lit.errors import UserError
+from bitnet_lit.model import build_model
+from bitnet_lit.training.plan import make_plan, memory_estimate_bytes, print_plan, time_limit
+
+SEQUENCE_LENGTH, TRAIN_SEQUENCES = 64, 1000
+
+
+def config(trainer=None, schedule=None, batch_size=8, **sizes):
+    return TrainConfig(
+        model=ModelConfig(**{"vocab_size": 512, **sizes}),
+        data=DataConfig(batch_size=batch_size),
+        optim=MuonConfig(),
+        schedule=ScheduleConfig(**(schedule or {})),
+        trainer=TrainerConfig(accelerator="cpu", **(trainer or {})),
+    )
+
+
+def plan(**options):
+    return make_plan(config(**options), SEQUENCE_LENGTH, TRAIN_SEQUENCES)
+
+
+def test_a_step_counts_every_device_node_and_accumulated_batch(monkeypatch):
+    assert plan().tokens_per_step == 8 * 64
+    assert plan(trainer={"devices": 2, "accumulate_grad_batches": 3}).tokens_per_step == 2 * 3 * 8 * 64
+    monkeypatch.setenv("MASTER_ADDR", "first-node")
+    assert plan(trainer={"devices": 2, "num_nodes": 4}).tokens_per_step == 2 * 4 * 8 * 64
+
+
+def test_tokens_take_the_place_of_steps_and_the_last_step_is_a_whole_one():
+    assert plan(trainer={"max_steps": 7}).steps == 7
+    assert plan(trainer={"max_steps": 7, "max_tokens": 512 * 20}).steps == 20
+    assert plan(trainer={"max_tokens": 512 * 20 + 1}).steps == 21
+
+
+def test_tokens_and_epochs_of_the_run():
+    found = plan(trainer={"max_steps": 250})
+    assert found.tokens == 250 * 512
+    assert found.epochs == 250 * 8 / TRAIN_SEQUENCES
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ({}, 400 // 20),
+        ({"warmup_steps": 0}, 0),
+        ({"warmup_steps": 31}, 31),
+        ({"warmup_tokens": 512 * 9 + 1, "warmup_steps": 31}, 10),
+        ({"total_steps": 1000}, 1000 // 20),
+    ],
+)
+def test_warm_up(schedule, steps):
+    found = plan(trainer={"max_steps": 400}, schedule=schedule)
+    assert (found.warmup_steps, found.schedule_steps) == (steps, schedule.get("total_steps", 400))
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    assert plan(trainer={"max_steps": 10}, schedule={"warmup_steps": 10}).warmup_steps == 10
+    with pytest.raises(UserError, match=r"schedule\.warmup_steps=11 is longer than the run \(10 steps\): shorten it"):
+        plan(trainer={"max_steps": 10}, schedule={"warmup_steps": 11})
+
+
+@pytest.mark.parametrize(("steps", "validations"), [(400, 20), (19, 1), (1, 1)])
+def test_a_run_is_validated_twenty_times_unless_it_is_shorter(steps, validations):
+    assert plan(trainer={"max_steps": steps}).validation_steps == validations
+
+
+def test_time_limit():
+    assert time_limit(None) is None
+    assert time_limit("01:02:03:04") == timedelta(days=1, hours=2, minutes=3, seconds=4)
+
+
+def test_the_memory_estimate_holds_weights_gradients_and_moments():
+    """Measured with one batch of no tokens to speak of: what is left is 4 bytes a value."""
+    small = config(batch_size=1, max_position_embeddings=2, hidden_size=256, intermediate_size=512)
+    parameters = sum(p.numel() for p in build_model(small.model, QuantConfig(), device="meta").parameters())
+    estimate = memory_estimate_bytes(small, make_plan(small, 1, 10))
+    assert 3 * 4 * parameters < estimate < 3.5 * 4 * parameters  # weights, gradients, and 1.3 moments of Muon and AdamW
+
+
+def test_gradient_checkpointing_and_smaller_batches_need_less():
+    def estimate(**options):
+        chosen = config(**options)
+        return memory_estimate_bytes(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES))
+
+    assert estimate(batch_size=64, gradient_checkpointing=True) < estimate(batch_size=64)
+    assert estimate(batch_size=8) < estimate(batch_size=64)
+
+
+def test_the_table_says_the_lengths_and_prints_what_it_is_given_as_it_stands(capsys):
+    chosen = config(trainer={"max_steps": 250})
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {"data": "data/[/b]{x}"})
+    printed = " ".join(re.sub(r"\s+", " ", capsys.readouterr().err).split())
+    assert "data data/[/b]{x}" in printed
+    for part in ("250 of 512 tokens", "(8 x 64 x 1 batches)", "128,000 in all, 2.00 epochs", "every 12 steps"):
+        assert part in printed
