@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import EvaluateConfig, QuantConfig
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.quant.scheme import B158
@@ -27,13 +27,13 @@ LOSS = 5.672786
 def test_its_models_open_and_compute_the_same(kind):
     figures = evaluate(EvaluateConfig(checkpoint=str(FOLDER / kind), data_dir=str(FOLDER / "data"), accelerator="cpu"))
     assert figures["loss"] == pytest.approx(LOSS, abs=1e-4)  # an int8 code may round the other way elsewhere
-    source = open_source(FOLDER / "run" / "model" if kind == "run" else FOLDER / "packed")
-    assert source.quant == QuantConfig(weight_scale="absmedian") and source.quant.scheme == B158("absmedian")
-    assert source.packed == (kind == "packed")
+    stored = open_stored(FOLDER / "run" / "model" if kind == "run" else FOLDER / "packed")
+    assert stored.quant == QuantConfig(weight_scale="absmedian") and stored.quant.scheme == B158("absmedian")
+    assert stored.packed == (kind == "packed")
 
 
 def test_its_packed_codes_are_those_of_its_latent_weights():
-    latent, packed = open_source(FOLDER / "run" / "model"), open_source(FOLDER / "packed")
+    latent, packed = open_stored(FOLDER / "run" / "model"), open_stored(FOLDER / "packed")
     for name in sorted(latent.quantized):
         for ours, theirs in zip(latent.codes(name), packed.codes(name), strict=True):
             assert torch.equal(ours, theirs)

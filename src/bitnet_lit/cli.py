@@ -283,7 +283,7 @@ def run(
 
 def advise(overrides: Sequence[str]) -> None:
     """`export --advise`: which targets a training config can reach, and what to change for the others."""
-    from bitnet_lit.artifacts.targets import print_advice
+    from bitnet_lit.exports.targets import print_advice
 
     config = compose("train", ["run_dir=unused", *overrides])
     print_advice(config.model, config.quant)

@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.export: a model for other tools, compared with its source before it is called done."""
+"""python -m bitnet_lit.export: a model for other tools, compared with the original before it is called done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _export(config: ExportConfig) -> None:
-    from bitnet_lit.artifacts.export import export
+    from bitnet_lit.exports.write import export
 
     export(config)
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
 from tests.support import run_door, tiny_model
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from tests.faults.fault_layer import Fault, Faults, Operation

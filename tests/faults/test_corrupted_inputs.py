@@ -30,14 +30,14 @@ OPEN_ALL = textwrap.dedent("""
     import torch
     torch.set_num_threads(1)
     import safetensors, sentencepiece, tokenizers
-    from bitnet_lit.artifacts.load import load_model
-    from bitnet_lit.artifacts.locate import find_model, open_source
-    from bitnet_lit.artifacts.load import load
+    from bitnet_lit.checkpoints.pretrained import from_pretrained
+    from bitnet_lit.checkpoints.locate import find_model, open_stored
+    from bitnet_lit.checkpoints.pretrained import build_pretrained
     from bitnet_lit.errors import UserError
     seconds, memory = int(sys.argv[1]), int(sys.argv[2])
 
     def opened(path):
-        model = load(open_source(find_model(path)))
+        model = build_pretrained(open_stored(find_model(path)))
         ids = torch.zeros(1, min(4, model.config.max_position_embeddings), dtype=torch.long)
         with torch.no_grad():
             logits = model.model(ids)

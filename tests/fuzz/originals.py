@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from transformers import BitNetConfig, LlamaConfig, LlamaForCausalLM
 
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import PrepareConfig, QuantConfig
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.tokenizer import Tokenizer
-from tests.artifacts.exporting import export_to, leave_out_other_tools
 from tests.data.test_json_tokenizer import byte_level, metaspace
+from tests.exports.exporting import export_to, leave_out_other_tools
 from tests.forked import ForkServer, door
 from tests.parity.test_imports import llama2c_weights, write_bin, write_pt
 from tests.support import TINY_RUN, tiny_model

@@ -70,7 +70,7 @@ def evaluate(path: str, draw: Random) -> None:
 
 
 def export(path: str, draw: Random) -> None:
-    from bitnet_lit.artifacts.export import export
+    from bitnet_lit.exports.write import export
 
     options = {"format": draw.choice(["latent", "packed", "llama2c", "gguf"])}
     options |= {"gguf": {"type": "f16"}, "latent": {"dtype": draw.choice(["float32", "bfloat16"])}}.get(
@@ -81,10 +81,10 @@ def export(path: str, draw: Random) -> None:
 
 
 def export_verified(path: str, draw: Random) -> None:
-    from bitnet_lit.artifacts import verify
-    from bitnet_lit.artifacts.export import export
+    from bitnet_lit.exports import compare
+    from bitnet_lit.exports.write import export
 
-    verify._other_tools = lambda *_: iter(())
+    compare._other_tools = lambda *_: iter(())
     _through(lambda: export(ExportConfig(checkpoint=path, out="exported", format=draw.choice(["latent", "packed"]))))
 
 

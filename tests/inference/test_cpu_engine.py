@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet_lit
-from bitnet_lit.artifacts.load import load
-from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
+from bitnet_lit.checkpoints.locate import open_stored
+from bitnet_lit.checkpoints.pretrained import build_pretrained
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.cpu import native
@@ -61,7 +61,7 @@ SIZES = [
 
 def saved(folder, quant="b158", **sizes):
     save_model_folder(folder, tiny_model(quant, **sizes), QuantConfig(name=quant), None)
-    return open_source(folder)
+    return open_stored(folder)
 
 
 def step_all(model, ids, caches=None):
@@ -77,11 +77,11 @@ def step_all(model, ids, caches=None):
 @pytest.mark.parametrize("quant", ["b158", "b1", "none"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_logits_equal_the_networks(tmp_path, quant, sizes, threads):
-    source = saved(tmp_path / "model", quant, **sizes)
-    model = NativeModel(source, head="float", kv_cache="float", threads=threads)
+    stored = saved(tmp_path / "model", quant, **sizes)
+    model = NativeModel(stored, head="float", kv_cache="float", threads=threads)
     ids = torch.randint(0, 512, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = load(source).model(ids)
+        expected = build_pretrained(stored).model(ids)
     found = step_all(model, ids)
     # Float sums run in another order; where a last bit moves an int8 code, its 1/127 goes through the later layers.
     assert float((found - expected).abs().mean() / expected.std()) < 0.02
@@ -95,8 +95,8 @@ def test_logits_equal_the_networks(tmp_path, quant, sizes, threads):
 
 @needs_compiler
 def test_the_past_can_be_cut_and_grows_to_the_context(tmp_path):
-    source = saved(tmp_path / "model", max_position_embeddings=700)
-    engine = CpuEngine(NativeModel(source, head="float", threads=2))
+    stored = saved(tmp_path / "model", max_position_embeddings=700)
+    engine = CpuEngine(NativeModel(stored, head="float", threads=2))
     ids = torch.randint(0, 512, (700,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = engine.new_cache()
     whole = engine.forward([ids], [cache])  # more than one step takes at once
@@ -120,13 +120,13 @@ def test_what_is_rounded_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer
     run = [f"run_dir={tmp_path}", f"data.dir={shards}", *sizes, "data.batch_size=8", "callbacks=quiet"]
     rates = ["optim.learning_rate=4e-2", "optim.adamw_learning_rate=1.6e-2", "trainer.val_check_interval=1000"]
     train(compose("train", [*run, *rates, "trainer.max_steps=150", "trainer.accelerator=cpu"]))
-    source = open_source(tmp_path / "model")
+    stored = open_stored(tmp_path / "model")
     split = open_shards(shards).validation(128)
     ids = torch.from_numpy(split.gather(np.arange(4)))
     losses, texts = {}, {}
     combinations = [(head, "float") for head in ("float", "int8", "int4")] + [("float", "half"), ("float", "int8")]
     for head, kv_cache in combinations:
-        model = NativeModel(source, head, kv_cache, threads=2)
+        model = NativeModel(stored, head, kv_cache, threads=2)
         rounded = head, kv_cache
         losses[rounded] = float(next_token_loss(step_all(model, ids[:, :-1]), ids[:, 1:]))
         cache, text = model.new_cache(), [tokenizer.bos_id]
@@ -237,9 +237,9 @@ def test_texts_of_a_batch_and_of_a_fork_are_those_of_each_alone(tmp_path, tokeni
 @pytest.mark.parametrize("quant", ["b158", "none"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_rounded_caches_are_close_to_the_float_one(tmp_path, quant, sizes):
-    source = saved(tmp_path / "model", quant, **sizes)
+    stored = saved(tmp_path / "model", quant, **sizes)
     ids = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(0))
-    exact, half, int8 = (step_all(NativeModel(source, "float", cache, 2), ids) for cache in ("float", "half", "int8"))
+    exact, half, int8 = (step_all(NativeModel(stored, "float", cache, 2), ids) for cache in ("float", "half", "int8"))
     # Keys and values are rounded by 2**-12 of themselves or 1/254 of their largest at most; an int8 code of a later
     # layer that this moves goes through the rest of the network.
     assert 0 < float((half - exact).abs().mean() / exact.std()) < (0.02 if quant == "b158" else 1e-3)
@@ -248,13 +248,13 @@ def test_rounded_caches_are_close_to_the_float_one(tmp_path, quant, sizes):
 
 @needs_compiler
 def test_what_the_caches_read(tmp_path):
-    source = saved(tmp_path / "model", hidden_size=128, num_attention_heads=2)
-    weights = NativeModel(source).bytes_per_token(0)
+    stored = saved(tmp_path / "model", hidden_size=128, num_attention_heads=2)
+    weights = NativeModel(stored).bytes_per_token(0)
     read = {
-        cache: NativeModel(source, kv_cache=cache).bytes_per_token(64) - weights for cache in ("float", "half", "int8")
+        cache: NativeModel(stored, kv_cache=cache).bytes_per_token(64) - weights for cache in ("float", "half", "int8")
     }
-    elements = 64 * 2 * source.config.num_hidden_layers * 128
-    scales = 64 * 2 * source.config.num_hidden_layers * 2  # of each key and value of two heads
+    elements = 64 * 2 * stored.config.num_hidden_layers * 128
+    scales = 64 * 2 * stored.config.num_hidden_layers * 2  # of each key and value of two heads
     assert read == {"float": 4 * elements, "half": 2 * elements, "int8": elements + 4 * scales}
 
 
@@ -267,9 +267,9 @@ def test_the_likeliest_token_is_exact(tmp_path):
         rows.shape, generator=torch.Generator().manual_seed(0)
     )
     save_model_folder(tmp_path, model, QuantConfig(), None)
-    source = open_source(tmp_path)
+    stored = open_stored(tmp_path)
     ids = torch.randint(0, 3001, (4, 40), generator=torch.Generator().manual_seed(0))
-    exact, int8, int4 = (step_all(NativeModel(source, head, threads=2), ids) for head in ("float", "int8", "int4"))
+    exact, int8, int4 = (step_all(NativeModel(stored, head, threads=2), ids) for head in ("float", "int8", "int4"))
     # Half a step is 1/254 or 1/14 of a row's largest, which is two to three times its spread; activations add little.
     for rounded, error in ((int8, 0.01), (int4, 0.15)):
         assert torch.equal(exact.argmax(-1), rounded.argmax(-1)) and not torch.equal(exact, rounded)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import bitnet_lit
-from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
+from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import EvaluateConfig, QuantConfig
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.damage import find_damage
@@ -83,14 +83,14 @@ def test_a_loss_that_is_no_number_is_not_printed(tmp_path, shards, tokenizer):
 
 def test_a_file_that_was_written_over_since_is_named(tmp_path, tokenizer):
     folder = damaged(tmp_path / "model", tokenizer, "model.norm.weight", 1.0)
-    source = open_source(folder)
-    assert "every weight" in find_damage(source)
+    stored = open_stored(folder)
+    assert "every weight" in find_damage(stored)
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
-    _, _, offset = source.reader._place["model.norm.weight"]
+    _, _, offset = stored.reader._place["model.norm.weight"]
     content[offset : offset + 4] = b"\xff" * 4
     path.write_bytes(content)
-    assert "tensor model.norm.weight holds 1 of" in find_damage(source)
+    assert "tensor model.norm.weight holds 1 of" in find_damage(stored)
 
 
 def test_infer_says_it_in_one_line(tmp_path, tokenizer):

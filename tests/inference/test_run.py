@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError

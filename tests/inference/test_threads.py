@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bitnet_lit
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.cpu.cores import allowed_threads, physical_cores, quota

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.save import save_model_folder
-from bitnet_lit.artifacts.source import STATISTICS
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
+from bitnet_lit.checkpoints.locate import open_stored
+from bitnet_lit.checkpoints.stored_model import STATISTICS
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.inference.engines.cpu.engine import NativeModel
@@ -30,14 +30,14 @@ QUANTS = {
 }
 
 
-def packed_by(source, name=NAME):
-    weights = Weights(source)
+def packed_by(stored, name=NAME):
+    weights = Weights(stored)
     packed, scale = weights._packed(name)
     return packed.copy(), scale
 
 
-def expected_of(source, name=NAME):
-    codes, scale = source.codes(name)
+def expected_of(stored, name=NAME):
+    codes, scale = stored.codes(name)
     return pack(codes.numpy(), Arena()), float(scale)
 
 
@@ -57,28 +57,28 @@ def test_codes_and_scale_are_those_of_the_definition(tmp_path, quant, monkeypatc
     for parameter in model.parameters():
         parameter.data[parameter.abs() < 0.007] = 0
     save_model_folder(tmp_path / "m", model, quant, None)
-    source = open_source(tmp_path / "m")
-    for name in sorted(source.quantized):
-        noted = source.noted_statistics(name)
-        found, scale = packed_by(source, name)
-        codes, expected_scale = expected_of(source, name)
+    stored = open_stored(tmp_path / "m")
+    for name in sorted(stored.quantized):
+        noted = stored.noted_statistics(name)
+        found, scale = packed_by(stored, name)
+        codes, expected_scale = expected_of(stored, name)
         assert np.array_equal(found, codes) and scale == expected_scale == noted[0], name
-    monkeypatch.setattr(type(source), "noted_statistics", lambda *_: None)
-    found, scale = packed_by(source)
-    assert np.array_equal(found, expected_of(source)[0]) and scale == expected_of(source)[1]
+    monkeypatch.setattr(type(stored), "noted_statistics", lambda *_: None)
+    found, scale = packed_by(stored)
+    assert np.array_equal(found, expected_of(stored)[0]) and scale == expected_of(stored)[1]
 
 
 @needs_compiler
 @pytest.mark.parametrize("quant", QUANTS.values(), ids=QUANTS)
 def test_statistics_of_other_weights_are_not_used(tmp_path, quant):
     save_model_folder(tmp_path / "m", tiny_model("none"), quant, None)
-    source = open_source(tmp_path / "m")
-    stale = {NAME: source.tensor(NAME) * 1.01 + (0.001 if quant.name == "b1" else 0)}
+    stored = open_stored(tmp_path / "m")
+    stale = {NAME: stored.tensor(NAME) * 1.01 + (0.001 if quant.name == "b1" else 0)}
     without_metadata(tmp_path / "m", tensors=stale)
-    source = open_source(tmp_path / "m")
-    assert source.noted_statistics(NAME)
-    found, scale = packed_by(source)
-    assert np.array_equal(found, expected_of(source)[0]) and scale == expected_of(source)[1]
+    stored = open_stored(tmp_path / "m")
+    assert stored.noted_statistics(NAME)
+    found, scale = packed_by(stored)
+    assert np.array_equal(found, expected_of(stored)[0]) and scale == expected_of(stored)[1]
 
 
 @needs_compiler
@@ -87,9 +87,9 @@ def test_damaged_statistics_are_not_used(tmp_path, noted):
     text = "{" if noted is None else json.dumps(noted)
     save_model_folder(tmp_path / "m", tiny_model(), QuantConfig(), None)
     without_metadata(tmp_path / "m", metadata={"format": "pt", STATISTICS: text})
-    source = open_source(tmp_path / "m")
-    assert source.noted_statistics(NAME) is None
-    assert np.array_equal(packed_by(source)[0], expected_of(source)[0])
+    stored = open_stored(tmp_path / "m")
+    assert stored.noted_statistics(NAME) is None
+    assert np.array_equal(packed_by(stored)[0], expected_of(stored)[0])
 
 
 @needs_compiler
@@ -97,16 +97,16 @@ def test_damaged_statistics_are_not_used(tmp_path, noted):
     "options", [["format=packed"], ["format=packed", "dtype=bfloat16"], ["format=latent", "dtype=bfloat16"]], ids=str
 )
 def test_every_folder_gives_the_same_codes_and_close_logits(tmp_path, options, tokenizer):
-    from bitnet_lit.artifacts.export import export
+    from bitnet_lit.exports.write import export
 
     save_model_folder(tmp_path / "m", tiny_model(), QuantConfig(), tokenizer)
     export(compose("export", [f"checkpoint={tmp_path}/m", *options, f"out={tmp_path}/out"]))
-    original, exported = open_source(tmp_path / "m"), open_source(tmp_path / "out")
+    original, exported = open_stored(tmp_path / "m"), open_stored(tmp_path / "out")
     assert np.array_equal(packed_by(original)[0], packed_by(exported)[0])
     logits = []
-    for source in (original, exported):
+    for stored in (original, exported):
         for head in ("float", "int8"):
-            model = NativeModel(source, head=head, threads=2)
+            model = NativeModel(stored, head=head, threads=2)
             logits.append(model.step([1, 2, 3], [model.new_cache()] * 3, [0, 1, 2]))
     # Exact, or what rounding the embedding or the scale to bfloat16 moves.
     difference = np.abs(logits[0] - logits[2]).mean() / logits[0].std()
@@ -117,11 +117,11 @@ def test_every_folder_gives_the_same_codes_and_close_logits(tmp_path, options, t
 
 @needs_compiler
 def test_bytes_that_are_no_codes_are_refused(tmp_path, tokenizer):
-    from bitnet_lit.artifacts.export import export
+    from bitnet_lit.exports.write import export
 
     save_model_folder(tmp_path / "m", tiny_model(), QuantConfig(), tokenizer)
     export(compose("export", [f"checkpoint={tmp_path}/m", "format=packed", f"out={tmp_path}/out"]))
-    codes = torch.from_numpy(open_source(tmp_path / "out").reader.read(NAME))
+    codes = torch.from_numpy(open_stored(tmp_path / "out").reader.read(NAME))
     codes[3, 5] |= 0b1100
     without_metadata(tmp_path / "out", tensors={NAME: codes})
     result = run_door("infer", f"checkpoint={tmp_path}/out", cwd=tmp_path, check=False)
@@ -151,10 +151,10 @@ def test_a_file_that_begins_its_numbers_anywhere_is_read_aligned(tmp_path):
     with zipfile.ZipFile(tmp_path / "padded.pt") as padded, zipfile.ZipFile(tmp_path / "plain.pt", "w") as plain:
         for name in padded.namelist():
             plain.writestr(name, padded.read(name))
-    source, expected = open_source(tmp_path / "plain.pt"), open_source(tmp_path / "padded.pt")
-    norms = [name for name in source.tensors if name.endswith("norm.weight")]
-    assert any(source.array(name).ctypes.data % 4 for name in source.tensors), "the archive is aligned by chance"
-    weights = Weights(source)
-    assert all(weights._dense(name).ctypes.data % 4 == 0 for name in source.tensors)
+    stored, expected = open_stored(tmp_path / "plain.pt"), open_stored(tmp_path / "padded.pt")
+    norms = [name for name in stored.tensors if name.endswith("norm.weight")]
+    assert any(stored.array(name).ctypes.data % 4 for name in stored.tensors), "the archive is aligned by chance"
+    weights = Weights(stored)
+    assert all(weights._dense(name).ctypes.data % 4 == 0 for name in stored.tensors)
     assert all(weights.vector(name) % 4 == 0 for name in norms)
-    assert all(np.array_equal(weights._dense(name), expected.array(name)) for name in source.tensors)
+    assert all(np.array_equal(weights._dense(name), expected.array(name)) for name in stored.tensors)

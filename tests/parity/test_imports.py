@@ -24,11 +24,11 @@ from transformers import (
 from transformers.integrations.bitnet import pack_weights
 
 import bitnet_lit
-from bitnet_lit.artifacts.folder_export import latent_tensors
-from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.checkpoints.formats.folder_tensors import latent_tensors
+from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
-from tests.artifacts.exporting import export_to, leave_out_other_tools, saved_model
+from tests.exports.exporting import export_to, leave_out_other_tools, saved_model
 from tests.support import assert_close_but_for_borders
 
 # float32 sums in another order; logits here are about 1 in size
@@ -120,9 +120,9 @@ def test_bitnet_with_latent_weights(tmp_path, dtype):
     folder = bitnet_folder(tmp_path / "hf", "autobitlinear", "online", dtype=dtype)
     other = agree(folder)
     assert type(other) is BitNetForCausalLM
-    source = open_source(folder)
-    assert source.quant == QuantConfig() and not source.packed and source.config.hidden_act == "relu2"
-    assert len(source.quantized) == 14 and next(iter(latent_tensors(source, torch.float32)))
+    stored = open_stored(folder)
+    assert stored.quant == QuantConfig() and not stored.packed and stored.config.hidden_act == "relu2"
+    assert len(stored.quantized) == 14 and next(iter(latent_tensors(stored, torch.float32)))
     # As transformers saves it once it was loaded.
     other.save_pretrained(tmp_path / "saved")
     agree(tmp_path / "saved")
@@ -133,8 +133,8 @@ def test_bitnet_with_latent_weights(tmp_path, dtype):
 def test_bitnet_with_packed_codes(tmp_path, linear_class, scale_dtype):
     folder = bitnet_folder(tmp_path / "hf", linear_class, "offline", scale_dtype)
     other = agree(folder)
-    source = open_source(folder)
-    assert source.packed and source.inverse_scales == (linear_class == "bitlinear")
+    stored = open_stored(folder)
+    assert stored.packed and stored.inverse_scales == (linear_class == "bitlinear")
     # As it is in transformers once it was loaded: codes of AutoBitLinear are then plain numbers, one a weight, which
     # transformers 5.23 reads but does not save itself.
     if linear_class == "bitlinear":
@@ -147,7 +147,7 @@ def test_bitnet_with_packed_codes(tmp_path, linear_class, scale_dtype):
     stored = load_file(tmp_path / "saved" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert stored.shape[0] == (432 if linear_class == "autobitlinear" else 108)
     agree(tmp_path / "saved")
-    assert open_source(tmp_path / "saved").packed
+    assert open_stored(tmp_path / "saved").packed
 
 
 def test_the_spellings_are_one_model(tmp_path):
@@ -191,8 +191,8 @@ def test_dense_models(tmp_path, cls, config, sizes, shard):
     assert (tmp_path / "model.safetensors.index.json").exists() == bool(shard)
     other = agree(tmp_path, quantized=False)
     assert type(other) is cls
-    source = open_source(tmp_path)
-    assert source.quant.name == "none" and not source.quantized
+    stored = open_stored(tmp_path)
+    assert stored.quant.name == "none" and not stored.quantized
 
 
 def test_sharded_bitnet(tmp_path):
@@ -224,7 +224,7 @@ def test_networks_that_are_not_this_one_are_refused(tmp_path, config, sizes, sai
     config(**{**TINY, **sizes}).save_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=said) as error:
-        open_source(tmp_path)
+        open_stored(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -238,7 +238,7 @@ def test_biases_of_packed_layers_are_refused(tmp_path):
     ).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="bias"):
-        open_source(tmp_path)
+        open_stored(tmp_path)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"sub_norm": False, "num_key_value_heads": 2}], ids=["bitnet", "llama"])

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from bitnet_lit.artifacts.export import export
-from bitnet_lit.artifacts.load import load
-from bitnet_lit.artifacts.locate import open_source
+from bitnet_lit.checkpoints.locate import open_stored
+from bitnet_lit.checkpoints.pretrained import build_pretrained
 from bitnet_lit.cli import compose
 from bitnet_lit.config import ExportConfig, PrepareConfig
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
+from bitnet_lit.exports.write import export
 from bitnet_lit.model import next_token_loss
 from bitnet_lit.training.run import train
 
@@ -52,7 +52,7 @@ def open_gguf(path):
 def test_perplexity_and_greedy_words(trained, tmp_path, type):
     out = tmp_path / "model.gguf"
     export(ExportConfig(checkpoint=str(trained / "run"), format="gguf", type=type, out=str(out)))
-    theirs, ours = open_gguf(out), load(open_source(trained / "run" / "model"))
+    theirs, ours = open_gguf(out), build_pretrained(open_stored(trained / "run" / "model"))
     split = open_shards(trained / "data").validation(LENGTH - 1)
     ids = torch.from_numpy(split.gather(torch.arange(30).numpy()))
     losses = []

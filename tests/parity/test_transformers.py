@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitNetForCausalLM, LlamaForCausalLM
 from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding, apply_rotary_pos_emb
 
-from bitnet_lit.artifacts.load import load_model
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
+from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model.layers import apply_rotary, rotary_tables
 from tests.support import assert_close_but_for_borders, tiny_config, tiny_model
@@ -46,7 +46,7 @@ def test_the_model_folder_gives_the_same_logits_in_transformers(tmp_path, quant,
         torch.testing.assert_close(ours, their_logits, **DENSE)
     else:
         assert_close_but_for_borders(ours, their_logits)
-    reloaded = load_model(tmp_path / "model")
+    reloaded = from_pretrained(tmp_path / "model")
     with torch.no_grad():
         assert torch.equal(reloaded.model(ids), ours)
 

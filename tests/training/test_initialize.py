@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from bitnet_lit.artifacts.load import load_model
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
+from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.cli import compose
 from bitnet_lit.config import MuonConfig, QuantConfig
 from bitnet_lit.errors import UserError
@@ -72,7 +72,7 @@ def test_the_optimizers_state_comes_along_where_it_fits(dense):
     state = optimizer_state(str(run))
     from_model_folder = optimizer_state(str(run / "model"))
     assert state is not None and from_model_folder is not None and state.keys() == from_model_folder.keys()
-    trained = load_model(run)
+    trained = from_pretrained(run)
     fresh = build_optimizer(trained.model, MuonConfig(learning_rate=0.5))
     restore_optimizer(fresh, state)
     muon, adamw = fresh.parts
@@ -112,7 +112,7 @@ def test_init_sub_norm_through_training(tmp_path, shards, tokenizer):
     save_model_folder(tmp_path / "plain", plain, QuantConfig(name="none"), tokenizer)
     overrides = [f"run_dir={tmp_path / 'run'}", f"init_from={tmp_path / 'plain'}", "init_sub_norm=true"]
     train(compose("train", [*overrides, f"data.dir={shards}", *TINY_RUN]))
-    assert load_model(tmp_path / "run").config.sub_norm
+    assert from_pretrained(tmp_path / "run").config.sub_norm
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential"])

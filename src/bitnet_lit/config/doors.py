@@ -169,7 +169,7 @@ class EvaluateConfig(Checked):
 
 @dataclass
 class ExportConfig:
-    """`python -m bitnet_lit.export`: a model for other tools, compared with its source before it is called done."""
+    """`python -m bitnet_lit.export`: a model for other tools, compared with the original before it is called done."""
 
     checkpoint: str | None = None
     """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the

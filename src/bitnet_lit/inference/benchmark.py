@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_lit.artifacts.gguf_file import write_gguf
-from bitnet_lit.artifacts.layout import quantized_names, tensor_shapes
-from bitnet_lit.artifacts.load import load
-from bitnet_lit.artifacts.locate import open_source
-from bitnet_lit.artifacts.model_folder import describe
-from bitnet_lit.artifacts.safetensors_writer import LazyTensor
-from bitnet_lit.artifacts.save import write_folder
-from bitnet_lit.artifacts.source import Source
+from bitnet_lit.checkpoints.formats.gguf import write_gguf
+from bitnet_lit.checkpoints.formats.model_folder import describe
+from bitnet_lit.checkpoints.formats.model_folder_writer import write_folder
+from bitnet_lit.checkpoints.locate import open_stored
+from bitnet_lit.checkpoints.pretrained import build_pretrained
+from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
+from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
@@ -36,6 +35,7 @@ from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
+from bitnet_lit.model.tensors import quantized_names, tensor_shapes
 
 SHAPES = ((256, 6, 768, 8), (768, 12, 2048, 12), (1536, 24, 4096, 16))
 VOCABULARY = 32000
@@ -46,7 +46,7 @@ BANDWIDTH_BYTES = 2**30  # larger than any cache
 Timed = Callable[[], float]
 
 
-def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Tokenizer) -> Source:
+def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Tokenizer) -> StoredModel:
     """A packed model folder of `shape` with random codes."""
     hidden, layers, ffn, heads = shape
     config = ModelConfig(
@@ -79,7 +79,7 @@ def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Toke
             tensors.append(LazyTensor(name, shape_of, torch.float32, partial(dense, shape_of)))
     folder.mkdir()
     write_folder(folder, describe(config, quant, tokenizer, {}, packed=True), tensors, tokenizer)
-    return open_source(folder)
+    return open_stored(folder)
 
 
 def _rate(tokens: int, run: Callable[[], object]) -> float:
@@ -209,21 +209,21 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(demo_stories(2000), 1024, Path(scratch) / "tokenizer.model")
         for shape in SHAPES:
-            source = random_model(Path(scratch) / "model", shape, tokenizer)
-            name = source.config.name
-            model = NativeModel(source, threads=threads)
+            stored = random_model(Path(scratch) / "model", shape, tokenizer)
+            name = stored.config.name
+            model = NativeModel(stored, threads=threads)
             ours = _engine_pair(CpuEngine(model), NEW)
             if _installed("llama_cpp", "gguf"):
                 path = Path(scratch) / "model.gguf"
-                write_gguf(source, path, "tq2_0", "q8_0")
+                write_gguf(stored, path, "tq2_0", "q8_0")
                 rows += _rows(name, "llama.cpp TQ2_0", ours, _llama_cpp_pair(path, threads), rounds)
                 path.unlink()
             few = max(1, rounds // 3)
-            torch_engine = TorchEngine(load(source).model)
+            torch_engine = TorchEngine(build_pretrained(stored).model)
             rows += _rows(name, "PyTorch, eager", ours, _engine_pair(torch_engine, NEW_OF_SLOW), few)
             del torch_engine
             if _installed("transformers", "accelerate"):
-                rows += _rows(name, "transformers, eager", ours, _transformers_pair(source.path), few)
+                rows += _rows(name, "transformers, eager", ours, _transformers_pair(stored.path), few)
             bandwidth = [
                 native.library().bitnet_read_bandwidth(BANDWIDTH_BYTES, threads, 3) / 1e9 for _ in range(rounds)
             ]

@@ -6,16 +6,16 @@ whose file was written over since. An activation that grows beyond float32 shows
 
 from __future__ import annotations
 
-from bitnet_lit.artifacts.source import Source
+from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.errors import UserError
 
 
-def find_damage(source: Source) -> str:
-    """The first tensor of `source` that is not finite, as the end of a line."""
+def find_damage(stored: StoredModel) -> str:
+    """The first tensor of `stored` that is not finite, as the end of a line."""
     try:
-        for name in source.tensors:
-            if not source.holds_codes(name):  # codes are whole numbers, and their scale was checked
-                source.array(name)
+        for name in stored.tensors:
+            if not stored.holds_codes(name):  # codes are whole numbers, and their scale was checked
+                stored.array(name)
     except UserError as error:
         return f": {error}"
-    return f": every weight of {source.path} is finite, and what they compute overflows: train it again"
+    return f": every weight of {stored.path} is finite, and what they compute overflows: train it again"

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet_lit.artifacts.load import load_model
+from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.token_split import TokenSplit
@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: no model, no data, or data of another tokenizer.
         ModelError: a loss that is no number.
     """
-    folder = load_model(config.checkpoint)
+    folder = from_pretrained(config.checkpoint)
     data_dir = config.data_dir or folder.info.get("data_dir") or _data_of_run(folder.path)
     if data_dir is None:
         raise UserError(f"{folder.path}: does not say what it was trained on: give data_dir=<folder of shards>")

@@ -13,8 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnet_lit.artifacts.locate import find_model, open_source
-from bitnet_lit.artifacts.source import Source
+from bitnet_lit.checkpoints.locate import find_model, open_stored
+from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.config.checks import one_of
 from bitnet_lit.data.json_tokenizer import open_tokenizer
@@ -39,7 +39,7 @@ class LanguageModel:
     """A trained model.
 
     Attributes:
-        source: where it came from: path, config, quant, tokenizer.
+        stored: where it came from: path, config, quant, tokenizer.
         engine: what computes the text.
         generator: `generate` and `stream` without the checks below; its `statistics` are of the last text.
 
@@ -47,25 +47,27 @@ class LanguageModel:
         engine, threads, head, kv_cache: see `load`.
     """
 
-    def __init__(self, source: Source, device: str, engine: str, threads: int | None, head: str, kv_cache: str) -> None:
-        self.source, self._device = source, device
+    def __init__(
+        self, stored: StoredModel, device: str, engine: str, threads: int | None, head: str, kv_cache: str
+    ) -> None:
+        self.stored, self._device = stored, device
         self.engine = self._make_engine(engine, threads, head, kv_cache)
-        if source.tokenizer is not None:
-            self.generator = Generator(self.engine, source.tokenizer, partial(find_damage, source))
+        if stored.tokenizer is not None:
+            self.generator = Generator(self.engine, stored.tokenizer, partial(find_damage, stored))
 
     def _make_engine(self, engine: str, threads: int | None, head: str, kv_cache: str) -> Engine:
         if engine == "torch" or (engine == "auto" and self._device != "cpu"):
             return self._torch_engine()
-        reason = supports(self.source.config, self.source.quant)
+        reason = supports(self.stored.config, self.stored.quant)
         if reason is None:
             try:
-                return CpuEngine(NativeModel(self.source, head, kv_cache, allowed_threads(threads)))
+                return CpuEngine(NativeModel(self.stored, head, kv_cache, allowed_threads(threads)))
             except NoCompilerError as error:
                 reason = str(error)
                 if engine == "auto":
                     print(f"note: {reason}: running on PyTorch, which is slower", file=sys.stderr)
         if engine == "cpu":
-            raise UserError(f"engine=cpu: cannot run {self.source.path}: {reason}: take engine=torch")
+            raise UserError(f"engine=cpu: cannot run {self.stored.path}: {reason}: take engine=torch")
         return self._torch_engine()
 
     def _torch_engine(self) -> Engine:
@@ -75,19 +77,19 @@ class LanguageModel:
 
     @cached_property
     def _network(self) -> CausalLM:
-        from bitnet_lit.artifacts.load import load
+        from bitnet_lit.checkpoints.pretrained import build_pretrained
 
-        return load(self.source).model.to(self._device)
+        return build_pretrained(self.stored).model.to(self._device)
 
     @property
     def config(self) -> ModelConfig:
         """The sizes."""
-        return self.source.config
+        return self.stored.config
 
     def _checked(self) -> Generator:
-        if self.source.tokenizer is None:
+        if self.stored.tokenizer is None:
             raise UserError(
-                f"{self.source.path}: has no tokenizer.model: put the one of its data there, or give tokenizer="
+                f"{self.stored.path}: has no tokenizer.model: put the one of its data there, or give tokenizer="
             )
         return self.generator
 
@@ -165,14 +167,14 @@ def load(
     one_of("kv_cache", kv_cache, ("half", "float", "int8"))
     if device != "cpu":
         _check_device(device)
-    source = open_source(find_model(path))
+    stored = open_stored(find_model(path))
     if tokenizer is not None:
-        source.tokenizer = open_tokenizer(tokenizer)
-        source.check_tokenizer()
-        rows, pieces = source.config.vocab_size or 0, source.tokenizer.vocab_size
+        stored.tokenizer = open_tokenizer(tokenizer)
+        stored.check_tokenizer()
+        rows, pieces = stored.config.vocab_size or 0, stored.tokenizer.vocab_size
         if rows - pieces >= max(SPARE_ROWS, rows // 20):
             warnings.warn(
                 f"tokenizer={tokenizer}: has {pieces} pieces, the model {rows} rows: was it trained with another one?",
                 stacklevel=2,
             )
-    return LanguageModel(source, device, engine, threads, head, kv_cache)
+    return LanguageModel(stored, device, engine, threads, head, kv_cache)

@@ -125,7 +125,7 @@ def infer(config: InferConfig) -> list[str]:
         UserError: no model, no tokenizer, or no such device.
     """
     fancy = sys.stdout.isatty() and not config.quiet
-    # One line, not Python's file, line and source, for the notice about long prompts.
+    # One line, not Python's file, line and stored, for the notice about long prompts.
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     prompts = [config.prompt] if config.prompts is None else _prompts_of(Path(config.prompts))
     prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
@@ -140,7 +140,7 @@ def infer(config: InferConfig) -> list[str]:
     )
     if fancy:
         print(
-            f"{DIM}{model.source.path}, {model.config.name}, {model.source.quant.name}, {model.engine.name}{PLAIN}",
+            f"{DIM}{model.stored.path}, {model.config.name}, {model.stored.quant.name}, {model.engine.name}{PLAIN}",
             file=sys.stderr,
         )
     texts = []

@@ -1,6 +1,28 @@
-"""The network: layers, the decoder built from them, its cache, and the accounting of its size."""
+"""The network: layers, the decoder built from them, its cache, and the accounting of its size.
 
-from bitnet_lit.model.kv_cache import KVCache
-from bitnet_lit.model.transformer import CausalLM, build_model, next_token_loss
+`tensors` describes the network without torch, so a name is imported when it is asked for: whoever wants to know what a
+model folder holds does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitnet_lit.model.kv_cache import KVCache
+    from bitnet_lit.model.transformer import CausalLM, build_model, next_token_loss
 
 __all__ = ["CausalLM", "KVCache", "build_model", "next_token_loss"]
+_HOMES = {
+    "CausalLM": "bitnet_lit.model.transformer",
+    "KVCache": "bitnet_lit.model.kv_cache",
+    "build_model": "bitnet_lit.model.transformer",
+    "next_token_loss": "bitnet_lit.model.transformer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,12 +18,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from bitnet_lit.artifacts.load import LoadedModel, load_model
-from bitnet_lit.artifacts.targets import check_targets
+from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.errors import UserError
+from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.training.checkpoint_file import BEST, read_checkpoint
@@ -68,9 +68,9 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
     return model
 
 
-def _trained(config: TrainConfig) -> LoadedModel:
+def _trained(config: TrainConfig) -> PretrainedModel:
     """The model of `init_from`; its sizes become the run's."""
-    trained = load_model(config.init_from, "init_from")
+    trained = from_pretrained(config.init_from, "init_from")
     if trained.packed:
         raise UserError(f"init_from={config.init_from}: packed codes cannot be trained: give the latent weights")
     sub_norm = trained.config.sub_norm or config.init_sub_norm

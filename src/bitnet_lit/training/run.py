@@ -21,7 +21,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from bitnet_lit.artifacts.targets import check_targets
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
 from bitnet_lit.data.datamodule import BitNetDataModule
@@ -30,6 +29,7 @@ from bitnet_lit.data.meta import is_complete
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
+from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.inference.evaluation import TextBytes
 from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.callbacks import build_callbacks

@@ -25,8 +25,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bitnet_lit.artifacts.model_folder import WEIGHTS_NAME, read_raw_config
 from bitnet_lit.atomic import remove_leftovers
+from bitnet_lit.checkpoints.formats.model_folder import WEIGHTS_NAME, read_raw_config
 from bitnet_lit.errors import UserError
 from bitnet_lit.training.checkpoint_file import BEST, LAST
 

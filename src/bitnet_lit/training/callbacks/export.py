@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from bitnet_lit.artifacts.save import save_model_folder
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.tokenizer import Tokenizer
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.artifacts.layout import EMBEDDING, HEAD
-from bitnet_lit.artifacts.source import Source
+from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.errors import ModelError
 from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.cores import physical_cores
 from bitnet_lit.inference.engines.cpu.weights import Weights
+from bitnet_lit.model.tensors import EMBEDDING, HEAD
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.weights import PerTensor
 
@@ -67,7 +67,7 @@ class NativeModel:
     """Packed weights and the compiled engine on them; many texts can share one.
 
     Args:
-        source: a model that `supports` allows.
+        stored: a model that `supports` allows.
         head: "int4", "int8", "float", or "auto": int4 where int8 rows are larger than caches are.
         kv_cache: "half" (float16), "float" or "int8".
         threads: None for one on each physical core.
@@ -76,16 +76,18 @@ class NativeModel:
         UserError: stored codes that are none.
     """
 
-    def __init__(self, source: Source, head: str = "auto", kv_cache: str = "half", threads: int | None = None) -> None:
-        config = self.config = source.config
+    def __init__(
+        self, stored: StoredModel, head: str = "auto", kv_cache: str = "half", threads: int | None = None
+    ) -> None:
+        config = self.config = stored.config
         self.threads = threads or physical_cores()
-        weights = self._weights = Weights(source)
+        weights = self._weights = Weights(stored)
         layers = (native.Layer * config.num_hidden_layers)(
             *(self._layer(f"model.layers.{i}.") for i in range(config.num_hidden_layers))
         )
         if head == "auto":
             head = "int4" if config.hidden_size * (config.vocabulary) > HEAD_IN_CACHE else "int8"
-        head_name = HEAD if HEAD in source.tensors else EMBEDDING
+        head_name = HEAD if HEAD in stored.tensors else EMBEDDING
         others = native.Weights(embedding=weights.table(EMBEDDING), norm=weights.vector("model.norm.weight"))
         if head == "float":
             others.head = weights.projection(head_name)
@@ -103,7 +105,7 @@ class NativeModel:
             vocab=config.vocab_size,
             context=config.max_position_embeddings,
             relu2=config.hidden_act == "relu2",
-            dense=not source.quant.scheme.quantizes,
+            dense=not stored.quant.scheme.quantizes,
             head_bits=HEAD_BITS[head],
             cache_type=CACHE_TYPES.index(kv_cache),
             threads=self.threads,

@@ -1,4 +1,4 @@
-"""From a `Source` to weights in the layout of the kernels (packing.h), without torch and one matrix at a time.
+"""From a `StoredModel` to weights in the layout of the kernels (packing.h), without torch and one matrix at a time.
 
 A packed folder's codes are laid out anew; latent weights are rounded on the way, by the scale that is noted beside them
 or, where none is, by the definition in `quant/weights.py`, which needs torch. Files are mapped, and their pages
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.artifacts.source import Source
+from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, Sign
@@ -86,14 +86,14 @@ def quantize_head(weight: NDArray[Any], bits: int, arena: Arena) -> tuple[NDArra
 
 
 class Weights:
-    """Reads the weights of `source` and keeps them as long as it lives.
+    """Reads the weights of `stored` and keeps them as long as it lives.
 
     Attributes:
         bytes_per_token: what a decode step reads of them.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, stored: StoredModel) -> None:
+        self.stored = stored
         self.bytes_per_token = 0
         self._arena = Arena()
         self._kept: list[NDArray[Any]] = []  # what the engine points to
@@ -105,20 +105,20 @@ class Weights:
 
     def _dense(self, name: str) -> NDArray[Any]:
         """float32 or bfloat16 bits (O, I), mapped where the file can be."""
-        mapped = self.source.reader.mapped(name)
-        return _aligned(self.source.array(name) if mapped is None or mapped.dtype == np.uint8 else mapped)
+        mapped = self.stored.reader.mapped(name)
+        return _aligned(self.stored.array(name) if mapped is None or mapped.dtype == np.uint8 else mapped)
 
     def _finite(self, name: str) -> NDArray[Any]:
         """`_dense`, checked for numbers that are none; of latent weights their sums tell."""
         values = self._dense(name)
         if name not in self._checked:
-            self.source.check_finite(name, values)
+            self.stored.check_finite(name, values)
             self._checked.add(name)
         return values
 
     def vector(self, name: str) -> int | None:
         """The address of a float32 vector; None where the network has none of that name."""
-        return self._keep(_aligned(self.source.array(name))).ctypes.data if name in self.source.tensors else None
+        return self._keep(_aligned(self.stored.array(name))).ctypes.data if name in self.stored.tensors else None
 
     def table(self, name: str) -> native.Matrix:
         """A dense matrix of which a step reads some rows: left in the file."""
@@ -127,13 +127,13 @@ class Weights:
 
     def projection(self, name: str) -> native.Matrix:
         """A matrix that a step reads from beginning to end: packed, or dense and copied to where reading is fastest."""
-        if name in self.source.quantized:
+        if name in self.stored.quantized:
             packed, scale = self._packed(name)
             self.bytes_per_token += self._keep(packed).nbytes
             return native.Matrix(packed.ctypes.data, None, None, scale)
-        stored = self._finite(name)
-        copy = self._keep(self._arena.take(stored.shape, stored.dtype))
-        copy[...] = stored
+        values = self._finite(name)
+        copy = self._keep(self._arena.take(values.shape, values.dtype))
+        copy[...] = values
         self.bytes_per_token += copy.nbytes
         return native.Matrix(None, *_addresses(copy), 1.0)
 
@@ -144,25 +144,25 @@ class Weights:
         return tuple(self._keep(array).ctypes.data for array in (codes, rows, fine))
 
     def _packed(self, name: str) -> tuple[NDArray[np.uint8], float]:
-        source, (rows, inputs) = self.source, self.source.tensors[name]
-        if not source.holds_codes(name):
+        stored, (rows, inputs) = self.stored, self.stored.tensors[name]
+        if not stored.holds_codes(name):
             return self._rounded(name)
-        stored = source.reader.mapped(name)
-        if stored is None or stored.dtype != np.uint8 or stored.shape[0] == rows:  # a byte or more for each code
-            codes, scale = source.codes(name)
+        mapped = stored.reader.mapped(name)
+        if mapped is None or mapped.dtype != np.uint8 or mapped.shape[0] == rows:  # a byte or more for each code
+            codes, scale = stored.codes(name)
             return pack(codes.numpy(), self._arena), float(scale)
         packed = self._arena.take((native.library().bitnet_packed_bytes(rows, inputs),), np.uint8)
-        if not native.library().bitnet_pack_folder(stored.ctypes.data, rows, inputs, packed.ctypes.data):
-            raise UserError(f"{source.path}: tensor {name} holds no ternary codes: copy it again")
-        return packed, float(source.scale(name))
+        if not native.library().bitnet_pack_folder(mapped.ctypes.data, rows, inputs, packed.ctypes.data):
+            raise UserError(f"{stored.path}: tensor {name} holds no ternary codes: copy it again")
+        return packed, float(stored.scale(name))
 
     def _rounded(self, name: str) -> tuple[NDArray[np.uint8], float]:
         """Latent weights as codes."""
-        rule = self.source.quant.scheme.weights
+        rule = self.stored.quant.scheme.weights
         if rule not in ROUNDED_HERE:
-            codes, own_scale = self.source.codes(name)
+            codes, own_scale = self.stored.codes(name)
             return pack(codes.numpy(), self._arena), float(own_scale)
-        (rows, inputs), latent = self.source.tensors[name], self._dense(name)
+        (rows, inputs), latent = self.stored.tensors[name], self._dense(name)
         packed = self._arena.take((native.library().bitnet_packed_bytes(rows, inputs),), np.uint8)
 
         def round_by(scale: float, center: float) -> native.Rounding:
@@ -170,10 +170,10 @@ class Weights:
             native.library().bitnet_pack_latent(*_addresses(latent), rows, inputs, rounding, packed.ctypes.data)
             return rounding
 
-        noted = self.source.noted_statistics(name)
+        noted = self.stored.noted_statistics(name)
         if noted and self._plausible(round_by(*noted), rows * inputs):
             return packed, noted[0]
-        statistics = rule.statistics(self.source.tensor(name))
+        statistics = rule.statistics(self.stored.tensor(name))
         assert statistics is not None, "rules of one scale and one center"
         scale, center = map(float, statistics)
         round_by(scale, center)
@@ -186,10 +186,10 @@ class Weights:
             return False
         if abs(rounding.sum / count - rounding.center) > tolerance and rounding.binary:
             return False
-        if self.source.quant.scheme.weights == AbsMedian():
+        if self.stored.quant.scheme.weights == AbsMedian():
             return 2 * max(rounding.below, rounding.above) <= count
         return abs(rounding.magnitude / count - scale) <= tolerance or rounding.magnitude / count < scale <= 1e-5
 
     def done(self) -> None:
         """Everything was read: give the file's pages back."""
-        self.source.reader.release()
+        self.stored.reader.release()

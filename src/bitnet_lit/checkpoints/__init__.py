@@ -1,0 +1,1 @@
+"""A model at rest: one interface, and one file for each way of writing it."""

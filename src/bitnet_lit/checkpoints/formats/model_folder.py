@@ -1,0 +1,219 @@
+"""The model folder: what training leaves behind, what every later command takes, what other tools open.
+
+::
+
+    model/
+      config.json             Hugging Face config fields, a quantization_config, and ours under "bitnet_lit"
+      model.safetensors       tensor names are Hugging Face's
+      tokenizer.model         SentencePiece (or tokenizer.json); its sha256 is in config.json
+      generation_config.json
+
+Two kinds: *latent* (full precision, training can go on from it) and *packed* (codes and scales, runs only; the
+layout is in `quant/packing.py`). The folder says what it is in the words of `transformers`, so that
+`AutoModelForCausalLM.from_pretrained` builds the same network, or refuses:
+
+    kind     quant                                  model_type   quantization_config
+    latent   nothing is rounded                     (network)    -
+    latent   absmean, 8 bits                        (network)    bitnet, autobitlinear, online
+    latent   any other scheme                       bitnet_lit   bitnet_lit
+    packed   ternary, one scale a matrix, 8 bits    (network)    bitnet, autobitlinear, offline
+    packed   any other scheme                       bitnet_lit   bitnet_lit
+
+(network) is bitnet with sub-norms, and without them llama, qwen2 (biases on q, k, v) or qwen3 (norms on q, k).
+`bitnet_lit` is a model type that `transformers` does not know, on purpose: it would load such weights without a word
+and compute something else. A folder of latent b158 weights without `quantization_config` has the same fault, which is
+why that entry is always written. Packed codes carry their scales, so there the rule that found them does not matter.
+
+The scheme stands there by its name and its settings (`QuantConfig.describe`). A name that is not known here is refused:
+nothing that a folder names is imported.
+
+Nothing here pickles.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from bitnet_lit.checkpoints.config_json import CONFIG_NAME, FORMAT_VERSION, OURS, check_config, read_raw_config
+from bitnet_lit.checkpoints.safetensors_reader import SafetensorsReader, safetensors_files
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
+from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.errors import UserError
+from bitnet_lit.quant.activations import AbsMax
+from bitnet_lit.quant.weights import AbsMean, PerTensor
+
+WEIGHTS_NAME = "model.safetensors"
+GENERATION_NAME = "generation_config.json"
+ARCHITECTURES = {
+    "bitnet": "BitNetForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "bitnet_lit": "BitNetLitForCausalLM",
+}
+
+
+def network_type(config: ModelConfig) -> str:
+    """Which of the networks that `transformers` knows this is; bitnet_lit for none of them."""
+    if config.sub_norm:
+        as_theirs = not (config.qkv_bias or config.qk_norm) and config.attention_size == config.hidden_size
+        return "bitnet" if as_theirs else "bitnet_lit"
+    if config.qkv_bias:
+        return "bitnet_lit" if config.qk_norm else "qwen2"
+    return "qwen3" if config.qk_norm else "llama"
+
+
+def transformers_runs(quant: QuantConfig, packed: bool) -> bool:
+    """Whether stock `transformers` computes this quantization: it finds codes by absmean, or is given them."""
+    scheme = quant.scheme
+    if not scheme.quantizes:
+        return True
+    given_codes = packed and scheme.is_ternary and scheme.granularity == PerTensor()
+    known_rules = (given_codes or scheme.weights == AbsMean()) and scheme.activations == AbsMax(8)
+    return known_rules and scheme.is_plain and quant.skip == ["lm_head"]
+
+
+def describe(
+    config: ModelConfig,
+    quant: QuantConfig,
+    tokenizer: Tokenizer | None,
+    info: dict[str, Any],
+    packed: bool = False,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """config.json as a dictionary; of `info` what is no path of this machine."""
+    described: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,  # transformers 4
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
+        "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
+        "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
+        "bitnet_lit": {
+            "format_version": FORMAT_VERSION,
+            "kind": "packed" if packed else "latent",
+            "name": config.name,
+            "sub_norm": config.sub_norm,
+            "qkv_bias": config.qkv_bias,
+            "qk_norm": config.qk_norm,
+            "dropout": config.dropout,
+            "quant": quant.describe(),
+            "info": public_info(info),
+        },
+    }
+    model_type = network_type(config) if transformers_runs(quant, packed) else "bitnet_lit"
+    described["model_type"] = model_type
+    described["architectures"] = [ARCHITECTURES[model_type]]
+    if model_type == "bitnet_lit":
+        described["quantization_config"] = {"quant_method": "bitnet_lit", **quant.describe()}
+    elif quant.scheme.quantizes:
+        described["quantization_config"] = {
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline" if packed else "online",
+            "modules_to_not_convert": quant.skip,
+        }
+    return described
+
+
+def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConfig]:
+    """Sizes and quantization of a config.json that this project wrote.
+
+    Raises:
+        UserError: values that do not fit, or a later version's.
+    """
+    check_config(path, raw, OURS)
+    ours = raw["bitnet_lit"]
+    if ours.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written by a later version (format {ours['format_version']}, this one knows {FORMAT_VERSION}): "
+            "upgrade bitnet-lit"
+        )
+    sizes = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
+    for key in ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout"):
+        sizes[key] = ours.get(key, getattr(ModelConfig, key))
+    try:
+        return ModelConfig(**sizes), QuantConfig.described(ours["quant"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder; None where there is none."""
+    path = find_tokenizer(folder)
+    return None if path is None else open_tokenizer(path)
+
+
+PATH_IN_TEXT = re.compile(r"(?<![^\s'\"(=])(?:[A-Za-z]:[\\/]|~?/)[^\s'\"]*?([^\s'\"/\\]+)[/\\]?(?=[\s'\"),;]|$)")
+
+
+def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the paths of this machine out of what training noted: a model folder is given to others.
+
+    Of a path its last part stays, and of the folder of the data its name, under "data".
+    """
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, str):
+            whole = os.path.isabs(value) or value.startswith("~/")
+            return os.path.basename(value.rstrip("/")) if whole else PATH_IN_TEXT.sub(r"\1", value)
+        if isinstance(value, Mapping):
+            return {str(key): cleaned(item) for key, item in value.items()}
+        return [cleaned(item) for item in value] if isinstance(value, list | tuple) else value
+
+    public = {key: cleaned(value) for key, value in info.items() if key != "data_dir"}
+    if isinstance(data := info.get("data_dir"), str):
+        public["data"] = os.path.basename(data.rstrip("/"))
+    return public
+
+
+def written_names(folder: Path) -> set[str]:
+    """The names in a model folder that this project wrote; the others are its user's.
+
+    A tokenizer that the config does not know of was put there by the user, and so were the files that go with a
+    tokenizer.json where the model came with a tokenizer.model.
+    """
+    names = {CONFIG_NAME, WEIGHTS_NAME, GENERATION_NAME}
+    try:
+        if read_raw_config(folder).get("tokenizer_sha256") is None:
+            return names
+    except UserError:
+        pass  # damaged, as a kill of an old version's could leave it
+    if (folder / "tokenizer.model").is_file():
+        return names | {"tokenizer.model"}
+    return names | {"tokenizer.json", "tokenizer_config.json"}
+
+
+def open_model_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
+    """A folder that this project wrote, latent or packed.
+
+    Raises:
+        UserError: a damaged file, or weights that do not fit the config; one line each.
+    """
+    config, quant = our_configs(folder / CONFIG_NAME, raw)
+    info = raw["bitnet_lit"].get("info", {})
+    reader = SafetensorsReader(safetensors_files(folder))
+    expected = raw.get("tokenizer_sha256")
+    return StoredModel(folder, config, quant, folder_tokenizer(folder), info, reader, tokenizer_sha256=expected)

@@ -1,0 +1,79 @@
+"""Writing a model folder; what is in one, `model_folder.py` says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet_lit.atomic import atomic_folder
+from bitnet_lit.checkpoints.config_json import CONFIG_NAME
+from bitnet_lit.checkpoints.formats.model_folder import GENERATION_NAME, WEIGHTS_NAME, describe, written_names
+from bitnet_lit.checkpoints.safetensors_writer import LazyTensor, write_safetensors
+from bitnet_lit.checkpoints.stored_model import STATISTICS
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.model import CausalLM
+from bitnet_lit.model.tensors import HEAD, quantized_names
+
+
+def write_folder(
+    folder: Path,
+    described: dict[str, Any],
+    tensors: Iterable[LazyTensor],
+    tokenizer: Tokenizer | None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Fill an existing, empty folder with the four files."""
+    generation = {"bos_token_id": described["bos_token_id"], "eos_token_id": described["eos_token_id"]}
+    if tokenizer is not None:
+        # Stories are separated by BOS alone in llama2.c's shards, so either ends a text.
+        generation["eos_token_id"] = [tokenizer.eos_id, tokenizer.bos_id]
+        tokenizer.copy_to(folder)
+    write_safetensors(folder / WEIGHTS_NAME, tensors, metadata)
+    (folder / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / GENERATION_NAME).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def statistics_metadata(names: Iterable[str], read: Callable[[str], Tensor], quant: QuantConfig) -> dict[str, str]:
+    """Scale and center of latent weights, which `read` gives one at a time, as a safetensors file notes them; nothing
+    where the scheme rounds by more than these two numbers."""
+    noted, rule = {}, quant.scheme.weights
+    for name in sorted(names):
+        assert rule is not None, "a dense model has no quantized weights"
+        if (statistics := rule.statistics(read(name).detach().float().cpu())) is not None:
+            scale, center = map(float, statistics)
+            noted[name] = (scale, center)  # JSON keeps every bit of a float32
+    return {STATISTICS: json.dumps(noted, separators=(",", ":"))} if noted else {}
+
+
+def save_model_folder(
+    folder: Path,
+    model: CausalLM,
+    quant: QuantConfig,
+    tokenizer: Tokenizer | None,
+    info: dict[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a latent `folder`, replacing an older one in one step; what its user has put there stays.
+
+    Args:
+        folder: the target; its parent is made if it is missing.
+        model: gives the sizes, and the weights unless `state_dict` does (a sharded run gathers them itself).
+        info: plain data to keep in config.json.
+    """
+    state = model.state_dict() if state_dict is None else state_dict
+    if model.config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != HEAD}
+    tensors = [
+        LazyTensor(name, tuple(tensor.shape), torch.float32, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in state.items()
+    ]
+    statistics = statistics_metadata(quantized_names(model.config, quant), state.__getitem__, quant)
+    described = describe(model.config, quant, tokenizer, info or {})
+    with atomic_folder(folder, written_names) as temporary:
+        write_folder(temporary, described, tensors, tokenizer, statistics)

@@ -1,0 +1,164 @@
+"""From a user's `checkpoint=` or `init_from=` to a model on disk, whatever wrote it.
+
+What is typed is a path first. The hub is asked only for a name that cannot be one here: `owner/name`, where no folder
+`owner` exists and `owner` is not where runs go. A path that leads nowhere says what was looked for, where, and what
+lies there instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from bitnet_lit.checkpoints.config_json import CONFIG_NAME, read_raw_config
+from bitnet_lit.checkpoints.formats.huggingface import open_hub_folder
+from bitnet_lit.checkpoints.formats.model_folder import WEIGHTS_NAME, open_model_folder
+from bitnet_lit.checkpoints.hub_download import download_model
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.errors import UserError
+
+OUTPUTS = Path("outputs")
+RUN_FOLDERS = ("outputs", "multirun", "data")  # never an owner on the hub
+MODEL = "model"
+SHOWN_RUNS = 2
+# What is no model, by the end of its name, and what to give in its place.
+REMEDIES = {
+    ".ckpt": "a checkpoint for resume=: give the run folder it lies in",
+    ".gguf": "a GGUF is written here and not read: give the model it was exported from",
+    ".pth": "a pickle, which is not opened here: convert it to safetensors",
+    ".onnx": "give the model it was made from",
+}
+
+
+def _is_model_folder(folder: Path) -> bool:
+    weights = (folder / WEIGHTS_NAME, folder / f"{WEIGHTS_NAME}.index.json")
+    return (folder / CONFIG_NAME).is_file() and any(path.is_file() for path in weights)
+
+
+def _models_below(folder: Path) -> Iterator[tuple[float, Path]]:
+    """Models of runs somewhere below, with the time each was written; links to folders are not followed."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        path = Path(root)
+        if path.name == MODEL and CONFIG_NAME in files and _is_model_folder(path):
+            try:
+                yield (path / CONFIG_NAME).stat().st_mtime, path
+            except FileNotFoundError:  # replaced at this moment
+                continue
+
+
+def _newest() -> Path:
+    models = list(_models_below(OUTPUTS))
+    if not models:
+        runs = sorted(path.parent for path in OUTPUTS.rglob("config.yaml")) if OUTPUTS.is_dir() else []
+        begun = f" (runs without a model yet: {', '.join(map(str, runs[-SHOWN_RUNS:]))})" if runs else ""
+        raise UserError(
+            f"no trained model below {OUTPUTS.absolute()}{begun}: train one (python -m bitnet_lit.train) or give "
+            "checkpoint=<run or model folder>"
+        )
+    return max(models)[1]
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    owner, _, _ = name.partition("/")
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None
+    return is_name and owner not in RUN_FOLDERS and not os.path.lexists(owner)
+
+
+def _nothing_there(checkpoint: str, path: Path) -> str:
+    """Say how far a path exists, and which names there are like the next part of it."""
+    if path.is_symlink():
+        return f"a link to {os.readlink(path)}, which is not there"
+    parent, missing = path.parent, path.name
+    while not parent.is_dir() and parent != parent.parent:
+        parent, missing = parent.parent, parent.name
+    if not os.access(parent, os.R_OK | os.X_OK):
+        return f"{parent} may not be read by you"
+    near = difflib.get_close_matches(missing, sorted(os.listdir(parent)), n=1, cutoff=0.6)
+    hint = f": did you mean {parent / near[0]}?" if near else ""
+    return f"no such file or folder: no {missing!r} in {parent.absolute()}{hint}"
+
+
+def _no_model(path: Path) -> str:
+    """Why there is no model at a path that exists, and what to give."""
+    if path.is_file():
+        return REMEDIES.get(path.suffix, f"give the folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    if not os.access(path, os.R_OK | os.X_OK):
+        return "it may not be read by you: check its permissions"
+    if (path / "pytorch_model.bin").is_file():
+        return "pytorch_model.bin is a pickle, which is not opened here: convert it to safetensors"
+    if runs := sorted(_models_below(path)):
+        parents = [str(model.parent) for _, model in runs]
+        return f"it holds {len(runs)} runs with a model: give one of them, such as {parents[-1]}"
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+        return "a run writes its first model after its first validation"
+    if path.name == "checkpoints" and _is_model_folder(path.parent / MODEL):
+        return f"give the run folder: {path.parent}"
+    return "a run that was stopped before its first export has none"
+
+
+def find_model(checkpoint: str | Path | None, key: str = "checkpoint") -> Path:
+    """The model folder, or the llama2.c file, that `checkpoint` means.
+
+    Args:
+        checkpoint: a run folder, a model folder, a file inside a model folder, a .pt or .bin of llama2.c, a model of
+            the Hugging Face hub (owner/name), or None for the newest run below `outputs/`.
+        key: under which it was given.
+
+    Raises:
+        UserError: nothing there, or no model in it; one line.
+    """
+    try:
+        return _newest() if checkpoint is None else _find(str(checkpoint), key)
+    except OSError as error:
+        raise UserError(f"{key}={checkpoint}: cannot be read ({error.strerror}): check its permissions") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}={checkpoint!r}: no path ({error})") from None  # a NUL in it
+
+
+def _find(checkpoint: str, key: str) -> Path:
+    if not checkpoint:
+        raise UserError(f"{key}= is empty: give a run or model folder, or leave it out for the newest run")
+    path = Path(checkpoint)
+    if not path.exists() and (checkpoint == "~" or checkpoint.startswith("~/")):
+        path = path.expanduser()  # not every shell does it behind an =
+    if not os.path.lexists(path) and _may_be_on_the_hub(checkpoint):
+        return download_model(checkpoint)
+    if not path.exists():
+        raise UserError(f"{key}={checkpoint}: {_nothing_there(checkpoint, path)}")
+    if path.is_file() and path.suffix in (".pt", ".bin"):
+        return path
+    if path.is_file() and path.suffix in (".safetensors", ".json", ".model") and _is_model_folder(path.parent):
+        return path.parent
+    for folder in (path, path / MODEL):
+        if _is_model_folder(folder):
+            return folder
+    raise UserError(
+        f"{key}={checkpoint}: no model there ({CONFIG_NAME} and {WEIGHTS_NAME}, directly or in {MODEL}/): "
+        f"{_no_model(path)}"
+    )
+
+
+def open_stored(path: Path) -> StoredModel:
+    """A model on disk, opened; see `find_model` for what `path` can be.
+
+    Raises:
+        UserError: damaged, or a network that is not known here; one line each.
+    """
+    try:
+        if path.is_file():
+            from bitnet_lit.checkpoints.formats.llama2c import open_bin, open_pt  # imports torch
+
+            return open_pt(path) if path.suffix == ".pt" else open_bin(path)
+        raw = read_raw_config(path)
+        return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
+    except UserError as error:
+        line = " ".join(str(error).split())  # a damaged file's own values stand in it
+        raise type(error)(line if len(line) <= 500 else f"{line[:400]} ... {line[-100:]}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): check its permissions") from None

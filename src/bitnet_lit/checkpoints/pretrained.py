@@ -1,0 +1,84 @@
+"""A model on disk as a network in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitnet_lit.checkpoints.locate import find_model, open_stored
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.model import CausalLM, build_model
+from bitnet_lit.quant import BitLinear, PackedBitLinear
+
+
+def fill(module: nn.Module, stored: StoredModel, prefix: str = "") -> nn.Module:
+    """Give a module made on the meta device its weights.
+
+    Args:
+        module: part of the network of `stored`, or the whole; latent projections stay trainable, packed ones become
+            `PackedBitLinear`.
+        prefix: of the module's names in the network ("model.layers.3.").
+    """
+    for name, layer in list(module.named_modules()):
+        weight = f"{prefix}{name}.weight"
+        if stored.packed and isinstance(layer, BitLinear) and weight in stored.quantized:
+            bias = None if layer.bias is None else stored.tensor(f"{prefix}{name}.bias")
+            module.set_submodule(name, PackedBitLinear.from_codes(*stored.codes(weight), bias, layer.scheme))
+    for name in _parameter_names(module):
+        if prefix + name in stored.tensors:
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(stored.tensor(prefix + name))
+            setattr(module.get_submodule(owner), leaf, parameter)
+    return module
+
+
+def _parameter_names(module: nn.Module) -> Iterator[str]:
+    for name, _ in list(module.named_parameters()):
+        yield name
+
+
+@dataclass
+class PretrainedModel:
+    """A model in memory.
+
+    Attributes:
+        path: where it came from.
+        model: weights loaded, in eval mode.
+        packed: its projections are codes: it runs, and cannot be trained.
+        quant, tokenizer, info, tokenizer_sha256: as in `StoredModel`.
+    """
+
+    path: Path
+    model: CausalLM
+    quant: QuantConfig
+    tokenizer: Tokenizer | None
+    info: dict[str, Any]
+    packed: bool
+    tokenizer_sha256: str | None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The sizes."""
+        return self.model.config
+
+
+def build_pretrained(stored: StoredModel) -> PretrainedModel:
+    """Build the network of `stored` with its weights; nothing is initialised first."""
+    model = build_model(stored.config, stored.quant, device="meta")
+    fill(model, stored)
+    model.tie_weights()
+    model.model.reset_rotary()
+    model.eval()
+    sha256 = stored.tokenizer.sha256 if stored.tokenizer else stored.tokenizer_sha256
+    return PretrainedModel(stored.path, model, stored.quant, stored.tokenizer, stored.info, stored.packed, sha256)
+
+
+def from_pretrained(checkpoint: str | Path | None, key: str = "checkpoint") -> PretrainedModel:
+    """A model in memory, from whatever `find_model` takes under `key`."""
+    return build_pretrained(open_stored(find_model(checkpoint, key)))

@@ -1,0 +1,151 @@
+"""Reading safetensors files without torch: tensors as numpy arrays, copied or mapped.
+
+The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, the header as JSON (dtype,
+shape and offsets of each tensor), the tensors' bytes. The library checks the file; what it has checked is mapped here
+by the same header, because its own numpy door copies, and knows no bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from bitnet_lit.checkpoints.stored_model import TensorReader
+from bitnet_lit.errors import UserError
+from bitnet_lit.foreign_json import MapOf, Record, Text, parse_json, read_json
+from bitnet_lit.regular_file import open_regular
+
+# How each dtype lies in the file. numpy has no bfloat16: the upper half of a float32, here as its bits.
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+    "BOOL": "?",
+}
+HEADER = Record(optional={"__metadata__": MapOf(Text())})  # of its tensors the library has checked everything
+INDEX = Record({"weight_map": MapOf(Text())})
+
+
+def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The numbers whose bits are these."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class SafetensorsReader(TensorReader):
+    """One safetensors file, or the several that an index names.
+
+    The files stay open: a training run may put a new folder in the place of this one at any moment, and what is read
+    here must not be half of each.
+
+    Raises:
+        UserError: a file that is missing or damaged, or a dtype that is not known.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+        self._place: dict[str, tuple[Path, str, int]] = {}  # file, dtype, offset
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        metadata: dict[str, str] = {}
+        for path in files:
+            self._files[path] = open_regular(path, "is this a model folder?")
+            header, start = _checked_header(path, self._files[path])
+            metadata |= header.pop("__metadata__", {})
+            for name, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    raise UserError(f"{path}: tensor {name} is {entry['dtype']}: known are {', '.join(DTYPES)}")
+                self._place[name] = path, entry["dtype"], start + entry["data_offsets"][0]
+                self._shapes[name] = tuple(entry["shape"])
+        self.metadata = metadata
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> NDArray[Any]:
+        path, dtype, offset = self._place[name]
+        values = np.empty(self._shapes[name], dtype=DTYPES[dtype])
+        read_into(values, self._files[path].fileno(), offset, path)
+        if dtype == "BF16":
+            return bfloat16_to_float32(values)
+        return values.astype(np.float32, copy=False) if dtype.startswith("F") else values
+
+    def mapped(self, name: str) -> NDArray[Any] | None:
+        path, dtype, offset = self._place[name]
+        if dtype not in ("F32", "BF16", "U8") or offset % np.dtype(DTYPES[dtype]).itemsize:
+            return None
+        if path not in self._maps:
+            self._maps[path] = mmap.mmap(self._files[path].fileno(), 0, access=mmap.ACCESS_READ)
+        shape = self._shapes[name]
+        values = np.frombuffer(self._maps[path], DTYPES[dtype], math.prod(shape), offset)
+        return values.reshape(shape)
+
+    def release(self) -> None:
+        for mapped in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def read_into(values: NDArray[Any], descriptor: int, offset: int, path: Path) -> None:
+    """Fill an array with bytes of an open file; unlike a map's, a file that was shortened meanwhile ends in an error.
+
+    Raises:
+        UserError: fewer bytes than the array takes, or a disk that fails.
+    """
+    buffer = values.reshape(-1).view(np.uint8).data
+    done = 0
+    while done < len(buffer):  # a call gives 2 GiB at most
+        try:
+            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read any more ({error.strerror}): copy it again") from None
+        if not got:
+            raise UserError(f"{path}: is shorter than when it was opened: copy it again")
+        done += got
+
+
+def _checked_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header of a file that the library has found sound, and where its tensors begin."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise UserError(f"{path}: was replaced at this moment: give the same command again")
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): is this a model folder?") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or not a safetensors file ({error}): copy or export it again") from None
+    return parse_json(text, f"{path}: header", HEADER, "copy or export it again"), 8 + length
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weights of a Hugging Face folder: model.safetensors, or the files that model.safetensors.index.json names.
+
+    Raises:
+        UserError: neither, or an index that cannot be read.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single]
+    names = sorted(set(read_json(index, INDEX, "copy it again")["weight_map"].values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{index}: names no file of this folder: copy it again")
+    return [folder / name for name in names]

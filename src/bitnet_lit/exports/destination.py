@@ -1,0 +1,129 @@
+"""The place an export goes to: its default, what may lie there already, and which files there an export wrote.
+
+An export leaves a note: `export.json` in a folder, `<name>.json` beside a file. It lists what was written, with sizes
+and sha256. So a folder that is exported to again loses exactly those files, and what its user has put there since
+(a README.md, a .git) stays; and a note that does not belong to the file beside it can be told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bitnet_lit.atomic import atomic_file, atomic_folder, real_path, sync
+from bitnet_lit.checkpoints.formats.model_folder import written_names
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.config import ExportConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.foreign_json import SHA256, Choice, Integer, MapOf, Record, read_json
+
+NOTE_NAME = "export.json"
+GGUF_MAGIC = b"GGUF"
+LLAMA2C_NAMES = {"model.bin", "tokenizer.bin", "tokenizer.model"}
+NOTE = Record(
+    {"format": Choice("latent", "packed", "gguf", "llama2c")},
+    {"files": MapOf(Record({"bytes": Integer(0, 2**63), "sha256": SHA256}))},
+)
+
+
+def default_out(config: ExportConfig, path: Path) -> Path:
+    """The place without out=: beside the model, or in the current folder for a model in the hub's cache."""
+    suffix = {"gguf": f"{config.type}.gguf", "latent": config.dtype}.get(config.format, config.format)
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return Path(f"{path.parent.parent.name.split('--')[-1]}-{suffix}")
+    return path.with_name(f"{path.stem}-{suffix}")
+
+
+def given_out(out: str) -> Path:
+    """The path typed behind out=; a ~ that the shell left there becomes the home folder."""
+    return Path(out).expanduser() if out.startswith("~/") else Path(out)
+
+
+def note_of(out: Path, is_file: bool) -> Path:
+    """The path of the note that belongs to an export at `out`."""
+    return out.with_name(f"{out.name}.json") if is_file else out / NOTE_NAME
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """A note of an export; None where there is none, or something else of that name."""
+    try:
+        note: dict[str, Any] = read_json(path, NOTE, "")
+    except UserError:
+        return None
+    return note
+
+
+def exported_names(folder: Path) -> set[str]:
+    """The names in a folder that the export to it wrote."""
+    note = _read_note(folder / NOTE_NAME) or {}
+    if "files" in note:
+        return {NOTE_NAME, *note["files"]}
+    # Exports of earlier versions, whose note lists no files.
+    return {NOTE_NAME} | (LLAMA2C_NAMES if note.get("format") == "llama2c" else written_names(folder))
+
+
+def check_out(out: Path, stored: StoredModel, is_file: bool) -> None:
+    """Refuse to write over what is no export, before anything is converted.
+
+    Raises:
+        UserError: what lies there, and the remedy.
+    """
+    remedy = "choose another out="
+    if out.exists() and os.path.samefile(out, stored.path):
+        raise UserError(f"out={out}: is the model itself: {remedy}")
+    if is_file and out.is_dir():
+        raise UserError(
+            f"out={out}: is a folder, and this format writes a file: choose another out=, such as "
+            f"out={out}/{stored.path.stem}.gguf"
+        )
+    if not is_file and out.is_file():
+        raise UserError(f"out={out}: is a file, and this format writes a folder: {remedy}")
+    try:
+        real_path(out, folder=not is_file)
+    except UserError as error:
+        raise UserError(f"out={error}") from None
+    note = note_of(out, is_file)
+    if is_file and out.exists():
+        with out.open("rb") as file:
+            if file.read(len(GGUF_MAGIC)) not in (GGUF_MAGIC, b""):
+                raise UserError(f"out={out}: is a file that is no GGUF: {remedy}")
+    if is_file and os.path.lexists(note) and _read_note(note) is None:
+        raise UserError(f"out={out}: the note of the export goes to {note}, which no export wrote: {remedy}")
+    if out.is_dir() and _read_note(note) is None and any(out.iterdir()):
+        raise UserError(f"out={out}: a folder that no export wrote: {remedy}")
+
+
+def described_files(out: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of an exported file, or of each in an exported folder, by their names."""
+    described = {}
+    for path in sorted(out.iterdir()) if out.is_dir() else [out]:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        described[path.name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return described
+
+
+@contextlib.contextmanager
+def replaced(out: Path, is_file: bool) -> Iterator[tuple[Path, Path]]:
+    """Temporary paths of an export and of its note; they take the place of what is at `out` when the block ends well.
+
+    A file and the note beside it are two renames: the old note goes before the first of them, so that a kill in between
+    leaves a file without a note and never one with another's.
+    """
+    if not is_file:
+        with atomic_folder(out, exported_names) as temporary:
+            yield temporary, temporary / NOTE_NAME
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    note = note_of(out, is_file)
+    with atomic_file(note) as text, atomic_file(out) as temporary:
+        yield temporary, text
+        sync(temporary)  # a disk that is full says so now, while the old note is there
+        sync(text)
+        note.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""Sharing: an export and its model card to the Hugging Face hub, in one commit.
+
+The card says what the model is, what it was trained on and how, what the comparison with the original found, and how to
+run this very artefact. Everything in it is read from the model's config.json and the export's report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bitnet_lit.checkpoints.formats.model_folder import public_info
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.errors import UserError, needs_extra
+from bitnet_lit.exports.destination import NOTE_NAME
+
+LONGEST_CELL = 300  # characters
+
+
+def _how_to_run(repository: str, file: str, format: str, runs_in_transformers: bool) -> Iterator[str]:
+    """A block of code for each tool that runs the artefact."""
+    if format == "gguf":
+        yield f"```sh\nllama-cli -hf {repository} -p 'Once upon a time'   # llama.cpp\n```"
+        return
+    if format == "llama2c":
+        yield "```sh\n./run model.bin -z tokenizer.bin   # llama2.c\n```"
+    if runs_in_transformers:
+        yield (
+            "```python\nfrom transformers import AutoModelForCausalLM  # with the package accelerate\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{repository}")\n```'
+        )
+    checkpoint = f"<downloaded>/{file}" if format == "llama2c" else repository
+    yield (
+        f'```sh\npython -m bitnet_lit.infer checkpoint={checkpoint} prompt="Once upon a time"\n```\n\n'
+        f'```python\nimport bitnet_lit\n\nprint(bitnet_lit.load("{checkpoint}").generate("Once upon a time"))\n```'
+    )
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a table: on one line, and no end of the cell in it."""
+    return " ".join(text.split()).replace("|", "\\|")[:LONGEST_CELL]
+
+
+def model_card(repository: str, stored: StoredModel, report: dict[str, Any]) -> str:
+    """README.md of the shared model; YAML in front, as the hub reads it."""
+    config, info, scheme = stored.config, public_info(stored.info), stored.quant.scheme
+    runs = report["runs_in_transformers"]
+    yaml = ["library_name: transformers"] if runs else []
+    yaml += ["pipeline_tag: text-generation", "tags:", "- bitnet", f"- {scheme.name}", f"- {report['format']}"]
+    sizes = report["sizes"]
+    rows = {
+        "weights": scheme.title,
+        "network": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, feed-forward "
+        f"{config.intermediate_size}, {config.num_attention_heads} heads ({config.num_kv_heads} of keys and values), "
+        f"context {config.max_position_embeddings}, vocabulary {config.vocab_size}",
+        "parameters": f"{sizes['parameters']:,}",
+        "size": f"{sizes['bytes'] / 1e6:,.1f} MB, {sizes['bits_per_weight']:.2f} bits a weight with embeddings",
+    }
+    if "data" in info:
+        rows["data"] = info["data"]
+    rows |= {key: str(value) for key, value in info.get("recipe", {}).items()}
+    metrics = info.get("metrics", {}).items()
+    rows |= {name: f"{value:.4f}" for name, value in metrics if isinstance(value, int | float)}
+    for reader, found in report["parity"].items():
+        if isinstance(found, dict):
+            rows[f"checked with {reader}"] = (
+                f"loss differs by {found['loss_difference']:+.1e} on {report['parity']['text_tokens']} tokens"
+            )
+    lines = ["---", *yaml, "---", "", f"# {repository.split('/')[-1]}", ""]
+    lines += [f"A {scheme.code_bits:.3g}-bit language model ({scheme.name})." if scheme.quantizes else ""]
+    lines += [
+        "",
+        "| | |",
+        "|--|--|",
+        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()),
+        "",
+        "## Run it",
+        "",
+    ]
+    file = "model.bin" if report["format"] == "llama2c" else ""
+    lines += ["\n\n".join(_how_to_run(repository, file, report["format"], runs)), ""]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def check_repository(repository: str) -> None:
+    """Refuse a name that is none, before anything is written.
+
+    Raises:
+        UserError: not owner/name, or the hub's package is missing.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"share={repository}: must be owner/name")
+    with needs_extra("huggingface_hub", f"share={repository}"):
+        import huggingface_hub  # noqa: F401
+
+
+def share(repository: str, stored: StoredModel, report: dict[str, Any]) -> str:
+    """Upload an export with its card; makes the repository where there is none.
+
+    What the export wrote is sent, and nothing else that lies in its folder; it is listed first.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: not logged in, no right to write there, or no connection; the export itself stays.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    out = Path(report["out"])
+    files = [out / name for name in sorted([*report["files"], NOTE_NAME])] if out.is_dir() else [out]
+    card = model_card(repository, stored, report).encode()
+    sent: dict[str, Path | bytes] = {**{file.name: file for file in files}, "README.md": card}
+    api = huggingface_hub.HfApi()
+    print(f"sharing {len(sent)} files as {repository} on {api.endpoint}:")
+    for name, content in sent.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"  {name}  {size:,} bytes", flush=True)
+    operations: list[Any] = [
+        huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sent.items()
+    ]
+    try:
+        address = api.create_repo(repository, exist_ok=True)
+        api.create_commit(repository, operations=operations, commit_message=f"{report['format']} export")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"share={repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}: the export is in "
+            f"{out}; log in with `hf auth login` (or set HF_TOKEN) and run the same command again"
+        ) from None
+    return str(address)

@@ -1,0 +1,179 @@
+"""What each format and engine makes of a scheme: it holds it exactly, or says what it cannot hold."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import bitnet_lit
+from bitnet_lit.checkpoints.locate import open_stored
+from bitnet_lit.checkpoints.pretrained import from_pretrained
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.config.training import EXPORT_TARGETS
+from bitnet_lit.errors import UserError
+from bitnet_lit.exports.targets import problems
+from bitnet_lit.inference.engines.cpu.engine import supports
+from bitnet_lit.inference.engines.cpu.weights import Arena, Weights, pack
+from bitnet_lit.quant import register
+from tests.exports.exporting import export_to, leave_out_other_tools, saved_model
+from tests.inference.test_cpu_engine import needs_compiler
+from tests.quant.toy_schemes import Centered, Quinary, Threshold
+from tests.support import tiny_config
+
+SCHEMES = {
+    "row": QuantConfig(name="b158_row"),
+    "group 64": QuantConfig(name="b158_group", settings={"group_size": 64}),
+    "group 256": QuantConfig(name="b158_group", settings={"group_size": 256}),
+    "row, median, 4 bits": QuantConfig(name="b158_row", weight_scale="absmedian", activation_bits=4),
+}
+TOYS = {cls.name: cls for cls in (Threshold, Quinary, Centered)}
+OWN_LAYER = "its layer computes more than codes and scales"
+# Target: what it says of the schemes it does not hold.
+REFUSED = {
+    "hf": dict.fromkeys([*SCHEMES, *TOYS], "transformers knows absmean with one scale"),
+    "packed": {
+        **dict.fromkeys([*SCHEMES, "quinary"], "transformers knows ternary codes with one scale"),
+        "centered": OWN_LAYER,
+    },
+    "gguf_tq2_0": {
+        "group 64": r"a ternary block of 256 inputs has one: take quant=b158_row",
+        "quinary": "its codes are -2, -1, 0, 1, 2",
+        "centered": OWN_LAYER,
+    },
+    "gguf_f16": {"quinary": "its codes are -2, -1, 0, 1, 2", "centered": OWN_LAYER},
+    "llama2c": {"centered": OWN_LAYER},
+}
+REFUSED["gguf_tq1_0"] = REFUSED["gguf_tq2_0"]
+FORMATS = {
+    "latent": {"format": "latent"},
+    "latent_bf16": {"format": "latent", "dtype": "bfloat16"},
+    "packed": {"format": "packed"},
+    "tq2_0": {"format": "gguf", "type": "tq2_0"},
+    "tq1_0": {"format": "gguf", "type": "tq1_0"},
+    "f16": {"format": "gguf", "type": "f16"},
+    "llama2c": {"format": "llama2c"},
+}
+
+
+@pytest.fixture(autouse=True)
+def toys_are_known():
+    for cls in TOYS.values():
+        register(cls)
+
+
+def quant_of(name):
+    return SCHEMES.get(name) or QuantConfig(name=name)
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, *TOYS])
+@pytest.mark.parametrize("target", EXPORT_TARGETS)
+def test_every_target_holds_a_scheme_or_says_why_not(target, name):
+    config = tiny_config(hidden_size=256, intermediate_size=512, sub_norm=False)
+    found = "; ".join(problems(target, config, quant_of(name)))
+    expected = REFUSED[target].get(name, "")
+    assert expected in found and bool(expected) == bool(found)
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, *TOYS])
+def test_every_format_keeps_what_it_holds(tmp_path, tokenizer, monkeypatch, name):
+    """The export itself compares codes and scales; here what comes out runs as the model that went in."""
+    leave_out_other_tools(monkeypatch)
+    folder = saved_model(tmp_path / "model", quant_of(name), tokenizer, sub_norm=False)
+    scheme = open_stored(folder).quant.scheme
+    ids = torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = from_pretrained(folder).model(ids)
+    for form, options in FORMATS.items():
+        target = {"gguf": f"gguf_{options.get('type')}"}.get(options["format"], options["format"])
+        refusal = REFUSED.get(target, {}).get(name)
+        if refusal and (form != "packed" or refusal == OWN_LAYER):
+            with pytest.raises(UserError, match=refusal):
+                export_to(tmp_path / "out" / form, folder, **options)
+            assert not (tmp_path / "out" / form).exists()
+            continue
+        report = export_to(tmp_path / "out" / form, folder, **options)
+        if form in ("latent", "packed"):
+            described = json.loads((tmp_path / "out" / form / "config.json").read_text())
+            in_transformers = form == "packed" and name == "threshold"  # ternary codes with one scale: it is given both
+            assert described["model_type"] == ("llama" if in_transformers else "bitnet_lit")
+            assert report["runs_in_transformers"] == in_transformers
+            opened = open_stored(tmp_path / "out" / form)
+            assert opened.quant.scheme == scheme and opened.packed == (form == "packed")
+            with torch.no_grad():  # the same integers, the same scales, the same products
+                assert torch.equal(from_pretrained(tmp_path / "out" / form).model(ids), logits)
+
+
+def test_packed_codes_that_no_level_has_are_refused(tmp_path):
+    folder = saved_model(tmp_path / "model", quant_of("quinary"), None)
+    export_to(tmp_path / "packed", folder, format="packed")
+    stored = open_stored(tmp_path / "packed")
+    name = min(stored.quantized)
+    codes = stored.reader.read(name)
+    assert codes.dtype == np.int8 and codes.min() == -2 and codes.max() == 2
+    read = stored.reader.read
+    stored.reader.read = lambda key: np.full_like(codes, 3) if key == name else read(key)
+    with pytest.raises(UserError, match=r"holds codes that are not in -2\.\.2"):
+        stored.codes(name)
+
+
+def test_a_damaged_scale_of_one_group_is_named(tmp_path):
+    folder = saved_model(tmp_path / "model", quant_of("group 64"), None)
+    export_to(tmp_path / "packed", folder, format="packed")
+    stored = open_stored(tmp_path / "packed")
+    name = min(stored.quantized)
+    scales = stored.reader.read(f"{name}_scale")
+    assert scales.shape == (256, 4) and np.array_equal(stored.scale(name), scales)
+    read = stored.reader.read
+    scales[3, 2] = np.nan
+    stored.reader.read = lambda key: scales if key == f"{name}_scale" else read(key)
+    with pytest.raises(UserError, match=r"_scale is nan"):
+        stored.scale(name)
+
+
+def test_an_unknown_scheme_of_a_folder_is_refused_and_not_imported(tmp_path):
+    folder = saved_model(tmp_path / "model", quant_of("row"), None)
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    raw["bitnet_lit"]["quant"]["name"] = "this.Antigravity"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"config.json: quant.name=this.Antigravity: must be one of b158"):
+        open_stored(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("row", "its scales are one for each row"),
+        ("group 64", "its scales are one for 64 inputs"),
+        ("row, median, 4 bits", "8-bit activations"),
+        ("quinary", "not all ternary"),
+        ("centered", "not all ternary"),
+        ("threshold", None),
+    ],
+)
+def test_the_native_engine_says_what_it_cannot_run(tmp_path, tokenizer, name, why):
+    reason = supports(tiny_config(), quant_of(name))
+    assert why in reason if why else reason is None
+    folder = saved_model(tmp_path / "model", quant_of(name), tokenizer)
+    if why:
+        with pytest.raises(UserError, match=why):
+            bitnet_lit.load(folder, engine="cpu")
+        assert bitnet_lit.load(folder).engine.name == "PyTorch"
+
+
+@needs_compiler
+def test_the_native_engine_runs_a_ternary_rule_that_it_does_not_know(tmp_path, tokenizer):
+    """Codes and scales come from the rule itself; the kernels multiply them."""
+    folder = saved_model(tmp_path / "model", quant_of("threshold"), tokenizer)
+    stored = open_stored(folder)
+    weights = Weights(stored)
+    for name in sorted(stored.quantized):
+        codes, scale = stored.codes(name)
+        packed, found_scale = weights._packed(name)
+        assert np.array_equal(packed, pack(codes.numpy(), Arena())) and found_scale == float(scale)
+    ids = [3, 5, 7]
+    native, torch_engine = (bitnet_lit.load(folder, engine=engine).engine for engine in ("cpu", "torch"))
+    ours, theirs = (engine.forward([ids], [engine.new_cache()]) for engine in (native, torch_engine))
+    assert native.name.startswith("native")
+    assert np.abs(ours - theirs).max() < 0.05 * theirs.std()  # the head is rounded to 8 bits, the cache to 16
