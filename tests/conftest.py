@@ -20,7 +20,7 @@ import torch
 
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.prepare import prepare
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 
 torch.set_num_threads(1)
 
@@ -35,4 +35,4 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(shards: Path) -> Tokenizer:
-    return Tokenizer(shards / "tokenizer.model")
+    return open_tokenizer(shards / "tokenizer.model")

@@ -12,14 +12,13 @@ from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import EvaluateConfig, PrepareConfig, QuantConfig
 from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.prepare import prepare
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import tokenizer_problem
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.inference.load import load
-from tests.data.test_json_tokenizer import metaspace
+from tests.data.tokenizers.test_tokenizer_json import metaspace
 from tests.exports.exporting import export_to
 from tests.support import tiny_model
 
@@ -36,7 +35,7 @@ def trained(path, **options):
         **{**defaults, **options},
     )
     path.write_bytes(model.getvalue())
-    return Tokenizer(path)
+    return open_tokenizer(path)
 
 
 KINDS = {

@@ -21,7 +21,7 @@ from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.output_folder import exclusive_folder
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from tests.support import TINYSTORIES, needs_tinystories
 
@@ -60,7 +60,7 @@ def test_meta_says_what_is_there(tmp_path):
     summary = prepare(demo(tmp_path))
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["dtype"] == "uint16" and meta["vocab_size"] == 400 and meta["complete"]
-    assert meta["tokenizer_sha256"] == Tokenizer(tmp_path / "tokenizer.model").sha256
+    assert meta["tokenizer_sha256"] == open_tokenizer(tmp_path / "tokenizer.model").sha256
     assert {name: entry["tokens"] for name, entry in meta["shards"].items()} == {
         path.name: path.stat().st_size // 2 for path in tmp_path.glob("*.bin")
     }
@@ -221,7 +221,7 @@ def test_no_space_left_is_one_line_and_no_half_file(tmp_path, monkeypatch):
 
     prepare(demo(tmp_path))
     (tmp_path / "data01.bin").unlink()
-    monkeypatch.setattr(write_shards_module.FastEncoder, "encode", full)
+    monkeypatch.setattr(write_shards_module.ShardEncoder, "__call__", full)
     with pytest.raises(UserError, match="the disk is full: whole shards are kept"):
         prepare(demo(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data00.bin", "meta.json", "tokenizer.model"]
@@ -273,13 +273,13 @@ def test_files_of_one_name_are_both_encoded(tmp_path, tokenizer):
 
 def test_text_that_changes_while_it_is_encoded_is_no_whole_shard(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.txt").write_text("some text")
-    encode = write_shards_module.FastEncoder.encode
+    encode = write_shards_module.ShardEncoder.__call__
 
     def changing(self, text):
         (tmp_path / "a.txt").write_text("other")
         return encode(self, text)
 
-    monkeypatch.setattr(write_shards_module.FastEncoder, "encode", changing)
+    monkeypatch.setattr(write_shards_module.ShardEncoder, "__call__", changing)
     options = {"source": str(tmp_path / "a.txt"), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
     with pytest.raises(UserError, match="a.txt: it, or a file read with it, changed meanwhile"):
         prepare(PrepareConfig(**options))

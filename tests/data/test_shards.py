@@ -157,7 +157,7 @@ def test_large_shards_are_checked_in_places_their_ends_among_them(tmp_path, monk
 
 def test_a_tokenizer_that_did_not_write_the_shards_is_refused(shards, tmp_path):
     from bitnet_lit.data.demo import demo_stories
-    from bitnet_lit.data.tokenizer import train_tokenizer
+    from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 
     train_tokenizer(demo_stories(100, seed=5), 400, tmp_path / "other.model")
     with pytest.raises(UserError, match="not the one that wrote"):

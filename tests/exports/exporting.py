@@ -10,7 +10,7 @@ import torch
 
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import ExportConfig, QuantConfig
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.exports import compare
 from bitnet_lit.exports.write import export
 from bitnet_lit.model import CausalLM, build_model

@@ -20,7 +20,7 @@ import torch
 
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import open_tokenizer
 from tests.faults.fault_layer import Fault, Faults, Operation
 from tests.forked import Result, door
 from tests.support import TINY_RUN, tiny_model
@@ -85,7 +85,7 @@ SCENARIOS = [
 def fill(folder: Path, scenario: Scenario, shards: Path, faults: Faults) -> None:
     """What the command of a scenario finds."""
     folder.mkdir(parents=True)
-    tokenizer = Tokenizer(shards / "tokenizer.model")
+    tokenizer = open_tokenizer(shards / "tokenizer.model")
     if scenario.door == "train":
         shutil.copytree(shards, folder / "data")
     elif scenario.door == "prepare":

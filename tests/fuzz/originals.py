@@ -12,8 +12,8 @@ from transformers import BitNetConfig, LlamaConfig, LlamaForCausalLM
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import PrepareConfig, QuantConfig
 from bitnet_lit.data.prepare import prepare
-from bitnet_lit.data.tokenizer import Tokenizer
-from tests.data.test_json_tokenizer import byte_level, metaspace
+from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
+from tests.data.tokenizers.test_tokenizer_json import byte_level, metaspace
 from tests.exports.exporting import export_to, leave_out_other_tools
 from tests.forked import ForkServer, door
 from tests.parity.test_imports import llama2c_weights, write_bin, write_pt
@@ -82,5 +82,5 @@ def make_run(root: Path, server: ForkServer) -> None:
 def make_originals(root: Path, server: ForkServer) -> None:
     """Everything."""
     make_data(root)
-    make_models(root, Tokenizer(root / "data" / "tokenizer.model"))
+    make_models(root, open_tokenizer(root / "data" / "tokenizer.model"))
     make_run(root, server)

@@ -12,7 +12,7 @@ from torch import nn
 from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.quant import BitLinear, PackedBitLinear
 

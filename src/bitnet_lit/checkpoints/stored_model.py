@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bitnet_lit.checkpoints.config_json import CONFIG_NAME, LARGEST_NUMBER, LARGEST_SIZE
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import ListOf, MapOf, Number, parse_json
 from bitnet_lit.model.tensors import EMBEDDING, HEAD, quantized_names, tensor_shapes

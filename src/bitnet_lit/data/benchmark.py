@@ -14,10 +14,9 @@ import torch
 
 from bitnet_lit.data.batches import TrainBatches
 from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.fast_encoder import FastEncoder
 from bitnet_lit.data.order import SampleOrder
 from bitnet_lit.data.shards import open_shards
-from bitnet_lit.data.tokenizer import train_tokenizer
+from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 
 NUM_STORIES = 20_000  # about 9 MB of text
 # As TinyStories comes: fifty shards, together larger than a cache.
@@ -56,7 +55,7 @@ def encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
         return megabytes / (time.perf_counter() - start)
 
     ours, theirs = _interleaved(
-        lambda: rate(FastEncoder(tokenizer, np.dtype(np.uint16)).encode),
+        lambda: rate(tokenizer.shard_encoder(np.dtype(np.uint16))),
         lambda: rate(tokenizer.processor.encode),
         rounds,
     )

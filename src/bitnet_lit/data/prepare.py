@@ -23,11 +23,11 @@ from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.corpus import ShardPlan, demo_shards, file_shards
 from bitnet_lit.data.download import fetch_tinystories
 from bitnet_lit.data.find_text import find_text
-from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.data.meta import META_NAME, META_VERSION, dtype_for, read_meta, write_meta
 from bitnet_lit.data.output_folder import exclusive_folder
 from bitnet_lit.data.stories import read_stories
-from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer
+from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 from bitnet_lit.data.write_shards import fingerprint, write_shards
 from bitnet_lit.errors import UserError
 from bitnet_lit.terminal import console
@@ -109,7 +109,7 @@ def _train_into(out: Path, plans: list[ShardPlan], vocab_size: int) -> Tokenizer
             f"out={out}: {there.name} lies there without a {META_NAME} of ours: {_ELSEWHERE}, or name it: "
             f"tokenizer={there}"
         )
-    return Tokenizer(there)
+    return open_tokenizer(there)
 
 
 def _ensure_tokenizer(config: PrepareConfig, out: Path, plans: list[ShardPlan], meta: dict[str, Any]) -> Tokenizer:

@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
 from bitnet_lit.data.meta import META_NAME, dtype_for, read_meta
 from bitnet_lit.data.token_split import Piece, TokenSplit
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 

@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 from bitnet_lit.data.demo import demo_story
 from bitnet_lit.data.find_text import suffix_of
-from bitnet_lit.data.tokenizer import without_surrogates
+from bitnet_lit.data.tokenizers.tokenizer import without_surrogates
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 

@@ -23,18 +23,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.corpus import ShardPlan
-from bitnet_lit.data.fast_encoder import FastEncoder
-from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.meta import dtype_for
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.stories import ReadCounts, read_stories
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.terminal import console
 
-# Of a worker process: its tokenizer, and the encoder, whose cache of words lasts from shard to shard.
+# In a worker process: the tokenizer's file, and the encoder, whose cache of words lasts from shard to shard.
 _tokenizer_path: Path | None = None
-_encoder: FastEncoder | None = None
+_encoder: ShardEncoder | None = None
 
 
 def _start_worker(tokenizer_path: Path) -> None:
@@ -52,33 +50,43 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make_encoder(tokenizer_path: Path) -> FastEncoder:
-    tokenizer = open_tokenizer(tokenizer_path)
-    return FastEncoder(tokenizer, dtype_for(tokenizer.vocab_size))
+class ShardEncoder:
+    """The bytes that a document takes in a shard: BOS and its tokens.
+
+    Attributes:
+        dtype: of the token ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.dtype = dtype_for(tokenizer.vocab_size)
+        self._bos = np.array([tokenizer.bos_id], self.dtype).tobytes()
+        self._encode = tokenizer.shard_encoder(self.dtype)
+
+    def __call__(self, document: str) -> bytes:
+        return self._bos + self._encode(document)
 
 
-def _write_in_worker(plan: ShardPlan, out: Path, bos_id: int) -> dict[str, Any]:
+def _write_in_worker(plan: ShardPlan, out: Path) -> dict[str, Any]:
     global _encoder
     assert _tokenizer_path is not None
     if _encoder is None:  # not when the process starts: an error there would say nothing of its cause
-        _encoder = _make_encoder(_tokenizer_path)
-    return write_shard(plan, out, _encoder, bos_id)
+        _encoder = ShardEncoder(open_tokenizer(_tokenizer_path))
+    return write_shard(plan, out, _encoder)
 
 
-def write_shard(plan: ShardPlan, out: Path, encoder: FastEncoder, bos_id: int) -> dict[str, Any]:
+def write_shard(plan: ShardPlan, out: Path, encoder: ShardEncoder) -> dict[str, Any]:
     """Encode one shard and write it; returns its entry in meta.json.
 
     Raises:
         UserError: no text in it, text that cannot be read, or that changed while it was read.
     """
-    bos = np.array([bos_id], dtype=encoder.dtype).tobytes()
     before = fingerprint([plan])
     counts = ReadCounts()
     stories = text_bytes = 0
     with atomic_file(out / plan.name) as temporary, temporary.open("wb") as file:
         for segment in plan.segments:
             for story in read_stories(segment, counts):
-                file.write(bos + encoder.encode(story))
+                file.write(encoder(story))
                 stories += 1
                 text_bytes += len(story.encode())
         tokens = file.tell() // encoder.dtype.itemsize
@@ -133,15 +141,16 @@ def write_shards(
             progress.advance(task, plan.text_bytes)
 
         if workers <= 1:
-            encoder = _make_encoder(tokenizer.path)
+            encoder = ShardEncoder(tokenizer)
             for plan in todo:
-                note(plan, write_shard(plan, out, encoder, tokenizer.bos_id))
+                note(plan, write_shard(plan, out, encoder))
             return
+        assert tokenizer.path is not None  # each process opens the tokenizer from its file
         context = multiprocessing.get_context("spawn")  # fork copies locks that other threads hold
         with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
             try:
                 with without_main_script():
-                    futures = {pool.submit(_write_in_worker, plan, out, tokenizer.bos_id): plan for plan in todo}
+                    futures = {pool.submit(_write_in_worker, plan, out): plan for plan in todo}
                 for future in as_completed(futures):
                     note(futures[future], future.result())
             except (BrokenProcessPool, BlockingIOError) as error:  # killed, or not even started

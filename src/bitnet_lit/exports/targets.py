@@ -16,14 +16,13 @@ from rich.table import Table
 from bitnet_lit.checkpoints.formats.model_folder import network_type, transformers_runs
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.training import EXPORT_TARGETS as TARGETS
-from bitnet_lit.data.json_tokenizer import JsonTokenizer
-from bitnet_lit.data.tokenizer import SPACE, Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.data.tokenizers.tokenizer import PieceKind
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.weights import Granularity, PerGroup, PerRow, PerTensor
 from bitnet_lit.terminal import console
 
 TERNARY_BLOCK = 256
-UNNORMALIZED = "\N{LATIN SMALL LIGATURE FI}\N{FULLWIDTH LATIN CAPITAL LETTER A}"  # NFKC makes them "fi" and "A"
 FIRST_BYTE = 3  # run.c takes the piece of byte b for number b + 3
 
 
@@ -160,19 +159,17 @@ def tokenizer_problem(target: str, tokenizer: Tokenizer | None) -> str | None:
     """
     if target not in ("llama2c", *(name for name in TARGETS if name.startswith("gguf"))):
         return None
-    if tokenizer is None or isinstance(tokenizer, JsonTokenizer):
+    vocabulary = None if tokenizer is None else tokenizer.sentencepiece_vocabulary()
+    if tokenizer is None or vocabulary is None:
         return "no SentencePiece tokenizer.model"
-    processor = tokenizer.processor
-    scores = (processor.get_score(token) for token in range(tokenizer.vocab_size) if not processor.is_byte(token))
-    if not all(float(score).is_integer() for score in scores):  # BPE's are ranks, the others' logarithms
+    if not vocabulary.is_bpe:
         return "its SentencePiece model is no BPE"
-    if processor.normalize(UNNORMALIZED).replace(SPACE, "") != UNNORMALIZED:
+    if vocabulary.normalizes:
         return "its SentencePiece model normalizes the text"
     if target != "llama2c":
         return None
-    has_bytes = tokenizer.vocab_size >= FIRST_BYTE + 256 and all(
-        processor.is_byte(FIRST_BYTE + byte) for byte in (0, 255)
-    )
+    bytes_ = vocabulary.pieces[FIRST_BYTE : FIRST_BYTE + 256]
+    has_bytes = len(bytes_) == 256 and all(piece.kind is PieceKind.BYTE for piece in (bytes_[0], bytes_[-1]))
     return (
         None if (tokenizer.bos_id, has_bytes) == (1, True) else "its BOS is not piece 1, or its bytes do not begin at 3"
     )

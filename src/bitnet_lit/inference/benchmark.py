@@ -30,7 +30,8 @@ from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel

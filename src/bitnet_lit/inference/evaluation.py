@@ -20,7 +20,7 @@ from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.token_split import TokenSplit
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.model import CausalLM
 from bitnet_lit.plain_yaml import read_yaml

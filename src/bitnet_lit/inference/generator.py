@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import Cache, Engine
 from bitnet_lit.inference.sampling import NotFiniteError, Sampler, SamplingOptions, require_whole

@@ -17,7 +17,7 @@ from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.config.checks import one_of
-from bitnet_lit.data.json_tokenizer import open_tokenizer
+from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference import forks  # noqa: F401  # of torch in a child
 from bitnet_lit.inference.damage import find_damage

@@ -17,7 +17,7 @@ from typing import Any
 
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.shards import ShardDirectory
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 2**16

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import TrainConfig
-from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.shards import ShardDirectory
+from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model

@@ -24,10 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
 from bitnet_lit.data.datamodule import BitNetDataModule
-from bitnet_lit.data.json_tokenizer import open_tokenizer
 from bitnet_lit.data.meta import is_complete
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import ShardDirectory, open_shards
+from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.inference.evaluation import TextBytes

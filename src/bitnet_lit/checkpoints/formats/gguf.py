@@ -98,42 +98,33 @@ def _add_fields(writer: Any, stored: StoredModel, type: str) -> None:
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
     problem = tokenizer_problem("gguf_f16", tokenizer)
-    if tokenizer is None or problem is not None:
+    vocabulary = None if tokenizer is None or problem else tokenizer.sentencepiece_vocabulary()
+    if tokenizer is None or vocabulary is None:
         raise UserError(
             f"{stored.path}: {problem}, and a GGUF's vocabulary is written from a BPE of SentencePiece here: put one "
             "there that it was trained with, or take format=packed"
         )
-    processor, kinds = tokenizer.processor, gguf.TokenType
-    normal = "\N{LOWER ONE EIGHTH BLOCK}a"
-    tokens, scores, types = [], [], []
-    for token in range(config.vocab_size or 0):
-        if token >= tokenizer.vocab_size:  # an embedding with more rows than the vocabulary
-            tokens.append(f"[PAD{token}]".encode())
-            scores.append(-1e4)
-            types.append(kinds.UNUSED)
-            continue
-        tokens.append(processor.id_to_piece(token).encode())
-        scores.append(processor.get_score(token))
-        flags = {
-            kinds.UNKNOWN: processor.is_unknown(token),
-            kinds.CONTROL: processor.is_control(token),
-            kinds.UNUSED: processor.is_unused(token),
-            kinds.BYTE: processor.is_byte(token),
-        }
-        types.append(next((kind for kind, is_it in flags.items() if is_it), kinds.NORMAL))
+    kinds = gguf.TokenType
+    tokens = [piece.text.encode() for piece in vocabulary.pieces]
+    scores = [piece.score for piece in vocabulary.pieces]
+    types = [kinds[piece.kind.name] for piece in vocabulary.pieces]
+    for token in range(len(tokens), config.vocab_size or 0):  # an embedding with more rows than the vocabulary
+        tokens.append(f"[PAD{token}]".encode())
+        scores.append(-1e4)
+        types.append(kinds.UNUSED)
     writer.add_tokenizer_model("llama")  # SentencePiece BPE
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
     writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_unk_token_id(max(processor.unk_id(), 0))
+    writer.add_unk_token_id(max(vocabulary.unk_id, 0))
     if tokenizer.eos_id >= 0:
         writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.bos_id)  # llama2.c's shards separate stories by BOS: it ends a text too
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(processor.normalize("a") == normal)
+    writer.add_add_space_prefix(vocabulary.adds_space_prefix)
 
 
 def _converted(values: Callable[[int, int], NDArray[np.float32]], rows: int, kind: str) -> NDArray[Any]:

@@ -25,8 +25,9 @@ from torch import Tensor
 from bitnet_lit.checkpoints.safetensors_reader import read_into
 from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.data.json_tokenizer import JsonTokenizer
-from bitnet_lit.data.tokenizer import SPACE, Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from bitnet_lit.data.tokenizers.tokenizer import SPACE, SentencePieceVocabulary
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import tokenizer_problem
 from bitnet_lit.model.layers import rotary_tables
@@ -96,8 +97,8 @@ class Llama2cReader(TensorReader):
 
 
 def _tokenizer_beside(path: Path) -> Tokenizer | None:
-    found = path.with_name("tokenizer.model")
-    return Tokenizer(found) if found.is_file() else None
+    found = path.with_name(SentencePieceTokenizer.file_names[0])
+    return SentencePieceTokenizer(found) if found.is_file() else None
 
 
 def _config(
@@ -245,18 +246,15 @@ def open_pt(path: Path) -> StoredModel:
     return StoredModel(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)
 
 
-def _write_tokenizer(tokenizer: Tokenizer, rows: int, path: Path) -> None:
+def _write_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, rows: int, path: Path) -> None:
     """tokenizer.bin: the longest piece's bytes (int32), then score (float32), length (int32) and bytes of each.
 
     run.c reads a piece for each of the model's `rows`: those beyond the vocabulary get names that no text holds.
     """
-    processor = tokenizer.processor
-    pieces = []
-    for token in range(tokenizer.vocab_size):
-        text = processor.id_to_piece(token)
-        text = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}.get(token, text)
-        pieces.append(text.replace(SPACE, " ").encode())
-    scores = [processor.get_score(token) for token in range(len(pieces))]
+    control = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}
+    texts = [control.get(token, piece.text) for token, piece in enumerate(vocabulary.pieces)]
+    pieces = [text.replace(SPACE, " ").encode() for text in texts]
+    scores = [piece.score for piece in vocabulary.pieces]
     pieces += [f"\n<unused {token}>\n".encode() for token in range(len(pieces), rows)]
     scores += [-1e4] * (rows - len(scores))
     with path.open("wb") as file:
@@ -298,7 +296,8 @@ def write_bin(stored: StoredModel, folder: Path) -> None:
         file.write(cos.astype("<f4").tobytes() + sin.astype("<f4").tobytes())
         if not tied:
             file.write(np.ascontiguousarray(stored.tensor(HEAD).numpy(), dtype="<f4").data)
-    if stored.tokenizer is not None and not isinstance(stored.tokenizer, JsonTokenizer):
+    vocabulary = None if stored.tokenizer is None else stored.tokenizer.sentencepiece_vocabulary()
+    if stored.tokenizer is not None and vocabulary is not None:
         stored.tokenizer.copy_to(folder)
         if tokenizer_problem("llama2c", stored.tokenizer) is None:
-            _write_tokenizer(stored.tokenizer, vocab, folder / "tokenizer.bin")
+            _write_tokenizer(stored.tokenizer, vocabulary, vocab, folder / "tokenizer.bin")

@@ -43,8 +43,7 @@ from bitnet_lit.checkpoints.config_json import CONFIG_NAME, FORMAT_VERSION, OURS
 from bitnet_lit.checkpoints.safetensors_reader import SafetensorsReader, safetensors_files
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.data.json_tokenizer import find_tokenizer, open_tokenizer
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer, tokenizer_file_names
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.weights import AbsMean, PerTensor
@@ -201,9 +200,7 @@ def written_names(folder: Path) -> set[str]:
             return names
     except UserError:
         pass  # damaged, as a kill of an old version's could leave it
-    if (folder / "tokenizer.model").is_file():
-        return names | {"tokenizer.model"}
-    return names | {"tokenizer.json", "tokenizer_config.json"}
+    return names | set(tokenizer_file_names(folder))
 
 
 def open_model_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:

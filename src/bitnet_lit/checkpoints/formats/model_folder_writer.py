@@ -16,7 +16,7 @@ from bitnet_lit.checkpoints.formats.model_folder import GENERATION_NAME, WEIGHTS
 from bitnet_lit.checkpoints.safetensors_writer import LazyTensor, write_safetensors
 from bitnet_lit.checkpoints.stored_model import STATISTICS
 from bitnet_lit.config import QuantConfig
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.model import CausalLM
 from bitnet_lit.model.tensors import HEAD, quantized_names
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from bitnet_lit.config import TrainConfig
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.callbacks.export import ExportModelFolder
 from bitnet_lit.training.callbacks.profile import Profile

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.text import Text
 
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
 from bitnet_lit.terminal import console

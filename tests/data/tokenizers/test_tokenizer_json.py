@@ -10,9 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.json_tokenizer import JsonTokenizer, find_tokenizer, open_tokenizer
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
+from bitnet_lit.data.tokenizers import find_tokenizer, open_tokenizer
+from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
 
 TEXTS = [*demo_stories(60), "naïve café — 日本語 🙂🙃 \t\n  two  spaces", "don't 12345"]

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from bitnet_lit.data import fast_encoder
 from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.fast_encoder import FastEncoder
-from bitnet_lit.data.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers import fast_encoder
+from bitnet_lit.data.tokenizers.fast_encoder import FastEncoder
+from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.support import TINYSTORIES, needs_tinystories
 
 TEXT = st.one_of(
@@ -27,11 +27,11 @@ TEXT = st.one_of(
 
 
 def fast(encoder, text):
-    return np.frombuffer(encoder.encode(text), encoder.dtype).tolist()
+    return np.frombuffer(encoder.encode(text), np.uint16).tolist()
 
 
 def check_equal(tokenizer):
-    encoder = FastEncoder(tokenizer, np.dtype(np.uint16))
+    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16))
 
     @settings(max_examples=600, deadline=None)
     @given(TEXT)
@@ -48,7 +48,7 @@ def test_equal_for_a_model_with_llama2cs_options(tokenizer):
 
 @needs_tinystories
 def test_equal_for_llama2s_model():
-    tokenizer = Tokenizer(TINYSTORIES / "llama2_tokenizer.model")
+    tokenizer = SentencePieceTokenizer(TINYSTORIES / "llama2_tokenizer.model")
     encoder = check_equal(tokenizer)
     assert encoder.by_words
     for entry in json.loads((TINYSTORIES / "data00.json").read_text())[:300]:
@@ -59,12 +59,12 @@ def test_equal_for_llama2s_model():
 def test_a_long_text_is_encoded_in_parts_with_the_ids_of_the_whole(tokenizer, monkeypatch):
     monkeypatch.setattr(fast_encoder, "CHARACTERS_AT_ONCE", 3)
     check_equal(tokenizer)
-    check_equal(Tokenizer(TINYSTORIES / "llama2_tokenizer.model"))
+    check_equal(SentencePieceTokenizer(TINYSTORIES / "llama2_tokenizer.model"))
 
 
 def test_parts_do_not_fill_the_memory(tokenizer, monkeypatch):
     monkeypatch.setattr(fast_encoder, "CHARACTERS_AT_ONCE", 2**16)
-    encoder = FastEncoder(tokenizer, np.dtype(np.uint16))
+    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16))
     text = "the cat sat on the mat " * 60_000 + "end"  # 1.4 MB
     expected = encoder.encode("the cat sat on the mat") * 60_000 + encoder.encode("end")
     tracemalloc.start()
@@ -100,7 +100,7 @@ def test_models_that_do_not_allow_it_are_encoded_whole(tmp_path, options):
     )
     path = tmp_path / "other.model"
     path.write_bytes(model.getvalue())
-    assert not check_equal(Tokenizer(path)).by_words
+    assert not check_equal(SentencePieceTokenizer(path)).by_words
 
 
 def test_a_model_with_a_line_break_inside_a_piece(tokenizer, tmp_path):
@@ -109,11 +109,11 @@ def test_a_model_with_a_line_break_inside_a_piece(tokenizer, tmp_path):
     model.ParseFromString(tokenizer.path.read_bytes())
     next(piece for piece in model.pieces if piece.piece == "er").piece = "a\n"
     (tmp_path / "t.model").write_bytes(model.SerializeToString())
-    assert check_equal(Tokenizer(tmp_path / "t.model")).by_words
+    assert check_equal(SentencePieceTokenizer(tmp_path / "t.model")).by_words
 
 
 def test_long_units_do_not_fill_the_memory(tokenizer):
-    encoder = FastEncoder(tokenizer, np.dtype(np.uint16))
+    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16))
     texts = [f"{number}" + "\u4f60\u597d" * 500 for number in range(20)]
     assert [fast(encoder, text) for text in texts] == [tokenizer.encode(text, bos=False) for text in texts]
     assert not encoder._cache

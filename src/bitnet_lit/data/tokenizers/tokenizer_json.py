@@ -1,13 +1,12 @@
 """Hugging Face's tokenizer.json, read with the `tokenizers` library.
 
-Models of others come with it (BitNet b1.58 2B4T, Llama 3, Qwen); ours come with a SentencePiece model. Two spellings
-of the bytes behind a token are known: *byte level* (GPT-2's), where each byte is one printable character, and
-*metaspace* (SentencePiece's, U+2581 for a space and <0xNN> for a lone byte).
+Models of others come with such a file: BitNet b1.58 2B4T, Llama 3, Qwen. It writes the bytes of a token in one of two
+ways. *Byte level* is GPT-2's: one printable character stands for each byte. *Metaspace* is SentencePiece's: U+2581
+stands for a space, and <0xNN> for a byte of a character that no token covers.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
@@ -18,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.data.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer, without_surrogates
+from bitnet_lit.data.tokenizers.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer, without_surrogates
 from bitnet_lit.errors import UserError, needs_extra
 from bitnet_lit.foreign_json import Either, Integer, ListOf, OrNull, Record, Text, parse_json, read_json
 from bitnet_lit.regular_file import read_regular
 
-TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
-MAX_IDS = 2**22  # ids may have gaps, but tables by id are made
+CONFIG_NAME = "tokenizer_config.json"
+MAX_IDS = 2**22  # ids may leave numbers out, and tables have a row for each number
 _TOKEN = OrNull(Either(Text(), Record({"content": Text()}), called="text, or an object with its content"))
 _ID = Integer(-1, 2**31 - 1)
 _IDS = OrNull(Either(_ID, ListOf(_ID), called="an id or a list of ids"))
@@ -34,20 +33,26 @@ MODEL_CONFIG = Record(optional={"bos_token_id": _IDS, "eos_token_id": _IDS})
 
 @cache
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    """Return GPT-2's alphabet: printable bytes are their own characters, the others those from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 class JsonTokenizer(Tokenizer):
-    """An opened tokenizer.json; the surface of `Tokenizer`, without its `processor`.
+    """An opened tokenizer.json.
 
-    BOS and EOS come from the files that lie beside it (tokenizer_config.json, config.json).
+    The file does not say which tokens are BOS and EOS: tokenizer_config.json or config.json beside it does.
+
+    Attributes:
+        is_byte_level: whether its tokens are written in GPT-2's alphabet.
 
     Raises:
-        UserError: missing, unreadable, no tokenizer.json, or neither BOS nor EOS in it.
+        UserError: a file is missing, cannot be read, or is not a tokenizer.json, or none names a BOS or EOS token.
     """
+
+    file_names = ("tokenizer.json", CONFIG_NAME)
+    path: Path
 
     def __init__(self, path: Path | str) -> None:
         with needs_extra("tokenizers", f"tokenizer {path}"):
@@ -62,10 +67,10 @@ class JsonTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(self._content.decode("utf-8-sig"))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of the Rust library is no Exception
+        except BaseException as error:  # a panic of the Rust library is not an Exception
             line = " ".join(str(error).split())[:100]
             raise UserError(f"tokenizer {path}: not a tokenizer.json ({line}): {remedy}") from None
-        # A file can say that texts are cut or filled up to a length: of what a training batch of its own model took.
+        # The file may hold the truncation and padding of the batches that its own model was trained on.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.is_byte_level = '"ByteLevel"' in json.dumps(parsed.get("decoder"))
@@ -74,7 +79,7 @@ class JsonTokenizer(Tokenizer):
         if not 0 < self.vocab_size <= MAX_IDS:
             raise UserError(f"tokenizer {path}: ids from 0 to {self.vocab_size - 1}, at most {MAX_IDS} fit: {remedy}")
         beside = self.path.parent
-        self._names = _read_beside(beside / "tokenizer_config.json", TOKENIZER_CONFIG)
+        self._names = _read_beside(beside / CONFIG_NAME, TOKENIZER_CONFIG)
         self._model_config = _read_beside(beside / "config.json", MODEL_CONFIG)
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         bos, eos = self._named("bos"), self._named("eos")
@@ -88,7 +93,7 @@ class JsonTokenizer(Tokenizer):
         self.eos_id = int(eos if eos is not None else bos)  # type: ignore[arg-type]
 
     def _named(self, name: str) -> int | None:
-        """The id of the BOS or EOS token, from the files beside."""
+        """Return the id of the BOS or EOS token, from the files beside; None where they do not name one."""
         token = self._names.get(f"{name}_token")
         if isinstance(token, dict):
             token = token.get("content")
@@ -100,21 +105,21 @@ class JsonTokenizer(Tokenizer):
         return found if isinstance(found, int) and 0 <= found < self.vocab_size else None
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of a text, with the special tokens its template puts in front unless told otherwise."""
+        """Return the token ids of a text, with what the file's template puts in front unless `bos` is False."""
         try:
             ids: list[int] = self._tokenizer.encode(without_surrogates(text), add_special_tokens=bos).ids
-        except Exception as error:  # the library's only kind: a character that no piece covers, and no unknown token
+        except Exception as error:  # a character that no token covers, where there is no unknown token
             line = " ".join(str(error).split())[:100]
             raise UserError(f"tokenizer {self.path}: cannot encode a text ({line}): give another one") from None
         return ids or ([self.bos_id] if bos else [])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens are silent."""
+        """Return the text of token ids. Special tokens have none."""
         text: str = self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
         return text
 
     def piece_bytes(self, token: int) -> bytes:
-        """What a token adds to the middle of a text: UTF-8, a part of it, or nothing for a special token."""
+        """Return the UTF-8 bytes that a token adds in the middle of a text; none for a special token."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None or token in self._special:
             return b""
@@ -128,60 +133,19 @@ class JsonTokenizer(Tokenizer):
         return str(piece).replace(SPACE, " ").encode()
 
     def copy_to(self, folder: Path) -> None:
-        """Put the tokenizer into a folder, with the names of its BOS and EOS tokens beside it."""
-        with atomic_file(folder / "tokenizer.json") as temporary:
+        """Write tokenizer.json, as it was when it was opened, and tokenizer_config.json, which names BOS and EOS."""
+        with atomic_file(folder / self.file_names[0]) as temporary:
             temporary.write_bytes(self._content)
         named = dict(self._names)
         for name, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             named[name] = self._tokenizer.id_to_token(token)
-        with atomic_file(folder / "tokenizer_config.json") as temporary:
+        with atomic_file(folder / CONFIG_NAME) as temporary:
             temporary.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-
-    def stream_decoder(self, prompt_ids: Sequence[int] = ()) -> JsonStreamDecoder:
-        """A decoder of the text that goes on from `prompt_ids`."""
-        return JsonStreamDecoder(self, prompt_ids)
-
-
-class JsonStreamDecoder:
-    """Text from tokens as they come, never a broken character."""
-
-    def __init__(self, tokenizer: JsonTokenizer, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        # Only a text's first piece can lose spaces it starts with: decoding says which.
-        self._at_start = not any(tokenizer.piece_bytes(int(token)) for token in prompt_ids)
-
-    def feed(self, token: int) -> str:
-        """The text that became final with this token."""
-        piece = self._tokenizer.piece_bytes(token)
-        if self._at_start and piece:
-            self._at_start = False
-            if b" " in piece and not self._tokenizer.is_byte_level:
-                piece = self._tokenizer.decode([token]).encode()
-        return self._characters.decode(piece)
-
-    def flush(self) -> str:
-        """What is left of an incomplete character at the end."""
-        return self._characters.decode(b"", final=True)
 
 
 def _read_beside(path: Path, shape: Record) -> dict[str, Any]:
-    """A file of settings beside the tokenizer's; empty where there is none."""
+    """Return the content of a settings file beside the tokenizer's; empty where there is none."""
     if not os.path.lexists(path):
         return {}
     content: dict[str, Any] = read_json(path, shape, "mend it, or take it away")
     return content
-
-
-def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer's file in a folder, SentencePiece's first; None where there is none."""
-    return next((folder / name for name in TOKENIZER_NAMES if (folder / name).is_file()), None)
-
-
-def open_tokenizer(path: Path | str) -> Tokenizer:
-    """A SentencePiece model or a tokenizer.json, by its name.
-
-    Raises:
-        UserError: missing, unreadable or neither.
-    """
-    return JsonTokenizer(path) if Path(path).suffix == ".json" else Tokenizer(path)

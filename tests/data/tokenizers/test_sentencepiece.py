@@ -1,10 +1,7 @@
-"""Tokenizers: errors, bytes of text, streaming."""
+"""SentencePiece models: what is refused, the bytes of text that tokens stand for, and text token by token."""
 
 import itertools
 import json
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.tokenizer import StreamDecoder, Tokenizer, _training_sentences, train_tokenizer
+from bitnet_lit.data.tokenizers import open_tokenizer
+from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceDecoder
 from bitnet_lit.errors import UserError
 from tests.support import TINYSTORIES, needs_tinystories
 
@@ -35,43 +33,13 @@ def test_what_is_no_model_is_refused_in_one_line(tokenizer, tmp_path, kind):
     path = tmp_path / "broken.model"
     path.write_bytes(damaged(tokenizer.path, kind))
     with pytest.raises(UserError, match="not a SentencePiece model") as error:
-        Tokenizer(path)
+        open_tokenizer(path)
     assert "\n" not in str(error.value)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="No such file"):
-        Tokenizer(tmp_path / "none.model")
-
-
-def test_vocabulary_too_large_says_what_is_reachable(tmp_path):
-    with pytest.raises(
-        UserError, match=r"vocab_size=30000 is too large for this text: it supports at most (\d+)"
-    ) as error:
-        train_tokenizer(demo_stories(50), 30000, tmp_path / "t.model")
-    reachable = int(str(error.value).rsplit(" ", 1)[1])
-    assert train_tokenizer(demo_stories(50), reachable, tmp_path / "t.model").vocab_size == reachable
-    assert [path.name for path in tmp_path.iterdir()] == ["t.model"]
-
-
-def test_vocabulary_too_small_says_what_is_needed(tmp_path):
-    for size, needed in ((1, "259"), (100, r"3\d\d"), (260, r"3\d\d")):
-        with pytest.raises(UserError, match=rf"vocab_size={size} is too small.* take {needed}"):
-            train_tokenizer(demo_stories(50), size, tmp_path / "t.model")
-    assert not list(tmp_path.iterdir())
-
-
-def test_no_text_to_train_on(tmp_path):
-    with pytest.raises(UserError, match="no text to train a tokenizer on"):
-        train_tokenizer(["", " \n\n "], 400, tmp_path / "t.model")
-
-
-def test_text_in_one_long_line_is_trained_on(tmp_path):
-    """SentencePiece itself leaves out lines of more than 4192 bytes."""
-    spaced, unspaced = " ".join(demo_stories(200)).replace("\n", " "), "\u4f60\u597d" * 5000
-    tokenizer = train_tokenizer([spaced, unspaced], 500, tmp_path / "t.model")
-    assert len(tokenizer.encode("Once upon a time", bos=False)) == 4
-    assert len(tokenizer.encode("\u4f60\u597d", bos=False)) <= 3  # not bytes
+        open_tokenizer(tmp_path / "none.model")
 
 
 def test_half_a_character_pair_is_encoded_as_a_replacement(tokenizer):
@@ -87,14 +55,14 @@ def test_text_bytes_counts_the_bytes_of_the_text(tokenizer):
 
 @needs_tinystories
 def test_text_bytes_on_real_stories_with_llama2s_tokenizer():
-    tokenizer = Tokenizer(TINYSTORIES / "llama2_tokenizer.model")
+    tokenizer = open_tokenizer(TINYSTORIES / "llama2_tokenizer.model")
     stories = [entry["story"].strip() for entry in json.loads((TINYSTORIES / "data00.json").read_text())[:200]]
     ids = np.array([token for story in stories for token in tokenizer.encode(story)])
     assert tokenizer.text_bytes(ids[:-1], ids[1:]) == sum(len(story.encode()) for story in stories)
 
 
 def streamed(tokenizer, prompt_ids, ids):
-    decoder = StreamDecoder(tokenizer, prompt_ids)
+    decoder = SentencePieceDecoder(tokenizer, prompt_ids)
     return "".join(decoder.feed(token) for token in ids) + decoder.flush()
 
 
@@ -130,12 +98,12 @@ def test_streaming_at_the_start_of_a_text(tokenizer):
 
 @needs_tinystories
 def test_streaming_at_the_start_of_a_text_with_llama2s_model():
-    check_every_start(Tokenizer(TINYSTORIES / "llama2_tokenizer.model"))
+    check_every_start(open_tokenizer(TINYSTORIES / "llama2_tokenizer.model"))
 
 
 def test_no_piece_ever_breaks_a_character(tokenizer):
     ids = tokenizer.encode("a 😀 b", bos=False)
-    decoder = StreamDecoder(tokenizer)
+    decoder = SentencePieceDecoder(tokenizer)
     pieces = [decoder.feed(token) for token in ids]
     assert "".join(pieces) == "a 😀 b"
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
@@ -146,59 +114,38 @@ def test_a_byte_piece_that_names_no_byte_is_refused(tokenizer, tmp_path):
     damaged = tokenizer.path.read_bytes().replace(b"<0x41>", b"<0xZZ>")
     (tmp_path / "tokenizer.model").write_bytes(damaged)
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        Tokenizer(tmp_path / "tokenizer.model")
+        open_tokenizer(tmp_path / "tokenizer.model")
 
 
-def test_every_beginning_of_a_file_opens_or_is_refused(tokenizer, tmp_path):
+def test_every_beginning_of_a_file_is_refused_or_opens_with_the_pieces_that_it_holds(tokenizer, tmp_path):
     content = tokenizer.path.read_bytes()
+    pieces = [tokenizer.piece_bytes(token) for token in range(tokenizer.vocab_size)]
+    refused = 0
     for size in range(0, len(content), len(content) // 60):
         (tmp_path / "tokenizer.model").write_bytes(content[:size])
         try:
-            opened = Tokenizer(tmp_path / "tokenizer.model")
+            opened = open_tokenizer(tmp_path / "tokenizer.model")
         except UserError as error:
+            refused += 1
             assert "\n" not in str(error)
-        else:
-            assert opened.decode(opened.encode("Once upon a time")) is not None
+        else:  # cut behind a piece: a smaller vocabulary, whose sha256 is another one
+            assert [opened.piece_bytes(token) for token in range(opened.vocab_size)] == pieces[: opened.vocab_size]
+            assert opened.decode(opened.encode("Once upon a time")) == "Once upon a time"
+    assert refused > 50
 
 
 def test_a_copy_is_the_file_that_was_opened(tokenizer, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
-    opened = Tokenizer(tmp_path / "a" / "tokenizer.model")
+    opened = open_tokenizer(tmp_path / "a" / "tokenizer.model")
     opened.path.write_bytes(b"another")
     opened.copy_to(tmp_path)
     assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
 
 
-@pytest.mark.parametrize("failure", [UserError("a.txt: bad"), OSError(5, "Input/output error"), KeyboardInterrupt()])
-def test_text_that_fails_while_a_tokenizer_is_trained_is_told_as_it_is(tmp_path, failure):
-    def texts():
-        yield "some text"
-        raise failure
-
-    with pytest.raises(type(failure)) as error:
-        train_tokenizer(texts(), 400, tmp_path / "tokenizer.model")
-    assert error.value is failure and not list(tmp_path.iterdir())
-
-
-def test_a_line_of_many_megabytes_is_cut_in_time():
-    line = "a word and another " * 400_000  # 8 MB
-    start = time.monotonic()
-    parts = list(_training_sentences([line + "é" * 2000]))
-    assert time.monotonic() - start < 20  # a hang's limit: it takes a fraction of a second
-    assert "".join(parts) == line + "é" * 2000
-    assert max(len(part.encode()) for part in parts) <= 4192
-
-
 @pytest.fixture(scope="module")
 def tokenizer_session(shards):
-    return Tokenizer(shards / "tokenizer.model")
-
-
-def test_reading_text_and_shards_needs_no_framework():
-    code = "import sys, bitnet_lit.data.tokenizer, bitnet_lit.data.shards, bitnet_lit.data.order; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "lightning", "hydra", "wandb", "google.protobuf"} & set(loaded)
+    return open_tokenizer(shards / "tokenizer.model")
 
 
 def test_the_decoder_of_a_long_prompt_looks_at_its_first_text_only(tokenizer):

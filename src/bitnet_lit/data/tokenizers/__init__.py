@@ -1,0 +1,34 @@
+"""Tokenizers: one interface (`tokenizer.py`), and one file for each kind of tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from bitnet_lit.data.tokenizers.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
+
+__all__ = ["Tokenizer", "find_tokenizer", "open_tokenizer", "tokenizer_file_names"]
+
+_KINDS = (SentencePieceTokenizer, JsonTokenizer)  # where a folder holds files of both, the first kind counts
+
+
+def open_tokenizer(path: Path | str) -> Tokenizer:
+    """Open a tokenizer's file: *.json as a tokenizer.json, any other name as a SentencePiece model.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or is not what its name says; one line.
+    """
+    return JsonTokenizer(path) if Path(path).suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """Return the tokenizer's file in a folder; None where there is none."""
+    names = (kind.file_names[0] for kind in _KINDS)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def tokenizer_file_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that the tokenizer of a folder consists of; none where there is no tokenizer."""
+    found = find_tokenizer(folder)
+    return next((kind.file_names for kind in _KINDS if found and kind.file_names[0] == found.name), ())

@@ -1,0 +1,119 @@
+"""Encoding word by word: SentencePiece's ids at several times its speed.
+
+A BPE piece holds a space at its front only, so no merge joins a character with a space that follows it. A text can
+therefore be cut in front of each run of spaces. Merges inside such a unit do not depend on what stands around it, so
+the ids of the text are the ids of its units, one after the other. Text repeats its words: each unit is encoded once,
+and looked up from then on. A line break that no piece joins to another character is a place to cut, too.
+
+This holds for models with an identity normalizer, byte fallback and no piece with an inner space. llama2.c's models and
+Llama 2's are such models. `FastEncoder` checks, and encodes whole texts where it does not hold.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+from bitnet_lit.data.tokenizers.tokenizer import SPACE
+
+MAX_CACHED_UNITS = 1_000_000  # about 150 MB; natural text rarely has more distinct words than that
+# A longer unit (a web address, a sentence in a script without spaces) hardly comes twice, and would fill the memory.
+MAX_CACHED_CHARACTERS = 64
+# A text of many millions of characters (a book, a file without separators) is encoded in parts of about this size: its
+# words, each a Python object, would take twenty times its memory.
+CHARACTERS_AT_ONCE = 2**20
+GLUED = "\0"  # marks a unit that follows the one before without a space; a text that holds a NUL is encoded whole
+_PART_BORDER = re.compile(rf"[^\s{SPACE}] [^\s{SPACE}]")
+BPE = 2  # TrainerSpec.ModelType in sentencepiece_model.proto
+CONTROL, USER_DEFINED, UNKNOWN, BYTE = 3, 4, 2, 6  # SentencePiece.Type there
+
+
+class _UnitCache(dict[str, bytes]):
+    """The bytes of the ids of each unit; a unit that is not there yet is encoded when it is looked up.
+
+    Args:
+        num_prefix_ids: the number of ids of the dummy prefix in front of a line break.
+    """
+
+    def __init__(self, processor: SentencePieceProcessor, dtype: np.dtype, num_prefix_ids: int) -> None:
+        super().__init__()
+        self._encode, self._dtype, self._num_prefix_ids = processor.encode, dtype, num_prefix_ids
+
+    def __missing__(self, unit: str) -> bytes:
+        if unit[0] == GLUED:
+            ids = self._encode(unit[1:])[self._num_prefix_ids :]
+        else:
+            ids = self._encode(unit)  # the dummy prefix is the one space that cutting took away
+        encoded = np.array(ids, dtype=self._dtype).tobytes()
+        if len(unit) <= MAX_CACHED_CHARACTERS:
+            self[unit] = encoded
+        return encoded
+
+
+class FastEncoder:
+    """The encoder of a SentencePiece model for many texts.
+
+    Attributes:
+        by_words: whether the model allows encoding by words; every text is encoded whole otherwise.
+    """
+
+    def __init__(self, processor: SentencePieceProcessor, dtype: np.dtype) -> None:
+        self._dtype, self._encode = dtype, processor.encode
+        one_break, two_breaks = len(self._encode("\n")), len(self._encode("\n\n"))
+        self._cache = _UnitCache(processor, dtype, num_prefix_ids=2 * one_break - two_breaks)
+        model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
+        model.ParseFromString(processor.serialized_model_proto())
+        normalizer = model.normalizer_spec
+        # A piece with a space behind something else would be cut apart. Control and byte pieces never match text.
+        texts = [piece.piece for piece in model.pieces if piece.type not in (UNKNOWN, CONTROL, BYTE)]
+        inner_space = any(re.search(f"[^{SPACE}]{SPACE}", text) for text in texts)
+        self._cuts_lines = not any("\n" in text and text != "\n" for text in texts)
+        user_defined = any(piece.type == USER_DEFINED for piece in model.pieces)
+        self.by_words = (
+            model.trainer_spec.model_type == BPE
+            and model.trainer_spec.byte_fallback
+            and not model.trainer_spec.treat_whitespace_as_suffix
+            and not normalizer.precompiled_charsmap
+            and normalizer.add_dummy_prefix
+            and normalizer.escape_whitespaces
+            and not inner_space
+            and not user_defined
+        )
+        self._collapses_spaces = normalizer.remove_extra_whitespaces
+
+    def encode(self, text: str) -> bytes:
+        """Return the token ids of a text without BOS, as the bytes of an array of the encoder's dtype."""
+        if not self.by_words or len(text) <= CHARACTERS_AT_ONCE:
+            return self._encode_part(text)
+        parts, start = [], 0
+        while border := _PART_BORDER.search(text, start + CHARACTERS_AT_ONCE):
+            parts.append(self._encode_part(text[start : border.start() + 1]))
+            start = border.end() - 1  # the one space between them is the dummy prefix of the next part
+        return b"".join([*parts, self._encode_part(text[start:])])
+
+    def _encode_part(self, text: str) -> bytes:
+        # The model reads a literal U+2581 as a space, and split() does not; spaces at an end belong to no unit.
+        if not self.by_words or SPACE in text or GLUED in text or text[:1] == " " or text[-1:] == " ":
+            return np.array(self._encode(text), dtype=self._dtype).tobytes()
+        if len(self._cache) > MAX_CACHED_UNITS:
+            self._cache.clear()
+        if self._cuts_lines and "\n" in text and " \n" not in text and text[0] != "\n":
+            text = text.replace("\n", f" {GLUED}\n")
+        units = text.split(" ")
+        if "" in units:  # runs of spaces
+            units = [unit for unit in units if unit] if self._collapses_spaces else _join_runs(units)
+        return b"".join(map(self._cache.__getitem__, units))
+
+
+def _join_runs(units: list[str]) -> list[str]:
+    """Turn ["a", "", "b"] into ["a", " b"]: an empty unit is one more space of a run, in front of the next unit."""
+    joined, spaces = [], 0
+    for unit in units:
+        if unit:
+            joined.append(" " * spaces + unit)
+            spaces = 0
+        else:
+            spaces += 1
+    return joined

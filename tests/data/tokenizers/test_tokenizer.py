@@ -1,0 +1,53 @@
+"""The tokenizer interface, as a class of a user's own meets it."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitnet_lit.data.tokenizers import Tokenizer, tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """The example of the interface's docstring."""
+    source = textwrap.dedent(tokenizer.__doc__.split("for example:\n")[1].split("A token stands for")[0])
+    names = {"Tokenizer": Tokenizer}
+    exec(source, names)
+    return names["ByteTokenizer"]()
+
+
+@given(prompt=st.text(), text=st.text())
+def test_three_methods_give_streams_bytes_of_text_and_shards(byte_tokenizer, prompt, text):
+    ids = byte_tokenizer.encode(text)
+    assert byte_tokenizer.decode(ids) == text
+    decoder = byte_tokenizer.stream_decoder(byte_tokenizer.encode(prompt))
+    assert "".join(map(decoder.feed, ids)) + decoder.flush() == text
+    encoded = np.frombuffer(byte_tokenizer.shard_encoder(np.dtype(np.uint16))(text), np.uint16)
+    assert encoded.tolist() == ids[1:]
+    inputs, targets = np.array(ids[:-1], np.int64), np.array(ids[1:], np.int64)
+    # A space that begins a document is SentencePiece's, and counts nothing.
+    assert byte_tokenizer.text_bytes(inputs, targets) == len(text.encode()) - text.startswith(" ")
+
+
+def test_what_a_tokenizer_without_a_file_says_of_itself(byte_tokenizer, tmp_path):
+    assert byte_tokenizer.path is None and byte_tokenizer.sentencepiece_vocabulary() is None
+    byte_tokenizer.copy_to(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    class Other(type(byte_tokenizer)):
+        def piece_bytes(self, token):
+            return super().piece_bytes(token).upper()
+
+    same, other = type(byte_tokenizer)(), Other()
+    assert len(same.sha256) == 64 and same.sha256 == byte_tokenizer.sha256 != other.sha256
+
+
+def test_reading_text_and_shards_needs_no_framework():
+    code = "import sys, bitnet_lit.data.tokenizers, bitnet_lit.data.shards, bitnet_lit.data.order; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "lightning", "hydra", "wandb", "google.protobuf"} & set(loaded)
