@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def _infer(config: InferConfig) -> None:
-    from bitnet_lit.inference.run import infer
+    from bitnet_lit.inference.print_texts import infer
 
     infer(config)
 

@@ -18,7 +18,7 @@ from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.inference.load import load
+from bitnet_lit.inference.language_model import load
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, run_door, tiny_model
 

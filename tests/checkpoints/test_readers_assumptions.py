@@ -17,7 +17,7 @@ from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import tokenizer_problem
 from bitnet_lit.inference.evaluation import evaluate
-from bitnet_lit.inference.load import load
+from bitnet_lit.inference.language_model import load
 from tests.data.tokenizers.test_tokenizer_json import metaspace
 from tests.exports.exporting import export_to
 from tests.support import tiny_model

@@ -44,7 +44,7 @@ def _through(work: Callable[[], Any]) -> None:
 
 
 def infer(path: str, draw: Random, engine: str = "cpu") -> None:
-    from bitnet_lit.inference.run import infer
+    from bitnet_lit.inference.print_texts import infer
 
     options = {"engine": engine, "threads": 1, "max_new_tokens": 6, "prompt": "Once upon a time", "seed": 1}
     options |= draw.choice(
@@ -58,7 +58,7 @@ def infer_torch(path: str, draw: Random) -> None:
 
 
 def infer_prompts(path: str, draw: Random) -> None:
-    from bitnet_lit.inference.run import infer
+    from bitnet_lit.inference.print_texts import infer
 
     _through(lambda: infer(InferConfig(checkpoint="latent", prompts=path, max_new_tokens=3, threads=1)))
 

@@ -10,13 +10,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitnet_lit.config import GenerationConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
-from bitnet_lit.inference.generator import Generator, _StopFilter
+from bitnet_lit.inference.generator import Generator
+from bitnet_lit.inference.stop_texts import StopFilter
 from bitnet_lit.quant import PackedBitLinear
 from tests.support import tiny_model
 
 GREEDY = {"temperature": 0.0}
+
+
+def stream(generator, prompt, index=0, **options):
+    return (piece for _, piece in generator.stream_batch([prompt], GenerationConfig(**options), index))
+
+
+def generate_batch(generator, prompts, index=0, **options):
+    return generator.generate_batch(prompts, GenerationConfig(**options), index)
+
+
+def generate(generator, prompt, index=0, **options):
+    return generate_batch(generator, [prompt], index, **options)[0]
 
 
 class Scripted:
@@ -92,7 +106,7 @@ def test_ends(tokenizer):
         ([word], {"max_new_tokens": 1000}, "context", 64),  # the last one is drawn, not fed
     ):
         generator = Generator(Scripted(script), tokenizer)
-        list(generator.stream("", **GREEDY, **options))
+        list(stream(generator, "", **GREEDY, **options))
         statistics = generator.statistics
         assert (statistics.reason, statistics.new_tokens) == (reason, count)
         assert statistics.prompt_tokens == 1
@@ -101,7 +115,7 @@ def test_ends(tokenizer):
 def test_a_long_prompt_keeps_its_last_tokens_and_says_so(tokenizer):
     generator = Generator(TorchEngine(tiny_model(max_position_embeddings=16)), tokenizer)
     with pytest.warns(UserWarning, match=r"the prompt has \d+ tokens and the context 16: kept the last 15"):
-        text = generator.generate("Once upon a time, there was a girl. " * 4, **GREEDY)
+        text = generate(generator, "Once upon a time, there was a girl. " * 4, **GREEDY)
     assert text.startswith("Once upon a time")
     assert generator.statistics.prompt_tokens == 15 and generator.statistics.new_tokens == 2
 
@@ -111,39 +125,39 @@ def test_stop_texts_never_show_even_across_pieces(tokenizer):
     text = tokenizer.decode(script[:-1])
     for stop in ("home and", "e and a", "cake", "."):
         generator = Generator(Scripted(script), tokenizer)
-        pieces = list(generator.stream("", stop=[stop], **GREEDY))
+        pieces = list(stream(generator, "", stop=[stop], **GREEDY))
         assert "".join(pieces) == text[: text.index(stop)]
         assert generator.statistics.reason == "stop"
     generator = Generator(Scripted(script), tokenizer)
-    assert "".join(generator.stream("", stop=["cake. And", "xyz"], **GREEDY)) == text
+    assert "".join(stream(generator, "", stop=["cake. And", "xyz"], **GREEDY)) == text
 
 
 def test_streamed_characters_are_whole(tokenizer):
     script = [*tokenizer.encode("a 😀 b", bos=False), tokenizer.eos_id]
-    pieces = list(Generator(Scripted(script), tokenizer).stream("", **GREEDY))
+    pieces = list(stream(Generator(Scripted(script), tokenizer), "", **GREEDY))
     assert "".join(pieces) == "a 😀 b" and "😀" in pieces
 
 
 def test_the_text_goes_on_from_the_prompt(tokenizer):
     script = [*tokenizer.encode("went home", bos=False), tokenizer.eos_id]
-    assert Generator(Scripted(script), tokenizer).generate("Lily", **GREEDY) == "Lily went home"
-    assert Generator(Scripted(script), tokenizer).generate("", **GREEDY) == "went home"
+    assert generate(Generator(Scripted(script), tokenizer), "Lily", **GREEDY) == "Lily went home"
+    assert generate(Generator(Scripted(script), tokenizer), "", **GREEDY) == "went home"
 
 
 def test_the_same_seed_gives_the_same_text(tokenizer):
     generator = Generator(TorchEngine(tiny_model()), tokenizer)
     options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 1.0}
-    first = generator.generate("Lily", seed=3, **options)
-    assert generator.generate("Lily", seed=3, **options) == first
-    assert generator.generate("Lily", seed=3, index=1, **options) != first
+    first = generate(generator, "Lily", seed=3, **options)
+    assert generate(generator, "Lily", seed=3, **options) == first
+    assert generate(generator, "Lily", seed=3, index=1, **options) != first
 
 
 def test_texts_of_a_batch_are_those_of_each_alone(tokenizer):
     generator = Generator(TorchEngine(tiny_model(max_position_embeddings=40)), tokenizer)
     prompts = ["Lily", "", "Lily", "Once upon a time, there was a boy", "Lily"]
     options = {"max_new_tokens": 60, "temperature": 1.0, "seed": 3}
-    alone = [generator.generate(prompt, index=i, **options) for i, prompt in enumerate(prompts)]
-    assert generator.generate_batch(prompts, **options) == alone
+    alone = [generate(generator, prompt, index=i, **options) for i, prompt in enumerate(prompts)]
+    assert generate_batch(generator, prompts, **options) == alone
     assert len(set(alone)) == 5
     statistics = generator.statistics
     assert statistics.prompt_tokens == sum(len(tokenizer.encode(prompt)) for prompt in set(prompts))
@@ -155,7 +169,7 @@ def test_rows_of_a_padded_vocabulary_are_never_drawn(tokenizer):
     padded = Scripted([tokenizer.vocab_size + 3], vocab_size=tokenizer.vocab_size + 8)
     generator = Generator(padded, tokenizer)
     for temperature in (0.0, 1.0):
-        text = "".join(generator.stream("Once", max_new_tokens=5, temperature=temperature, seed=1))
+        text = "".join(stream(generator, "Once", max_new_tokens=5, temperature=temperature, seed=1))
         assert isinstance(text, str) and generator.statistics.new_tokens >= 1
 
 
@@ -163,12 +177,12 @@ def test_a_context_of_one_token_gives_one(tokenizer):
     generator = Generator(TorchEngine(tiny_model(max_position_embeddings=1)), tokenizer)
     for prompt in ("", "Once"):
         with contextlib.nullcontext() if not prompt else pytest.warns(UserWarning, match="kept the last 1"):
-            list(generator.stream(prompt, **GREEDY))
+            list(stream(generator, prompt, **GREEDY))
         assert (generator.statistics.prompt_tokens, generator.statistics.new_tokens) == (1, 1)
 
 
 def test_no_prompts_give_no_texts(tokenizer):
-    assert Generator(TorchEngine(tiny_model()), tokenizer).generate_batch([]) == []
+    assert generate_batch(Generator(TorchEngine(tiny_model()), tokenizer), []) == []
 
 
 @pytest.mark.parametrize(
@@ -186,9 +200,9 @@ def test_options_are_refused_when_a_text_is_asked_for(options, tokenizer):
     generator = Generator(Scripted([5]), tokenizer)
     ((key, _),) = options.items()
     with pytest.raises(UserError, match=f"{key}="):
-        generator.stream("Once", **options)  # not only when its first piece is read
+        stream(generator, "Once", **options)  # not only when its first piece is read
     with pytest.raises(UserError, match="prompts="):
-        generator.stream_batch("Once")
+        generator.stream_batch("Once", GenerationConfig())
 
 
 def test_a_stop_text_may_be_anything(tokenizer):
@@ -204,8 +218,8 @@ def test_a_stop_text_may_be_anything(tokenizer):
         "O": "",
     }
     for stop, expected in ends.items():
-        for stops in (stop, [stop, stop]):  # as a text, or as a list
-            pieces = Generator(Scripted(script), tokenizer).stream("", stop=stops, **GREEDY)
+        for stops in ([stop], (stop, stop)):
+            pieces = stream(Generator(Scripted(script), tokenizer), "", stop=stops, **GREEDY)
             assert "".join(pieces) == expected, stop[:20]
 
 
@@ -213,7 +227,7 @@ def test_thousands_of_stop_texts(tokenizer):
     script = [*tokenizer.encode("Lily went home and ate a cake.", bos=False), tokenizer.eos_id]
     stops = [f"{word} {i}" for i in range(2000) for word in ("went", "ate a cak", "cake. And so they all ran " * 20)]
     start = time.perf_counter()
-    text = "".join(Generator(Scripted(script), tokenizer).stream("", stop=[*stops, "a cake"], **GREEDY))
+    text = "".join(stream(Generator(Scripted(script), tokenizer), "", stop=[*stops, "a cake"], **GREEDY))
     assert text == "Lily went home and ate "
     assert time.perf_counter() - start < 30  # for ever, where each token compares every beginning of every stop text
 
@@ -221,7 +235,7 @@ def test_thousands_of_stop_texts(tokenizer):
 def test_the_stop_text_that_is_complete_first_ends_a_text_in_whatever_pieces_it_comes():
     text = "say abcd now"
     for size in (1, 2, 3, len(text)):
-        stops = _StopFilter(["abcd", "bc", "xyz"])
+        stops = StopFilter(["abcd", "bc", "xyz"])
         passed = ""
         for at in range(0, len(text), size):
             passed += stops.feed(text[at : at + size])
@@ -240,7 +254,7 @@ def test_stop_texts_are_those_found_by_looking_at_every_end(text, stops, cut):
     ends = [(end, stop) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
     first = min((end for end, _ in ends), default=None)
     expected = text if first is None else text[: first - max(len(stop) for end, stop in ends if end == first)]
-    found, filtered = "", _StopFilter(stops)
+    found, filtered = "", StopFilter(stops)
     for at in range(0, len(text), cut):
         found += filtered.feed(text[at : at + cut])
         if filtered.stopped:
@@ -253,20 +267,20 @@ def test_streams_read_in_turns_are_those_read_alone(tokenizer):
     generator = Generator(TorchEngine(tiny_model()), tokenizer)
     options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}
     prompts = ["Lily", "Once upon a time", ""]
-    alone = ["".join(generator.stream(prompt, **options)) for prompt in prompts]
-    streams = [generator.stream(prompt, **options) for prompt in prompts]
+    alone = ["".join(stream(generator, prompt, **options)) for prompt in prompts]
+    streams = [stream(generator, prompt, **options) for prompt in prompts]
     together = [""] * 3
     for _ in range(20):
-        for number, stream in enumerate(streams):
-            together[number] += next(stream, "")
+        for number, pieces in enumerate(streams):
+            together[number] += next(pieces, "")
     assert together == alone
 
 
 def test_statistics_are_of_the_text_that_was_begun_last(tokenizer):
     generator = Generator(TorchEngine(tiny_model()), tokenizer)
-    first = generator.stream("Lily went home", max_new_tokens=20, seed=1)
+    first = stream(generator, "Lily went home", max_new_tokens=20, seed=1)
     next(first)
-    list(generator.stream("", max_new_tokens=3, seed=1))
+    list(stream(generator, "", max_new_tokens=3, seed=1))
     assert (generator.statistics.prompt_tokens, generator.statistics.new_tokens) == (1, 3)
     list(first)
     assert (generator.statistics.prompt_tokens, generator.statistics.new_tokens) == (1, 3)
@@ -274,8 +288,8 @@ def test_statistics_are_of_the_text_that_was_begun_last(tokenizer):
 
 def test_a_stream_that_is_closed_half_way_leaves_the_engine_as_it_was(tokenizer):
     generator = Generator(TorchEngine(tiny_model()), tokenizer)
-    whole = generator.generate("Lily", max_new_tokens=20, seed=1)
-    stream = generator.stream("Lily", max_new_tokens=20, seed=1)
-    next(stream)
-    stream.close()
-    assert generator.generate("Lily", max_new_tokens=20, seed=1) == whole
+    whole = generate(generator, "Lily", max_new_tokens=20, seed=1)
+    half = stream(generator, "Lily", max_new_tokens=20, seed=1)
+    next(half)
+    half.close()
+    assert generate(generator, "Lily", max_new_tokens=20, seed=1) == whole

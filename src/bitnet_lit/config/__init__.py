@@ -8,6 +8,7 @@ Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyT
 """
 
 from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
+from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig
 from bitnet_lit.config.training import (
     AdamWConfig,
@@ -26,10 +27,13 @@ __all__ = [
     "AdamWConfig",
     "BenchConfig",
     "CallbacksConfig",
+    "CheckpointConfig",
     "DataConfig",
+    "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",
     "ExportTargetsConfig",
+    "GenerationConfig",
     "InferConfig",
     "LoggerConfig",
     "ModelConfig",

@@ -8,9 +8,11 @@ anything is computed with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, ClassVar
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from bitnet_lit.errors import UserError
 
@@ -78,11 +80,47 @@ class Checked:
     """The range of each numeric field."""
 
     def __post_init__(self) -> None:
+        cls: Any = type(self)
+        kinds = _kinds_of_fields(cls)
         for key, allowed in self.RANGES.items():
-            if (value := getattr(self, key)) is not None:
-                allowed.check(f"{self.OWNER}{key}", value)
+            name, value, kinds_of_key = f"{self.OWNER}{key}", getattr(self, key), kinds[key]
+            if value is None and type(None) in kinds_of_key:
+                continue
+            if float not in kinds_of_key:
+                require_whole(name, value)
+            allowed.check(name, value)
+
+
+@cache
+def _kinds_of_fields(cls: type) -> dict[str, tuple[type, ...]]:
+    """Each field's type, as a tuple: (int,) for `int`, (int, NoneType) for `int | None`."""
+    return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(cls).items()}
+
+
+def require_whole(key: str, value: object) -> None:
+    """Refuse what is no whole number; True and False are none.
+
+    Raises:
+        UserError: with the key and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{key}={value!r}: must be a whole number")
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}")
+
+
+def list_of_texts(key: str, texts: object) -> list[str]:
+    """A sequence of texts as a list.
+
+    Raises:
+        UserError: a single text, whose characters would be taken for texts, or something that is no text.
+    """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise UserError(f"{key}={texts!r:.100}: must be a list of texts")
+    listed = list(texts)
+    if not all(isinstance(text, str) for text in listed):
+        raise UserError(f"{key}={listed!r:.100}: must be a list of texts")
+    return listed

@@ -7,21 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from bitnet_lit.config.checks import SIZE, Checked, Range, one_of
-from bitnet_lit.config.network import import_schemes
+from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.errors import UserError
 
 ANY_SEED = Range(-(2**64), 2**64)
-
-# What a sampler can compute with: temperatures and penalties are used as float32, in which less would be zero and more
-# infinite.
-SAMPLING = {
-    "temperature": Range(1e-30, 1e30, also=(0,), must="be 0 (greedy) or 1e-30 to 1e+30"),
-    "top_k": Range(0, 1e30),  # more than there are tokens means all of them
-    "top_p": Range(0, 1, open_left=True),
-    "min_p": Range(0, 1, open_right=True),
-    "repeat_penalty": Range(1e-30, 1e30, must="be 1 (off), or 1e-30 to 1e+30"),
-    "repeat_last_n": Range(0, 1e30),
-}
 
 
 @dataclass
@@ -39,9 +28,9 @@ class PrepareConfig(Checked):
     num_workers: int | None = None
     """Processes that encode. null: all cores."""
     seed: int = 0
-    """Of the demo corpus."""
+    """source=demo: the seed of the stories."""
     num_stories: int = 20000
-    """Of the demo corpus."""
+    """source=demo: the number of stories."""
     download_dir: str | None = None
     """Where source=tinystories keeps the archive and the text. null: in out."""
 
@@ -72,88 +61,33 @@ class PrepareConfig(Checked):
 
 
 @dataclass
-class InferConfig(Checked):
-    """`python -m bitnet_lit.infer`: a model folder tells a story."""
+class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
+    """`python -m bitnet_lit.infer`: a model goes on from a prompt, or from several."""
 
     prompt: str = "Once upon a time"
-    """The text to go on from. Empty: the model starts a story by itself."""
+    """The text to go on from. Empty: the model begins by itself."""
     prompts: str | None = None
-    """A text file with a prompt on each line, in place of `prompt`; several are generated at once."""
-    checkpoint: str | None = None
-    """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
-    newest run below outputs/."""
-    schemes: list[str] = field(default_factory=list)
-    """Quantization schemes of one's own that the model may name, <module>.<class>. What a folder names is never
-    imported by itself."""
-    tokenizer: str | None = None
-    """Of a checkpoint that comes without one: a SentencePiece model or a tokenizer.json."""
-    max_new_tokens: int = 256
-    """At most; the context ends a text too."""
-    temperature: float = 0.8
-    """0 always takes the likeliest token; 1 samples from the model's own distribution."""
-    top_k: int = 0
-    """Sample from the k likeliest tokens. 0: from all."""
-    top_p: float = 0.95
-    """Sample from the likeliest tokens that together have this probability. 1: from all."""
-    min_p: float = 0.0
-    """Leave out tokens below this share of the likeliest one's probability."""
-    repeat_penalty: float = 1.0
-    """Divide (multiply, if negative) the logits of recent tokens by this. 1: off."""
-    repeat_last_n: int = 64
-    """How many recent tokens repeat_penalty looks at."""
-    seed: int | None = None
-    """Of the sampling; the same seed gives the same text. null: another text each time."""
-    stop: list[str] = field(default_factory=list)
-    """Texts that end a sample; they are not printed."""
+    """A text file with a prompt on each line, which replaces `prompt`; several texts are generated at once."""
     num_samples: int = 1
     """Texts to generate from each prompt."""
     interactive: bool = False
-    """Ask for prompts until an empty line or end of input."""
+    """Ask for prompts until an empty line or the end of the input."""
     quiet: bool = False
     """Print nothing but the text, on a terminal too."""
-    device: str = "cpu"
-    """cpu, cuda or mps."""
-    engine: str = "auto"
-    """cpu (compiled code), torch, or auto: cpu where it can run the model."""
-    threads: int | None = None
-    """Of the cpu engine. null: one on each physical core."""
-    head: str = "auto"
-    """Of the cpu engine: rows of int8, of int4 (and int8 for likely tokens), of float (exact, slower), or auto: int4
-    where int8 rows are larger than caches are."""
-    kv_cache: str = "half"
-    """Of the cpu engine: keys and values as half (float16), as float, or as int8 with a scale each."""
+    tokenizer: str | None = None
+    """A SentencePiece model or a tokenizer.json, for a checkpoint that comes without a tokenizer."""
 
-    RANGES: ClassVar[dict[str, Range]] = {
-        "max_new_tokens": SIZE,
-        **SAMPLING,
-        "seed": ANY_SEED,
-        "num_samples": SIZE,
-        "threads": SIZE,
-    }
-
-    def __post_init__(self) -> None:
-        import_schemes(self.schemes)
-        super().__post_init__()
-        one_of("engine", self.engine, ("auto", "cpu", "torch"))
-        one_of("head", self.head, ("auto", "int8", "int4", "float"))
-        one_of("kv_cache", self.kv_cache, ("half", "float", "int8"))
-        one_of("device", self.device, ("cpu", "cuda", "mps"))
+    RANGES: ClassVar[dict[str, Range]] = {**GenerationConfig.RANGES, **EngineConfig.RANGES, "num_samples": SIZE}
 
 
 @dataclass
-class EvaluateConfig(Checked):
-    """`python -m bitnet_lit.evaluate`: a deterministic pass over a validation split."""
+class EvaluateConfig(CheckpointConfig):
+    """`python -m bitnet_lit.evaluate`: one deterministic pass over a validation split."""
 
-    checkpoint: str | None = None
-    """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
-    newest run below outputs/."""
-    schemes: list[str] = field(default_factory=list)
-    """Quantization schemes of one's own that the model may name, <module>.<class>. What a folder names is never
-    imported by itself."""
     data_dir: str | None = None
-    """Shards to evaluate on. null: those the model was trained on."""
+    """The folder of shards to evaluate on. null: the one that the model was trained on."""
     batch_size: int = 32
-    """Sequences per forward pass; changes speed, and the result only by float rounding."""
+    """Sequences per forward pass. It changes the speed, and the result only by float rounding."""
     sequence_length: int | None = None
     """Tokens of a sequence. null: as in training."""
     accelerator: str = "auto"
@@ -162,21 +96,14 @@ class EvaluateConfig(Checked):
     RANGES: ClassVar[dict[str, Range]] = {"batch_size": SIZE, "sequence_length": SIZE}
 
     def __post_init__(self) -> None:
-        import_schemes(self.schemes)
         super().__post_init__()
         one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(CheckpointConfig):
     """`python -m bitnet_lit.export`: a model for other tools, compared with the original before it is called done."""
 
-    checkpoint: str | None = None
-    """Run folder, model folder, .pt or .bin of llama2.c, or a model of the Hugging Face hub (owner/name). null: the
-    newest run below outputs/."""
-    schemes: list[str] = field(default_factory=list)
-    """Quantization schemes of one's own that the model may name, <module>.<class>. What a folder names is never
-    imported by itself."""
     format: str = "packed"
     """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp) or llama2c (run.c)."""
     out: str | None = None
@@ -186,14 +113,14 @@ class ExportConfig:
     embeddings: str = "q8_0"
     """gguf: q8_0 (8.5 bits), q6_k (6.6 bits) or f16."""
     dtype: str = "float32"
-    """latent, packed: float32 or bfloat16, of everything that is no packed code."""
+    """latent, packed: float32 or bfloat16, the type of everything that is no packed code."""
     verify: bool = True
-    """Read the artefact back and compare; leave nothing where it differs."""
+    """Read the exported model back and compare; leave nothing where it differs."""
     share: str | None = None
-    """Upload a folder with a model card to this repository of the Hugging Face hub (owner/name)."""
+    """Upload the folder with a model card to this repository of the Hugging Face hub (owner/name)."""
 
     def __post_init__(self) -> None:
-        import_schemes(self.schemes)
+        super().__post_init__()
         one_of("format", self.format, ("latent", "packed", "gguf", "llama2c"))
         one_of("type", self.type, ("tq2_0", "tq1_0", "f16"))
         one_of("embeddings", self.embeddings, ("q8_0", "q6_k", "f16"))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from bitnet_lit.config.checks import COUNT, POSITIVE, SIZE, Checked, Range, one_of
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.scheme import Scheme, imported_scheme, make_scheme, scheme_class
+from bitnet_lit.quant.scheme import Scheme, imported_scheme, make_scheme, register, scheme_class
 
 
 @dataclass
@@ -192,11 +192,16 @@ class QuantConfig(Checked):
         return cls(**{key: value for key, value in saved.items() if key in own}, settings=settings)
 
 
-def import_schemes(targets: Sequence[str]) -> None:
-    """Make the schemes known that a user names for the model to be opened.
+def import_schemes(targets: Sequence[str | type[Scheme]]) -> None:
+    """Make the schemes known that a user allows the model to name: <module>.<class>, or in Python the class itself.
 
     Raises:
         UserError: one that cannot be imported, or is no scheme.
     """
+    if isinstance(targets, str):
+        raise UserError(f"schemes={targets}: must be a list: schemes=[{targets}]")
     for target in targets:
-        imported_scheme(target, f"schemes=[{target}]")
+        if isinstance(target, str):
+            imported_scheme(target, f"schemes=[{target}]")
+        else:
+            register(target)

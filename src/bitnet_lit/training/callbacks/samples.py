@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.text import Text
 
+from bitnet_lit.config import GenerationConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
@@ -24,19 +25,18 @@ class SampleStories(Callback):
 
     def __init__(self, run_dir: Path, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int) -> None:
         self.file = AppendedFile(run_dir / SAMPLES_NAME)
-        self.tokenizer, self.prompts, self.max_new_tokens = tokenizer, prompts, max_new_tokens
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.options = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or not trainer.callback_metrics["val/loss"].isfinite():
             return  # a model that computes no numbers writes nothing; `Checkpoints` ends the run
         assert isinstance(pl_module, BitNetModule)
         generator = Generator(TorchEngine(pl_module.model, pack=False), self.tokenizer)
-        stories = [
-            generator.generate(prompt, max_new_tokens=self.max_new_tokens, temperature=0.0) for prompt in self.prompts
-        ]
+        stories = generator.generate_batch(self.prompts, self.options)
         self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))
         line = Text.assemble((f"step {trainer.global_step}: ", "dim"), stories[0])
-        console(stderr=True).print(line)
+        console(stderr=True).print(line, soft_wrap=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", "\n\n".join(stories), trainer.global_step)

@@ -8,7 +8,7 @@ from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.inference.run import infer
+from bitnet_lit.inference.print_texts import infer
 from tests.support import tiny_model
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bitnet_lit.config import InferConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.inference.load import LanguageModel, load
+from bitnet_lit.inference.language_model import LanguageModel
 
 SEPARATOR = "---"
 TEXTS_AT_ONCE = 8  # they share each pass over the weights; more would gain little, and every text takes memory
@@ -57,19 +57,7 @@ class _Page:
 
 def _tell(model: LanguageModel, config: InferConfig, prompts: Sequence[str], index: int, fancy: bool) -> list[str]:
     """Write texts to stdout, the first as it comes; returns them, prompts included."""
-    pieces = model.stream_batch(
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        index=index,
-        stop=list(config.stop),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repeat_penalty=config.repeat_penalty,
-        repeat_last_n=config.repeat_last_n,
-    )
+    pieces = model.generator.stream_batch(prompts, config, index)
     page = _Page(prompts, fancy)
     try:
         for number, piece in pieces:
@@ -77,7 +65,7 @@ def _tell(model: LanguageModel, config: InferConfig, prompts: Sequence[str], ind
     finally:
         page.close()
     if fancy:
-        print(f"{DIM}{model.generator.statistics}{PLAIN}", file=sys.stderr)
+        print(f"{DIM}{model.statistics}{PLAIN}", file=sys.stderr)
     return page.texts
 
 
@@ -125,19 +113,11 @@ def infer(config: InferConfig) -> list[str]:
         UserError: no model, no tokenizer, or no such device.
     """
     fancy = sys.stdout.isatty() and not config.quiet
-    # One line, not Python's file, line and stored, for the notice about long prompts.
+    # One line, not Python's file, line and source text, for the notice about long prompts.
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     prompts = [config.prompt] if config.prompts is None else _prompts_of(Path(config.prompts))
     prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    model = load(
-        config.checkpoint,
-        config.device,
-        config.tokenizer,
-        config.engine,
-        config.threads,
-        config.head,
-        config.kv_cache,
-    )
+    model = LanguageModel(config.checkpoint, config, config.tokenizer)
     if fancy:
         print(
             f"{DIM}{model.stored.path}, {model.config.name}, {model.stored.quant.name}, {model.engine.name}{PLAIN}",
