@@ -1,6 +1,7 @@
 """What is printed is text, whatever it holds, and no more of it than a screen."""
 
 from rich.table import Table
+from rich.text import Text
 
 from bitnet_lit.errors import LONGEST_LINE, one_line
 from bitnet_lit.terminal import console, wide_console
@@ -22,3 +23,16 @@ def test_a_message_that_quotes_pages_leaves_their_middle_out():
     line = one_line(f"prompt={'a' * 10_000}: is wrong: do that")
     assert len(line) <= LONGEST_LINE and line.startswith("prompt=aaa") and line.endswith("aaa: is wrong: do that")
     assert one_line("b" * LONGEST_LINE) == "b" * LONGEST_LINE
+
+
+def test_a_line_of_text_is_never_broken_and_a_table_fits_the_width(capsys):
+    words = "Once upon a time there was a girl " * 20
+    page = console(width=80)
+    page.print(words)
+    page.print(Text.assemble(("step 5: ", "dim"), words))
+    table = Table("story")
+    table.add_row(words)
+    page.print(table)
+    text, styled, *rows = capsys.readouterr().out.splitlines()
+    assert text.strip() == words.strip() and styled.strip() == f"step 5: {words}".strip()
+    assert len(rows) > 10 and max(map(len, rows)) <= 80

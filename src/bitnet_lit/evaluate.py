@@ -16,7 +16,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
     page = console()
     for name, value in evaluate(config).items():
-        page.print(f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}", soft_wrap=True)
+        page.print(f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}")
 
 
 def main() -> None:

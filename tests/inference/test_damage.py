@@ -77,7 +77,7 @@ def test_a_loss_that_is_no_number_is_not_printed(tmp_path, shards, tokenizer):
         model.model.norm.weight.fill_(1e38)
         model.model.embed_tokens.weight.mul_(1e6)
     save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
-    with pytest.raises(ModelError, match="its loss is nan: weights are finite"):
+    with pytest.raises(ModelError, match="its loss is nan: the weights are finite"):
         evaluate(EvaluateConfig(checkpoint=str(tmp_path / "model"), data_dir=str(shards), accelerator="cpu"))
 
 

@@ -60,7 +60,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        console(stderr=True).print(f"{folder}: waiting for another process that writes it", soft_wrap=True)
+        console(stderr=True).print(f"{folder}: waiting for another process that writes it")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         # Some network file systems know no locks: two writers are the user's to avoid there.

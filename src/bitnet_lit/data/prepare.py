@@ -215,7 +215,7 @@ def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    console(stderr=True).print(line, soft_wrap=True)
+    console(stderr=True).print(line)
 
 
 def _is_done(plan: ShardPlan, out: Path, meta: dict[str, Any]) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bitnet_lit.config import TrainConfig
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import TrainingStopped
-from bitnet_lit.inference.evaluation import LossSums, TextBytes
+from bitnet_lit.inference.loss_sums import LossSums
 from bitnet_lit.model import CausalLM, next_token_loss
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
@@ -54,7 +55,7 @@ class BitNetModule(L.LightningModule):
         model: CausalLM,
         config: TrainConfig,
         plan: Plan,
-        text_bytes: TextBytes | None,
+        tokenizer: Tokenizer | None,
         moments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class BitNetModule(L.LightningModule):
         self.model = model
         self.config = config
         self.plan = plan
-        self.text_bytes = text_bytes
+        self.tokenizer = tokenizer
         self.validation_sums = LossSums()
         self._step_loss = torch.zeros(())  # mean over the accumulated batches
         self._strength: Tensor | None = None
@@ -152,7 +153,7 @@ class BitNetModule(L.LightningModule):
         """Add a batch to the sums; rows beyond the valid ones only keep the ranks in step."""
         ids, num_valid = batch
         logits = self.model(ids[:, :-1])
-        self.validation_sums.add(logits[:num_valid], ids[:num_valid], self.text_bytes)
+        self.validation_sums.add(logits[:num_valid], ids[:num_valid], self.tokenizer)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:

@@ -30,7 +30,6 @@ from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.exports.targets import check_targets
-from bitnet_lit.inference.evaluation import TextBytes
 from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
@@ -198,7 +197,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     moments = None
     if config.init_from and config.init_optimizer and start is None:
         moments = optimizer_state(config.init_from)
-    module = BitNetModule(model, config, plan, TextBytes(tokenizer) if tokenizer else None, moments)
+    module = BitNetModule(model, config, plan, tokenizer, moments)
     if is_owner:
         _take_folder(config, run_dir, start, holding)
     csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)

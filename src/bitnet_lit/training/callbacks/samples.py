@@ -36,7 +36,7 @@ class SampleStories(Callback):
         stories = generator.generate_batch(self.prompts, self.options)
         self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))
         line = Text.assemble((f"step {trainer.global_step}: ", "dim"), stories[0])
-        console(stderr=True).print(line, soft_wrap=True)
+        console(stderr=True).print(line)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", "\n\n".join(stories), trainer.global_step)

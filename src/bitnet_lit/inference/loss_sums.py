@@ -1,0 +1,78 @@
+"""From logits to the figures of an evaluation: loss, perplexity, accuracy, bits per byte.
+
+All of them follow from four sums over target tokens. Sums can be added up over batches and over the ranks of a
+distributed run, and the figures do not depend on how the data was divided. (A mean of means would.)
+
+The loss is in nats per token, so it depends on the tokenizer: longer tokens are harder to predict, and there are fewer
+of them. Bits per byte compares models with different tokenizers: all nats of a text, those of its end-of-text token
+included, over the UTF-8 bytes of that text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet_lit.data.tokenizers import Tokenizer
+
+
+@dataclass
+class LossSums:
+    """Sums over target tokens.
+
+    Attributes:
+        nats: sum of the cross-entropies.
+        tokens: number of targets.
+        correct: targets that had the largest logit.
+        text_bytes: UTF-8 bytes of text that the targets stand for; 0 where there is no tokenizer.
+    """
+
+    nats: float = 0.0
+    tokens: int = 0
+    correct: int = 0
+    text_bytes: int = 0
+
+    def add(self, logits: Tensor, ids: Tensor, tokenizer: Tokenizer | None) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (B, T, V), computed from ids[:, :-1].
+            ids: int64 (B, T + 1); the targets are ids[:, 1:].
+        """
+        if not len(ids):
+            return
+        targets = ids[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        # Summed in float64, so that the result does not depend on how the data was divided into batches.
+        self.nats += float(losses.cpu().double().sum())
+        self.tokens += targets.numel()
+        self.correct += int((logits.argmax(-1) == targets).sum())
+        if tokenizer is not None:
+            array = ids.cpu().numpy()
+            self.text_bytes += tokenizer.text_bytes(array[:, :-1], array[:, 1:])
+
+    def as_tensor(self) -> Tensor:
+        """The four sums as float64 (4,), for a reduction over ranks."""
+        return torch.tensor(astuple(self), dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, sums: Tensor) -> LossSums:
+        """The inverse of `as_tensor`."""
+        nats, tokens, correct, text_bytes = sums.tolist()
+        return cls(nats, int(tokens), int(correct), int(text_bytes))
+
+    def metrics(self) -> dict[str, float]:
+        """loss (nats per token), perplexity, accuracy (share of the targets), and bits_per_byte where there is text."""
+        loss = self.nats / self.tokens
+        metrics = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),  # exp(710) is no float64
+            "accuracy": self.correct / self.tokens,
+        }
+        if self.text_bytes:
+            metrics["bits_per_byte"] = self.nats / math.log(2) / self.text_bytes
+        return metrics
