@@ -79,9 +79,16 @@ class ForkServer:
     Args:
         preload: libraries to load before all others.
         environment: variables to set in it.
+        imports: modules to import besides those of every command.
     """
 
-    def __init__(self, preload: Sequence[Path] = (), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        preload: Sequence[Path] = (),
+        environment: Mapping[str, str] | None = None,
+        imports: Sequence[str] = (),
+    ) -> None:
+        self._imports = imports
         # One thread a child: forked threads do not exist, and two test workers share the cores as it is.
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0", **(environment or {})}
         if preload:
@@ -90,7 +97,7 @@ class ForkServer:
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"],
+            [sys.executable, "-m", "tests.forked", *self._imports],
             cwd=REPOSITORY,
             env=self._environment,
             stdin=subprocess.PIPE,
@@ -202,7 +209,7 @@ def _serve() -> None:
     """Read a request a line, fork, answer a line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
-    for module in IMPORTS:
+    for module in (*IMPORTS, *sys.argv[1:]):
         importlib.import_module(module)
     import torch
 

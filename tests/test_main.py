@@ -62,6 +62,14 @@ def test_a_command_gets_its_arguments_and_is_the_main_module(monkeypatch, comman
     assert started == [(f"bitnet_lit.{command}", ["seed=3", "prompt=a b"], f"{command}.py")]
 
 
+def test_modules_beside_the_data_are_found_as_python_m_finds_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["/somewhere/bin", *sys.path])  # a console script has its own folder there
+    monkeypatch.setattr(door, "leave", lambda work: None)
+    assert typed(monkeypatch, "train") == 0
+    assert sys.path[0] == str(tmp_path)
+
+
 def test_help_and_version_import_nothing_heavy(tmp_path):
     code = (
         "import sys; sys.argv = ['bitnet-lit', '{}']; from bitnet_lit.__main__ import main; main();"

@@ -7,6 +7,7 @@ run with the module that it finds under that name.
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
 import sys
 
@@ -28,6 +29,12 @@ Train, study and ship 1.58-bit language models: bitnet-lit <command> [key=value 
 
 bitnet-lit <command> --help lists the keys of a command. python -m bitnet_lit.<command> is the same.
 """
+
+
+def _import_from_here() -> None:
+    """Let modules of the current folder be imported, as `python -m` does and a console script does not."""
+    if os.getcwd() not in sys.path and not getattr(sys.flags, "safe_path", False):  # safe_path: Python 3.11's -P
+        sys.path.insert(0, os.getcwd())
 
 
 def _print_help() -> None:
@@ -56,6 +63,7 @@ def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         sys.argv[1:] = arguments
+        _import_from_here()
         runpy.run_module(f"bitnet_lit.{command}", run_name="__main__", alter_sys=True)
     elif command in ("-h", "--help", "help"):
         leave(_print_help)
