@@ -1,15 +1,20 @@
-"""The infer door with several texts: prompts from a file, samples of one prompt, in order and separated."""
+"""What infer writes to stdout: prompts from a file or typed, samples of one prompt, in order and separated."""
 
 import io
+import re
+import warnings
 
 import pytest
 
+import bitnet_lit
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.print_texts import infer
 from tests.support import tiny_model
+
+OPTIONS = ("max_new_tokens=12", "seed=4")
 
 
 @pytest.fixture
@@ -20,7 +25,7 @@ def folder(tmp_path, tokenizer):
 
 def told(folder, capsys, *arguments):
     """The texts that the door returns and those it wrote, which must be the same."""
-    texts = infer(compose("infer", [f"checkpoint={folder}/model", "max_new_tokens=12", "seed=4", *arguments]))
+    texts = infer(compose("infer", [f"checkpoint={folder}/model", *OPTIONS, *arguments]))
     assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
     return texts
 
@@ -70,3 +75,32 @@ def test_typed_prompts_that_are_no_text_are_one_line(folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="a typed prompt: no text in utf-8"):
         infer(compose("infer", [f"checkpoint={folder}/model", "interactive=true"]))
+
+
+def test_typed_prompts_have_as_many_samples_as_others(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Lily\nTom\n"))
+    told_before = told(folder, capsys, "prompt=Lily", "num_samples=2")
+    texts = infer(compose("infer", [*OPTIONS, f"checkpoint={folder}/model", "interactive=true", "num_samples=2"]))
+    assert texts[:2] == told_before and [text[:3] for text in texts[2:]] == ["Tom", "Tom"]
+    with pytest.raises(UserError, match="interactive=true and prompts=x: give one"):
+        compose("infer", ["interactive=true", "prompts=x"])
+
+
+def test_why_pytorch_runs_a_model_is_one_line(tmp_path, capsys, tokenizer):
+    """A warning from Python, a note from the command line; and nothing of it stays behind."""
+    quant = QuantConfig(name="b158_row")
+    save_model_folder(tmp_path / "model", tiny_model("b158_row"), quant, tokenizer)
+    why = rf"{tmp_path}/model: PyTorch runs it, slower than the native engine: .*row.*"
+    before = warnings.showwarning
+    infer(compose("infer", [*OPTIONS, f"checkpoint={tmp_path}/model"]))
+    printed = capsys.readouterr()
+    assert re.fullmatch(f"note: {why}\n", printed.err) and warnings.showwarning is before
+    with pytest.warns(UserWarning, match=why) as caught:
+        model = bitnet_lit.load(tmp_path / "model")
+    assert model.engine.name == "PyTorch" and "PyTorch" in repr(model) and "b158_row" in repr(model)
+    assert caught[0].filename == __file__  # the line that called load
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bitnet_lit.load(tmp_path / "model", engine="torch")
+    with pytest.raises(UserError, match="engine=cpu: cannot run .*row.*: take engine=torch"):
+        bitnet_lit.load(tmp_path / "model", engine="cpu")

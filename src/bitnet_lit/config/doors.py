@@ -73,11 +73,16 @@ class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
     interactive: bool = False
     """Ask for prompts until an empty line or the end of the input."""
     quiet: bool = False
-    """Print nothing but the text, on a terminal too."""
+    """Print nothing but the text and warnings, on a terminal too."""
     tokenizer: str | None = None
     """A SentencePiece model or a tokenizer.json, for a checkpoint that comes without a tokenizer."""
 
     RANGES: ClassVar[dict[str, Range]] = {**GenerationConfig.RANGES, **EngineConfig.RANGES, "num_samples": SIZE}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.interactive and self.prompts is not None:
+            raise UserError(f"interactive=true and prompts={self.prompts}: give one, typed prompts or a file of them")
 
 
 @dataclass

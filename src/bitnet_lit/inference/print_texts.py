@@ -1,12 +1,13 @@
-"""What `python -m bitnet_lit.infer` does: tell one story, several, or one per prompt that is given or
-typed.
+"""What `python -m bitnet_lit.infer` does: prompts in, texts to stdout.
 
-Stdout gets the text and nothing else. On a terminal the prompt is dimmed and a line of statistics goes to stderr; when
-stdout is no terminal, or with quiet=true, not even that.
+The prompts come from the command line, from a file, or from the keyboard. Stdout gets the texts and nothing else. On a
+terminal the prompt is dimmed, and the model and a line of statistics go to stderr, unless quiet=true. Warnings always
+go to stderr, one line each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -24,8 +25,10 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 class _Page:
-    """Stdout, one text after the other: the pieces of the first unfinished text as they come, later ones when it is
-    their turn."""
+    """Writes texts that are generated together to stdout, one after the other.
+
+    The first text is written piece by piece as it comes. The others wait until it is complete.
+    """
 
     def __init__(self, prompts: Sequence[str], fancy: bool) -> None:
         self._fancy = fancy
@@ -41,7 +44,7 @@ class _Page:
         sys.stdout.flush()
 
     def add(self, number: int, piece: str) -> None:
-        """A piece of text `number`."""
+        """Take the next piece of a text."""
         self.texts[number] += piece
         if number == 0:
             self._write(piece)
@@ -49,29 +52,39 @@ class _Page:
             self._waiting[number] += piece
 
     def close(self) -> None:
-        """Everything that has not been written yet."""
+        """Write everything that has not been written yet."""
         for text in self._waiting[1:]:
             self._write(f"\n{SEPARATOR}\n{text}")
         self._write("\n")
 
 
-def _tell(model: LanguageModel, config: InferConfig, prompts: Sequence[str], index: int, fancy: bool) -> list[str]:
-    """Write texts to stdout, the first as it comes; returns them, prompts included."""
-    pieces = model.generator.stream_batch(prompts, config, index)
-    page = _Page(prompts, fancy)
-    try:
-        for number, piece in pieces:
-            page.add(number, piece)
-    finally:
-        page.close()
-    if fancy:
-        print(f"{DIM}{model.statistics}{PLAIN}", file=sys.stderr)
-    return page.texts
+def _print_texts(model: LanguageModel, config: InferConfig, prompts: Sequence[str], fancy: bool) -> list[str]:
+    """Generate a text from each prompt, some at a time, and write them to stdout; returns them, prompts included."""
+    texts = []
+    for index in range(0, len(prompts), TEXTS_AT_ONCE):
+        if index:
+            print(SEPARATOR)
+        some = prompts[index : index + TEXTS_AT_ONCE]
+        pieces = model.generator.stream_batch(some, config, index)
+        page = _Page(some, fancy)
+        try:
+            for number, piece in pieces:
+                page.add(number, piece)
+        finally:
+            page.close()
+        if fancy:
+            print(f"{DIM}{model.statistics}{PLAIN}", file=sys.stderr)
+        texts += page.texts
+    return texts
 
 
 def _typed_prompts() -> Iterator[str]:
-    """Lines from stdin until an empty one, the end of input, or Ctrl-C."""
-    mark = "\ufeff"  # what some programs put before a text in UTF-8 that they send
+    """Yield lines from stdin until an empty one, the end of the input, or Ctrl-C.
+
+    Raises:
+        UserError: bytes that are no text in the encoding of stdin.
+    """
+    mark = "\ufeff"  # the byte order mark that some programs put before a text in UTF-8
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "").removeprefix(mark)
@@ -88,8 +101,8 @@ def _typed_prompts() -> Iterator[str]:
 def _prompts_of(path: Path) -> list[str]:
     """The lines of a file of prompts.
 
-    Only line ends divide lines (str.splitlines divides at form feeds and at Unicode's separators too), and the mark
-    that some editors put before a text in UTF-8 is no part of the first.
+    Only line ends divide lines; str.splitlines would divide at form feeds and at Unicode's separators too. A byte order
+    mark, which some editors put before a text in UTF-8, is no part of the first line.
 
     Raises:
         UserError: it cannot be read, or holds nothing.
@@ -107,36 +120,32 @@ def _prompts_of(path: Path) -> list[str]:
 
 
 def infer(config: InferConfig) -> list[str]:
-    """Write texts to stdout; returns them, prompts included.
+    """Write the texts to stdout; returns them, prompts included.
 
     Raises:
         UserError: no model, no tokenizer, or no such device.
     """
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        try:
+            return _infer(config)
+        except BrokenPipeError:
+            # The reader went away (infer | head): leave, and keep Python from failing again when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return []
+
+
+def _infer(config: InferConfig) -> list[str]:
     fancy = sys.stdout.isatty() and not config.quiet
-    # One line, not Python's file, line and source text, for the notice about long prompts.
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     prompts = [config.prompt] if config.prompts is None else _prompts_of(Path(config.prompts))
-    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
     model = LanguageModel(config.checkpoint, config, config.tokenizer)
     if fancy:
-        print(
-            f"{DIM}{model.stored.path}, {model.config.name}, {model.stored.quant.name}, {model.engine.name}{PLAIN}",
-            file=sys.stderr,
-        )
+        about = (model.stored.path, model.config.name, model.stored.quant.name, model.engine.name)
+        print(f"{DIM}{', '.join(map(str, about))}{PLAIN}", file=sys.stderr)
+    if not config.interactive:
+        return _print_texts(model, config, [prompt for prompt in prompts for _ in range(config.num_samples)], fancy)
     texts = []
-    try:
-        if config.interactive:
-            for prompt in _typed_prompts():
-                try:
-                    texts += _tell(model, config, [prompt], 0, fancy)
-                except KeyboardInterrupt:
-                    continue  # ends this text only
-            return texts
-        for index in range(0, len(prompts), TEXTS_AT_ONCE):
-            if index:
-                print(SEPARATOR)
-            texts += _tell(model, config, prompts[index : index + TEXTS_AT_ONCE], index, fancy)
-    except BrokenPipeError:
-        # The reader went away (infer | head): leave, and keep Python from failing again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for prompt in _typed_prompts():
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends this text only
+            texts += _print_texts(model, config, [prompt] * config.num_samples, fancy)
     return texts
