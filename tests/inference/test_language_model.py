@@ -38,8 +38,9 @@ def test_a_device_that_is_not_there(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), None)
-    with pytest.raises(UserError, match="device=cuda: not available"):
-        bitnet_lit.load(tmp_path, device="cuda")
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(UserError, match=f"device={device}: not available"):
+            bitnet_lit.load(tmp_path, device=device)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,8 @@ def test_a_device_that_is_not_there(tmp_path):
         {"device": "cuda:99"},
         {"device": "gpu"},
         {"device": "cuda:x"},
+        {"device": "cpu:1"},
+        {"device": "mps", "engine": "cpu"},
         {"threads": 0},
         {"threads": "2"},
         {"threads": True},
@@ -64,7 +67,7 @@ def test_a_wrong_argument_is_one_line(tmp_path, tokenizer, wrong):
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
     with pytest.raises(UserError) as error:
         bitnet_lit.load(**{"path": tmp_path / "model", **wrong})
-    (key,) = wrong
+    key = next(iter(wrong))
     assert ("checkpoint" if key == "path" else key) in str(error.value) and "\n" not in str(error.value)
 
 

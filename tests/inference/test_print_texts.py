@@ -2,6 +2,7 @@
 
 import io
 import re
+import tracemalloc
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.inference.generator import Generator
 from bitnet_lit.inference.print_texts import infer
 from tests.support import tiny_model
 
@@ -102,5 +104,21 @@ def test_why_pytorch_runs_a_model_is_one_line(tmp_path, capsys, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bitnet_lit.load(tmp_path / "model", engine="torch")
+    with pytest.warns(UserWarning, match="^threads=2, head=int4: without effect: PyTorch runs the model"):
+        bitnet_lit.load(tmp_path / "model", engine="torch", threads=2, head="int4")
     with pytest.raises(UserError, match="engine=cpu: cannot run .*row.*: take engine=torch"):
         bitnet_lit.load(tmp_path / "model", engine="cpu")
+
+
+def test_more_samples_than_anybody_waits_for_take_no_memory(folder, capsys, monkeypatch):
+    def stop_at_the_first(self, prompts, options, index):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "stream_batch", stop_at_the_first)
+    tracemalloc.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            infer(compose("infer", [*OPTIONS, f"checkpoint={folder}/model", "num_samples=20000000"]))
+        assert tracemalloc.get_traced_memory()[1] < 100e6  # a list of them takes 160 MB
+    finally:
+        tracemalloc.stop()

@@ -40,10 +40,10 @@ class CheckpointConfig(Checked):
 
 @dataclass
 class EngineConfig(Checked):
-    """What computes the logits. `head`, `kv_cache` and `threads` are read by the native engine (engine=cpu) alone.
+    """What computes the logits. `threads`, `head` and `kv_cache` are options of the native engine alone.
 
     Raises:
-        UserError: a name that is not in the list, or a number beyond its range.
+        UserError: a name that is not in the list, a number beyond its range, or engine=cpu on another device.
     """
 
     engine: str = "auto"
@@ -70,6 +70,11 @@ class EngineConfig(Checked):
         kind, colon, index = str(self.device).partition(":")
         if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdecimal())):
             raise UserError(f"device={self.device}: must be one of {', '.join(DEVICES)}, or cuda:<number of the GPU>")
+        if self.engine == "cpu" and self.device != "cpu":
+            raise UserError(
+                f"engine=cpu and device={self.device}: the native engine runs on the CPU alone: take engine=torch, or "
+                "device=cpu"
+            )
 
 
 @dataclass

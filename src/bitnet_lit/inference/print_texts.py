@@ -8,11 +8,11 @@ go to stderr, one line each.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from bitnet_lit.config import InferConfig
@@ -59,13 +59,13 @@ class _Page:
 
 
 def _print_texts(model: LanguageModel, config: InferConfig, prompts: Sequence[str], fancy: bool) -> list[str]:
-    """Generate a text from each prompt, some at a time, and write them to stdout; returns them, prompts included."""
-    texts = []
-    for index in range(0, len(prompts), TEXTS_AT_ONCE):
-        if index:
+    """Generate `num_samples` texts from each prompt, some at a time; returns them, prompts included."""
+    texts: list[str] = []
+    every = (prompt for prompt in prompts for _ in range(config.num_samples))
+    while some := list(islice(every, TEXTS_AT_ONCE)):
+        if texts:
             print(SEPARATOR)
-        some = prompts[index : index + TEXTS_AT_ONCE]
-        pieces = model.generator.stream_batch(some, config, index)
+        pieces = model.generator.stream_batch(some, config, index=len(texts))
         page = _Page(some, fancy)
         try:
             for number, piece in pieces:
@@ -127,25 +127,16 @@ def infer(config: InferConfig) -> list[str]:
     """
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-        try:
-            return _infer(config)
-        except BrokenPipeError:
-            # The reader went away (infer | head): leave, and keep Python from failing again when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return []
-
-
-def _infer(config: InferConfig) -> list[str]:
-    fancy = sys.stdout.isatty() and not config.quiet
-    prompts = [config.prompt] if config.prompts is None else _prompts_of(Path(config.prompts))
-    model = LanguageModel(config.checkpoint, config, config.tokenizer)
-    if fancy:
-        about = (model.stored.path, model.config.name, model.stored.quant.name, model.engine.name)
-        print(f"{DIM}{', '.join(map(str, about))}{PLAIN}", file=sys.stderr)
-    if not config.interactive:
-        return _print_texts(model, config, [prompt for prompt in prompts for _ in range(config.num_samples)], fancy)
-    texts = []
-    for prompt in _typed_prompts():
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends this text only
-            texts += _print_texts(model, config, [prompt] * config.num_samples, fancy)
-    return texts
+        fancy = sys.stdout.isatty() and not config.quiet
+        prompts = [config.prompt] if config.prompts is None else _prompts_of(Path(config.prompts))
+        model = LanguageModel(config.checkpoint, config, config.tokenizer)
+        if fancy:
+            about = (model.stored.path, model.config.name, model.stored.quant.name, model.engine.name)
+            print(f"{DIM}{', '.join(map(str, about))}{PLAIN}", file=sys.stderr)
+        if not config.interactive:
+            return _print_texts(model, config, prompts, fancy)
+        texts = []
+        for prompt in _typed_prompts():
+            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends this text only
+                texts += _print_texts(model, config, [prompt], fancy)
+        return texts

@@ -21,6 +21,8 @@ from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supp
 if TYPE_CHECKING:
     from bitnet_lit.model import CausalLM
 
+NATIVE = ("threads", "head", "kv_cache")  # options of the native engine alone
+
 
 def check_device(device: str) -> None:
     """Refuse a device that this machine does not have.
@@ -41,7 +43,7 @@ def check_device(device: str) -> None:
 def choose_engine(stored: StoredModel, options: EngineConfig, network: Callable[[], CausalLM]) -> Engine:
     """The engine that `options` name; for `auto` the native one where it can run the model, or else PyTorch.
 
-    Warns where `auto` takes PyTorch on a CPU, and says why.
+    Warns where `auto` takes PyTorch on a CPU and says why, and where options of the native engine have no effect.
 
     Args:
         network: gives the model as a PyTorch network on its device; called only if PyTorch runs it.
@@ -60,6 +62,11 @@ def choose_engine(stored: StoredModel, options: EngineConfig, network: Callable[
         if options.engine == "cpu":
             raise UserError(f"engine=cpu: cannot run {stored.path}: {reason}: take engine=torch")
         warnings.warn(f"{stored.path}: PyTorch runs it, slower than the native engine: {reason}", stacklevel=4)
+    default = EngineConfig()
+    of_native = {key: getattr(options, key) for key in NATIVE if getattr(options, key) != getattr(default, key)}
+    if of_native:
+        given = ", ".join(f"{key}={value}" for key, value in of_native.items())
+        warnings.warn(f"{given}: without effect: PyTorch runs the model, not the native engine", stacklevel=4)
     from bitnet_lit.inference.engines.torch_engine import TorchEngine
 
     return TorchEngine(network())
