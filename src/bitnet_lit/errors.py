@@ -55,18 +55,6 @@ class DataError(TrainingStopped):
     """Shards that changed or broke while they were read. Not the user's input, so the status is 1."""
 
 
-@contextlib.contextmanager
-def needs_extra(package: str, what: str) -> Iterator[None]:
-    """Around the import of an optional package: where it is missing, say what needs it and how to get it."""
-    try:
-        yield
-    except ImportError:
-        raise UserError(
-            f"{what}: needs the package {package}: pip install {package}, or all of them: pip install "
-            "'bitnet-lit[export]'"
-        ) from None
-
-
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitnet_lit.errors import UserError, needs_extra
+from bitnet_lit.errors import UserError
+from bitnet_lit.extras import needs
 
 HUB_SECONDS = 10  # for the first answer: a network that swallows packets gives none
 FILES = ["*.json", "*.safetensors", "tokenizer.model"]
@@ -16,7 +17,7 @@ def download_model(repository: str) -> Path:
     Raises:
         UserError: what the hub says, or that it says nothing; one line.
     """
-    with needs_extra("huggingface_hub", f"checkpoint={repository}"):
+    with needs("huggingface_hub", f"checkpoint={repository}"):
         import huggingface_hub
     unreachable: Exception | None = None
     try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from bitnet_lit.checkpoints.pretrained import fill
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.errors import ParityError
+from bitnet_lit.extras import installed
 from bitnet_lit.model import next_token_loss
 from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
 from bitnet_lit.model.tensors import EMBEDDING, HEAD
@@ -220,10 +220,6 @@ def _llama_cpp_logits(path: Path, ids: Tensor) -> Tensor:
     return torch.tensor(model.scores[: ids.shape[1]])[None].float()
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def _other_tools(stored: StoredModel, artefact: StoredModel, target: str) -> Iterator[tuple[str, Tensor | str]]:
     """Logits by each tool that the artefact is for, or why there are none."""
     ids = fixed_ids(stored)
@@ -235,7 +231,7 @@ def _other_tools(stored: StoredModel, artefact: StoredModel, target: str) -> Ite
         name, package, run = "llama.cpp", "llama_cpp", _llama_cpp_logits
     else:
         return
-    if not _installed(package) or (package == "transformers" and not _installed("accelerate")):
+    if not installed(package) or (package == "transformers" and not installed("accelerate")):
         yield name, "not installed"
     elif size > WHOLE_MODEL_BYTES:
         yield name, f"not run: {size / 2**30:.1f} GiB of float32 weights"

@@ -13,8 +13,9 @@ from typing import Any
 
 from bitnet_lit.checkpoints.formats.model_folder import public_info
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.errors import UserError, needs_extra
+from bitnet_lit.errors import UserError
 from bitnet_lit.exports.destination import NOTE_NAME
+from bitnet_lit.extras import needs
 
 LONGEST_CELL = 300  # characters
 
@@ -92,7 +93,7 @@ def check_repository(repository: str) -> None:
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"share={repository}: must be owner/name")
-    with needs_extra("huggingface_hub", f"share={repository}"):
+    with needs("huggingface_hub", f"share={repository}"):
         import huggingface_hub  # noqa: F401
 
 

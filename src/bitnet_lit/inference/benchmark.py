@@ -8,7 +8,6 @@ both. A decode step reads every weight once, so the memory's bandwidth, measured
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import shutil
 import statistics
 import tempfile
@@ -32,6 +31,7 @@ from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
+from bitnet_lit.extras import installed
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
@@ -172,10 +172,6 @@ def _transformers_pair(folder: Path) -> tuple[Timed, Timed]:
     return decode, prefill
 
 
-def _installed(*packages: str) -> bool:
-    return all(importlib.util.find_spec(package) for package in packages)
-
-
 def _after_a_pause(run: Timed) -> float:
     """Threads of whoever ran before still wait for work, and take a core while they do: let them fall asleep."""
     time.sleep(0.3)
@@ -214,7 +210,7 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
             name = stored.config.name
             model = NativeModel(stored, threads=threads)
             ours = _engine_pair(CpuEngine(model), NEW)
-            if _installed("llama_cpp", "gguf"):
+            if installed("llama_cpp", "gguf"):
                 path = Path(scratch) / "model.gguf"
                 write_gguf(stored, path, "tq2_0", "q8_0")
                 rows += _rows(name, "llama.cpp TQ2_0", ours, _llama_cpp_pair(path, threads), rounds)
@@ -223,7 +219,7 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
             torch_engine = TorchEngine(build_pretrained(stored).model)
             rows += _rows(name, "PyTorch, eager", ours, _engine_pair(torch_engine, NEW_OF_SLOW), few)
             del torch_engine
-            if _installed("transformers", "accelerate"):
+            if installed("transformers", "accelerate"):
                 rows += _rows(name, "transformers, eager", ours, _transformers_pair(stored.path), few)
             bandwidth = [
                 native.library().bitnet_read_bandwidth(BANDWIDTH_BYTES, threads, 3) / 1e9 for _ in range(rounds)

@@ -9,6 +9,7 @@ from typing import Any
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError, disk_errors
+from bitnet_lit.extras import needs
 from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.training.loggers import CSV_NAME, read_metrics
 from bitnet_lit.training.run_folder import CONFIG_NAME
@@ -60,10 +61,8 @@ def plot_curves(config: PlotConfig) -> Path:
     Raises:
         UserError: no runs, no such metric, or matplotlib is not installed.
     """
-    try:
+    with needs("matplotlib", "plot"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UserError("matplotlib is not installed: pip install 'bitnet-lit[plot]'") from None
     without: list[str] = []  # a run that has no validation yet has no curve
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.extras import needs
 from bitnet_lit.training.run_folder import CSV_NAME
 
 
@@ -147,14 +148,14 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
     """
     loggers: list[Logger] = [csv_logger]
     if config.logger.tensorboard:
-        try:
+        with needs("tensorboard", "logger=tensorboard"):
             loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resume_step or None))
-        except ModuleNotFoundError:
-            raise UserError("logger=tensorboard: not installed: pip install 'bitnet-lit[tensorboard]'") from None
     if config.logger.wandb:
         # A WANDB_MODE that is set is the user's own word. The logger's `offline` would set another, in words that newer
         # versions of wandb take for online.
         mode = None if os.environ.get("WANDB_MODE") or _wandb_logged_in() else "offline"
+        with needs("wandb", "logger=wandb"):
+            import wandb  # noqa: F401  Lightning imports it only when the first row is logged
         loggers.append(
             WandbLogger(
                 project=config.logger.wandb_project,

@@ -25,8 +25,9 @@ from bitnet_lit.checkpoints.formats.llama2c import deinterleave, interleave
 from bitnet_lit.checkpoints.formats.q6_k import quantize_q6_k
 from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
 from bitnet_lit.config import ModelConfig
-from bitnet_lit.errors import UserError, needs_extra
+from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import tokenizer_problem
+from bitnet_lit.extras import needs
 from bitnet_lit.model.tensors import EMBEDDING, HEAD
 from bitnet_lit.quant.activations import SCALE_MIN
 from bitnet_lit.quant.weights import spread_scale
@@ -50,7 +51,7 @@ FILE_TYPES = {"tq2_0": "MOSTLY_TQ2_0", "tq1_0": "MOSTLY_TQ1_0", "f16": "MOSTLY_F
 
 
 def _gguf() -> Any:
-    with needs_extra("gguf", "format=gguf"):
+    with needs("gguf", "format=gguf"):
         import gguf
     return gguf
 

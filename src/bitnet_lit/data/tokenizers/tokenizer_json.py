@@ -18,7 +18,8 @@ from typing import Any
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer, without_surrogates
-from bitnet_lit.errors import UserError, needs_extra
+from bitnet_lit.errors import UserError
+from bitnet_lit.extras import needs
 from bitnet_lit.foreign_json import Either, Integer, ListOf, OrNull, Record, Text, parse_json, read_json
 from bitnet_lit.regular_file import read_regular
 
@@ -55,7 +56,7 @@ class JsonTokenizer(Tokenizer):
     path: Path
 
     def __init__(self, path: Path | str) -> None:
-        with needs_extra("tokenizers", f"tokenizer {path}"):
+        with needs("tokenizers", f"tokenizer {path}"):
             import tokenizers
         self.path = Path(path)
         remedy = "give another file"
