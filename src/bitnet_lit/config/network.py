@@ -111,6 +111,11 @@ class ModelConfig(Checked):
         """num_key_value_heads with its default filled in."""
         return self.num_key_value_heads or self.num_attention_heads
 
+    @property
+    def kv_size(self) -> int:
+        """Elements of all key heads side by side: the rows of k_proj and v_proj."""
+        return self.num_kv_heads * self.head_size
+
 
 @dataclass
 class QuantConfig(Checked):

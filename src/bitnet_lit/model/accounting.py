@@ -1,8 +1,5 @@
-"""What a model costs: parameters, floating-point operations, bytes. Counted from the config, without building it.
-
-Hand count, per layer, with D hidden, A = heads * head_dim (usually D), K = kv_heads * head_dim, F feed-forward::
-
-    q, o: 2 * D*A      k, v: 2 * D*K      gate, up, down: 3 * D*F      norms: 2 * D (+ A + F with sub-norms)
+"""What a model costs: parameters, floating-point operations, bytes. Counted from the table of its tensors
+(`tensors.py`), without building it.
 
 FLOPs count a multiply and an add as two. Training is three times the forward pass: the backward pass multiplies
 each matrix twice, once for the input's gradient and once for its own (PaLM, arXiv 2204.02311, appendix B).
@@ -13,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.model.tensors import Kind, layer_tensors, outer_tensors
 
 
 @dataclass(frozen=True)
@@ -68,27 +66,21 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     Raises:
         UserError: groups of inputs that do not fill the rows of a projection.
     """
-    hidden, layers, length = config.hidden_size, config.num_hidden_layers, sequence_length
-    length = length or config.max_position_embeddings
-    size, kv_size = config.attention_size, config.num_kv_heads * config.head_size
-    head = config.vocabulary * hidden
-    matrices = [
-        *[(size, hidden), (kv_size, hidden), (kv_size, hidden), (hidden, size)],  # q, k, v, o
-        *[(config.intermediate_size, hidden)] * 2,  # gate, up
-        (hidden, config.intermediate_size),  # down
-    ]
-    in_a_layer = sum(rows * inputs for rows, inputs in matrices)
-    bits = sum(rows * inputs * quant.scheme.bits_per_weight(rows, inputs) for rows, inputs in matrices)
-    projections = layers * in_a_layer
-    vectors = 2 * hidden + (size + config.intermediate_size if config.sub_norm else 0)
-    vectors += (size + 2 * kv_size if config.qkv_bias else 0) + (2 * config.head_size if config.qk_norm else 0)
+    length = sequence_length or config.max_position_embeddings
+    layers, head = config.num_hidden_layers, config.vocabulary * config.hidden_size
+    in_a_layer = layer_tensors(config)
+    matrices = [tensor for tensor in in_a_layer if tensor.kind is Kind.PROJECTION]
+    weights = sum(tensor.size for tensor in matrices)
+    bits = sum(tensor.size * quant.scheme.bits_per_weight(*tensor.shape) for tensor in matrices)
+    outer = outer_tensors(config)
+    vectors = layers * (sum(tensor.size for tensor in in_a_layer) - weights)
     # Scores and their sum over values: two products of head_dim per head for each of the (length + 1) / 2 visible
     # positions that a causal token sees on average.
-    attention_flops = layers * 2 * 2 * size * (length + 1) / 2
+    attention_flops = layers * 2 * 2 * config.attention_size * (length + 1) / 2
     return Accounting(
-        embedding=head * (1 if config.tie_word_embeddings else 2),
-        projections=projections,
-        norms=layers * vectors + hidden,
-        forward_flops_per_token=2 * (projections + head) + attention_flops,
-        bits_per_weight=bits / in_a_layer,
+        embedding=sum(tensor.size for tensor in outer if tensor.kind is Kind.EMBEDDING),
+        projections=layers * weights,
+        norms=vectors + sum(tensor.size for tensor in outer if tensor.kind is not Kind.EMBEDDING),
+        forward_flops_per_token=2 * (layers * weights + head) + attention_flops,
+        bits_per_weight=bits / weights,
     )

@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.head_dim = config.head_size
         self.dropout = config.dropout
-        size, kv_size = config.attention_size, config.num_kv_heads * config.head_size
+        size, kv_size = config.attention_size, config.kv_size
         self.q_proj = nn.Linear(config.hidden_size, size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
