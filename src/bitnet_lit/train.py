@@ -18,13 +18,16 @@ def _train(config: TrainConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    from bitnet_lit.training.initialize import check_typed_network
     from bitnet_lit.training.resume import resume_config
     from bitnet_lit.training.run import train
 
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # interpolations are not resolved
+    overrides = {item: item.lstrip("+").partition("=")[0] for item in typed}
     if config.resume is not None:
-        typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # interpolations are not resolved
-        overrides = [item for item in typed if item.lstrip("+").partition("=")[0] != "resume"]
-        config = resume_config(config.resume, overrides)
+        config = resume_config(config.resume, [item for item, key in overrides.items() if key != "resume"])
+    elif config.init_from is not None:
+        check_typed_network(config, overrides.values())
     return float(train(config)["val/loss"])
 
 

@@ -4,17 +4,19 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.cli import compose
 from bitnet_lit.config import MuonConfig, QuantConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.training.initialize import calibrate_sub_norms, optimizer_state
+from bitnet_lit.training.initialize import calibrate_sub_norms, check_typed_network, optimizer_state
 from bitnet_lit.training.module import warmup_strength
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
+from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, tiny_model
+from tests.support import TINY_RUN, run_door, tiny_model
 
 SMALL = [
     "model.hidden_size=64",
@@ -113,6 +115,69 @@ def test_init_sub_norm_through_training(tmp_path, shards, tokenizer):
     overrides = [f"run_dir={tmp_path / 'run'}", f"init_from={tmp_path / 'plain'}", "init_sub_norm=true"]
     train(compose("train", [*overrides, f"data.dir={shards}", *TINY_RUN]))
     assert from_pretrained(tmp_path / "run").config.sub_norm
+
+
+@pytest.fixture
+def plain(tmp_path, tokenizer):
+    """A dense model folder without sub-norms, trained with dropout."""
+    model = tiny_model("none", sub_norm=False, vocab_size=tokenizer.vocab_size, dropout=0.3)
+    save_model_folder(tmp_path / "plain", model, QuantConfig(name="none"), tokenizer)
+    return tmp_path / "plain"
+
+
+def test_the_network_is_the_trained_models_and_how_it_is_trained_is_the_runs(tmp_path, shards, plain):
+    run = tmp_path / "run"
+    overrides = ["model.gradient_checkpointing=true", "model.dropout=0.1", "quant=none", "trainer.max_steps=2"]
+    train(compose("train", [f"run_dir={run}", f"init_from={plain}", f"data.dir={shards}", *TINY_RUN, *overrides]))
+    saved = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert (saved["gradient_checkpointing"], saved["dropout"], saved["initializer_range"]) == (True, 0.1, 0.02)
+    assert (saved["num_attention_heads"], saved["sub_norm"]) == (4, False), "TINY_RUN says 2, and sub-norms"
+    resumed = resume_config(str(run), ["model.dropout=0.2", "model.gradient_checkpointing=false"])
+    assert (resumed.model.dropout, resumed.model.gradient_checkpointing) == (0.2, False)
+    changed = ["trainer.max_steps=3", "schedule.total_steps=2", "model.dropout=0.2"]
+    assert train(resume_config(str(run), changed))["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (
+            "model.hidden_size=96",
+            r"^model.hidden_size=96 with init_from=.*with hidden_size=32: leave model.hidden_size=",
+        ),
+        ("model.sub_norm=true", "model.sub_norm=True with init_from"),
+        ("model.head_dim=10", "with head_dim=8"),
+        ("model.name=mine", "with name=custom"),
+        ("model=15m", r"^model=15m \(model.hidden_size=256\) with init_from=.*leave model= out"),
+    ],
+)
+def test_a_typed_network_that_is_another_one_is_refused(plain, typed, message):
+    config = compose("train", ["run_dir=x", f"init_from={plain}", typed])
+    with pytest.raises(UserError, match=message):
+        check_typed_network(config, [typed.partition("=")[0]])
+
+
+def test_a_typed_network_that_is_the_trained_one_is_taken(plain):
+    typed = [
+        "model.hidden_size=32",
+        "model.num_attention_heads=4",
+        "model.num_key_value_heads=null",
+        "model.dropout=0.5",
+    ]
+    typed += ["model.num_key_value_heads=4", "model.head_dim=8", "model.vocab_size=null", "data.batch_size=3"]
+    for item in typed:
+        config = compose("train", ["run_dir=x", f"init_from={plain}", item])
+        check_typed_network(config, [item.partition("=")[0]])
+    config = compose("train", ["run_dir=x", f"init_from={plain}", "init_sub_norm=true", "model.sub_norm=true"])
+    check_typed_network(config, ["init_sub_norm", "model.sub_norm"])
+
+
+def test_the_command_refuses_it_before_anything_is_trained(plain, shards):
+    tried = run_door(
+        "train", f"init_from={plain}", f"data.dir={shards}", "model.hidden_size=96", cwd=plain.parent, check=False
+    )
+    assert tried.returncode == 2 and "model.hidden_size=96 with init_from" in tried.stderr
+    assert len(tried.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "exponential"])

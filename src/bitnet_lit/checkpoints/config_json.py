@@ -1,15 +1,21 @@
 """A model's config.json as others may have written it: read once, and checked before anything is built from it.
 
-Ours and that of `transformers` share most keys. `OURS` and `THEIRS` name every key that is read here, with its type
-and the range beyond which no model lies: what a damaged file says must not ask for memory, nor end in a traceback.
-Other keys are left alone; `null` where `transformers` writes it counts as absent.
+Ours and that of `transformers` share most keys. `our_shape` and `their_shape` say what each key that is read here may
+hold: those of a network's fields follow from `ModelConfig`, its types and its ranges. So what a damaged file says
+cannot ask for memory, nor end in a traceback. Other keys are left alone; `null` where `transformers` writes it counts
+as absent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from bitnet_lit.config import ModelConfig
+from bitnet_lit.config.checks import Range
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import (
     MAX_BYTES,
@@ -31,27 +37,13 @@ from bitnet_lit.regular_file import read_regular
 CONFIG_NAME = "config.json"
 LARGEST_SIZE = 2**24  # of any axis
 LARGEST_NUMBER = 2.0**100  # a float32
+SIZE = Integer(1, LARGEST_SIZE)
 FORMAT_VERSION = 1  # of what stands under "bitnet_lit"
 
-SIZE = Integer(1, LARGEST_SIZE)
-POSITIVE = Number(0, LARGEST_NUMBER, exclusive_low=True)
-SIZES: dict[str, Shape] = {
-    "hidden_size": SIZE,
-    "intermediate_size": SIZE,
-    "num_hidden_layers": SIZE,
-    "num_attention_heads": SIZE,
-    "max_position_embeddings": SIZE,
-    "rms_norm_eps": POSITIVE,
-    "hidden_act": Text(),
-}
-OPTIONAL: dict[str, Shape] = {
-    "num_key_value_heads": OrNull(SIZE),
-    "head_dim": OrNull(SIZE),
-    "rope_theta": OrNull(POSITIVE),
-    "tie_word_embeddings": OrNull(Flag()),
-    "initializer_range": OrNull(POSITIVE),
-    "tokenizer_sha256": OrNull(Text()),
-}
+REQUIRED = (  # the fields of a network that every config.json has
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("rms_norm_eps", "hidden_act"),
+)
 QUANT = Record(
     {"name": Text(), "skip": ListOf(Text())},
     {
@@ -61,57 +53,81 @@ QUANT = Record(
         "lambda_warmup_shape": Text(),
     },
 )
-INFO = Record(
-    optional={
+
+
+@cache
+def field_shapes(config: type[ModelConfig]) -> dict[str, Shape]:
+    """What a value of each field of a network must be, from the field's type and its range."""
+    kinds = get_type_hints(config)
+    return {each.name: _shape(kinds[each.name], config.RANGES.get(each.name)) for each in fields(config)}
+
+
+def _shape(kind: Any, allowed: Range | None) -> Shape:
+    if type(None) in (options := get_args(kind)):
+        return OrNull(_shape(options[0], allowed))
+    if kind is bool:
+        return Flag()
+    if kind is int:
+        return (
+            Integer(int(allowed.least), min(int(allowed.most), LARGEST_SIZE)) if allowed else Integer(0, LARGEST_SIZE)
+        )
+    if kind is float:
+        return Number(allowed.least, allowed.most) if allowed else Number(-LARGEST_NUMBER, LARGEST_NUMBER)
+    return Text() if kind is str else Anything()
+
+
+def our_shape(ours: Iterable[str]) -> Record:
+    """A config.json that this project wrote.
+
+    Args:
+        ours: the fields that stand under "bitnet_lit"; the others stand beside Hugging Face's.
+    """
+    shapes = field_shapes(ModelConfig)
+    info: dict[str, Shape] = {
         "data": Text(),
         "data_dir": OrNull(Text()),  # of folders of earlier versions
         "sequence_length": OrNull(SIZE),
         "recipe": MapOf(Anything()),
         "metrics": MapOf(Anything()),
     }
-)
-OURS = Record(
-    {
-        "vocab_size": SIZE,
-        "bitnet_lit": Record(
-            {"quant": QUANT},
-            {
-                "format_version": Integer(1, 2**31),
-                "name": Text(),
-                "sub_norm": Flag(),
-                "qkv_bias": Flag(),
-                "qk_norm": Flag(),
-                "dropout": Number(0, 1),
-                "info": INFO,
-            },
-        ),
-    },
-    {**SIZES, **OPTIONAL},
-)
-ROPE = OrNull(Record(optional={"rope_type": Text(), "type": Text(), "rope_theta": OrNull(POSITIVE)}))
-THEIRS = Record(
-    {"model_type": Text(), "vocab_size": SIZE, **SIZES},
-    {
-        **OPTIONAL,
-        "rope_parameters": ROPE,
-        "rope_scaling": ROPE,
+    optional: dict[str, Shape] = {"format_version": Integer(1, 2**31), "info": Record(optional=info)}
+    inside = Record({"quant": QUANT}, {**optional, **{key: shapes[key] for key in ours}})
+    return Record({"vocab_size": SIZE, "bitnet_lit": inside, **_required(shapes)}, _optional(shapes))
+
+
+def their_shape() -> Record:
+    """A config.json of `transformers`."""
+    shapes = field_shapes(ModelConfig)
+    rope = OrNull(
+        Record(optional={"rope_type": Text(), "type": Text(), "rope_theta": OrNull(shapes["rope_theta"])}),
+    )
+    quantization: dict[str, Shape] = {
+        "quant_method": OrNull(Text()),
+        "use_rms_norm": OrNull(Flag()),
+        "modules_to_not_convert": OrNull(ListOf(Text())),
+        "linear_class": Text(),
+        "quantization_mode": Text(),
+    }
+    optional: dict[str, Shape] = {
+        "rope_parameters": rope,
+        "rope_scaling": rope,
         "sliding_window": OrNull(Integer(0, 2**40)),
         "use_sliding_window": OrNull(Flag()),
         "attention_bias": OrNull(Flag()),
         "mlp_bias": OrNull(Flag()),
-        "quantization_config": OrNull(
-            Record(
-                optional={
-                    "quant_method": OrNull(Text()),
-                    "use_rms_norm": OrNull(Flag()),
-                    "modules_to_not_convert": OrNull(ListOf(Text())),
-                    "linear_class": Text(),
-                    "quantization_mode": Text(),
-                }
-            )
-        ),
-    },
-)
+        "quantization_config": OrNull(Record(optional=quantization)),
+    }
+    return Record({"model_type": Text(), "vocab_size": SIZE, **_required(shapes)}, {**_optional(shapes), **optional})
+
+
+def _required(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {key: shapes[key] for key in REQUIRED}
+
+
+def _optional(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Fields that a config.json may leave out or set to null, as `transformers` does."""
+    keys = ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings", "initializer_range")
+    return {**{key: OrNull(shapes[key]) for key in keys}, "tokenizer_sha256": OrNull(Text())}
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.checkpoints.config_json import CONFIG_NAME, LARGEST_NUMBER, LARGEST_SIZE
+from bitnet_lit.checkpoints.config_json import CONFIG_NAME, LARGEST_NUMBER, LARGEST_SIZE, field_shapes
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import ListOf, MapOf, Number, parse_json
+from bitnet_lit.foreign_json import ListOf, MapOf, Mismatch, Number, parse_json
 from bitnet_lit.model.tensors import EMBEDDING, HEAD, quantized_names, tensor_shapes
 
 if TYPE_CHECKING:
@@ -66,25 +66,25 @@ class TensorReader(ABC):
         return None
 
 
-def _check_types(config: ModelConfig) -> None:
-    """Refuse values that a config.json can hold and a config cannot: `true` for a number, NaN, 10**12 layers.
+def _check_sizes(config: ModelConfig) -> None:
+    """Refuse sizes beyond those of any model, before something is laid out for them.
 
     Raises:
         UserError: the first of them.
     """
-    kinds = get_type_hints(type(config))
-    for each in fields(config):
-        key, kind = each.name, kinds[each.name]
-        value, options = getattr(config, key), get_args(kind) or (kind,)
-        if int in options:
-            fits = value is None if type(None) in options else False
-            fits = fits or (type(value) is int and value <= LARGEST_SIZE)
-        elif kind is float:
-            fits = type(value) in (int, float) and abs(value) < LARGEST_NUMBER
-        else:
-            fits = isinstance(value, kind)
-        if not fits:
-            raise UserError(f"{key}={value!r}: no value for it, or beyond what a model has: copy it again")
+    shapes = field_shapes(type(config))  # type: ignore[arg-type]  # classes are hashable
+    for key, shape in shapes.items():
+        try:
+            shape.check(getattr(config, key), key)
+        except Mismatch as error:
+            raise UserError(f"{error}: copy it again") from None
+    if config.max_position_embeddings < 2:
+        raise UserError("max_position_embeddings=1: no room for a token and the one after it: copy it again")
+    if config.attention_size > LARGEST_SIZE or config.max_position_embeddings > LONGEST_CONTEXT:
+        raise UserError(
+            f"{config.num_attention_heads} heads of {config.head_size}, a context of "
+            f"{config.max_position_embeddings}: beyond what a model has: copy it again"
+        )
 
 
 @dataclass
@@ -117,14 +117,7 @@ class StoredModel:
     def __post_init__(self) -> None:
         stored = self.reader.shapes()
         try:
-            _check_types(self.config)
-            if self.config.max_position_embeddings < 2:
-                raise UserError("max_position_embeddings=1: no room for a token and the one after it: copy it again")
-            if self.config.attention_size > LARGEST_SIZE or self.config.max_position_embeddings > LONGEST_CONTEXT:
-                raise UserError(
-                    f"{self.config.num_attention_heads} heads of {self.config.head_size}, a context of "
-                    f"{self.config.max_position_embeddings}: beyond what a model has: copy it again"
-                )
+            _check_sizes(self.config)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from bitnet_lit.config.checks import COUNT, POSITIVE, SIZE, Checked, Range, one_of
@@ -13,7 +13,12 @@ from bitnet_lit.quant.scheme import Scheme, imported_scheme, make_scheme, regist
 
 @dataclass
 class ModelConfig(Checked):
-    """The sizes of a Llama-shaped decoder. Field names are Hugging Face's, units are elements."""
+    """A Llama-shaped decoder, and how it is trained. Field names are Hugging Face's, units are elements.
+
+    The fields in `TRAINING` say how the network is trained: they are the run's own, also where its weights come from
+    another model. All other fields say what the network is: they are saved with its weights, and whatever reads them
+    refuses a field that it does not know (`held.py`).
+    """
 
     name: str = "custom"
     """The name of the size, for tables. Nothing depends on it."""
@@ -51,6 +56,7 @@ class ModelConfig(Checked):
     """Standard deviation of every matrix; o_proj and down_proj are divided by sqrt(2 * layers) as in GPT-2."""
 
     OWNER: ClassVar[str] = "model."
+    TRAINING: ClassVar[frozenset[str]] = frozenset({"dropout", "gradient_checkpointing", "initializer_range"})
     RANGES: ClassVar[dict[str, Range]] = {
         "hidden_size": SIZE,
         "num_hidden_layers": SIZE,
@@ -84,6 +90,10 @@ class ModelConfig(Checked):
                 f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"model.num_attention_heads={self.num_attention_heads}: choose a divisor"
             )
+
+    def trained_as(self, run: ModelConfig) -> ModelConfig:
+        """This network, trained as `run` says."""
+        return replace(self, **{key: getattr(run, key) for key in self.TRAINING})
 
     @property
     def head_size(self) -> int:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
@@ -24,9 +24,7 @@ _HASHED_BLOCKS, _BLOCK_BYTES = 16, 2**16
 # These do not change what the weights mean: they may be given anew.
 _FREE = {
     "model.name",
-    "model.dropout",
-    "model.gradient_checkpointing",
-    "model.initializer_range",
+    *(f"model.{key}" for key in ModelConfig.TRAINING),
     "quant.lambda_warmup_steps",
     "quant.lambda_warmup_shape",
     "quant._target_",  # where a scheme's class lies; its name and its settings are compared

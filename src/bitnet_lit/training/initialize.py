@@ -5,10 +5,15 @@ over from the one to the other, because switching at once throws most of what wa
 along: the optimizer's state, where the trained model is a run of ours (its moments fit the weights, and beginning them
 anew costs the first steps), and sub-norms that the dense model does not have. A new sub-norm divides by the size of its
 input, so its gain starts at that size, measured on a batch: the network then computes nearly what it did.
+
+The trained model says what the network is; how it is trained (dropout, gradient checkpointing) is the run's own. Keys
+of the network that were typed and say something else are refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +23,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import ModelConfig, TrainConfig
+from bitnet_lit.config.held import network_values
 from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
@@ -69,14 +76,49 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
 
 
 def _trained(config: TrainConfig) -> PretrainedModel:
-    """The model of `init_from`; its sizes become the run's."""
+    """The model of `init_from`; its network becomes the run's, which keeps its own way to train it."""
     trained = from_pretrained(config.init_from, "init_from")
     if trained.packed:
         raise UserError(f"init_from={config.init_from}: packed codes cannot be trained: give the latent weights")
     sub_norm = trained.config.sub_norm or config.init_sub_norm
-    config.model = type(trained.config)(**{**vars(trained.config), "sub_norm": sub_norm})
+    config.model = replace(trained.config.trained_as(config.model), sub_norm=sub_norm)
     check_targets(config.export.targets, config.model, config.quant)
     return trained
+
+
+def check_typed_network(config: TrainConfig, keys: Collection[str]) -> None:
+    """Refuse a network that was typed beside `init_from` and is not the one of the trained model.
+
+    Without this, what was typed would be replaced without a word.
+
+    Args:
+        keys: the keys and groups that were typed.
+
+    Raises:
+        UserError: the first key that asks for another network.
+    """
+    assert config.init_from is not None
+    trained = open_stored(find_model(config.init_from, "init_from")).config
+    trained = replace(trained, sub_norm=trained.sub_norm or config.init_sub_norm)
+    has = {"name": trained.name, **_resolved(trained)}
+    for key in keys:
+        group, _, name = key.partition(".")
+        if group != "model" or name in config.model.TRAINING:
+            continue
+        wanted = {name: getattr(config.model, name)} if name else _resolved(config.model)  # a key, or a whole group
+        for field, value in wanted.items():
+            if value not in (None, has.get(field)):
+                typed = f"{key}={value}" if name else f"model={config.model.name} (model.{field}={value})"
+                raise UserError(
+                    f"{typed} with init_from={config.init_from}: the weights are of a network with {field}="
+                    f"{has.get(field)}: leave {key}= out, or train a new network without init_from"
+                )
+
+
+def _resolved(config: ModelConfig) -> dict[str, Any]:
+    """What a network is, with the sizes filled in that follow from others."""
+    sizes = {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size}
+    return {**network_values(config), **sizes}
 
 
 @torch.no_grad()

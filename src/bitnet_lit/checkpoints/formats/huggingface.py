@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.checkpoints.config_json import CONFIG_NAME, THEIRS, check_config
+from bitnet_lit.checkpoints.config_json import CONFIG_NAME, check_config, their_shape
 from bitnet_lit.checkpoints.formats.model_folder import folder_tokenizer
 from bitnet_lit.checkpoints.safetensors_reader import SafetensorsReader, safetensors_files
 from bitnet_lit.checkpoints.stored_model import LONGEST_CONTEXT, StoredModel
@@ -100,7 +100,7 @@ def open_hub_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
     path = folder / CONFIG_NAME
     if isinstance(raw.get("model_type"), str) and raw["model_type"] not in KNOWN_TYPES:
         raise UserError(f"{path}: model_type={raw['model_type']}: not known here: {', '.join(KNOWN_TYPES)} are")
-    check_config(path, raw, THEIRS)
+    check_config(path, raw, their_shape())
     try:
         _refuse(raw)
         config = _sizes(folder, raw)

@@ -39,7 +39,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.checkpoints.config_json import CONFIG_NAME, FORMAT_VERSION, OURS, check_config, read_raw_config
+from bitnet_lit.checkpoints.config_json import CONFIG_NAME, FORMAT_VERSION, check_config, our_shape, read_raw_config
 from bitnet_lit.checkpoints.safetensors_reader import SafetensorsReader, safetensors_files
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
@@ -50,6 +50,15 @@ from bitnet_lit.quant.weights import AbsMean, PerTensor
 
 WEIGHTS_NAME = "model.safetensors"
 GENERATION_NAME = "generation_config.json"
+# Where a field of the network stands in config.json: beside Hugging Face's under the name that both give it, or under
+# "bitnet_lit". What is in neither tuple goes there too, so a new field is saved without a word here.
+THEIR_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("rope_theta", "tie_word_embeddings"),
+)
+FIRST_KEYS = ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout")  # always written, since the first version
+NOT_SAVED = ("gradient_checkpointing",)  # changes the memory of a run, and no number
 ARCHITECTURES = {
     "bitnet": "BitNetForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -88,21 +97,11 @@ def describe(
     dtype: str = "float32",
 ) -> dict[str, Any]:
     """config.json as a dictionary; of `info` what is no path of this machine."""
+    written = {key: getattr(config, key) for key in THEIR_KEYS}
+    written |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size}  # as numbers
     described: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
-        "initializer_range": config.initializer_range,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,  # transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
-        "tie_word_embeddings": config.tie_word_embeddings,
+        **written,  # rope_theta among them, which transformers 5 reads below
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
@@ -113,11 +112,7 @@ def describe(
         "bitnet_lit": {
             "format_version": FORMAT_VERSION,
             "kind": "packed" if packed else "latent",
-            "name": config.name,
-            "sub_norm": config.sub_norm,
-            "qkv_bias": config.qkv_bias,
-            "qk_norm": config.qk_norm,
-            "dropout": config.dropout,
+            **_our_values(config),
             "quant": quant.describe(),
             "info": public_info(info),
         },
@@ -137,24 +132,41 @@ def describe(
     return described
 
 
+def _our_keys() -> list[str]:
+    """The fields that stand under "bitnet_lit": all that neither Hugging Face has nor the run alone."""
+    return [each.name for each in fields(ModelConfig) if each.name not in THEIR_KEYS and each.name not in NOT_SAVED]
+
+
+def _our_values(config: ModelConfig) -> dict[str, Any]:
+    """Those fields; one that earlier versions do not know only where it is not at its default, so that they can read
+    the folder as long as it needs no more than they know."""
+    defaults = type(config)()
+    values = {key: getattr(config, key) for key in _our_keys()}
+    return {key: value for key, value in values.items() if key in FIRST_KEYS or value != getattr(defaults, key)}
+
+
 def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConfig]:
     """Sizes and quantization of a config.json that this project wrote.
 
     Raises:
-        UserError: values that do not fit, or a later version's.
+        UserError: values that do not fit, or what a later version wrote.
     """
-    check_config(path, raw, OURS)
+    check_config(path, raw, our_shape(_our_keys()))
     ours = raw["bitnet_lit"]
     if ours.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
         raise UserError(
             f"{path}: written by a later version (format {ours['format_version']}, this one knows {FORMAT_VERSION}): "
             "upgrade bitnet-lit"
         )
-    sizes = {field.name: raw[field.name] for field in fields(ModelConfig) if raw.get(field.name) is not None}
-    for key in ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout"):
-        sizes[key] = ours.get(key, getattr(ModelConfig, key))
+    if unknown := sorted(ours.keys() - {*_our_keys(), "format_version", "kind", "quant", "info"}):
+        raise UserError(
+            f"{path}: bitnet_lit.{unknown[0]}={ours[unknown[0]]!r} is not known here: written by a later version: "
+            "upgrade bitnet-lit"
+        )
+    values = {key: raw[key] for key in THEIR_KEYS if raw.get(key) is not None}
+    values |= {key: ours[key] for key in _our_keys() if key in ours}
     try:
-        return ModelConfig(**sizes), QuantConfig.described(ours["quant"])
+        return ModelConfig(**values), QuantConfig.described(ours["quant"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
