@@ -1,4 +1,4 @@
-"""The doors beside training: one dataclass for each `python -m bitnet_lit.<door>`."""
+"""The commands beside training: one dataclass for each `python -m bitnet_lit.<command>`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ ANY_SEED = Range(-(2**64), 2**64)
 
 @dataclass
 class PrepareConfig(Checked):
-    """`python -m bitnet_lit.prepare`: text to llama2.c shards."""
+    """`python -m bitnet_lit.prepare`: text to shards of token ids, in llama2.c's format."""
 
     source: str = "demo"
     """demo, tinystories, or a file, folder or glob of .json, .jsonl or .txt files."""
     out: str | None = None
-    """The folder to write. null: data/<source>, for files data/<their name, or their folder's>."""
+    """The folder to write. null: data/<source>, or for files data/<the name of the file or folder>."""
     tokenizer: str | None = None
-    """An existing SentencePiece model. null: train one with vocab_size entries."""
+    """An existing tokenizer to encode with. null: train a SentencePiece model of vocab_size pieces."""
     vocab_size: int | None = None
-    """Entries of the tokenizer to train. null: 1024 for the demo corpus, 4096 otherwise; with `tokenizer`, unused."""
+    """Pieces of the tokenizer to train. null: 1024 for the demo corpus, 4096 otherwise."""
     num_workers: int | None = None
-    """Processes that encode. null: all cores."""
+    """Processes that encode text. null: as many as there are cores."""
     seed: int = 0
     """source=demo: the seed of the stories."""
     num_stories: int = 20000
     """source=demo: the number of stories."""
     download_dir: str | None = None
-    """Where source=tinystories keeps the archive and the text. null: in out."""
+    """source=tinystories: the folder that keeps the archive and the text. null: the folder `out`."""
 
     RANGES: ClassVar[dict[str, Range]] = {
         "vocab_size": SIZE,
@@ -134,28 +134,28 @@ class ExportConfig(CheckpointConfig):
 
 @dataclass
 class PlotConfig:
-    """`python -m bitnet_lit.plot`: curves of runs, as a PNG."""
+    """`python -m bitnet_lit.plot`: the curves of runs, as a PNG."""
 
     runs: list[str] = field(default_factory=lambda: ["outputs"])
-    """A run folder, a folder with runs somewhere below, or a list of them: [a,b]."""
+    """A run folder, a folder with runs somewhere below it, or a list of such folders: [a,b]."""
     metric: str = "val/loss"
-    """A column of metrics.csv."""
+    """The column of metrics.csv to plot."""
     label: str = "quant"
-    """What tells the curves apart: any key of config.yaml that is a group's name (quant, model, optim), or seed."""
+    """What the legend shows of each run: a config group (quant, model, optim) or seed."""
     out: str = "outputs/curves.png"
     """The picture to write."""
 
 
 @dataclass
 class BenchConfig(Checked):
-    """`python -m bitnet_lit.bench`: speed, beside what it is compared to; the last line is JSON."""
+    """`python -m bitnet_lit.bench`: speed, beside other software's; the last line is JSON."""
 
     suite: str = "data"
-    """data: encoding text to tokens, and the loader. cpu: decode and prefill of the native engine."""
+    """data: encoding text, and loading batches. cpu: decode and prefill of the native engine."""
     rounds: int = 7
-    """Interleaved measurements (ours, theirs, ours, ...); medians are shown."""
+    """Measurements of each, interleaved (ours, theirs, ours, ...); the table shows medians."""
     threads: int | None = None
-    """suite=cpu: of every engine. null: one on each physical core."""
+    """suite=cpu: threads of every engine. null: one on each physical core."""
 
     RANGES: ClassVar[dict[str, Range]] = {"rounds": SIZE, "threads": SIZE}
 

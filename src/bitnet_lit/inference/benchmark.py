@@ -1,8 +1,9 @@
-"""`bench suite=cpu`: decode and prefill beside what else runs the same model on this machine.
+"""`bench suite=cpu`: decode and prefill of the native engine, beside llama.cpp, PyTorch and transformers.
 
-The shapes are those of 15m-, 110m- and 700m-class models (hidden/layers/feed-forward/heads) with random weights: speed
-does not depend on what the codes are. Rounds are interleaved, ours, theirs, ours, ..., so that a noisy neighbour meets
-both. A decode step reads every weight once, so the memory's bandwidth, measured in the same run, is its limit.
+All of them run the same model. The shapes (hidden/layers/feed-forward/heads) are those of models with 15, 110 and 700
+million parameters; the weights are random, because speed does not depend on their values. Rounds are interleaved (ours,
+theirs, ours, ...), so that other work on the machine slows both. A decode step reads every weight once, so the memory
+bandwidth, measured in the same run, is its limit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from bitnet_lit.model.tensors import quantized_names, tensor_shapes
 SHAPES = ((256, 6, 768, 8), (768, 12, 2048, 12), (1536, 24, 4096, 16))
 VOCABULARY = 32000
 PROMPT = NEW = 128  # tokens
-NEW_OF_SLOW = 8  # tokens decoded by what takes long for each: its rate does not need more
+NEW_OF_SLOW = 8  # tokens that slow engines decode: enough for their rate
 BANDWIDTH_BYTES = 2**30  # larger than any cache
 
 Timed = Callable[[], float]
@@ -90,7 +91,11 @@ def _rate(tokens: int, run: Callable[[], object]) -> float:
 
 
 def _engine_pair(engine: Engine, new: int) -> tuple[Timed, Timed]:
-    """Functions that measure decode and prefill once, tokens/s."""
+    """Two functions that measure decode and prefill once, in tokens/s.
+
+    Args:
+        new: tokens to decode.
+    """
     prompt = list(range(3, 3 + PROMPT))
 
     def prefill() -> float:
@@ -111,7 +116,7 @@ def _engine_pair(engine: Engine, new: int) -> tuple[Timed, Timed]:
 
 
 def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
-    """The same through llama.cpp's own C calls, so that no Python stands between two of its tokens either."""
+    """The same for llama.cpp, by calls of its C functions: no more Python between two tokens than for our engine."""
     import llama_cpp
 
     model = llama_cpp.Llama(
@@ -149,7 +154,7 @@ def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
 
 
 def _transformers_pair(folder: Path) -> tuple[Timed, Timed]:
-    """The same packed folder in `transformers`, which unpacks each matrix whenever it is used."""
+    """The same for `transformers` on the packed folder; it unpacks each matrix whenever it is used."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -173,7 +178,7 @@ def _transformers_pair(folder: Path) -> tuple[Timed, Timed]:
 
 
 def _after_a_pause(run: Timed) -> float:
-    """Threads of whoever ran before still wait for work, and take a core while they do: let them fall asleep."""
+    """Measure after the other engine's threads fell asleep: for a while after its work they spin, and take a core."""
     time.sleep(0.3)
     return run()
 
@@ -200,7 +205,10 @@ def _rows(shape: str, peer: str, ours: tuple[Timed, Timed], theirs: tuple[Timed,
 
 
 def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
-    """The rows of `bench suite=cpu`."""
+    """The rows of `bench suite=cpu`: shape, what is measured, ours, the peer, theirs, unit, ratio, spread.
+
+    llama.cpp and transformers are left out where they are not installed.
+    """
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -224,7 +232,7 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
             bandwidth = [
                 native.library().bitnet_read_bandwidth(BANDWIDTH_BYTES, threads, 3) / 1e9 for _ in range(rounds)
             ]
-            per_token = model.bytes_per_token(PROMPT + NEW // 2)  # half of the new ones are there on the average
+            per_token = model.bytes_per_token(PROMPT + NEW // 2)  # on average half of the new tokens are in the cache
             moved = [ours[0]() * per_token / 1e9 for _ in range(rounds)]
             limit = statistics.median(bandwidth)
             rows.append(

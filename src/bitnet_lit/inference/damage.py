@@ -1,7 +1,7 @@
-"""Finding what is wrong with a model whose logits are no numbers.
+"""What is wrong with a model whose logits are NaN or infinite.
 
-A NaN or an infinity in one weight reaches every logit; a model with one is refused when it is opened, as are those
-whose file was written over since. An activation that grows beyond float32 shows in the logits alone.
+One such weight is enough: it reaches every logit. A model that has one is refused when it is opened, so here either
+the file was written over since, or the weights are finite and an activation grows beyond float32.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from bitnet_lit.errors import UserError
 
 
 def find_damage(stored: StoredModel) -> str:
-    """The first tensor of `stored` that is not finite, as the end of a line."""
+    """Read the weights again and name the first tensor that is not finite; the end of an error line."""
     try:
         for name in stored.tensors:
-            if not stored.holds_codes(name):  # codes are whole numbers, and their scale was checked
+            if not stored.holds_codes(name):  # codes are integers, and their scale was checked when they were read
                 stored.array(name)
     except UserError as error:
         return f": {error}"

@@ -1,8 +1,8 @@
-"""Forks and torch: importing this module keeps torch usable in the child.
+"""PyTorch after a fork: importing this module lets a forked child compute with torch.
 
-torch computes on OpenMP's threads. A fork copies one thread alone, and the first loop that the child divides waits for
-the others for ever. So the child takes one thread, as torch's own worker processes of a DataLoader do. The native
-engine needs nothing of the kind: it starts threads of its own again (engines.h).
+torch divides loops among OpenMP's threads. A fork copies only the thread that calls it, so the first loop that the
+child divides would wait for threads that are not there, for ever. With one thread there is nothing to divide; torch's
+own DataLoader workers do the same. The native engine starts its threads again by itself (csrc/).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 import sys
 
 
-def _in_child() -> None:
+def _use_one_thread() -> None:
     torch = sys.modules.get("torch")
-    if torch and hasattr(torch, "set_num_threads"):  # neither absent nor half imported
+    if torch and hasattr(torch, "set_num_threads"):  # it may be imported halfway
         torch.set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_use_one_thread)

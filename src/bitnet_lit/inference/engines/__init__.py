@@ -1,7 +1,7 @@
-"""Engines compute logits from token ids; everything above them is engine-agnostic.
+"""Engines: from token ids to logits. Everything above them works with any engine.
 
-What a text has behind it lies in a cache of its own, so one engine serves many texts, and several of them in one step:
-they share one pass over the weights.
+An engine keeps no state of a text. The keys and values of each text lie in a cache of its own, so one engine serves
+many texts at the same time, and a step can take several of them: they share one pass over the weights.
 """
 
 from __future__ import annotations
@@ -16,53 +16,58 @@ from bitnet_lit.errors import UserError
 
 
 class Cache(Protocol):
-    """The past of one text."""
+    """The keys and values of one text."""
 
     @property
     def length(self) -> int:
-        """Tokens in it."""
+        """How many tokens it holds."""
 
     def truncate(self, length: int) -> None:
-        """Forget every token from `length` on."""
+        """Forget every token from position `length` on."""
 
     def fork(self) -> Any:
-        """A cache of its own with the same past."""
+        """A copy that can go on by itself: several texts from one prompt."""
 
 
 class Engine(Protocol):
     """What generation needs of an engine."""
 
     name: str
-    """What it is, in a few words."""
+    """What runs: "PyTorch", or the native engine with its instruction set and threads."""
     max_length: int
     """The context, in tokens."""
 
     def new_cache(self) -> Any:
-        """An empty past; such caches are what `forward` takes."""
+        """An empty cache of the kind that `forward` takes."""
 
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[Any]) -> NDArray[np.float32]:
-        """Put ids[i], one token or more, to the end of caches[i], each another text.
+        """Append ids[i], one token or more, to the text of caches[i], and compute what follows.
 
-        Several threads may call it at once, each with caches of its own.
+        Several threads may call it at the same time, each with caches of its own.
+
+        Args:
+            ids: new tokens of each text.
+            caches: one for each text; no cache twice.
 
         Returns:
             Logits of the token after each text: float32 (len(ids), V).
 
         Raises:
-            UserError: see `check_step`.
+            UserError: a token or a position that the model does not have; see `check_step`.
         """
 
 
 def check_step(ids: Sequence[Sequence[int]], lengths: Sequence[int], vocabulary: int, context: int) -> None:
-    """Refuse a step that an engine cannot make: what it would read lies beyond its tables.
+    """Refuse a step that would read beyond the model's tables.
 
     Args:
         ids: new tokens of each text, as for `Engine.forward`.
-        lengths: tokens that each text has behind it.
-        vocabulary, context: what the model has, in tokens.
+        lengths: tokens that each text has in its cache.
+        vocabulary: rows of the model's embedding.
+        context: the longest text, in tokens.
 
     Raises:
-        UserError: a text without a token, a token beyond the vocabulary, a text beyond the context.
+        UserError: a text without a new token, a token beyond the vocabulary, or a text beyond the context.
     """
     for row, length in zip(ids, lengths, strict=True):
         if not len(row):

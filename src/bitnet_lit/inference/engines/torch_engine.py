@@ -18,13 +18,13 @@ from bitnet_lit.quant import pack_linears
 
 
 class TorchEngine:
-    """Wraps a `CausalLM`; see `inference.engines.Engine`. Several texts run one after the other.
+    """An `inference.engines.Engine` on a `CausalLM`. The texts of a step run one after the other.
 
     Args:
-        model: left as it is.
-        pack: freeze the quantized layers to integer codes first, so that weights are not quantized again at every
-            token: the same integers, several times faster. False shares the model's own layers, for a look at a
-            model in training.
+        model: the network; it is not changed.
+        pack: convert a copy of the quantized layers to integer codes, so that weights are not rounded again at every
+            token. That gives the same integers, several times faster. False uses the model's own layers, which is right
+            for a model that is being trained.
     """
 
     def __init__(self, model: CausalLM, pack: bool = True) -> None:
@@ -36,13 +36,13 @@ class TorchEngine:
             model.eval()
         self.model = model
         self.max_length = model.config.max_position_embeddings
-        # A model of its own stays in evaluation mode, and any number of threads run it at once; of one in training
-        # each step sets the mode and sets it back.
+        # A copy stays in evaluation mode, and any number of threads run it at once. A model in training is put into
+        # evaluation mode for each step and back, which one thread at a time may do.
         self._shared = not pack
         self._lock = threading.Lock()
 
     def new_cache(self) -> KVCache:
-        """An empty past."""
+        """An empty cache."""
         return KVCache(self.model.config, 1, self.max_length, self.device)
 
     @torch.inference_mode()
