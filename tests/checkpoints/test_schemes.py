@@ -13,7 +13,7 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.config.training import EXPORT_TARGETS
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import problems
-from bitnet_lit.inference.engines.cpu.engine import supports
+from bitnet_lit.inference.engines.cpu.supported_models import why_unsupported
 from bitnet_lit.inference.engines.cpu.weights import Arena, Weights, pack
 from bitnet_lit.quant import register
 from tests.exports.exporting import export_to, leave_out_other_tools, saved_model
@@ -146,20 +146,21 @@ def test_an_unknown_scheme_of_a_folder_is_refused_and_not_imported(tmp_path):
     [
         ("row", "its scales are one for each row"),
         ("group 64", "its scales are one for 64 inputs"),
-        ("row, median, 4 bits", "8-bit activations"),
-        ("quinary", "not all ternary"),
-        ("centered", "not all ternary"),
+        ("row, median, 4 bits", "it rounds activations by AbsMax"),
+        ("quinary", "its codes are -2, -1, 0, 1, 2"),
+        ("centered", "its layer computes more"),
         ("threshold", None),
     ],
 )
 def test_the_native_engine_says_what_it_cannot_run(tmp_path, tokenizer, name, why):
-    reason = supports(tiny_config(), quant_of(name))
+    reason = why_unsupported(tiny_config(), quant_of(name))
     assert why in reason if why else reason is None
     folder = saved_model(tmp_path / "model", quant_of(name), tokenizer)
     if why:
         with pytest.raises(UserError, match=why):
             bitnet_lit.load(folder, engine="cpu")
-        assert bitnet_lit.load(folder).engine.name == "PyTorch"
+        with pytest.warns(UserWarning, match=f"PyTorch runs it.*{why}"):
+            assert bitnet_lit.load(folder).engine.name == "PyTorch"
 
 
 @needs_compiler

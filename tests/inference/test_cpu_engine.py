@@ -18,9 +18,9 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.build import NoCompilerError, compiler
-from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supports
+from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.cpu.weights import Arena, pack, quantize_head
-from tests.support import tiny_config, tiny_model
+from tests.support import tiny_model
 
 try:
     compiler()
@@ -180,20 +180,6 @@ def test_load_takes_the_engine_where_it_can(tmp_path, tokenizer):
         for tokens, says in (([512], "token 512"), ([3, -1], "token -1"), ([], "no token"), ([1] * 65, "65 tokens")):
             with pytest.raises(UserError, match=says):
                 engine.forward([tokens], [engine.new_cache()])
-
-
-@pytest.mark.parametrize(
-    ("quant", "sizes", "why"),
-    [
-        (QuantConfig(activation_bits=4), {}, "8-bit activations"),
-        (QuantConfig(skip=["lm_head", "down_proj"]), {}, "not all ternary"),
-        (QuantConfig(), {"sub_norm": False, "qkv_bias": True}, "biases"),
-        (QuantConfig(), {"intermediate_size": 2**18 + 4}, "wider"),
-    ],
-    ids=str,
-)
-def test_what_it_cannot_run_has_a_reason(quant, sizes, why):
-    assert why in supports(tiny_config(**sizes), quant)
 
 
 def test_without_a_compiler_the_model_runs_on_pytorch(tmp_path, tokenizer):

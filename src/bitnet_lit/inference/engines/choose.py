@@ -1,7 +1,6 @@
 """Which engine runs a model: the one that the user names, or the fastest that can.
 
-An engine says what it cannot run (`supports` of the native one). It decides by the properties of the scheme and the
-fields of the config that it knows, never by a scheme's name.
+The native engine says what it cannot run (cpu/supported_models.py); PyTorch runs every model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu.build import NoCompilerError
 from bitnet_lit.inference.engines.cpu.cores import allowed_threads
-from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel, supports
+from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
+from bitnet_lit.inference.engines.cpu.supported_models import why_unsupported
 
 if TYPE_CHECKING:
     from bitnet_lit.model import CausalLM
@@ -52,7 +52,7 @@ def choose_engine(stored: StoredModel, options: EngineConfig, network: Callable[
         UserError: engine=cpu, and the native engine cannot run the model.
     """
     if options.engine == "cpu" or (options.engine == "auto" and options.device == "cpu"):
-        reason = supports(stored.config, stored.quant)
+        reason = why_unsupported(stored.config, stored.quant)
         if reason is None:
             try:
                 threads = allowed_threads(options.threads)

@@ -15,15 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.errors import ModelError
 from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.cores import physical_cores
 from bitnet_lit.inference.engines.cpu.weights import Weights
 from bitnet_lit.model.tensors import EMBEDDING, HEAD
-from bitnet_lit.quant.activations import AbsMax
-from bitnet_lit.quant.weights import PerTensor
 
 PROJECTIONS = {
     "q": "self_attn.q_proj",
@@ -43,31 +40,14 @@ NORMS = {
 HEAD_IN_CACHE = 16 * 2**20  # bytes of int8 rows that a processor's caches may hold: half of them gain nothing there
 HEAD_BITS = {"int4": 4, "int8": 8, "float": 32}
 CACHE_TYPES = ("float", "half", "int8")  # `CacheType` of cache.h
-WIDEST = 2**18  # inputs of a matrix: 63 * 127 times as much is within 32 bits, in which products are added up
 ROWS_AT_ONCE = 512  # tokens of a long prompt in one step: their activations stay in the cache
-
-
-def supports(config: ModelConfig, quant: QuantConfig) -> str | None:
-    """Why the engine cannot run a model; None when it can."""
-    scheme = quant.scheme
-    if scheme.quantizes:
-        ternary = scheme.is_ternary and scheme.is_plain and scheme.activations == AbsMax(8)
-        if not ternary or quant.skip != ["lm_head"]:
-            return "its projections are not all ternary with 8-bit activations"
-        if scheme.granularity != PerTensor():
-            return f"its scales are {scheme.granularity}, and the kernels have one for the matrix"
-    if config.qkv_bias or config.qk_norm:
-        return "it has biases or norms on queries and keys"
-    if max(config.hidden_size, config.intermediate_size, config.attention_size) > WIDEST:
-        return f"it is wider than {WIDEST}"
-    return None
 
 
 class NativeModel:
     """Packed weights and the compiled engine on them; many texts can share one.
 
     Args:
-        stored: a model that `supports` allows.
+        stored: a model that `supported_models.why_unsupported` has nothing against.
         head: "int4", "int8", "float", or "auto": int4 where int8 rows are larger than caches are.
         kv_cache: "half" (float16), "float" or "int8".
         threads: None for one on each physical core.

@@ -1,0 +1,52 @@
+"""Which models the native engine can run.
+
+The kernels multiply ternary codes with one scale for the matrix by 8-bit activations, and compute the network of
+model/transformer.py. The list of fields is an allow-list: a part of the network that was added since is refused by its
+name, and so is a scheme with any other property. Nothing here knows a scheme by its name.
+"""
+
+from __future__ import annotations
+
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.config.held import ANY, SIZES, Only, refused_fields
+from bitnet_lit.quant.activations import AbsMax
+from bitnet_lit.quant.weights import PerTensor
+
+COMPUTED = {
+    **SIZES,
+    "rope_theta": ANY,
+    "rms_norm_eps": ANY,
+    "hidden_act": ANY,  # silu and relu2, below
+    "tie_word_embeddings": ANY,
+    "sub_norm": ANY,
+    "qkv_bias": Only(False, "the native engine has no biases"),
+    "qk_norm": Only(False, "the native engine has no norms of queries and keys"),
+}
+ACTIVATIONS = ("silu", "relu2")
+DENSE_LAYERS = ["lm_head"]
+LONGEST_ROW = 2**18  # inputs of a matrix: 63 * 127 times as much fits the 32 bits in which products are added up
+
+
+def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
+    """Why the native engine cannot run a model, naming the field or the scheme; None if it can."""
+    found = refused_fields(config, COMPUTED)
+    if config.hidden_act not in ACTIVATIONS:
+        found.append(f"model.hidden_act={config.hidden_act}: the native engine computes {' and '.join(ACTIVATIONS)}")
+    longest = max(config.hidden_size, config.intermediate_size, config.attention_size)
+    if longest > LONGEST_ROW:
+        found.append(f"a matrix has {longest} inputs: the native engine takes {LONGEST_ROW} at most")
+    scheme = quant.scheme
+    if not scheme.quantizes:
+        return "; ".join(found) or None
+    name = f"quant={quant.name}"
+    if not scheme.is_plain:
+        found.append(f"{name}: its layer computes more than a product of codes")
+    if not scheme.is_ternary:
+        found.append(f"{name}: its codes are {', '.join(map(str, scheme.levels))}, the kernels' are -1, 0 and +1")
+    if scheme.granularity != PerTensor():
+        found.append(f"{name}: its scales are {scheme.granularity}, the kernels have one for the matrix")
+    if scheme.activations != AbsMax(8):
+        found.append(f"{name}: it rounds activations by {scheme.activations}, the kernels by {AbsMax(8)}")
+    if quant.skip != DENSE_LAYERS:
+        found.append(f"quant.skip={quant.skip}: in the native engine the output head alone is dense")
+    return "; ".join(found) or None
