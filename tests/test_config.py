@@ -19,7 +19,9 @@ def train(*overrides):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_of_every_group_composes(group, option):
-    beside = {"fsdp": ["optim=adamw"], "convert_dense": ["init_from=x"]}.get(option, [])  # what they cannot do without
+    beside = {"fsdp": ["optim=adamw"], "convert_dense": ["init_from=x"], "custom": [f"{group}._target_=a.B"]}.get(
+        option, []
+    )  # what they cannot do without
     assert isinstance(train(f"{group}={option}", *beside), TrainConfig)
 
 

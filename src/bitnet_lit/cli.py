@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -16,12 +14,12 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, StringNode
-from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit import config as schema
+from bitnet_lit.config.training import GROUPS
+from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain
 from bitnet_lit.door import interruptions
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed, quoted
@@ -29,9 +27,6 @@ from bitnet_lit.sweep import run_job
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"  # in a checkout
-
-# ValueError: Hydra's own for a group option that reads as a number (model=15).
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # a UserError is a ValueError
 
 SCHEMAS = {
     "train": schema.TrainConfig,
@@ -48,9 +43,30 @@ def register_schemas() -> None:
     """Tell Hydra the dataclasses that conf/*.yaml names in its defaults lists."""
     store = ConfigStore.instance()
     for name, cls in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=cls)
-    store.store(group="optim", name="adamw_schema", node=schema.AdamWConfig)
-    store.store(group="optim", name="muon_schema", node=schema.MuonConfig)
+        store.store(name=f"{name}_schema", node=open_groups(cls))
+    for group, name, cls in (
+        ("optim", "adamw_schema", schema.AdamWConfig),
+        ("optim", "muon_schema", schema.MuonConfig),
+        ("schedule", "schedule_schema", schema.ScheduleConfig),
+    ):
+        node = OmegaConf.structured(cls)
+        OmegaConf.set_struct(node, True)  # closes the group
+        store.store(group=group, name=name, node=node)
+
+
+def open_groups(cls: type) -> DictConfig:
+    """The schema of a command, in which the groups that take a class of the user's own are open."""
+    node: DictConfig = OmegaConf.structured(cls)
+    for group in GROUPS.keys() & node.keys():
+        node[group] = {}
+        OmegaConf.set_struct(node[group], False)
+    return node
+
+
+def _with_custom(overrides: list[str]) -> list[str]:
+    """Overrides, with the option `custom` of each group whose class is typed: optim._target_=torch.optim.SGD."""
+    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    return [f"{group}=custom" for group in GROUPS if f"{group}._target_" in keys and group not in keys] + overrides
 
 
 def _check_keys(node: DictConfig, prefix: str = "") -> None:
@@ -62,6 +78,16 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
             raise UserError(f"unknown key '{prefix}{key}': nothing reads it; leave out +{prefix}{key}=...")
         if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
             _check_keys(child, f"{prefix}{key}.")
+
+
+def _check_given(node: DictConfig, key: str, full_key: str) -> None:
+    """Refuse `???` where a value must be given, in an open slot at any depth."""
+    child = node._get_node(key)
+    if OmegaConf.is_missing(node, key) and not isinstance(child, StringNode):
+        raise UserError(f"{full_key}=???: give a value")
+    if isinstance(child, DictConfig) and not child._is_none():
+        for name in map(str, child):
+            _check_given(child, name, f"{full_key}.{name}")
 
 
 def to_object(cfg: DictConfig) -> Any:
@@ -79,8 +105,8 @@ def to_object(cfg: DictConfig) -> Any:
             child = node._get_node(key)
             if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
                 values[key] = build(child, values[key], f"{prefix}{key}.")
-            elif OmegaConf.is_missing(node, key) and not isinstance(child, StringNode):
-                raise UserError(f"{prefix}{key}=???: give a value")
+            else:
+                _check_given(node, key, f"{prefix}{key}")
         return OmegaConf.get_type(node)(**values)  # type: ignore[misc]
 
     return build(cfg, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), "")
@@ -95,86 +121,20 @@ def compose(door: str, overrides: Sequence[str] = ()) -> Any:
     register_schemas()
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return to_object(hydra.compose(door, as_typed(SCHEMAS[door], overrides)))
+            return to_object(hydra.compose(door, _with_custom(as_typed(SCHEMAS[door], overrides))))
     except COMPOSITION_ERRORS as error:
-        raise UserError(_explain(door, error, overrides)) from error
+        raise UserError(explain(door, error, overrides, CONF_DIR)) from error
 
 
-def _known_keys(node: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a config."""
-    keys = []
-    for key, value in node.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            keys += _known_keys(value, f"{prefix}{key}.")
-    return keys
+def _import_from(config_dir: str | None) -> None:
+    """Let classes be imported from where the user is, and from beside the configs that --config-dir names.
 
-
-# What people coming from other trainers type.
-ALIASES = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "epochs": "max_steps",
-    "steps": "max_steps",
-    "T": "temperature",
-}
-
-
-def _nearest_key(door: str, key: str, overrides: Sequence[str]) -> str:
-    """The known key or group most like `key`, in the config that the groups among `overrides` give."""
-    groups = [item for item in overrides if re.fullmatch(r"[a-z_]+=[\w.]+", item) and not item.startswith(key + "=")]
-    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        try:
-            cfg = hydra.compose(door, groups)
-        except COMPOSITION_ERRORS:
-            cfg = hydra.compose(door)
-    known = _known_keys(OmegaConf.to_container(cfg, resolve=False))
-    if key in known or (CONF_DIR / key).is_dir():
-        return key
-    *path, leaf = key.split(".")
-    leaf = ALIASES.get(leaf, leaf)
-    same_leaf = [name for name in known if name.split(".")[-1] == leaf]
-    return same_leaf[0] if same_leaf else difflib.get_close_matches(".".join([*path, leaf]), known, n=1, cutoff=0.0)[0]
-
-
-def _explain(door: str, error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's and OmegaConf's errors in one line, with the nearest right name."""
-    if isinstance(error, UserError):
-        return str(error)
-    text = " ".join(str(error).split())
-    if not isinstance(error, COMPOSITION_ERRORS):
-        return f"Hydra cannot read these options ({type(error).__name__}: {text})"
-    cause = " ".join(str(error.__cause__ or error).split())
-    cause = re.sub(r" (full_key|object_type|reference_type): .*", "", cause)
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
-    if unknown:
-        key = unknown.group(1)
-        if (known := _nearest_key(door, key, overrides)) == key:
-            return f"{key} has no such entry: add one with +{key}.<name>=<value>"
-        return f"unknown key '{key}': did you mean '{known}'?"
-    option = re.search(
-        r"Could not find '([^']+?)/([^']*)' Available options in '[^']+': (.*?) Config search path", text
-    )
-    if option:
-        group, name = option.group(1), option.group(2)
-        available = [each for each in option.group(3).split() if not each.endswith("_schema")]
-        near = difflib.get_close_matches(name, available, n=1, cutoff=0.0)
-        return f"unknown {group}={name}: did you mean '{near[0]}'? ({', '.join(available)})"
-    if several := re.search(r"Ambiguous value for argument '(.*?)' 1\. To use it as a list", text):
-        key, _, typed = several.group(1).lstrip("+").partition("=")
-        if (known := _nearest_key(door, key, overrides)) != key:
-            return f"unknown key '{key}': did you mean '{known}'?"
-        return f"{key}={typed}: {key} takes one value; a list is {key}=[{typed}], and a sweep over them needs -m"
-    if "Could not override ''" in text:
-        return "a value without a key: give key=value"
-    if "Config group override must be" in text:
-        return f"a group needs the name of an option (python -m bitnet_lit.{door} --help lists them)"
-    merging = re.search(r"Error merging override (\S+)", text)
-    if merging:
-        return f"{merging.group(1)}: {cause}"
-    if full_key := getattr(error, "full_key", None):
-        return f"{full_key}: {cause}"
-    return cause
+    `python -m` has the current directory in `sys.path` already; an installed command has not.
+    """
+    beside = [] if config_dir is None else [str(Path(config_dir).absolute().parent)]
+    for folder in (*beside, os.getcwd()):  # the current directory comes first
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
 
 
 def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -192,6 +152,7 @@ def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     known = parser.parse_intermixed_args(list(arguments))
     if known.experimental_rerun is not None:
         raise UserError("--experimental-rerun: unpickles a file, which can run anything: give the overrides again")
+    _import_from(known.config_dir)
     flags = [argument for argument in arguments if argument not in known.overrides and argument != "--"]
     return flags, known.overrides, known.multirun or "hydra.mode=MULTIRUN" in known.overrides
 
@@ -214,6 +175,7 @@ def run(
     task: Callable[[Any], Any],
     arguments: Sequence[str],
     defaults: Callable[[list[str]], list[str]] | None = None,
+    configure: Callable[[DictConfig], Any] = to_object,
 ) -> None:
     """Run `task(config)` with the config that the arguments describe, or Hydra's own flags (--help, --cfg, ...).
 
@@ -222,6 +184,7 @@ def run(
         task: called with the dataclass; what it returns is what a sweeper optimizes.
         arguments: the command line after the command's name.
         defaults: called with the overrides in Hydra's grammar; returns further ones, which those win over.
+        configure: makes the dataclass of the composed config.
 
     Raises:
         UserError: whatever is wrong with the arguments.
@@ -239,9 +202,9 @@ def run(
         def work() -> Any:
             try:
                 _check_keys(cast(DictConfig, HydraConfig.instance().cfg))
-                config = to_object(cfg)
+                config = configure(cfg)
             except COMPOSITION_ERRORS as error:
-                raise UserError(_explain(door, error, overrides)) from None
+                raise UserError(explain(door, error, overrides, CONF_DIR)) from None
             return task(config)
 
         if hydra_config.mode == RunMode.MULTIRUN:
@@ -256,7 +219,7 @@ def run(
             failures.append(error)
 
     spelled = as_typed(SCHEMAS[door], _from_lightning(overrides), sweep)
-    spelled = [*(defaults(spelled) if defaults else []), *spelled]
+    spelled = _with_custom([*(defaults(spelled) if defaults else []), *spelled])
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)()
@@ -264,11 +227,11 @@ def run(
         if interruptions:
             raise KeyboardInterrupt from None
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
-            raise UserError(_explain(door, error, overrides)) from None
+            raise UserError(explain(door, error, overrides, CONF_DIR)) from None
         if isinstance(error, OSError):
             raise
         if not isinstance(error, BrokenProcessPool):
-            raise UserError(_explain(door, error, overrides)) from error
+            raise UserError(explain(door, error, overrides, CONF_DIR)) from error
         from bitnet_lit.training.sweep_table import SweepTable
 
         SweepTable.end()

@@ -94,19 +94,19 @@ def _status_of(work: Callable[[], object]) -> int:
     return status
 
 
-def run_door(door: str, task: Callable[[Any], Any], defaults: Callable[[list[str]], list[str]] | None = None) -> None:
+def run_door(door: str, task: Callable[[Any], Any], **options: Any) -> None:
     """Run `task(config)` with the config that the command line describes, and leave with its exit status.
 
     Args:
         door: name of the root config in conf/ and of its schema.
         task: called with the dataclass; what it returns is what a sweeper optimizes.
-        defaults: called with the overrides in Hydra's grammar; returns further ones, which those win over.
+        options: of `cli.run`.
     """
 
     def compose_and_run() -> None:
         from bitnet_lit.cli import run  # with Hydra
 
-        run(door, task, sys.argv[1:], defaults)
+        run(door, task, sys.argv[1:], **options)
 
     leave(compose_and_run)
 

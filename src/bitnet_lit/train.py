@@ -11,40 +11,57 @@ from typing import TYPE_CHECKING, Any
 from bitnet_lit.door import run_door
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from bitnet_lit.config import TrainConfig
+
+# While the overrides of a resumed run are composed, open groups take any key: its config.yaml says which there are.
+_OPENED = ["optim=custom", "schedule=custom"]
 
 
 def _train(config: TrainConfig) -> float:
+    from bitnet_lit.training.run import train
+
+    return float(train(config)["val/loss"])
+
+
+def _configure(cfg: DictConfig) -> TrainConfig:
+    """The config of a new run, or the one that a resumed run began with, with what was typed on top."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    from bitnet_lit.cli import to_object
     from bitnet_lit.training.initialize import check_typed_network
     from bitnet_lit.training.resume import resume_config
-    from bitnet_lit.training.run import train
 
     typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # interpolations are not resolved
     overrides = {item: item.lstrip("+").partition("=")[0] for item in typed}
-    if config.resume is not None:
-        config = resume_config(config.resume, [item for item, key in overrides.items() if key != "resume"])
-    elif config.init_from is not None:
-        check_typed_network(config, overrides.values())
-    return float(train(config)["val/loss"])
+    if cfg.resume is None:
+        config: TrainConfig = to_object(cfg)
+        if config.init_from is not None:
+            check_typed_network(config, overrides.values())
+        return config
+    return resume_config(
+        cfg.resume, [item for item, key in overrides.items() if key != "resume" and item not in _OPENED]
+    )
 
 
 def _in_place(overrides: list[str]) -> list[str]:
     """A run that is resumed goes on in its folder; Hydra's own record of this call goes beside the first one's."""
     from bitnet_lit.overrides import quoted, readable
 
-    given = dict(map(readable, overrides)).get("resume")
+    typed = dict(map(readable, overrides))
+    given = typed.get("resume")
     if given is None or not Path(given).exists():
         return []
     folder = Path(given) if Path(given).is_dir() else Path(given).parents[1]  # <run folder>/checkpoints/best.ckpt
-    return [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=.hydra_resume"]
+    opened = [item for item in _OPENED if item.partition("=")[0] not in typed]
+    return [*opened, f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=.hydra_resume"]
 
 
 def main() -> None:
     """Entry point."""
-    run_door("train", _train, _in_place)
+    run_door("train", _train, defaults=_in_place, configure=_configure)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitnet_lit.config import ScheduleConfig
-from bitnet_lit.training.schedule import Schedule, learning_rate_factor
+from bitnet_lit.training.schedule import build_schedule, learning_rate_factor
 
 
 def factors(name, warmup=10, total=110, **options):
@@ -43,7 +43,7 @@ def test_rates_and_decay_reach_the_groups_and_resume():
         optimizer = torch.optim.AdamW(
             [{"params": parameters[:1], "weight_decay": 0.1}, {"params": parameters[1:], "weight_decay": 0.0}], lr=2.0
         )
-        return optimizer, Schedule(optimizer, ScheduleConfig(name="two_stage"), 0, 100)
+        return optimizer, build_schedule(optimizer, ScheduleConfig(name="two_stage"), 0, 100)
 
     def advance(optimizer, schedule, steps):
         history = []

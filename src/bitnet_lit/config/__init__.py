@@ -7,27 +7,28 @@ the code below the doors sees only these objects, never a dictionary.
 Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyTorch and Lightning for training.
 """
 
+from bitnet_lit.config.data import DataConfig
 from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig
-from bitnet_lit.config.training import (
+from bitnet_lit.config.optim import (
     AdamWConfig,
-    CallbacksConfig,
-    DataConfig,
-    ExportTargetsConfig,
-    LoggerConfig,
+    CustomOptim,
+    CustomSchedule,
     MuonConfig,
     OptimConfig,
     ScheduleConfig,
-    TrainConfig,
-    TrainerConfig,
 )
+from bitnet_lit.config.trainer import CallbacksConfig, LoggerConfig, TrainerConfig
+from bitnet_lit.config.training import ExportTargetsConfig, TrainConfig
 
 __all__ = [
     "AdamWConfig",
     "BenchConfig",
     "CallbacksConfig",
     "CheckpointConfig",
+    "CustomOptim",
+    "CustomSchedule",
     "DataConfig",
     "EngineConfig",
     "EvaluateConfig",

@@ -34,13 +34,14 @@ class Starts(Sampler[int]):
 
 
 class ValidationOrder(Sampler[int]):
-    """Batches of a validation: the first `limit`, or all of them when the run is at its end.
+    """Batches of a validation: the first `limit` (a float: a share of them), or all when the run is at its end.
 
     It has no length, so that the trainer asks it anew each time instead of counting once.
     """
 
-    def __init__(self, num_batches: int, limit: int | None, trainer: L.Trainer) -> None:
-        self.num_batches, self.limit, self.trainer = num_batches, limit, trainer
+    def __init__(self, num_batches: int, limit: int | float | None, trainer: L.Trainer) -> None:
+        self.num_batches, self.trainer = num_batches, trainer
+        self.limit = max(1, int(limit * num_batches)) if isinstance(limit, float) else limit
 
     def __iter__(self) -> Iterator[int]:
         at_end = self.trainer.should_stop
@@ -54,7 +55,7 @@ class BitNetDataModule(L.LightningDataModule):
         shards: the opened folder.
         sequence_length: tokens a sequence predicts (T).
         samples_per_step: sequences that all ranks consume in an optimizer step.
-        limit_val_batches: batches of a validation inside the run; None: all.
+        limit_val_batches: batches of a validation inside the run, or a share of them; None: all.
         seed: of the order.
     """
 
@@ -64,7 +65,7 @@ class BitNetDataModule(L.LightningDataModule):
         shards: ShardDirectory,
         sequence_length: int,
         samples_per_step: int,
-        limit_val_batches: int | None,
+        limit_val_batches: int | float | None,
         seed: int,
     ) -> None:
         super().__init__()

@@ -20,12 +20,13 @@ import os
 import re
 import shutil
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError
@@ -159,11 +160,43 @@ def link_checkpoint(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+_PLAIN = (dict, OrderedDict, list, tuple, set, str, bytes, bool, int, float, type(None), Tensor, nn.Parameter)
+
+
+def check_plain(content: Any, what: str) -> None:
+    """Refuse what `torch.load(weights_only=True)` would not read: other things than tensors and plain data.
+
+    Args:
+        what: whose state it is, for the error.
+
+    Raises:
+        UserError: with the type.
+    """
+    if type(content) not in _PLAIN and not isinstance(content, torch.device | torch.dtype | torch.Size):
+        raise UserError(
+            f"{what} holds a {type(content).__module__}.{type(content).__qualname__}, which a checkpoint cannot keep: "
+            "give tensors and plain data"
+        )
+    if isinstance(content, dict):
+        for key, value in content.items():
+            check_plain(value, what)
+            check_plain(key, what)
+    elif isinstance(content, list | tuple | set):
+        for value in content:
+            check_plain(value, what)
+
+
 class CheckpointIO(TorchCheckpointIO):
     """Lets Lightning's Trainer write and read these files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """See `write_checkpoint`."""
+        """See `write_checkpoint`.
+
+        Raises:
+            UserError: a state of the user's own that could not be read again.
+        """
+        for part, what in (("callbacks", "a callback's state_dict"), ("lr_schedulers", "the schedule's state_dict")):
+            check_plain(checkpoint.get(part), what)
         write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

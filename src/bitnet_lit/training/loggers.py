@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv always; TensorBoard and Weights & Biases on request.
+"""Loggers: metrics.csv always; TensorBoard, Weights & Biases and those of `logger.extra` on request.
 
 The CSV is our own because Lightning's deletes the file when a run is resumed. Here a resumed run keeps the rows that
 its checkpoint counted and goes on behind them: metrics.csv of a run that was killed five times reads like that of one
@@ -22,8 +22,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import TrainConfig
+from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
+from bitnet_lit.instantiate import instantiate
 from bitnet_lit.training.run_folder import CSV_NAME
 
 
@@ -144,7 +146,7 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
     """The loggers of `config`; files go below `run_dir`.
 
     Raises:
-        UserError: a logger's package is missing.
+        UserError: a logger's package is missing, or one of `logger.extra` cannot be made.
     """
     loggers: list[Logger] = [csv_logger]
     if config.logger.tensorboard:
@@ -168,4 +170,14 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
                 resume="allow",
             )
         )
+    for name, values in config.logger.extra.items():
+        if values is None:
+            continue
+        logger = instantiate(values, f"logger.extra.{name}")
+        if not isinstance(logger, Logger):
+            raise UserError(
+                f"logger.extra.{name}: {type(logger).__name__} is no logger: derive it from lightning's Logger"
+            )
+        logger.log_hyperparams(as_values(config))
+        loggers.append(logger)
     return loggers

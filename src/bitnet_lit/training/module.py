@@ -26,7 +26,7 @@ from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradien
 from bitnet_lit.training.failures import what_is_kept
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
-from bitnet_lit.training.schedule import Schedule
+from bitnet_lit.training.schedule import build_schedule
 
 # An odd multiplier spreads (seed, batch, rank) over 63 bits; any would do (this one: splitmix64's, Steele 2014).
 _MIX = 0x9E3779B97F4A7C15
@@ -78,7 +78,7 @@ class BitNetModule(L.LightningModule):
         if self._moments is not None:
             restore_optimizer(optimizer, self._moments)
             self._moments = None
-        schedule = Schedule(optimizer, self.config.schedule, self.plan.warmup_steps, self.plan.schedule_steps)
+        schedule = build_schedule(optimizer, self.config.schedule, self.plan.warmup_steps, self.plan.schedule_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:

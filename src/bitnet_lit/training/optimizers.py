@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, and Muon with AdamW beside it.
+"""Optimizers: AdamW, Muon with AdamW beside it, and classes of the user's own.
 
 Weight decay acts on matrices only. Muon replaces each hidden matrix's momentum by the nearest orthogonal matrix
 (Newton-Schulz; Jordan et al. 2024), so every direction of the matrix moves at the same rate; embeddings, head and
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from bitnet_lit.config import AdamWConfig, MuonConfig
+from bitnet_lit.config import CustomOptim, MuonConfig, OptimConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.instantiate import instantiate, locate, takes
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -95,20 +96,31 @@ def _is_hidden_matrix(name: str) -> bool:
     return not _is_vector(name) and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
-def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Optimizer:
-    """The optimizer of `config` over all parameters of `model`; matrices decay, vectors do not."""
+Named = list[tuple[str, nn.Parameter]]
+
+
+def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices, which decay, and vectors, which do not."""
+    groups = [
+        {"params": [p for name, p in named if not _is_vector(name)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if _is_vector(name)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig | CustomOptim) -> Optimizer:
+    """The optimizer of `config` over all parameters of `model`; matrices decay, vectors do not.
+
+    Raises:
+        UserError: a class of the user's own that cannot be made, or is no optimizer.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if isinstance(config, CustomOptim):
+        return _custom_optimizer(named, config)
     fused = all(parameter.device.type in ("cpu", "cuda", "mps") for _, parameter in named)
 
-    def adamw(parameters: list[tuple[str, nn.Parameter]], learning_rate: float) -> AdamW:
-        groups = [
-            {
-                "params": [p for name, p in parameters if not _is_vector(name)],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for name, p in parameters if _is_vector(name)], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+    def adamw(parameters: Named, learning_rate: float) -> AdamW:
+        groups = _groups(parameters, config.weight_decay)
         return AdamW(groups, lr=learning_rate, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
 
     if not isinstance(config, MuonConfig):
@@ -125,6 +137,15 @@ def build_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> Optim
         ns_steps=config.ns_steps,
     )
     return MuonAdamW(muon, adamw(others, config.adamw_learning_rate))
+
+
+def _custom_optimizer(named: Named, config: CustomOptim) -> Optimizer:
+    if config.weight_decay and not takes(locate(config._target_, "optim"), "weight_decay"):
+        raise UserError(f"optim.weight_decay={config.weight_decay}: {config._target_} has none: leave it out")
+    optimizer = instantiate(config.call, "optim", _groups(named, config.weight_decay), lr=config.learning_rate)
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(f"optim._target_={config._target_}: is no optimizer: derive it from torch.optim.Optimizer")
+    return optimizer
 
 
 def _check_shapes(part: Optimizer, saved: dict[int, dict[str, Any]]) -> None:

@@ -124,7 +124,15 @@ def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int) -
     trainer, schedule = config.trainer, config.schedule
     samples_per_step = config.data.batch_size * trainer.accumulate_grad_batches * world_size(trainer)
     tokens_per_step = samples_per_step * sequence_length
-    steps = math.ceil(trainer.max_tokens / tokens_per_step) if trainer.max_tokens else trainer.max_steps
+    epoch_steps = train_sequences / samples_per_step
+    steps = trainer.max_steps
+    if trainer.max_tokens is not None:
+        steps = math.ceil(trainer.max_tokens / tokens_per_step)
+    elif trainer.max_epochs is not None:
+        steps = math.ceil(trainer.max_epochs * epoch_steps)
+    interval = trainer.val_check_interval
+    if isinstance(interval, float):  # a share of an epoch
+        interval = max(1, int(interval * epoch_steps))
     schedule_steps = schedule.total_steps or steps
     if schedule.warmup_tokens is not None:
         warmup_steps = math.ceil(schedule.warmup_tokens / tokens_per_step)
@@ -140,7 +148,7 @@ def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int) -
         steps=steps,
         warmup_steps=warmup_steps,
         schedule_steps=schedule_steps,
-        validation_steps=trainer.val_check_interval or max(1, steps // 20),
+        validation_steps=interval or max(1, steps // 20),
         samples_per_step=samples_per_step,
         sequence_length=sequence_length,
         train_sequences=train_sequences,
@@ -187,14 +195,13 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
     """
     model = config.model
     assert model.vocab_size is not None
-    states = 2.0 if config.optim.name == "adamw" else 1.3
     per_token_layer = 14 * model.hidden_size + 8 * model.intermediate_size
     if model.gradient_checkpointing:
         per_token_layer = 2 * model.hidden_size
     tokens = config.data.batch_size * plan.sequence_length
     element = 4 if config.trainer.precision == "32-true" else 2
     activations = tokens * (model.num_hidden_layers * per_token_layer * element + 12 * model.vocab_size)
-    return plan.accounting.training_bytes(states) + activations
+    return plan.accounting.training_bytes(config.optim.STATES) + activations
 
 
 def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:

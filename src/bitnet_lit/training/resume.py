@@ -1,15 +1,15 @@
 """Going on with a run: its config.yaml, and the checkpoint it starts from.
 
 A run is resumed with the config it began with, not with today's defaults; overrides on the command line go on top.
-config.yaml is read as plain data: a run folder may be somebody else's. A class that it names (`quant._target_`,
-`schemes`) is not imported unless the user names it too.
+config.yaml is read as plain data: a run folder may be somebody else's. A class that it names (a `_target_`) is not
+imported unless the user names it too (`allow=`), or it is harmless (see `instantiate.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.config import AdamWConfig, MuonConfig, TrainConfig
+from bitnet_lit.config import TrainConfig
 from bitnet_lit.config.network import import_schemes
+from bitnet_lit.config.optim import OPTIMIZERS
+from bitnet_lit.config.slots import TARGET, as_values
+from bitnet_lit.config.training import GROUPS
+from bitnet_lit.did_you_mean import dotted_keys, unknown_key
 from bitnet_lit.errors import UserError
+from bitnet_lit.instantiate import check_allowed, named_classes
 from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.scheme import is_known
@@ -28,7 +33,7 @@ from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
 from bitnet_lit.training.identity import check_identity
 from bitnet_lit.training.run_folder import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, exported_step
 
-OPTIMIZERS = {"adamw": AdamWConfig, "muon": MuonConfig}
+_ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
@@ -36,9 +41,9 @@ def save_config(config: TrainConfig, run_dir: Path) -> None:
 
     It does not say whether the run was resumed: the folder of a run that was is that of one that was not.
     """
-    values = asdict(replace(config, resume=None))
+    values = as_values(replace(config, resume=None, allow=[]))
     for key in ("dir", "tokenizer"):
-        if values["data"][key] is not None:
+        if values["data"].get(key) is not None:
             values["data"][key] = str(Path(values["data"][key]).absolute())
     with atomic_file(run_dir / CONFIG_NAME) as temporary:
         temporary.write_text(dump_yaml(values), encoding="utf-8")
@@ -73,15 +78,18 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
             f"resume={resume}: no checkpoint in it (it was stopped before its first one): start again without resume"
         )
     saved = read_yaml(path, f"put the {CONFIG_NAME} there that the run began with")
-    target = _take_classes(saved, path, resume, [parsed(override) for override in overrides])
+    typed = [parsed(override) for override in overrides]
+    target = _check_classes(saved, path, resume, typed)
     try:
-        optim = saved.get("optim")
-        name = optim.get("name") if isinstance(optim, dict) else None
-        if name not in OPTIMIZERS:
-            raise UserError(f"{path}: damaged (optim.name is {name!r}): put the {CONFIG_NAME} of the run there")
-        cfg = OmegaConf.structured(TrainConfig(optim=OPTIMIZERS[name]()))
+        cfg = OmegaConf.structured(TrainConfig)
+        for name, group in GROUPS.items():
+            values = saved[name] if isinstance(saved.get(name), dict) else {}
+            if name == "optim" and TARGET not in values and values.get("name") not in OPTIMIZERS:
+                what = f"optim.name is {values.get('name')!r}"
+                raise UserError(f"{path}: damaged ({what}): put the {CONFIG_NAME} of the run there")
+            cfg[name] = {} if TARGET in values else OmegaConf.structured(group.schema(values))
         cfg = OmegaConf.merge(cfg, _guarded(saved))
-        before = (cfg.trainer.max_steps, cfg.trainer.max_tokens)
+        before = _length(cfg.trainer)
         for override in overrides:
             _apply(cfg, override, resume)
         config: Any = _unguarded(OmegaConf.to_object(cfg))
@@ -91,7 +99,7 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): put the run's own there") from None
-    if before != (config.trainer.max_steps, config.trainer.max_tokens) and config.schedule.total_steps is None:
+    if before != _length(config.trainer) and config.schedule.total_steps is None:
         raise UserError(
             f"resume={resume} with another length than trainer.max_steps={before[0]}: it would move the learning "
             f"rate's curve: add schedule.total_steps={before[0]} to keep the curve, or the new length to stretch it"
@@ -101,40 +109,61 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     return replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
 
 
-def _take_classes(saved: dict[str, Any], path: Path, resume: str, overrides: Sequence[tuple[str, Any]]) -> str | None:
-    """Take the classes that a saved config names out of it: those that its user names are imported, and no others.
+def _length(trainer: Any) -> tuple[Any, ...]:
+    """What says how long a run is."""
+    return trainer.max_steps, trainer.max_tokens, trainer.max_epochs
+
+
+def _check_classes(saved: dict[str, Any], path: Path, resume: str, typed: Sequence[tuple[str, Any]]) -> str | None:
+    """Make sure that the user has named the classes that a saved config names, and import schemes that were typed.
+
+    A scheme that is known already (built in, registered, installed) needs no import: it is looked up by its name.
 
     Returns:
-        quant._target_ of the saved config.
+        quant._target_ of the saved config, which is taken out of it.
 
     Raises:
-        UserError: the run's scheme is one that nobody but the folder has named.
+        UserError: a class that nobody but the folder has named.
     """
     saved.pop("schemes", None)  # of the model that the run began with
-    quant = saved.get("quant")
-    if not isinstance(quant, dict):
-        return None
-    target = quant.pop("_target_", None)
-    for key, value in overrides:
+    saved.pop("allow", None)
+    allowed: list[str] = []
+    for key, value in typed:
+        names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         if key in ("schemes", "quant._target_"):
-            import_schemes([value] if isinstance(value, str) else value)
-    if target is None or (isinstance(target, str) and is_known(str(quant.get("name")))):
-        return target
-    raise UserError(
-        f"resume={resume}: its {path.name} names the class {target}, and what a folder names is not imported: name it "
-        f"yourself, if you trust it: schemes=[{target}]"
-    )
+            import_schemes(names)
+        if key in ("schemes", "allow"):
+            allowed += names
+        elif key.endswith(f".{TARGET}"):
+            allowed.append(str(value))
+        else:
+            allowed += [target for _, target in named_classes(value)]
+    quant = saved["quant"] if isinstance(saved.get("quant"), dict) else {}
+    target = quant.pop(TARGET, None)
+    known = target is None or (isinstance(target, str) and is_known(str(quant.get("name"))))
+    check_allowed({**saved, **({} if known else {"quant": {TARGET: target}})}, allowed, str(path), f"resume={resume}")
+    if not known:
+        import_schemes([str(target)])
+    return target
 
 
 def _apply(cfg: Any, override: str, resume: str) -> None:
+    """Change one value of a saved config; in an open slot any key may be added, and null takes an entry out."""
     key, value = parsed(override)
     present = OmegaConf.select(cfg, key, default=None)
-    if present is not None and OmegaConf.is_config(present) and not OmegaConf.is_list(present):
+    is_entry = OmegaConf.is_dict(present) and OmegaConf.get_type(present) is dict and key.count(".") > 1
+    if (OmegaConf.is_dict(present) and not (is_entry and isinstance(value, dict | None))) or key in _ONLY_AT_FIRST:
         raise UserError(
             f"resume={resume} with {override}: a resumed run keeps its {key}; override single values "
             f"({key}.<name>=...), or start another run with init_from={resume}"
         )
-    OmegaConf.update(cfg, key, _guarded(value))
+    try:
+        OmegaConf.update(cfg, key, _guarded(value))
+    except OmegaConfBaseException as error:
+        if "not in" not in str(error):
+            raise
+        known = dotted_keys(OmegaConf.to_container(cfg))
+        raise UserError(f"resume={resume}: {unknown_key('train', key, known)}") from None
 
 
 # OmegaConf takes `${...}` for a reference and `???` for a value that is missing. A NUL, which neither YAML nor a
@@ -211,14 +240,25 @@ class Start:
                 f"{wanted.get(name, 'not wanted')} in the network: give the config or the checkpoint as it was"
             )
 
-    def check_incomplete(self, steps: int) -> None:
+    def check_incomplete(self, steps: int, others: dict[str, Any]) -> None:
         """Make sure that something is left to do in a run of `steps` optimizer steps.
+
+        Args:
+            others: `callbacks.extra`, one of which may have ended the run.
 
         Raises:
             UserError: nothing is.
         """
-        if self.step < steps or not self._is_complete():
+        was_stopped = self.state.get("stopped_by") is not None and self.state["stopped_by"] == others
+        if (self.step < steps and not was_stopped) or not self._is_complete():
             return
+        if self.step < steps:
+            name = next(iter(others), "<name>")
+            raise UserError(
+                f"resume={run_of(str(self.path))}: complete: a callback ended it at step {self.step} of {steps}: to go "
+                f"on, change what ended it, such as callbacks.extra.{name}.<key>=..., or take it out: "
+                f"callbacks.extra.{name}=null"
+            )
         raise UserError(
             f"resume={run_of(str(self.path))}: complete at step {self.step}: give a larger trainer.max_steps to go on"
         )

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
+from bitnet_lit.config.slots import as_values
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.meta import is_complete
 from bitnet_lit.data.prepare import prepare
@@ -30,19 +29,22 @@ from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.exports.targets import check_targets
-from bitnet_lit.model.layers import DecoderLayer
+from bitnet_lit.instantiate import locate, named_classes
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
-from bitnet_lit.training.checkpoint_file import LAST, CheckpointIO, link_checkpoint
+from bitnet_lit.training.checkpoint_file import LAST, link_checkpoint
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
 from bitnet_lit.training.loggers import CsvLogger, build_loggers
 from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit
 from bitnet_lit.training.resume import Start, read_start, save_config
 from bitnet_lit.training.run_folder import CHECKPOINTS, METRICS_NAME, claim, clean, locked
+from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.signals import StopSignals
+from bitnet_lit.training.trainer import build_trainer
 
 DEMO_DIR = Path("data/demo")
 
@@ -65,46 +67,6 @@ def _sequence_length(config: TrainConfig) -> int:
             f"data.sequence_length={length} is longer than model.max_position_embeddings={context}: raise the latter"
         )
     return length
-
-
-def _strategy(config: TrainConfig) -> str | Strategy:
-    if config.trainer.strategy == "ddp":
-        # The only buffers are constant tables: no need to send them round before each forward pass.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    if config.trainer.strategy == "fsdp":
-        return FSDPStrategy(auto_wrap_policy={DecoderLayer}, state_dict_type="full")
-    return "auto"
-
-
-def _build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) -> L.Trainer:
-    options = config.trainer
-    try:
-        return L.Trainer(
-            accelerator=options.accelerator,
-            devices=options.devices if isinstance(options.devices, int | str) else list(options.devices),
-            num_nodes=options.num_nodes,
-            strategy=_strategy(config),
-            precision=options.precision,  # type: ignore[arg-type]  # checked by the schema
-            max_epochs=-1,  # the data has no end: steps count
-            max_steps=-1,  # `Checkpoints` ends the run, so that a resumed one can do what its end still owes
-            check_val_every_n_epoch=None,
-            val_check_interval=plan.validation_steps * options.accumulate_grad_batches,
-            accumulate_grad_batches=options.accumulate_grad_batches,
-            log_every_n_steps=options.log_every_n_steps,
-            deterministic=options.deterministic,
-            benchmark=options.benchmark,
-            detect_anomaly=options.detect_anomaly,
-            default_root_dir=run_dir,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,  # the order is ours
-            enable_checkpointing=False,  # so are the checkpoints
-            plugins=[CheckpointIO()],
-            enable_model_summary=False,
-            enable_progress_bar=config.callbacks.progress_bar,
-            **parts,
-        )
-    except MisconfigurationException as error:
-        raise UserError(f"trainer.accelerator={options.accelerator}: {error}") from None
 
 
 def _keep_freed_memory() -> None:
@@ -173,6 +135,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
     run_dir, is_owner = Path(config.run_dir), rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    for key, target in named_classes(as_values(config)):  # what cannot be imported is found before anything is read
+        locate(target, key)
     start = None
     if config.resume is not None:
         if is_owner:
@@ -190,7 +154,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     max_time = time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)
-        start.check_incomplete(plan.steps)
+        start.check_incomplete(plan.steps, config.callbacks.extra)
     datamodule = BitNetDataModule(
         config.data, shards, length, plan.samples_per_step, config.trainer.limit_val_batches, config.seed
     )
@@ -198,6 +162,9 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     if config.init_from and config.init_optimizer and start is None:
         moments = optimizer_state(config.init_from)
     module = BitNetModule(model, config, plan, tokenizer, moments)
+    build_schedule(  # on trial: a class of the user's own that cannot be made is found before the folder is taken
+        build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps
+    )
     if is_owner:
         _take_folder(config, run_dir, start, holding)
     csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
@@ -209,9 +176,11 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         signals,
         csv_logger,
         run_identity(config, shards, tokenizer, length),
+        config.trainer.limit_val_batches is not None,
+        config.callbacks.extra,
     )
     facts = {"sequence_length": length, "seed": config.seed, "recipe": recipe(config, plan)}
-    trainer = _build_trainer(
+    trainer = build_trainer(
         config,
         plan,
         run_dir,

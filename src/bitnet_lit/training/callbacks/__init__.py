@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.errors import UserError
+from bitnet_lit.instantiate import instantiate
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.callbacks.export import ExportModelFolder
 from bitnet_lit.training.callbacks.profile import Profile
@@ -17,6 +19,35 @@ from bitnet_lit.training.callbacks.samples import SampleStories
 from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
 from bitnet_lit.training.callbacks.throughput import Throughput
 from bitnet_lit.training.plan import Plan
+
+
+def extra_callbacks(config: TrainConfig) -> list[Callback]:
+    """The callbacks of `callbacks.extra`; an entry that is null was taken out.
+
+    Raises:
+        UserError: one that cannot be made, is no callback, or writes checkpoints beside ours.
+    """
+    made: dict[str, Callback] = {}
+    for name, values in config.callbacks.extra.items():
+        key = f"callbacks.extra.{name}"
+        if values is None:
+            continue
+        callback = instantiate(values, key)
+        if isinstance(callback, Checkpoint):
+            raise UserError(
+                f"{key}: {type(callback).__name__} would write checkpoints beside ours: last.ckpt and best.ckpt are "
+                "always written, callbacks.checkpoint_every_n_steps=<steps> writes more often"
+            )
+        if not isinstance(callback, Callback):
+            raise UserError(f"{key}: {type(callback).__name__} is no callback: derive it from lightning's Callback")
+        for other, present in made.items():
+            if callback.state_key == present.state_key and callback.state_dict():
+                raise UserError(
+                    f"{key} and callbacks.extra.{other}: both keep a state under the name {callback.state_key}: give "
+                    "their class a state_key that tells them apart"
+                )
+        made[name] = callback
+    return list(made.values())
 
 
 def build_callbacks(
@@ -28,6 +59,8 @@ def build_callbacks(
     checkpoints: Checkpoints,
 ) -> list[Callback]:
     """The callbacks of a run, in the order they are called: what writes rows, then what saves, then what exports.
+
+    The user's own come before what saves, so that a checkpoint holds what they were after the same step.
 
     Args:
         facts: plain data that the model folder keeps (see `ExportModelFolder`).
@@ -42,6 +75,7 @@ def build_callbacks(
         callbacks.append(SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens))
     if wanted.profile_steps:
         callbacks.append(Profile(run_dir, wanted.profile_steps))
+    callbacks += extra_callbacks(config)
     callbacks += [checkpoints, ExportModelFolder(run_dir, config, tokenizer, facts, checkpoints)]
     if wanted.progress_bar:
         callbacks.append(RichBar(plan))

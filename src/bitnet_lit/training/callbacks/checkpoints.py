@@ -5,6 +5,9 @@ the disk by then, and everything that follows from it (best.ckpt, the model fold
 again. So a run that was killed anywhere goes on like this: what was written behind the checkpoint is dropped, what the
 checkpoint still owed is made, and training goes on.
 
+A run ends at its last step, when its time is up, or when a callback of the user's own sets `trainer.should_stop`
+(EarlyStopping). Whatever ends it, the last validation takes the whole split.
+
 Checkpoints are written at the end of a validation, every `every_n_steps`, and when the run is asked to stop (a signal,
 or data that can no longer be read). One that was written where a validation was due and had not run yet says so; the
 resumed run validates first.
@@ -25,7 +28,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from bitnet_lit.errors import DataError, TrainingStopped, UserError
-from bitnet_lit.training.checkpoint_file import BEST, LAST, link_checkpoint, read_checkpoint
+from bitnet_lit.training.checkpoint_file import BEST, LAST, check_plain, link_checkpoint, read_checkpoint
 from bitnet_lit.training.failures import what_is_kept
 from bitnet_lit.training.loggers import CsvLogger
 from bitnet_lit.training.signals import StopSignals
@@ -41,6 +44,8 @@ class Checkpoints(Callback):
         steps: optimizer steps of the run.
         max_time: after which the run validates, saves and ends; None: no limit.
         identity: what makes the run what it is, kept in each checkpoint (see `identity.py`).
+        validates_part: whether validations inside the run take a part of the split.
+        others: `callbacks.extra`: a run that one of them ended goes on only when they were changed.
 
     Attributes:
         best_loss: lowest val/loss so far, in nats; inf before the first validation.
@@ -58,6 +63,8 @@ class Checkpoints(Callback):
         signals: StopSignals,
         csv: CsvLogger,
         identity: dict[str, Any],
+        validates_part: bool,
+        others: dict[str, Any],
     ) -> None:
         self.folder, self.every_n_steps, self.steps, self.max_time = folder, every_n_steps, steps, max_time
         self.signals, self.csv, self.identity = signals, csv, identity
@@ -66,6 +73,10 @@ class Checkpoints(Callback):
         self.figures: dict[str, float] = {}
         self.validated_step: int | None = None
         self.saved_step: int | None = None
+        self.validates_part, self.others = validates_part, others
+        self._validated_all = False
+        self._stopped_by: dict[str, Any] | None = None  # `others`, where one of them has ended the run
+        self._ends, self._stops_behind_step = False, False
         self._was_restored = False
         self._deadline = math.inf
 
@@ -78,23 +89,47 @@ class Checkpoints(Callback):
         self.signals.is_running = True
         if self.max_time is not None:
             self._deadline = time.monotonic() + self.max_time.total_seconds()
-        if trainer.global_step >= self.steps:
-            trainer.should_stop = True
+        for callback in self._callbacks(trainer):
+            check_plain(callback.state_dict(), f"the state_dict of {type(callback).__name__}")
+        if trainer.global_step >= self.steps or (self._stopped_by is not None and self._stopped_by == self.others):
+            self._end(trainer)
         if not self._was_restored:
             return
         self.saved_step = trainer.global_step
         if trainer.is_global_zero and self.best_step is not None:
             self._restore_best(trainer.global_step)
         trainer.strategy.barrier()
-        if self.validated_step != trainer.global_step and (trainer.should_stop or self._validates(trainer)):
+        if self._owes_whole_validation(trainer) or (
+            self.validated_step != trainer.global_step and self._validates(trainer)
+        ):
             self._validate(trainer)
         elif self.validated_step == trainer.global_step and not self._validates(trainer):
             # A validation between two regular ones: Lightning has saved its count of steps before adding this one, and
             # passes the place where it does that only where a validation is due.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
+    @staticmethod
+    def _callbacks(trainer: L.Trainer) -> list[Callback]:
+        return trainer.callbacks  # type: ignore[attr-defined]
+
+    def _end(self, trainer: L.Trainer) -> None:
+        """Let the run end behind this step; Lightning then validates once more, wherever the interval stands."""
+        self._ends = trainer.should_stop = True
+
+    def _owes_whole_validation(self, trainer: L.Trainer) -> bool:
+        """Whether the run ends here, and the whole split was not measured at this step."""
+        return trainer.should_stop and not (self._validated_all and self.validated_step == trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The end of the run: a callback may have asked for it in a validation that took a part of the split."""
+        if self._owes_whole_validation(trainer):
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped -= 1  # which loggers take for the step, and has been counted by now
+            self._validate(trainer)
+            loop._batches_that_stepped += 1
+
     def _validate(self, trainer: L.Trainer) -> None:
-        """Run the validation that the restored checkpoint owes, before the first batch."""
+        """Run a validation that is owed, between two batches."""
         loop, done = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.batch_progress
         # Saved behind a batch, before Lightning counted it as completed; it does so when it goes on with the next one.
         is_uncounted = done.current.completed < done.current.processed  # type: ignore[attr-defined]
@@ -126,7 +161,11 @@ class Checkpoints(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            if trainer.should_stop:  # a callback asks for the end in the middle of a step: it is finished first
+                self._stops_behind_step, trainer.should_stop = True, False
             return
+        if self._stops_behind_step:
+            trainer.should_stop = True
         step, reason = trainer.global_step, self._reason_to_stop(trainer)
         if reason > _TIME_IS_UP:
             self._save(trainer)
@@ -137,7 +176,7 @@ class Checkpoints(Callback):
                 status=128 + number,
             )
         if step >= self.steps or reason == _TIME_IS_UP:
-            trainer.should_stop = True  # Lightning then validates once more, wherever the interval stands
+            self._end(trainer)
         elif self.every_n_steps and step % self.every_n_steps == 0 and not self._validates(trainer):
             self._save(trainer)
 
@@ -151,6 +190,9 @@ class Checkpoints(Callback):
             reason = int(trainer.strategy.reduce(mine, reduce_op="max"))
         return reason
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated_all = trainer.should_stop or not self.validates_part  # as `ValidationOrder` sees it
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
         if not math.isfinite(loss):
@@ -162,6 +204,7 @@ class Checkpoints(Callback):
         if self.improved:
             self.best_loss, self.best_step = loss, trainer.global_step
         self.validated_step = trainer.global_step
+        self._stopped_by = self.others if trainer.should_stop and not self._ends else self._stopped_by
         self._save(trainer)
         if self.improved and trainer.is_global_zero:
             link_checkpoint(self.folder / LAST, self.folder / BEST)
@@ -203,6 +246,8 @@ class Checkpoints(Callback):
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "validated_step": self.validated_step,
+            "validated_all": self._validated_all,
+            "stopped_by": self._stopped_by,
             "figures": self.figures,
             "csv_rows": self.csv.num_rows,
             "identity": self.identity,
@@ -214,6 +259,8 @@ class Checkpoints(Callback):
         self.best_step = state.get("best_step")
         self.figures = state.get("figures", {})
         self.validated_step = state.get("validated_step")
+        self._validated_all = state.get("validated_all", True)  # earlier versions could only end by themselves
+        self._stopped_by = state.get("stopped_by")
         self._was_restored = True
         if "validated_step" not in state:
             self._restore_earlier_version(checkpoint, step)

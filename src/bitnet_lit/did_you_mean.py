@@ -1,0 +1,267 @@
+"""What is wrong with a command's options, in one line, with the right word for what was meant.
+
+A key that does not exist is answered, in this order, by what people who come from other trainers mean by it (`WORDS`,
+`ALIASES`), by the key that is spelled nearly like it, or, where none is, by where all keys are listed. A wrong guess is
+worse than none: it sends its reader the wrong way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bitnet_lit.errors import UserError
+from bitnet_lit.quant.scheme import scheme_class
+
+# ValueError: Hydra's own for a group option that reads as a number (model=15).
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # a UserError is a ValueError
+
+# Names that other trainers (lightning-hydra-template, transformers, nanoGPT, llama2.c) have for a key of ours.
+ALIASES = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "epochs": "max_epochs",
+    "num_epochs": "max_epochs",
+    "num_train_epochs": "max_epochs",
+    "steps": "max_steps",
+    "max_iters": "max_steps",
+    "bs": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "data_dir": "data.dir",
+    "dataset": "data.dir",
+    "seq_len": "sequence_length",
+    "max_seq_len": "max_position_embeddings",
+    "block_size": "max_position_embeddings",
+    "context_length": "max_position_embeddings",
+    "dim": "hidden_size",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "gpus": "trainer.devices",
+    "dtype": "precision",
+    "grad_clip": "gradient_clip_val",
+    "max_grad_norm": "gradient_clip_val",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "grad_accum": "accumulate_grad_batches",
+    "eval_interval": "val_check_interval",
+    "eval_steps": "val_check_interval",
+    "eval_iters": "limit_val_batches",
+    "warmup_iters": "warmup_steps",
+    "warmup": "warmup_steps",
+    "save_steps": "checkpoint_every_n_steps",
+    "logging_steps": "log_every_n_steps",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "lr_scheduler": "schedule",
+    "datamodule": "data",
+    "resume_from_checkpoint": "resume",
+    "T": "temperature",
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "num_return_sequences": "num_samples",
+    "ckpt": "checkpoint",
+}
+
+_SMOKE = "mode=smoke runs everything in seconds, mode=overfit learns one batch by heart, mode=profile traces"
+_NAME = "hydra.run.dir=outputs/<name> names a run and its folder"
+_CHECKPOINTS = (
+    "last.ckpt and best.ckpt are always written; callbacks.checkpoint_every_n_steps=<steps> writes more often"
+)
+_CHECKPOINT = "it is checkpoint=<run or model folder>"
+_EARLY = (
+    "it is callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping "
+    "callbacks.extra.early.monitor=val/loss"
+)
+# What is no key here, and what does it instead: by the whole key, or by its beginning.
+WORDS = {
+    "train": {
+        "ckpt_path": "resume=<run folder> goes on with a run, init_from=<run folder> starts another from its weights",
+        "debug": _SMOKE,
+        "trainer.fast_dev_run": _SMOKE,
+        "trainer.overfit_batches": _SMOKE,
+        "trainer.limit_train_batches": "trainer.max_steps=<steps> ends a run, data.max_train_sequences=<n> trains on a "
+        "part of the corpus",
+        "trainer.limit_test_batches": "python -m bitnet_lit.evaluate measures the whole validation split",
+        "trainer.check_val_every_n_epoch": "trainer.val_check_interval=1.0 validates once an epoch",
+        "trainer.default_root_dir": "hydra.run.dir=<folder> is the run folder",
+        "paths.data_dir": "it is data.dir=<folder of shards>",
+        "paths": "the paths are data.dir=<folder of shards> and hydra.run.dir=<run folder>",
+        "task_name": _NAME,
+        "name": _NAME,
+        "tags": f"{_NAME}; logger.wandb_group=<name> groups runs",
+        "hparams_search": "a sweep is -m key=a,b,c, or a file of your own: sweep=<name>",
+        "test": "python -m bitnet_lit.evaluate checkpoint=<run folder> measures the whole validation split",
+        "optimized_metric": "a sweep optimizes the last val/loss",
+        "extras": "--cfg job prints the config",
+        "callbacks.early_stopping": _EARLY,
+        "callbacks.model_checkpoint": _CHECKPOINTS,
+        "callbacks.rich_progress_bar": "callbacks.progress_bar=false leaves the bar out",
+        "callbacks.model_summary": "the plan is printed; trainer.extra.enable_model_summary=true adds Lightning's",
+        "logger.mlflow": "it is logger.extra.mlflow._target_=lightning.pytorch.loggers.MLFlowLogger",
+        "logger.comet": "it is logger.extra.comet._target_=lightning.pytorch.loggers.CometLogger",
+        "logger.neptune": "it is logger.extra.neptune._target_=lightning.pytorch.loggers.NeptuneLogger",
+        "optim.lr": "it is optim.learning_rate",
+    },
+    "evaluate": {"ckpt_path": _CHECKPOINT, "data.dir": "it is data_dir=<folder of shards>"},
+    "infer": {"ckpt_path": _CHECKPOINT},
+    "export": {"ckpt_path": _CHECKPOINT},
+}
+# The same for an option of a group that does not exist.
+OPTION_WORDS = {
+    "callbacks=early_stopping": _EARLY,
+    "callbacks=model_checkpoint": _CHECKPOINTS,
+    "callbacks=none": "callbacks=quiet prints nothing",
+    "logger=mlflow": WORDS["train"]["logger.mlflow"],
+    "logger=comet": WORDS["train"]["logger.comet"],
+    "logger=neptune": WORDS["train"]["logger.neptune"],
+    "logger=many_loggers": "it is logger=many",
+}
+
+
+def dotted_keys(node: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a config."""
+    keys = []
+    for key, value in node.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += dotted_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def known_keys(door: str, conf_dir: Path, groups: Sequence[str] = ()) -> list[str]:
+    """Every dotted key that a command reads, with the options of `groups`, and every group."""
+    with hydra.initialize_config_dir(str(conf_dir), version_base="1.3"):
+        try:
+            cfg = hydra.compose(door, list(groups))
+        except COMPOSITION_ERRORS:
+            cfg = hydra.compose(door)
+    keys = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
+    if door == "train":
+        for option in sorted((conf_dir / "quant").glob("*.yaml")):  # settings that other schemes have
+            keys += [f"quant.settings.{setting.name}" for setting in fields(scheme_class(option.stem))]
+        keys += [path.name for path in sorted(conf_dir.iterdir()) if path.is_dir()]
+    return list(dict.fromkeys(key for key in keys if not key.endswith(("settings.weight_scale", "activation_bits"))))
+
+
+def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
+    """The one of `words` that is spelled nearly like `word`."""
+    found = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str | None:
+    """The known key that `key` means: under another trainer's name, in another group, or misspelled; or None."""
+    *path, leaf = key.replace("-", "_").split(".")
+    leaf = ALIASES.get(leaf, leaf)
+    if leaf in known:
+        return leaf
+    parent = ".".join(path)
+    leaves: dict[str, list[str]] = {}
+    for name in known:
+        leaves.setdefault(name.split(".")[-1], []).append(name)
+
+    def found(near: str | None) -> str | None:
+        if near is None:
+            return None
+        inside = [name for name in leaves[near] if name.startswith(f"{parent}.")]
+        return (inside or leaves[near])[0]
+
+    if leaf in leaves:
+        return found(leaf)
+    siblings = [name.split(".")[-1] for name in known if name.rpartition(".")[0] == parent]
+    return found(nearest(leaf, siblings, 0.6)) or nearest(key, known, 0.85) or found(nearest(leaf, list(leaves), 0.75))
+
+
+def words_for(door: str, key: str) -> str | None:
+    """What is said about a key that other programs have and this one does not."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        if words := WORDS.get(door, {}).get(".".join(parts[:end])):
+            return words
+    return None
+
+
+def unknown_key(door: str, key: str, known: Sequence[str]) -> str:
+    """The line for a key that nothing reads."""
+    if words := words_for(door, key):
+        return f"unknown key '{key}': {words}"
+    if near := nearest_key(key, known):
+        return f"unknown key '{key}': did you mean '{near}'?"
+    if door == "train" and key.startswith("trainer.") and key.count(".") == 1:
+        return f"unknown key '{key}': other flags of Lightning's Trainer are trainer.extra.<flag>=..."
+    return f"unknown key '{key}': python -m bitnet_lit.{door} --cfg job prints all keys"
+
+
+def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
+    """The line for an option that a group does not have."""
+    if words := OPTION_WORDS.get(f"{group}={name}"):
+        return f"unknown {group}={name}: {words}"
+    shown = [each for each in available if not each.endswith("_schema")]
+    near = nearest(name, shown, 0.6)
+    return f"unknown {group}={name}: " + (f"did you mean '{near}'? " if near else "") + f"({', '.join(shown)})"
+
+
+def explain(door: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:
+    """Hydra's and OmegaConf's errors in one line.
+
+    Args:
+        overrides: what was typed.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if not isinstance(error, COMPOSITION_ERRORS):
+        return f"Hydra cannot read these options ({type(error).__name__}: {text})"
+
+    def known(key: str) -> list[str]:
+        groups = [
+            item for item in overrides if re.fullmatch(r"[a-z_]+=[\w.]+", item) and not item.startswith(key + "=")
+        ]
+        return known_keys(door, conf_dir, groups)
+
+    cause = " ".join(str(error.__cause__ or error).split())
+    cause = re.sub(r" (full_key|object_type|reference_type): .*", "", cause)
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
+    if unknown:
+        key = unknown.group(1)
+        if (full_key := getattr(error, "full_key", None)) and full_key.endswith(key):
+            key = full_key
+        keys = known(key)
+        if key in keys:
+            return f"{key} has no such entry: add one with +{key}.<name>=<value>"
+        return unknown_key(door, key, keys)
+    option = re.search(
+        r"Could not find '([^']+?)/([^']*)' Available options in '[^']+': (.*?) Config search path", text
+    )
+    if option:
+        return unknown_option(option.group(1), option.group(2), option.group(3).split())
+    if several := re.search(r"Ambiguous value for argument '(.*?)' 1\. To use it as a list", text):
+        key, _, typed = several.group(1).lstrip("+").partition("=")
+        if key not in (keys := known(key)):
+            return unknown_key(door, key, keys)
+        return f"{key}={typed}: {key} takes one value; a list is {key}=[{typed}], and a sweep over them needs -m"
+    if "Could not override ''" in text:
+        return "a value without a key: give key=value"
+    if "Config group override must be" in text:
+        return f"a group needs the name of an option (python -m bitnet_lit.{door} --help lists them)"
+    if directory := re.search(r"Additional config directory '(.*?)' not found", text):
+        return f"--config-dir {directory.group(1)}: no such folder"
+    merging = re.search(r"Error merging override (\S+)", text)
+    if merging:
+        return f"{merging.group(1).lstrip('+')}: {cause}"
+    if full_key := getattr(error, "full_key", None):
+        return f"{full_key}: {cause}"
+    return cause

@@ -1,0 +1,159 @@
+"""Lightning's Trainer for a run: the flags of `trainer`, those that a run decides by itself, and `trainer.extra`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins import CheckpointIO as AnyCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+
+from bitnet_lit.config import TrainConfig
+from bitnet_lit.config.slots import TARGET
+from bitnet_lit.did_you_mean import nearest
+from bitnet_lit.errors import UserError
+from bitnet_lit.instantiate import instantiate
+from bitnet_lit.model.layers import DecoderLayer
+from bitnet_lit.training.checkpoint_file import CheckpointIO
+from bitnet_lit.training.plan import Plan
+
+# Flags of Lightning that have a key of their own, or that a run of ours decides by itself.
+_OWN_KEY = "has a key of its own: trainer.{flag}="
+DECIDED = {
+    **dict.fromkeys(
+        (
+            "accelerator",
+            "devices",
+            "num_nodes",
+            "strategy",
+            "precision",
+            "max_epochs",
+            "max_steps",
+            "max_time",
+            "val_check_interval",
+            "limit_val_batches",
+            "accumulate_grad_batches",
+            "gradient_clip_val",
+            "log_every_n_steps",
+            "deterministic",
+            "benchmark",
+            "detect_anomaly",
+        ),
+        _OWN_KEY,
+    ),
+    "callbacks": "callbacks are callbacks.extra.<name>._target_=",
+    "logger": "loggers are logger.extra.<name>._target_=",
+    "default_root_dir": "the run folder is hydra.run.dir=",
+    "enable_checkpointing": "checkpoints are always written: callbacks.checkpoint_every_n_steps= writes more often",
+    "enable_progress_bar": "the bar is callbacks.progress_bar=",
+    "fast_dev_run": "mode=smoke runs everything in seconds",
+    "overfit_batches": "mode=overfit learns one batch by heart",
+    "limit_train_batches": "trainer.max_steps= ends a run, data.max_train_sequences= trains on a part of the corpus",
+    "check_val_every_n_epoch": "trainer.val_check_interval=1.0 validates once an epoch",
+    "min_epochs": "trainer.max_steps= or trainer.max_epochs= is the length of a run",
+    "min_steps": "trainer.max_steps= or trainer.max_epochs= is the length of a run",
+    "num_sanity_val_steps": "mode=smoke tries a whole run in seconds",
+    "gradient_clip_algorithm": "gradients are clipped by their norm: trainer.gradient_clip_val=",
+    "use_distributed_sampler": "the order of the data does not depend on the number of devices",
+    "reload_dataloaders_every_n_epochs": "the data has no end, so it is opened once",
+    "barebones": "callbacks=quiet callbacks.throughput=false callbacks.ternary_health=false leaves out what costs time",
+}
+
+
+def extra_flags(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Further flags of Lightning's Trainer; a `_target_` in one becomes an object.
+
+    Raises:
+        UserError: a flag that Lightning does not have, or that a run decides by itself.
+    """
+    known = list(inspect.signature(L.Trainer.__init__).parameters)[1:]
+    flags: dict[str, Any] = {}
+    for flag, value in extra.items():
+        key = f"trainer.extra.{flag}"
+        if flag in DECIDED:
+            raise UserError(f"{key}={value}: {DECIDED[flag].format(flag=flag)}")
+        if flag not in known:
+            near = nearest(flag, known)
+            raise UserError(
+                f"{key}: Lightning's Trainer has no such flag: "
+                + (f"did you mean {near}?" if near else f"it has {', '.join(set(known) - DECIDED.keys())}")
+            )
+        if isinstance(value, Mapping) and TARGET in value:
+            value = instantiate(value, key)
+        elif isinstance(value, list):
+            value = [
+                instantiate(item, f"{key}[{number}]") if isinstance(item, Mapping) else item
+                for number, item in enumerate(value)
+            ]
+        flags[flag] = value
+    return flags
+
+
+def _plugins(given: Any) -> list[Any]:
+    plugins = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    if any(isinstance(plugin, AnyCheckpointIO) for plugin in plugins):
+        raise UserError("trainer.extra.plugins: checkpoint files are written and checked here: leave CheckpointIO out")
+    return [CheckpointIO(), *plugins]
+
+
+def _strategy(config: TrainConfig) -> str | Strategy:
+    if config.trainer.strategy == "ddp":
+        # The only buffers are constant tables: no need to send them round before each forward pass.
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    if config.trainer.strategy == "fsdp":
+        return FSDPStrategy(auto_wrap_policy={DecoderLayer}, state_dict_type="full")
+    return "auto"
+
+
+def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) -> L.Trainer:
+    """The Trainer of a run.
+
+    Args:
+        parts: its callbacks and loggers.
+
+    Raises:
+        UserError: a device that is not there, or flags that do not go together.
+    """
+    options = config.trainer
+    extra = extra_flags(options.extra)
+    flags: dict[str, Any] = {
+        "enable_model_summary": False,
+        **extra,
+        "plugins": _plugins(extra.get("plugins")),
+    }
+    try:
+        return L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices if isinstance(options.devices, int | str) else list(options.devices),
+            num_nodes=options.num_nodes,
+            strategy=_strategy(config),
+            precision=options.precision,  # type: ignore[arg-type]  # checked by the schema
+            max_epochs=-1,  # the data has no end: steps count
+            max_steps=-1,  # `Checkpoints` ends the run, so that a resumed one can do what its end still owes
+            check_val_every_n_epoch=None,
+            val_check_interval=plan.validation_steps * options.accumulate_grad_batches,
+            accumulate_grad_batches=options.accumulate_grad_batches,
+            log_every_n_steps=options.log_every_n_steps,
+            deterministic=options.deterministic,
+            benchmark=options.benchmark,
+            detect_anomaly=options.detect_anomaly,
+            default_root_dir=run_dir,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the order is ours
+            enable_checkpointing=False,  # so are the checkpoints
+            enable_progress_bar=config.callbacks.progress_bar,
+            **flags,
+            **parts,
+        )
+    except MisconfigurationException as error:
+        # Lightning names no flag. Without extra ones it is the device that is not there.
+        where = "trainer.extra" if extra else f"trainer.accelerator={options.accelerator}"
+        raise UserError(f"{where}: {error}") from None
+    except (TypeError, ValueError) as error:
+        if not extra:
+            raise
+        raise UserError(f"trainer.extra: {' '.join(str(error).split())}") from error
