@@ -229,11 +229,11 @@ def test_a_sweep_says_the_quoting_that_works():
         (["prompt=\udcff"], "not a text in UTF-8"),
         (["--foo"], "unrecognized arguments: --foo"),
         (["--cfg"], "expected one argument"),
-        (["--config-dir", "nowhere"], "nowhere' not found"),
+        (["--config-dir", "nowhere"], "--config-dir .*nowhere: no such folder"),
         (["--run", "--multirun"], "Only one of"),
         (["--experimental-rerun", "x"], "unpickles a file"),
         (["+hydra.data.dir=[]"], "unknown key 'hydra.data'"),
-        (["hydra/launcher=nope"], "did you mean 'joblib'|did you mean 'basic'"),
+        (["hydra/launcher=nope"], "must be one of basic, joblib"),
         (["hydra.job.env_copy=[NO_SUCH_NAME]"], "Hydra cannot read these options"),
         (["--help", "x="], "unknown key 'x'"),
     ],
@@ -249,7 +249,7 @@ def test_what_cannot_be_read_is_one_line(arguments, message, monkeypatch, tmp_pa
 @pytest.mark.parametrize("option", ["model=", "model=../../etc/passwd", "optim=x", "-m model=demo,nope"])
 def test_options_of_groups_that_do_not_exist(option, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"unknown (model|optim)=.*: did you mean '\w+'\? \((?!.*_schema)"):
+    with pytest.raises(UserError, match=r"unknown (model|optim)=.*: must be one of (?!.*_schema)"):
         cli.run("train", print, option.split(" "))
 
 

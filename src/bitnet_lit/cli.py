@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 
 from bitnet_lit import config as schema
 from bitnet_lit.config.training import GROUPS
-from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain
+from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
 from bitnet_lit.door import interruptions
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed, quoted
@@ -75,7 +75,8 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
     fields = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
     for key in map(str, node):
         if fields is not None and key not in fields and f"{prefix}{key}" != "hydra.env":  # Hydra's, in no schema
-            raise UserError(f"unknown key '{prefix}{key}': nothing reads it; leave out +{prefix}{key}=...")
+            words = words_for("train", f"{prefix}{key}") or f"nothing reads it; leave out +{prefix}{key}=..."
+            raise UserError(f"unknown key '{prefix}{key}': {words}")
         if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
             _check_keys(child, f"{prefix}{key}.")
 

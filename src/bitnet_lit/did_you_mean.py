@@ -158,8 +158,9 @@ def known_keys(door: str, conf_dir: Path, groups: Sequence[str] = ()) -> list[st
 
 def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
     """The one of `words` that is spelled nearly like `word`."""
-    found = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
-    return found[0] if found else None
+    found = difflib.get_close_matches(word, words, n=3, cutoff=cutoff)
+    swapped = [each for each in found if sorted(each) == sorted(word)]  # modle is model, and not mode
+    return (swapped or found or [None])[0]
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
@@ -211,7 +212,9 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
         return f"unknown {group}={name}: {words}"
     shown = [each for each in available if not each.endswith("_schema")]
     near = nearest(name, shown, 0.6)
-    return f"unknown {group}={name}: " + (f"did you mean '{near}'? " if near else "") + f"({', '.join(shown)})"
+    if near:
+        return f"unknown {group}={name}: did you mean '{near}'? ({', '.join(shown)})"
+    return f"unknown {group}={name}: must be one of {', '.join(shown)}"
 
 
 def explain(door: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:

@@ -1,0 +1,77 @@
+"""What is said about a key that does not exist: the right word, a near one, or where all of them are listed."""
+
+import pytest
+
+from bitnet_lit.cli import compose
+from bitnet_lit.did_you_mean import nearest_key
+from bitnet_lit.errors import UserError
+
+
+def answer(override, door="train"):
+    with pytest.raises(UserError) as error:
+        compose(door, [*(["run_dir=unused"] if door == "train" else []), override])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("ckpt_path=a/last.ckpt", "resume=<run folder>"),
+        ("debug=default", "mode=smoke"),
+        ("trainer.fast_dev_run=true", "mode=smoke"),
+        ("+trainer.overfit_batches=1", "mode=overfit"),
+        ("trainer.limit_train_batches=10", "trainer.max_steps="),
+        ("trainer.check_val_every_n_epoch=1", "trainer.val_check_interval=1.0"),
+        ("paths.data_dir=data", "data.dir="),
+        ("data.data_dir=data", "did you mean 'data.dir'"),
+        ("task_name=try", "hydra.run.dir="),
+        ("tags=[a,b]", "hydra.run.dir="),
+        ("hparams_search=optuna", "sweep="),
+        ("callbacks=early_stopping", "callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping"),
+        ("callbacks.early_stopping.patience=3", "callbacks.extra.early._target_"),
+        ("callbacks.model_checkpoint.save_top_k=3", "callbacks.checkpoint_every_n_steps"),
+        ("logger=mlflow", "logger.extra.mlflow._target_=lightning.pytorch.loggers.MLFlowLogger"),
+        ("test=false", "bitnet_lit.evaluate"),
+        ("lr=1", "'optim.learning_rate'"),
+        ("wd=1", "'optim.weight_decay'"),
+        ("epochs=3", "'trainer.max_epochs'"),
+        ("batch-size=8", "'data.batch_size'"),
+        ("data.bs=8", "'data.batch_size'"),
+        ("block_size=64", "'model.max_position_embeddings'"),
+        ("optimizer=adamw", "'optim'"),
+        ("quant.group_size=64", "'quant.settings.group_size'"),
+        ("trainer.profiler=simple", "trainer.extra.<flag>="),
+    ],
+)
+def test_words_of_other_trainers_are_answered_with_ours(override, word):
+    assert word in answer(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "door"),
+    [("xyzzy=1", "train"), ("model.flux_capacitor=1", "train"), ("beam_width=3", "infer"), ("color=blue", "prepare")],
+)
+def test_what_is_like_nothing_is_sent_to_the_list(override, door):
+    text = answer(override, door)
+    assert f"python -m bitnet_lit.{door} --cfg job" in text and "did you mean" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model=xl", "unknown model=xl: must be one of 1.3b, 110m"),
+        ("optim=adam", "unknown optim=adam: did you mean 'adamw'? (adamw, custom, muon)"),
+        ("schedule=onecycle", "unknown schedule=onecycle: must be one of cosine, custom, two_stage, wsd"),
+    ],
+)
+def test_options_are_guessed_only_when_near_and_no_schema_is_one(override, words):
+    assert words in answer(override)
+
+
+def test_a_key_of_the_same_name_in_its_own_group_comes_first():
+    known = ["model.name", "optim.name", "optim.learning_rate", "trainer.max_steps", "schedule.warmup_steps"]
+    assert nearest_key("optim.nam", known) == "optim.name"
+    assert nearest_key("trainer.warmup_steps", known) == "schedule.warmup_steps"
+    assert nearest_key("trainer.max_step", known) == "trainer.max_steps"
+    assert nearest_key("trainer.something_else", known) is None
