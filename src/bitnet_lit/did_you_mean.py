@@ -160,7 +160,7 @@ def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
     """The one of `words` that is spelled nearly like `word`."""
     found = difflib.get_close_matches(word, words, n=3, cutoff=cutoff)
     swapped = [each for each in found if sorted(each) == sorted(word)]  # modle is model, and not mode
-    return (swapped or found or [None])[0]
+    return next(iter([*swapped, *found]), None)
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
