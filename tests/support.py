@@ -14,6 +14,11 @@ from bitnet_lit.model import CausalLM, build_model
 
 REPOSITORY = Path(__file__).parents[1]
 TINYSTORIES = REPOSITORY.parent / "shared" / "tinystories"
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc, which only Linux has")
+needs_dev_full = pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="the system has no device that is always full"
+)
+names_are_any_bytes = pytest.mark.skipif(sys.platform == "darwin", reason="macOS takes no names that are not Unicode")
 needs_tinystories = pytest.mark.skipif(
     not TINYSTORIES.is_dir(), reason=f"the TinyStories sample is not at {TINYSTORIES}"
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from bitnet_lit import atomic
 from bitnet_lit.atomic import atomic_file, atomic_folder, remove_leftovers
 from bitnet_lit.errors import DiskError, UserError, disk_errors
+from tests.support import names_are_any_bytes, needs_dev_full
 
 DEAD = 2**22 + 1  # beyond the largest number that Linux gives a process
 
@@ -80,13 +82,14 @@ def test_links_are_followed_and_stay(tmp_path):
 
 
 @pytest.mark.parametrize("writer", [write, write_folder])
-def test_what_is_no_file_or_folder_is_refused_and_stays(tmp_path, writer):
+def test_what_is_no_file_or_folder_is_refused_and_stays(tmp_path, monkeypatch, writer):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket"))
+        server.bind("socket")  # an absolute path may be longer than a socket's address
         wrong = {"pipe": "a named pipe", "loop": "a link that leads", "socket": "a socket", "/dev/null": "a device"}
         wrong |= {"folder": "is a folder, not a file"} if writer is write else {"file": "is a file, not a folder"}
         for name, what in wrong.items():
@@ -104,11 +107,18 @@ def test_the_current_folder_and_a_mount_point_cannot_be_exchanged(tmp_path, monk
     with pytest.raises(UserError, match="is the current folder"):
         write_folder(Path("."), a="1")
     with pytest.raises(UserError, match="is a mount point"):
-        write_folder(Path("/proc"), a="1")
+        write_folder(Path("/"), a="1")
 
 
 @pytest.mark.parametrize(
-    "name", ["n" * 255, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127, "a b\nc", "[x]*", os.fsdecode(b"\xff")]
+    "name",
+    [
+        "n" * 255,
+        "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127,
+        "a b\nc",
+        "[x]*",
+        pytest.param("\udcff", marks=names_are_any_bytes),
+    ],
 )
 def test_any_name_that_the_disk_holds(tmp_path, name):
     for text in ("1", "2"):
@@ -265,11 +275,64 @@ def test_a_cleanup_that_fails_hides_no_error_and_makes_none(tmp_path, monkeypatc
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "unlink", fails)
-    monkeypatch.setattr(atomic.fcntl, "flock", fails)
+    monkeypatch.setattr(fcntl, "flock", fails)
     write(tmp_path / "f")
     with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "f"):
         1 / 0  # noqa: B018
     assert (tmp_path / "f").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["model", "n" * 255])
+def test_the_users_files_in_a_killed_writers_folder_go_back_to_a_name_of_any_length(tmp_path, name):
+    write_folder(tmp_path / name, a="1")
+    (tmp_path / name / "README.md").write_text("mine")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "_settle", killed)  # behind the exchange
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(tmp_path / name, a="2")
+    assert not (tmp_path / name / "README.md").exists()
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {f"{name}/a": "2", f"{name}/README.md": "mine"}
+
+
+def test_what_is_replaced_keeps_its_permissions(tmp_path):
+    write(tmp_path / "f")
+    write_folder(tmp_path / "m", a="1")
+    for path, mode in (("f", 0o600), ("m", 0o750), ("m/a", 0o640)):
+        (tmp_path / path).chmod(mode)
+    write(tmp_path / "f", "newer")
+    write_folder(tmp_path / "m", a="2", b="2")
+    found = {path: stat.S_IMODE((tmp_path / path).stat().st_mode) for path in ("f", "m", "m/a", "m/b")}
+    (tmp_path / "plain").touch()
+    assert found == {"f": 0o600, "m": 0o750, "m/a": 0o640, "m/b": stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
+
+
+def test_a_thread_never_takes_the_file_of_the_first_one_for_a_dead_writers(tmp_path):
+    """The number of a process's first thread is the process's own, as that of an earlier life can be."""
+    failed, stop = [], threading.Event()
+
+    def work():
+        while not stop.is_set():
+            try:
+                write(tmp_path / "f")
+            except OSError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(1500):
+            write(tmp_path / "f")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
 
 
 def test_several_threads_write_one_target(tmp_path):
@@ -309,7 +372,7 @@ def test_a_file_system_that_cannot_flush_folders_nor_lock(tmp_path, monkeypatch,
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     write(tmp_path / "f")
     write_folder(tmp_path / "m", a="1")
     write_folder(tmp_path / "m", a="2")
@@ -364,7 +427,7 @@ def test_what_is_no_disk_error_stays_what_it_is(error):
     assert raised.value is error
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+@needs_dev_full
 def test_libraries_on_a_disk_that_is_full(tmp_path):
     import numpy as np
     import torch

@@ -5,7 +5,7 @@ renamed: a rename inside one file system is atomic. A folder that replaces anoth
 call where the system has one (Linux, macOS), and afterwards the files that its user had put there move to the new one.
 
     .model.4711.tmp/
-      lock        held while the writer lives
+      lock        held while the writer lives; holds the target's name
       new/        being filled; after the exchange, the old folder
       names       which names in the old folder are the writer's; there when the exchange is due
       old/        the old folder, on file systems without exchange
@@ -13,7 +13,8 @@ call where the system has one (Linux, macOS), and afterwards the files that its 
 A killed writer leaves its temporary name behind. The next write of the same target removes it, and so does
 `remove_leftovers`: a writer holds a lock on what it writes, which the system takes from a process that dies.
 
-Links are followed: what a link points to is replaced, and the link stays. Devices, pipes and sockets are refused.
+Links are followed: what a link points to is replaced, and the link stays. Devices, pipes and sockets are refused. What
+takes the place of a file or a folder has its permissions too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -38,11 +38,14 @@ from glob import escape
 from pathlib import Path
 
 from bitnet_lit.errors import UserError
+from bitnet_lit.locks import lock
 
 LONGEST_NAME = 255  # bytes, on most file systems
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
 NUMBERS_ARE_USED_AGAIN = 3600  # seconds after which a living process of that number is no longer taken for the writer
 LOCK, NEW, OLD, NAMES = "lock", "new", "old", "names"
+# Held from the making of a temporary name until it is locked: another thread takes one without a lock for a dead one's.
+_claiming = threading.Lock()
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.EACCES, errno.EISDIR}
 
 
@@ -90,6 +93,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary, descriptor = _claim(path, lambda name: os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
+        _keep_permissions(path, temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -117,7 +121,9 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
 
     def make(name: Path) -> int:
         name.mkdir()
-        return os.open(name / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(name / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.write(descriptor, os.fsencode(path.name))
+        return descriptor
 
     holder, descriptor = _claim(path, make)
     new = holder / NEW
@@ -125,7 +131,9 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
         new.mkdir()
         yield new
         for file in new.rglob("*"):
+            _keep_permissions(path / file.relative_to(new), file)
             sync(file)
+        _keep_permissions(path, new)
         sync(new)
         _put_in_place(holder, path, ours)
         sync(path.parent)
@@ -136,6 +144,14 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
         raise
     finally:
         os.close(descriptor)
+
+
+def _keep_permissions(old: Path, new: Path) -> None:
+    """Give what replaces a file or a folder its permissions: a model that only its owner may read stays so."""
+    with contextlib.suppress(OSError):  # there is none yet, or a file system without permissions
+        mode = stat.S_IMODE(os.stat(old).st_mode)
+        if mode != stat.S_IMODE(os.stat(new).st_mode):
+            os.chmod(new, mode)
 
 
 def remove_leftovers(folder: Path, *patterns: str, alone: bool = False) -> None:
@@ -151,7 +167,7 @@ def remove_leftovers(folder: Path, *patterns: str, alone: bool = False) -> None:
         for name in sorted(os.listdir(folder)):
             found = LEFTOVER.fullmatch(name)
             if found and (not patterns or any(fnmatchcase(found[1], pattern) for pattern in patterns)):
-                with contextlib.suppress(OSError, ValueError):  # somebody else's, gone meanwhile, or damaged
+                with _claiming, contextlib.suppress(OSError, ValueError):  # somebody else's, gone meanwhile, or damaged
                     _remove_if_abandoned(folder / name, folder / found[1], int(found[2]), alone)
 
 
@@ -179,24 +195,14 @@ def _claim(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
     # The number of a thread, because several may write one target; that of a process's first thread is the process's.
     for number in itertools.count(threading.get_native_id()):
         temporary = path.with_name(f".{_stem(path.name)}.{number}.tmp")
-        try:
-            descriptor = make(temporary)
-        except FileExistsError:
-            continue  # of a process in another container, which counts from one as this one does
-        _lock(descriptor)
+        with _claiming:
+            try:
+                descriptor = make(temporary)
+            except FileExistsError:
+                continue  # of a process in another container, which counts from one as this one does
+            lock(descriptor)
         return temporary, descriptor
     raise AssertionError("numbers have no end")
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Take the lock of an open file: True; False where another has it, None where the file system gives none."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
 
 
 def _put_in_place(holder: Path, path: Path, ours: Callable[[Path], Collection[str]] | None) -> None:
@@ -232,12 +238,14 @@ def _remove_if_abandoned(leftover: Path, target: Path, number: int, alone: bool)
     age = time.time() - max(file.lstat().st_mtime for file in (leftover, *leftover.glob("*/*")))
     descriptor = os.open(locked, os.O_RDWR | os.O_NOFOLLOW) if locked.exists() else None
     try:
-        has_lock = True if descriptor is None else _lock(descriptor)
+        has_lock = True if descriptor is None else lock(descriptor)
         writer_may_live = _is_another_process(number) or has_lock is None
         if not alone and (has_lock is False or (writer_may_live and age < NUMBERS_ARE_USED_AGAIN)):
             return
         if is_folder:
-            _settle(leftover, target)
+            name = os.fsdecode(os.read(descriptor, LONGEST_NAME)) if descriptor is not None else ""
+            # The name in the temporary one may be shortened. Nothing but a name beside it is believed.
+            _settle(leftover, target.with_name(name) if name and _stem(name) == target.name else target)
         else:
             leftover.unlink()
     finally:

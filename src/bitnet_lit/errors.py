@@ -1,8 +1,13 @@
-"""The one exception that speaks to users.
+"""The exceptions that speak to users, each in one line: what is wrong, the value seen, what to do.
 
-A `UserError` is a mistake on the command line, in a config or in a file: one line that says what is wrong, the
-value seen and what to do. Doors print that line and exit with status 2; everything else that escapes is a bug of
-ours and keeps its traceback (status 1).
+    UserError         a mistake on the command line, in a config or in a file             status 2
+    DiskError         a disk that is full, broken or gone                                  status 1
+    TrainingStopped   a run that diverged (1), or that a signal ended (128 + its number)
+    DataError         shards that changed or broke while they were read                    status 1
+    ParityError       an export that is not the model it was written from                  status 1
+    ModelError        a model whose results are not finite, or memory that ended           status 1
+
+The commands print the line and end with the status. Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,15 +21,17 @@ from pathlib import Path
 LONGEST_LINE = 2000  # characters: a screen
 
 
-def one_line(message: object) -> str:
+def one_line(message: object, longest: int = LONGEST_LINE) -> str:
     """A message on one line, with escapes for what no terminal shows: it may quote anything that was typed or read.
 
-    Of one that would fill more than a screen the middle is left out: what is wrong stands in front, the remedy behind.
+    Args:
+        longest: characters. Of a longer message the middle is left out: what is wrong stands in front, the remedy
+            behind.
     """
     text = " ".join(str(message).split())
-    text = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-    half = LONGEST_LINE // 2 - 3
-    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
+    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    half = longest // 2 - 3
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 class UserError(ValueError):

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.regular_file import read_regular
 
-MAX_BYTES = 2**20  # a config with every default filled in has three thousand
+MAX_BYTES = 2**17  # a config with every default filled in has three thousand; PyYAML reads ten thousand a second
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -61,17 +62,11 @@ def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds something else.
     """
+    content = read_regular(path, remedy, MAX_BYTES)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-        value = yaml.load(raw.decode("utf-8-sig"), _PlainLoader)  # a SafeLoader
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
+        value = yaml.load(content.decode("utf-8-sig"), _PlainLoader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged ({what}): {remedy}") from None
+        raise UserError(f"{path}: damaged ({one_line(error, 200)}): {remedy}") from None
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UserError(f"{path}: damaged (it holds no keys and values): {remedy}")
     return value

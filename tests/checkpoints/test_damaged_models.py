@@ -1,6 +1,6 @@
 """Damage of one kind each: a model that works or one line for the user, with both engines.
 
-Damage drawn at random is in tests/faults/test_corrupted_inputs.py.
+Damage drawn at random is in tests/fuzz/, sizes that no model has in tests/faults/test_absurd_sizes.py.
 """
 
 import json

@@ -23,7 +23,7 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
-from tests.support import TINYSTORIES, needs_tinystories
+from tests.support import TINYSTORIES, names_are_any_bytes, needs_tinystories
 
 
 def llama2c_pretokenize(json_path, model_path):
@@ -286,6 +286,7 @@ def test_text_that_changes_while_it_is_encoded_is_no_whole_shard(tmp_path, token
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["meta.json", "tokenizer.model"]
 
 
+@names_are_any_bytes
 def test_names_of_any_bytes(tmp_path, tokenizer):
     source = os.fsencode(tmp_path) + b"/t\xffxt [b]\n"
     os.mkdir(source)

@@ -10,7 +10,7 @@ import pytest
 
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
-from tests.support import run_door, tiny_model
+from tests.support import needs_dev_full, run_door, tiny_model
 
 
 def in_shell(command, cwd, **environment):
@@ -23,6 +23,7 @@ def in_shell(command, cwd, **environment):
     )
 
 
+@needs_dev_full
 @pytest.mark.parametrize(("where", "why"), [(">/dev/full", b"No space left"), (">&-", b"Bad file descriptor")])
 def test_an_output_that_takes_nothing_is_one_line_and_status_1(tmp_path, where, why):
     result = in_shell(f"python -m bitnet_lit.infer --help {where}", tmp_path)
@@ -35,6 +36,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
     assert result.returncode == 0 and result.stderr == b"" and len(result.stdout) == 1
 
 
+@needs_dev_full
 def test_errors_that_nobody_sees_keep_their_status(tmp_path):
     assert in_shell("python -m bitnet_lit.infer nonsense 2>&-", tmp_path).returncode == 2
     assert in_shell("python -m bitnet_lit.infer nonsense 2>/dev/full", tmp_path).returncode == 2

@@ -29,7 +29,7 @@ from bitnet_lit.foreign_json import SHA256, Choice, Flag, Integer, MapOf, OrNull
 
 META_NAME = "meta.json"
 META_VERSION = 1
-MAX_META_BYTES = 2**28  # 300 bytes a shard; a shard holds 64 MB of text
+MAX_META_BYTES = 2**25  # 300 bytes a shard of 64 MB of text: room for 6 TB of text
 
 _COUNT = Integer(0, 2**63 - 1)
 _ID = Integer(-1, 2**31 - 1)

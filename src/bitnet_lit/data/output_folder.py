@@ -8,14 +8,13 @@ start at once, one writes and the others find it done.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.errors import disk_errors
+from bitnet_lit.locks import lock
 from bitnet_lit.terminal import console
 
 
@@ -49,22 +48,11 @@ def _open_locked(folder: Path) -> tuple[int, bool]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
-        has_lock = _lock(descriptor, folder)
+        has_lock = lock(descriptor)
+        if has_lock is False:
+            console(stderr=True).print(f"{folder}: waiting for another process that writes it")
+            has_lock = lock(descriptor, wait=True)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-                return descriptor, has_lock
+                return descriptor, has_lock is True
         os.close(descriptor)  # whoever was waited for wrote nothing and removed the folder: make it again
-
-
-def _lock(descriptor: int, folder: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        console(stderr=True).print(f"{folder}: waiting for another process that writes it")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        # Some network file systems know no locks: two writers are the user's to avoid there.
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL, errno.EACCES):
-            raise
-        return False
-    return True

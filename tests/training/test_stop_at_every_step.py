@@ -1,65 +1,17 @@
-"""A run that dies at a file operation and is resumed leaves what one leaves that was never broken."""
+"""A run that is asked to stop behind each of its steps, and resumed, leaves what one leaves that was never broken."""
 
 import csv
-import itertools
 import json
-import os
-import pathlib
-import shutil
 
 import pytest
 import torch
 
 from bitnet_lit.cli import compose
-from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.errors import TrainingStopped
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
-
-# The last validation is not the best one, so best.ckpt and last.ckpt differ at the end.
-RUN = [
-    *TINY_RUN,
-    "trainer.max_steps=6",
-    "trainer.val_check_interval=2",
-    "callbacks.checkpoint_every_n_steps=1",
-    "optim=adamw",
-    "optim.learning_rate=3",
-    "schedule=wsd",
-    "schedule.decay_share=0.1",
-    "schedule.warmup_steps=2",
-]
-
-
-class Died(BaseException):
-    """Stands for a kill: nothing but `finally` blocks runs behind it, as nothing does behind a kill."""
-
-
-def die_at(monkeypatch, count):
-    """Let operation `count` of those that make or change a name end the run; returns the counter of all of them."""
-    operations = itertools.count()
-
-    def counted(original):
-        def operation(*arguments, **options):
-            if next(operations) == count:
-                raise Died
-            return original(*arguments, **options)
-
-        return operation
-
-    for owner, name in (
-        (os, "replace"),
-        (os, "rename"),
-        (os, "link"),
-        (os, "fsync"),
-        (os, "truncate"),
-        (pathlib.Path, "rename"),
-        (pathlib.Path, "mkdir"),
-        (pathlib.Path, "write_text"),
-        (shutil, "copyfile"),
-    ):
-        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
-    return operations
 
 
 def without_times(row):
@@ -92,24 +44,6 @@ def contents(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, shards):
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    train(compose("train", [f"run_dir={folder}", f"data.dir={shards}", *RUN]))
-    return contents(folder)
-
-
-def resume(folder, shards):
-    """Type the same again, as a user does, until the run is complete."""
-    if not (folder / "checkpoints" / "last.ckpt").exists():
-        train(compose("train", [f"run_dir={folder}", f"data.dir={shards}", *RUN]))
-    else:
-        try:
-            train(resume_config(str(folder)))
-        except UserError as error:
-            assert "complete at step 6" in str(error)
-
-
 def compare(folder, unbroken, original):
     """`original`: the run folder's path in the unbroken run, which some files hold."""
     left = contents(folder)
@@ -120,28 +54,6 @@ def compare(folder, unbroken, original):
         elif name == "metrics.json":
             content = {**content, "run_dir": str(folder)}
         assert left[name] == content, name
-
-
-POINTS = int(os.environ.get("KILL_POINTS", "3"))
-
-
-@pytest.mark.slow
-def test_dead_at_a_file_operation(tmp_path, tmp_path_factory, shards, unbroken, monkeypatch):
-    assert "model_last/model.safetensors" in unbroken
-    original = unbroken["metrics.json"]["run_dir"]
-    operations = die_at(monkeypatch, -1)
-    train(compose("train", [f"run_dir={tmp_path / 'counted'}", f"data.dir={shards}", *RUN]))
-    total = next(operations)
-    monkeypatch.undo()
-    points = range(total) if total <= POINTS else [total - 1 - i * total // POINTS for i in range(POINTS)]
-    for point in points:
-        folder = tmp_path / str(point)
-        die_at(monkeypatch, point)
-        with pytest.raises(Died):
-            train(compose("train", [f"run_dir={folder}", f"data.dir={shards}", *RUN]))
-        monkeypatch.undo()
-        resume(folder, shards)
-        compare(folder, unbroken, original)
 
 
 @pytest.mark.slow
