@@ -15,9 +15,9 @@ from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import EvaluateConfig, QuantConfig
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.quant.scheme import B158
+from bitnet_lit.runs.folder import MODEL_LAST
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from bitnet_lit.training.run_folder import MODEL_LAST
 
 FOLDER = Path(__file__).with_name("first_version")
 LOSS = 5.672786

@@ -23,7 +23,7 @@ from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
 from bitnet_lit.door import interruptions
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed, quoted
-from bitnet_lit.sweep import run_job
+from bitnet_lit.runs.sweep import run_job
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"  # in a checkout
@@ -233,7 +233,7 @@ def run(
             raise
         if not isinstance(error, BrokenProcessPool):
             raise UserError(explain(door, error, overrides, CONF_DIR)) from error
-        from bitnet_lit.training.sweep_table import SweepTable
+        from bitnet_lit.runs.sweep_table import SweepTable
 
         SweepTable.end()
         raise TrainingStopped(

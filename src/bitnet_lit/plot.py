@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def _plot(config: PlotConfig) -> None:
-    from bitnet_lit.training.curves import plot_curves
+    from bitnet_lit.runs.curves import plot_curves
 
     print(plot_curves(config))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from bitnet_lit.errors import DataError, TrainingStopped, UserError, disk_errors
+from bitnet_lit.runs.folder import CHECKPOINTS
 from bitnet_lit.training.checkpoint_file import LAST
-from bitnet_lit.training.run_folder import CHECKPOINTS
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
 _CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket|TCPStore", re.I)

@@ -26,7 +26,7 @@ from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
 from bitnet_lit.instantiate import instantiate
-from bitnet_lit.training.run_folder import CSV_NAME
+from bitnet_lit.runs.folder import CSV_NAME
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

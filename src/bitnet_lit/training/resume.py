@@ -29,9 +29,9 @@ from bitnet_lit.instantiate import check_allowed, named_classes
 from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.scheme import is_known
+from bitnet_lit.runs.folder import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, exported_step
 from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
 from bitnet_lit.training.identity import check_identity
-from bitnet_lit.training.run_folder import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, exported_step
 
 _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 

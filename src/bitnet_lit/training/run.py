@@ -1,6 +1,6 @@
 """One run, from a config to a folder: what the door, the tests and notebooks call.
 
-`run_folder.py` says what lies in the folder and whose it is, `callbacks/checkpoints.py` how a run that was killed goes
+`runs/folder.py` says what lies in the folder and whose it is, `callbacks/checkpoints.py` how a run that was killed goes
 on.
 """
 
@@ -30,6 +30,7 @@ from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
+from bitnet_lit.runs.folder import CHECKPOINTS, METRICS_NAME, claim, clean, locked
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import LAST, link_checkpoint
@@ -41,7 +42,6 @@ from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit
 from bitnet_lit.training.resume import Start, read_start, save_config
-from bitnet_lit.training.run_folder import CHECKPOINTS, METRICS_NAME, claim, clean, locked
 from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.signals import StopSignals
 from bitnet_lit.training.trainer import build_trainer

@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import Callback
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.runs.folder import CHECKPOINTS, MODEL, MODEL_LAST, exported_step
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
 from bitnet_lit.training.module import BitNetModule
-from bitnet_lit.training.run_folder import CHECKPOINTS, MODEL, MODEL_LAST, exported_step
 
 
 class ExportModelFolder(Callback):

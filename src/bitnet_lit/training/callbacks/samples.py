@@ -14,10 +14,10 @@ from bitnet_lit.config import GenerationConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
+from bitnet_lit.runs.folder import SAMPLES_NAME
 from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
-from bitnet_lit.training.run_folder import SAMPLES_NAME
 
 
 class SampleStories(Callback):

@@ -22,9 +22,9 @@ from torch import Tensor
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.packing import CODES_PER_BYTE, pack_codes, unpack_codes
 from bitnet_lit.quant.scheme import Scheme
+from bitnet_lit.runs.folder import HEALTH_NAME
 from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
-from bitnet_lit.training.run_folder import HEALTH_NAME
 
 COLUMNS = ("step", "layer", "minus", "zero", "plus", "flip_rate", "weight_scale")
 

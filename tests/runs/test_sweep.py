@@ -11,12 +11,13 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from bitnet_lit import cli, sweep
+from bitnet_lit import cli
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed
-from bitnet_lit.training.own_folder import make_own, record_name
-from bitnet_lit.training.sweep_table import SweepTable, read_jobs
+from bitnet_lit.runs import sweep
+from bitnet_lit.runs.own_folder import make_own, record_name
+from bitnet_lit.runs.sweep_table import SweepTable, read_jobs
 from tests.support import REPOSITORY, TINY_RUN
 
 ODD = "[/b] [red] :smile: \x1b[31m \u2028 \udcff 'a, b' ${x}"

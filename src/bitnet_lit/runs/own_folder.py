@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.overrides import quoted
-from bitnet_lit.sweep import holds_run
+from bitnet_lit.runs.sweep import holds_run
 
 
 def record_name(folder: str) -> str | None:

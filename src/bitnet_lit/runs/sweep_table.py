@@ -20,7 +20,7 @@ from rich.table import Table
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import one_line
 from bitnet_lit.overrides import readable
-from bitnet_lit.sweep import ERROR_NAME, REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
+from bitnet_lit.runs.sweep import ERROR_NAME, REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
 from bitnet_lit.terminal import wide_console
 
 TABLE_NAME = "sweep.csv"

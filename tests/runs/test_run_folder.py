@@ -9,15 +9,15 @@ import pytest
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
+from bitnet_lit.runs.folder import claim, clean, locked
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from bitnet_lit.training.run_folder import claim, clean, locked
 from tests.support import TINY_RUN
 
 HOLDER = """
 import sys
 from pathlib import Path
-from bitnet_lit.training.run_folder import locked
+from bitnet_lit.runs.folder import locked
 
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

@@ -4,7 +4,7 @@ import pytest
 
 from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.training.curves import plot_curves
+from bitnet_lit.runs.curves import plot_curves
 
 pytest.importorskip("matplotlib")
 
