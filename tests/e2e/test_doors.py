@@ -68,7 +68,7 @@ def test_an_empty_and_a_too_long_prompt(trained):
         ("infer", ["temprature=1"], "unknown key 'temprature': did you mean 'temperature'?"),
         ("infer", ["top_p=2"], "must lie in (0, 1]"),
         ("evaluate", ["checkpoint=."], "no model there"),
-        ("evaluate", ["accelerator=tpu"], "must be one of auto, cpu, gpu, mps"),
+        ("evaluate", ["accelerator=tpu"], "must be one of auto, cpu, gpu, cuda, mps"),
         ("prepare", ["source=nowhere", "out=x"], "no such file, folder or glob"),
         ("prepare", ["source=demo", "out=x", "tokenizer=a", "vocab_size=3"], "give one"),
         ("train", ["data.dir=nowhere"], "no such folder"),

@@ -104,7 +104,7 @@ def test_why_pytorch_runs_a_model_is_one_line(tmp_path, capsys, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bitnet_lit.load(tmp_path / "model", engine="torch")
-    with pytest.warns(UserWarning, match="^threads=2, head=int4: without effect: PyTorch runs the model"):
+    with pytest.warns(UserWarning, match="^threads=2, head=int4: no effect, because PyTorch runs the model"):
         bitnet_lit.load(tmp_path / "model", engine="torch", threads=2, head="int4")
     with pytest.raises(UserError, match="engine=cpu: cannot run .*row.*: take engine=torch"):
         bitnet_lit.load(tmp_path / "model", engine="cpu")

@@ -96,13 +96,13 @@ class EvaluateConfig(CheckpointConfig):
     sequence_length: int | None = None
     """Tokens of a sequence. null: as in training."""
     accelerator: str = "auto"
-    """auto, cpu, gpu or mps."""
+    """auto, cpu, gpu (or cuda) or mps, Lightning's names. auto: a GPU where there is one."""
 
     RANGES: ClassVar[dict[str, Range]] = {"batch_size": SIZE, "sequence_length": SIZE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
+        one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
 
 
 @dataclass

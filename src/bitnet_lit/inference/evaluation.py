@@ -116,9 +116,10 @@ def _device(accelerator: str) -> str:
     Raises:
         UserError: this machine does not have it.
     """
-    available = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    cuda = torch.cuda.is_available()
     if accelerator == "auto":
-        accelerator = "gpu" if available["gpu"] else "cpu"
+        accelerator = "gpu" if cuda else "cpu"
+    available = {"cpu": True, "gpu": cuda, "cuda": cuda, "mps": torch.backends.mps.is_available()}
     if not available[accelerator]:
         raise UserError(f"accelerator={accelerator}: not available on this machine: take accelerator=cpu")
     return {"gpu": "cuda"}.get(accelerator, accelerator)

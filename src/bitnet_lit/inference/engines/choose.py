@@ -66,7 +66,7 @@ def choose_engine(stored: StoredModel, options: EngineConfig, network: Callable[
     of_native = {key: getattr(options, key) for key in NATIVE if getattr(options, key) != getattr(default, key)}
     if of_native:
         given = ", ".join(f"{key}={value}" for key, value in of_native.items())
-        warnings.warn(f"{given}: without effect: PyTorch runs the model, not the native engine", stacklevel=4)
+        warnings.warn(f"{given}: no effect, because PyTorch runs the model, not the native engine", stacklevel=4)
     from bitnet_lit.inference.engines.torch_engine import TorchEngine
 
     return TorchEngine(network())
