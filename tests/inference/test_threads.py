@@ -17,7 +17,7 @@ import bitnet_lit
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.inference.engines.cpu.cores import allowed_threads, physical_cores, quota
+from bitnet_lit.inference.engines.cpu.cores import allowed_threads, physical_cores
 from tests.support import tiny_model
 
 ENGINES = ["cpu", "torch"]
@@ -243,40 +243,3 @@ def test_threads_are_as_many_as_processors_at_most(folder):
     for threads in (0, -1, True, 1.5, "2"):
         with pytest.raises(UserError, match="threads="):
             bitnet_lit.load(folder, engine="cpu", threads=threads)
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, float("inf")),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, float("inf")),
-        (
-            {
-                "proc/self/cgroup": "0::/a/b\n",
-                "sys/fs/cgroup/a/b/cpu.max": "max 100000",
-                "sys/fs/cgroup/a/cpu.max": "300000 100000",
-                "sys/fs/cgroup/cpu.max": "400000 100000",
-            },
-            3,
-        ),
-        (
-            {
-                "proc/self/cgroup": "9:name=systemd:/\n4:cpu,cpuacct:/docker/x\n3:cpuset:/\n",
-                "sys/fs/cgroup/cpu/docker/x/cpu.cfs_quota_us": "50000\n",
-                "sys/fs/cgroup/cpu/docker/x/cpu.cfs_period_us": "100000\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-            },
-            0.5,
-        ),
-        ({"proc/self/cgroup": "0::/\nnonsense\n", "sys/fs/cgroup/cpu.max": "a b\n"}, float("inf")),
-        ({"proc/self/cgroup": "0::/../..\n", "sys/fs/cgroup/cpu.max": "0 0"}, float("inf")),
-    ],
-    ids=["none", "v2", "unlimited", "nested", "v1", "nonsense", "outside"],
-)
-def test_quotas_of_containers(tmp_path, files, expected):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert quota(tmp_path) == expected

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitnet_lit.config import TrainConfig, TrainerConfig
+from bitnet_lit.control_groups import memory_limit
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import Accounting, account
 from bitnet_lit.terminal import console
@@ -157,12 +156,8 @@ def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int) -
 
 
 def _machine_memory_bytes() -> float:
-    """The most bytes that this process may have: the machine's memory, or its control group's limit."""
-    limits = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-            limits.append(float(Path(path).read_text(encoding="ascii")))
-    return min(limits)
+    """The most bytes that this process may have: the machine's memory, or its control groups' limit."""
+    return min(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), memory_limit())
 
 
 def check_memory(config: TrainConfig) -> None:

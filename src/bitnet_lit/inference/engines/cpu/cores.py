@@ -11,6 +11,7 @@ import os
 import warnings
 from pathlib import Path
 
+from bitnet_lit.control_groups import cpu_quota
 from bitnet_lit.errors import UserError
 
 
@@ -26,41 +27,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _allowance(quota: str, period: str) -> float:
-    """Processors whose time is `quota` in each `period`, both in microseconds; infinite where none is set."""
-    try:
-        share = float(quota) / float(period)
-    except (ValueError, ZeroDivisionError):
-        return math.inf
-    return share if share > 0 else math.inf
-
-
-def quota(root: Path = Path("/")) -> float:
-    """Processors that the control groups of this process allow; infinite where they set no quota.
-
-    Args:
-        root: of the file system; tests have another.
-    """
-    allowed = math.inf
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Version 2 has no controllers in the line. Each group above may have a quota of its own.
-        mount = root / "sys/fs/cgroup" / (controllers and "cpu")
-        folder = Path(group.lstrip("/"))
-        for above in [folder, *folder.parents]:
-            if controllers:
-                values = [_read(mount / above / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-            else:
-                values = _read(mount / above / "cpu.max").split()
-            if len(values) == 2:
-                allowed = min(allowed, _allowance(*values))
-    return allowed
-
-
 def _at_most(processors: int) -> int:
-    return max(1, math.ceil(min(quota(), processors)))
+    return max(1, math.ceil(min(cpu_quota(), processors)))
 
 
 def physical_cores() -> int:

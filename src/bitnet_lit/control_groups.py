@@ -1,0 +1,66 @@
+"""What Linux's control groups allow this process: a container or a batch job may have less than the whole machine.
+
+A process is in one group of each hierarchy, and every group above may have a limit of its own, so the smallest counts.
+Version 2 has one hierarchy below /sys/fs/cgroup (`memory.max`, `cpu.max`); version 1 has one for each controller. See
+the kernel's Documentation/admin-guide/cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _number(text: str) -> float:
+    """The number; NaN for what is none ("max", an empty file)."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _limits(controller: str, name: str, names_v1: tuple[str, ...], root: Path) -> Iterator[list[float]]:
+    """Yield the numbers of a limit for each group that this process is in, and those above.
+
+    Args:
+        name: the limit's file in version 2, which holds all its numbers.
+        names_v1: the limit's files in version 1, one for each number.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = [*line.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controllers and controller)  # version 2 names no controllers in the line
+        folder = Path(group.lstrip("/"))
+        for above in (mount / each for each in (folder, *folder.parents)):
+            texts = [_read(above / each) for each in names_v1] if controllers else _read(above / name).split()
+            yield [_number(text) for text in texts]
+
+
+def cpu_quota(root: Path = ROOT) -> float:
+    """How many processors' time this process may use; infinite where there is no quota.
+
+    Args:
+        root: the root of the file system; tests have another.
+    """
+    allowed = math.inf
+    for numbers in _limits("cpu", "cpu.max", ("cpu.cfs_quota_us", "cpu.cfs_period_us"), root):
+        if len(numbers) == 2 and numbers[0] > 0 and numbers[1] > 0:
+            allowed = min(allowed, numbers[0] / numbers[1])
+    return allowed
+
+
+def memory_limit(root: Path = ROOT) -> float:
+    """How many bytes of memory this process may use; infinite where there is no limit."""
+    limits = [numbers[0] for numbers in _limits("memory", "memory.max", ("memory.limit_in_bytes",), root) if numbers]
+    return min((limit for limit in limits if limit >= 0), default=math.inf)
