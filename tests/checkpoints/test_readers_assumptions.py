@@ -11,8 +11,8 @@ import sentencepiece
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import EvaluateConfig, PrepareConfig, QuantConfig
-from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import tokenizer_problem

@@ -17,10 +17,10 @@ import sentencepiece
 
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data import write_shards as write_shards_module
-from bitnet_lit.data.demo import demo_stories
-from bitnet_lit.data.output_folder import exclusive_folder
+from bitnet_lit.data.exclusive_folder import exclusive_folder
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from tests.support import TINYSTORIES, names_are_any_bytes, needs_tinystories

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.processes import without_main_script
+from bitnet_lit.data.sources.demo import demo_stories
 
 SCRIPT = """
 from bitnet_lit.config import PrepareConfig

@@ -67,13 +67,13 @@ def test_llama2cs_own_folders(tmp_path, tokenizer):
     (everything / "data00.json").write_text("[]")
     assert open_shards(everything).vocab_size == 32000
     with_tokenizer = open_shards(everything, TINYSTORIES / "llama2_tokenizer.model")
-    assert with_tokenizer.tokenizer_path == TINYSTORIES / "llama2_tokenizer.model"
+    assert with_tokenizer.tokenizer.path == TINYSTORIES / "llama2_tokenizer.model"
     tok = tmp_path / "tok512"
     tok.mkdir()
     write(tok / "data00.bin", [511] * 100)
     assert open_shards(tok).vocab_size == 512
     shutil.copy(tokenizer.path, tmp_path / "tok512.model")
-    assert open_shards(tok).tokenizer_path == tmp_path / "tok512.model"
+    assert open_shards(tok).tokenizer.path == tmp_path / "tok512.model"
 
 
 def one_line(error):
@@ -156,7 +156,7 @@ def test_large_shards_are_checked_in_places_their_ends_among_them(tmp_path, monk
 
 
 def test_a_tokenizer_that_did_not_write_the_shards_is_refused(shards, tmp_path):
-    from bitnet_lit.data.demo import demo_stories
+    from bitnet_lit.data.sources.demo import demo_stories
     from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 
     train_tokenizer(demo_stories(100, seed=5), 400, tmp_path / "other.model")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitnet_lit.config import MuonConfig, QuantConfig
-from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.model import build_model, next_token_loss
 from bitnet_lit.training.optimizers import build_optimizer

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from bitnet_lit.data.batches import TrainBatches
-from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.order import SampleOrder
 from bitnet_lit.data.shards import open_shards
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 
 NUM_STORIES = 20_000  # about 9 MB of text

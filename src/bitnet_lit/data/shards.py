@@ -1,41 +1,41 @@
-"""llama2.c's shards: flat files of token ids, one story after the other, a BOS before each.
+"""Opening a folder of shards: everything that can be checked before the first step is checked here.
 
-A folder of shards is one of
-
-- ours: `dataNN.bin`, `tokenizer.model` and a `meta.json` that says dtype, vocabulary, tokenizer and sizes;
-- llama2.c's `TinyStories_all_data`: `dataNN.bin` beside `dataNN.json`, Llama 2's vocabulary, uint16, no meta;
-- llama2.c's `tokN` folder, with `tokN.model` beside it.
-
-Shard 0 is for validation, the rest for training, as in llama2.c. A single shard is split inside itself: the first
-tenth, cut on a sequence border and at least one sequence, is for validation.
-
-What is in a folder is checked when it is opened; `token_split` then reads sequences from it.
+Shard 0 is for validation, the rest for training, as in llama2.c. A single shard is divided: its first tenth, cut on a
+sequence border and at least one sequence long, is for validation.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bitnet_lit.data.meta import META_NAME, dtype_for, read_meta
+from bitnet_lit.data.shard_folder import (
+    META_NAME,
+    dtype_for,
+    find_shard_tokenizer,
+    find_shards,
+    read_meta,
+    vocab_size_in_name,
+)
 from bitnet_lit.data.token_split import Piece, TokenSplit
-from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 
 LLAMA2_VOCAB_SIZE = 32000
 VALIDATION_SHARE = 0.1  # of a single shard
-# Token ids are checked in full up to this size; beyond it in some blocks of each shard, its two ends among them. That
-# finds a wrong dtype or vocabulary at once and reads a megabyte per shard instead of 30 GB. What it does not see is
-# refused when it is gathered.
+# All token ids are checked in folders up to this size; in larger ones, those in some blocks of each shard, its two ends
+# among them. That finds a wrong dtype or vocabulary at once, and reads a megabyte per shard instead of 30 GB. An id
+# that it does not see is refused when it is read.
 FULL_CHECK_BYTES = 256 * 2**20
 CHECK_BLOCKS, CHECK_BLOCK_TOKENS = 16, 2**15
 CHECK_AT_ONCE_TOKENS = 2**22
+DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 16, 2**16
 _WRITE = "write shards with python -m bitnet_lit.prepare source=<text> out=<folder>"
 
 
@@ -44,26 +44,34 @@ class ShardDirectory:
     """An opened and checked folder of shards.
 
     Attributes:
-        sizes: path to tokens of each shard, in order; the first is for validation.
-        vocab_size: ids lie below it.
-        tokenizer_path: None where there is none.
-        meta: contents of meta.json, empty for llama2.c's folders.
+        sizes: the number of tokens of each shard, by path, in order; the first one is for validation.
+        dtype: how token ids are stored.
+        vocab_size: all ids are below this number.
+        tokenizer: the tokenizer that wrote the shards; None where it is not known.
+        meta: the contents of meta.json; empty for llama2.c's folders.
     """
 
     folder: Path
     sizes: dict[Path, int]
     dtype: np.dtype
     vocab_size: int
-    tokenizer_path: Path | None
+    tokenizer: Tokenizer | None
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[Path]:
-        """The shards in order."""
+        """Return the paths of the shards in order."""
         return list(self.sizes)
 
+    def digests(self) -> dict[str, str]:
+        """Return size and hash of some blocks of each shard, by file name: they differ for another text or tokenizer.
+
+        A megabyte of each shard is read.
+        """
+        return {path.name: _digest(path) for path in self.paths}
+
     def _sequences(self, path: Path, sequence_length: int) -> int:
-        """Sequences in a shard; at least one, or the user hears of it."""
+        """Return the number of sequences in a shard; refuse a shard that is shorter than one."""
         tokens = self.sizes[path]
         if tokens < sequence_length + 1:
             raise UserError(
@@ -73,7 +81,7 @@ class ShardDirectory:
         return (tokens - 1) // sequence_length
 
     def _halves(self, sequence_length: int) -> tuple[int, int]:
-        """Sequences of a single shard for validation and for training."""
+        """Return the numbers of sequences of a single shard for validation and for training."""
         total = self._sequences(self.paths[0], sequence_length)
         validation = max(1, int(total * VALIDATION_SHARE))
         if total < 2:
@@ -84,7 +92,7 @@ class ShardDirectory:
         return validation, total - validation
 
     def validation(self, sequence_length: int) -> TokenSplit:
-        """Shard 0, or the first tenth of a single shard."""
+        """Return shard 0, or the first tenth of a single shard, cut into sequences of T = `sequence_length` tokens."""
         if len(self.paths) == 1:
             count = self._halves(sequence_length)[0]
         else:
@@ -92,7 +100,7 @@ class ShardDirectory:
         return TokenSplit([Piece(self.paths[0], 0, count)], sequence_length, self.dtype, self.vocab_size)
 
     def train(self, sequence_length: int) -> TokenSplit:
-        """All shards but the first, or the rest of a single shard."""
+        """Return all shards but the first, or the rest of a single shard, cut into sequences of T tokens."""
         if len(self.paths) == 1:
             validation, count = self._halves(sequence_length)
             pieces = [Piece(self.paths[0], validation * sequence_length, count)]
@@ -101,21 +109,24 @@ class ShardDirectory:
         return TokenSplit(pieces, sequence_length, self.dtype, self.vocab_size)
 
 
-def _find_tokenizer(folder: Path, given: Path | None) -> Path | None:
-    if given is not None:
-        return given
-    beside = folder.parent / f"{folder.name}.model"  # llama2.c's tokN.model of the folder tokN
-    return find_tokenizer(folder) or (beside if beside.is_file() else find_tokenizer(folder.parent))
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    last = max(0, size - DIGEST_BLOCK_BYTES)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in range(DIGEST_BLOCKS):
+            file.seek(last * block // (DIGEST_BLOCKS - 1))
+            digest.update(file.read(DIGEST_BLOCK_BYTES))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
 
 
 def _vocab_size(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer | None) -> int:
-    """The vocabulary that meta.json, the tokenizer and llama2.c's name of the folder agree on."""
+    """Return the size on which meta.json, the tokenizer and llama2.c's name of the folder agree; else refuse."""
     remedy = "give the right one (data.tokenizer), or prepare the text again"
-    named = re.fullmatch(r"tok(\d{1,9})", folder.name)
     if meta:
-        stated, source = int(meta["vocab_size"]), META_NAME
-    elif named and int(named.group(1)):
-        stated, source = int(named.group(1)), "its name"
+        stated, where = int(meta["vocab_size"]), META_NAME
+    elif named := vocab_size_in_name(folder):
+        stated, where = named, "its name"
     else:
         return LLAMA2_VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
     if tokenizer is None:
@@ -128,16 +139,16 @@ def _vocab_size(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer | None)
         )
     if tokenizer.vocab_size > stated:
         raise UserError(
-            f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} entries, but {source} says that {folder} was written "
+            f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} entries, but {where} says that {folder} was written "
             f"with {stated}: {remedy}"
         )
     return stated
 
 
-def _shard_names(folder: Path, meta: dict[str, Any]) -> list[Path]:
-    """The shards of a folder in order: all that meta.json names, and no other."""
+def _shard_paths(folder: Path, meta: dict[str, Any]) -> list[Path]:
+    """Return the paths of the shards in order; refuse a folder that does not hold just those that meta.json names."""
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix == ".bin" and not path.name.startswith("."))
+        paths = find_shards(folder)
     except OSError as error:
         raise UserError(f"data.dir={folder}: cannot be read ({error.strerror}): check its permissions") from None
     if not paths:
@@ -152,10 +163,10 @@ def _shard_names(folder: Path, meta: dict[str, Any]) -> list[Path]:
 
 
 def _checked_size(path: Path, dtype: np.dtype, vocab_size: int, meta: dict[str, Any], whole: bool) -> int:
-    """Tokens of a shard, whose size and ids are checked.
+    """Check the size and the ids of a shard, and return the number of its tokens.
 
     Args:
-        whole: look at every id; else at some blocks (see FULL_CHECK_BYTES).
+        whole: check all ids; otherwise those in some blocks (see FULL_CHECK_BYTES).
     """
     with open_regular(path, "check the file and its permissions") as file:
         size = os.fstat(file.fileno()).st_size
@@ -189,13 +200,14 @@ def _checked_size(path: Path, dtype: np.dtype, vocab_size: int, meta: dict[str, 
 
 
 def open_shards(folder: Path, tokenizer: Path | None = None) -> ShardDirectory:
-    """Open a folder of shards and check it: everything that can be known before the first step.
+    """Open a folder of shards and check it.
 
     Args:
-        tokenizer: for a folder that comes without one.
+        tokenizer: the tokenizer's file, for a folder that comes without one.
 
     Raises:
-        UserError: no folder, no shards, a file that cannot be one, or a tokenizer that does not match; one line.
+        UserError: there is no such folder, there are no shards in it, a file is not a shard, or the tokenizer is not
+            the one that wrote them; one line.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -204,13 +216,14 @@ def open_shards(folder: Path, tokenizer: Path | None = None) -> ShardDirectory:
     meta = read_meta(folder)
     if not meta.get("complete", True):
         raise UserError(f"{folder}: not finished: run the same python -m bitnet_lit.prepare again")
-    paths = _shard_names(folder, meta)
-    tokenizer_path = _find_tokenizer(folder, tokenizer)
-    vocab_size = _vocab_size(folder, meta, open_tokenizer(tokenizer_path) if tokenizer_path else None)
+    paths = _shard_paths(folder, meta)
+    tokenizer_path = tokenizer or find_shard_tokenizer(folder)
+    opened = open_tokenizer(tokenizer_path) if tokenizer_path else None
+    vocab_size = _vocab_size(folder, meta, opened)
     dtype = np.dtype(meta["dtype"]) if meta else dtype_for(vocab_size)
     try:
         whole = sum(path.stat().st_size for path in paths) <= FULL_CHECK_BYTES
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}): prepare it again") from None
     sizes = {path: _checked_size(path, dtype, vocab_size, meta, whole) for path in paths}
-    return ShardDirectory(folder, sizes, dtype, vocab_size, tokenizer_path, meta)
+    return ShardDirectory(folder, sizes, dtype, vocab_size, opened, meta)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bitnet_lit.checkpoints.pretrained import fill
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.errors import ParityError
 from bitnet_lit.extras import installed
 from bitnet_lit.model import next_token_loss

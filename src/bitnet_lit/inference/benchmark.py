@@ -29,7 +29,7 @@ from bitnet_lit.checkpoints.pretrained import build_pretrained
 from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 from bitnet_lit.extras import installed

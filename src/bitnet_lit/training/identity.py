@@ -10,9 +10,7 @@ reads a megabyte per shard.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from bitnet_lit.config import ModelConfig, TrainConfig
@@ -20,7 +18,6 @@ from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 
-_HASHED_BLOCKS, _BLOCK_BYTES = 16, 2**16
 # These do not change what the weights mean: they may be given anew.
 _FREE = {
     "model.name",
@@ -29,17 +26,6 @@ _FREE = {
     "quant.lambda_warmup_shape",
     "quant._target_",  # where a scheme's class lies; its name and its settings are compared
 }
-
-
-def _shard_hash(path: Path) -> str:
-    size = path.stat().st_size
-    last = max(0, size - _BLOCK_BYTES)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in range(_HASHED_BLOCKS):
-            file.seek(last * block // (_HASHED_BLOCKS - 1))
-            digest.update(file.read(_BLOCK_BYTES))
-    return f"{size} bytes, {digest.hexdigest()[:16]}"
 
 
 def run_identity(
@@ -53,8 +39,7 @@ def run_identity(
     identity["data.sequence_length"] = sequence_length
     identity["data.max_train_sequences"] = config.data.max_train_sequences
     identity["the tokenizer"] = None if tokenizer is None else tokenizer.sha256
-    for path in shards.paths:
-        identity[f"the shard {path.name}"] = _shard_hash(path)
+    identity |= {f"the shard {name}": digest for name, digest in shards.digests().items()}
     return {key: value for key, value in identity.items() if key not in _FREE}
 
 

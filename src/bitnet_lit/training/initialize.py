@@ -28,7 +28,6 @@ from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.config.held import network_values
 from bitnet_lit.data.shards import ShardDirectory
-from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
@@ -56,7 +55,7 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
             "tokenizer of init_from"
         )
     theirs = trained.tokenizer_sha256 if trained is not None else None
-    if theirs and shards.tokenizer_path and open_tokenizer(shards.tokenizer_path).sha256 != theirs:
+    if theirs and shards.tokenizer and shards.tokenizer.sha256 != theirs:
         rank_zero_warn(
             f"init_from={config.init_from}: was trained with another tokenizer than the one of data.dir="
             f"{config.data.dir}: its embedding means other tokens, unless the two are one vocabulary in two files"

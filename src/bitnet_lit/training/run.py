@@ -23,10 +23,9 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PrepareConfig, TrainConfig
 from bitnet_lit.config.slots import as_values
 from bitnet_lit.data.datamodule import BitNetDataModule
-from bitnet_lit.data.meta import is_complete
 from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.data.shards import ShardDirectory, open_shards
-from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
@@ -145,7 +144,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     elif config.init_from is None:
         check_targets(config.export.targets, config.model, config.quant)
     shards = _open_data(config)
-    tokenizer = open_tokenizer(shards.tokenizer_path) if shards.tokenizer_path else None
+    tokenizer = shards.tokenizer
     if start is not None:
         start.check_identity(run_identity(config, shards, tokenizer, _sequence_length(config)))
     model = initial_model(config, shards)  # fills in the sizes

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import fast_encoder
 from bitnet_lit.data.tokenizers.fast_encoder import FastEncoder
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer

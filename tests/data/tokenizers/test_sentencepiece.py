@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceDecoder
 from bitnet_lit.errors import UserError

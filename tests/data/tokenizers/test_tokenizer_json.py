@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from bitnet_lit.config import PrepareConfig
-from bitnet_lit.data.demo import demo_stories
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import find_tokenizer, open_tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitnet_lit.data.demo import demo_stories
+from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers.train_sentencepiece import _training_sentences, train_tokenizer
 from bitnet_lit.errors import UserError
 

@@ -18,6 +18,7 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.errors import UserError
 
+TRAINED_NAME = SentencePieceTokenizer.file_names[0]
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's default max_sentence_length, with which llama2.c trains
 BYTE_AND_CONTROL_TOKENS = 256 + 3  # <unk>, <s>, </s>
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bitnet_lit.config import PrepareConfig
-from bitnet_lit.data.meta import META_NAME, is_complete, read_meta
 from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.shard_folder import META_NAME, is_complete, read_meta
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Text to stories: formats, cutting into shards, bad input."""
+"""Stories out of text files: the three formats, how files are cut into shards, and text that is refused."""
 
 import json
 import tempfile
@@ -8,37 +8,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_lit.data import corpus, stories
-from bitnet_lit.data.corpus import ShardPlan, file_shards
-from bitnet_lit.data.find_text import find_text
-from bitnet_lit.data.stories import ReadCounts, Segment, read_stories
+from bitnet_lit.data.sources import files, read_text
+from bitnet_lit.data.sources.files import file_shards
+from bitnet_lit.data.sources.find_text import find_text
+from bitnet_lit.data.sources.read_text import FileSegment
+from bitnet_lit.data.sources.source import ReadCounts
 from bitnet_lit.errors import UserError
 
 
-def stories_of(plans):
-    return [story for plan in plans for segment in plan.segments for story in read_stories(segment)]
+def stories_of(shards, counts=None):
+    counts = ReadCounts() if counts is None else counts
+    return [story for shard in shards for segment in shard.segments for story in segment.stories(counts)]
 
 
 def test_the_three_formats(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"story": " one "}, {"story": "two"}]))
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n\n{"story": "four"}\n')
     (tmp_path / "c.txt").write_text("five\nlines\n<|endoftext|>\nsix\n<|endoftext|>\n")
-    plans = file_shards(find_text(str(tmp_path)).files)
-    assert stories_of(plans) == ["one", "two", "three", "four", "five\nlines", "six"]
-    assert [plan.name for plan in plans] == ["data00.bin", "data01.bin"]  # .json alone; the others share
+    shards = file_shards(find_text(str(tmp_path)).files)
+    assert stories_of(shards) == ["one", "two", "three", "four", "five\nlines", "six"]
+    assert [shard.name for shard in shards] == ["data00", "data01"]  # .json alone; the others share
 
 
 def test_llama2cs_names_are_kept(tmp_path):
     for number in (3, 7):
         (tmp_path / f"data{number:02d}.json").write_text('[{"story": "x"}]')
-    assert [plan.name for plan in file_shards(find_text(str(tmp_path / "*.json")).files)] == [
-        "data03.bin",
-        "data07.bin",
+    assert [shard.name for shard in file_shards(find_text(str(tmp_path / "*.json")).files)] == [
+        "data03",
+        "data07",
     ]
 
 
 def test_many_small_files_share_a_shard_and_large_ones_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SHARD_TEXT_BYTES", 1000)
+    monkeypatch.setattr(files, "SHARD_TEXT_BYTES", 1000)
     for number in range(50):
         (tmp_path / f"note{number:02d}.txt").write_text(f"note {number} " * 10)
     notes = file_shards(find_text(str(tmp_path)).files)
@@ -84,7 +86,7 @@ def test_bad_text_names_file_and_record(tmp_path, name, content, message):
 
 
 def test_a_bad_line_of_a_cut_file_has_its_number_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SHARD_TEXT_BYTES", 1000)
+    monkeypatch.setattr(files, "SHARD_TEXT_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "' + "x" * 90 + '"}'] * 100 + ["nope"]))
     with pytest.raises(UserError, match=r"a\.jsonl: line 101 is not JSON"):
         stories_of(file_shards([tmp_path / "a.jsonl"]))
@@ -116,10 +118,9 @@ def test_the_separator_divides_wherever_it_stands(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": f"five{marker}six{marker}"}))
     (tmp_path / "c.json").write_text(json.dumps([{"story": f"{marker}seven{marker}"}, {"story": marker}]))
     counts = ReadCounts()
-    plans = file_shards(find_text(str(tmp_path)).files)
-    found = [story for plan in plans for segment in plan.segments for story in read_stories(segment, counts)]
-    assert found == ["one", "two", "three", "four", "five", "six", "seven", ""]
-    assert counts == ReadCounts(documents=7, empty=1)
+    shards = file_shards(find_text(str(tmp_path)).files)
+    assert stories_of(shards, counts) == ["one", "two", "three", "four", "five", "six", "seven", ""]
+    assert counts == ReadCounts(bytes_in=sum(path.stat().st_size for path in tmp_path.iterdir()), documents=7, empty=1)
 
 
 @pytest.mark.parametrize("newline", ["\r\n", "\r"])
@@ -135,8 +136,7 @@ def test_line_ends_are_one_character(tmp_path, newline):
     ]
     (tmp_path / "c.json").write_text(json.dumps([{"story": text + "x"}]))
     counts = ReadCounts()
-    [plan] = file_shards([tmp_path / "c.json"])
-    assert list(read_stories(plan.segments[0], counts)) == [text + "x"]  # llama2.c's bytes
+    assert stories_of(file_shards([tmp_path / "c.json"]), counts) == [text + "x"]  # llama2.c's bytes
     assert counts.carriage_returns == 1
 
 
@@ -151,30 +151,30 @@ def test_a_file_that_is_cut_holds_the_stories_of_the_whole_file(parts, every):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder) / "a.txt"
         path.write_bytes("".join(parts).encode())
-        whole = stories_of([ShardPlan("x", (Segment(path, 0, path.stat().st_size),))])
-        patch.setattr(stories, "_BLOCK", 5)  # the separator lies across blocks
-        patch.setattr(corpus, "SHARD_TEXT_BYTES", every)
+        whole = list(FileSegment(path, 0, path.stat().st_size).stories(ReadCounts()))
+        patch.setattr(read_text, "_BLOCK", 5)  # the separator lies across blocks
+        patch.setattr(files, "SHARD_TEXT_BYTES", every)
         assert stories_of(file_shards([path])) == whole
 
 
 def test_text_that_ends_with_the_separator_leaves_no_shard_without_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SHARD_TEXT_BYTES", 100)
+    monkeypatch.setattr(files, "SHARD_TEXT_BYTES", 100)
     (tmp_path / "a.txt").write_text("x" * 150 + "\n<|endoftext|>\n\n")
-    [plan] = file_shards([tmp_path / "a.txt"])
-    assert len(plan.segments) == 1
+    [shard] = file_shards([tmp_path / "a.txt"])
+    assert len(shard.segments) == 1
 
 
 def test_files_of_one_name_each_have_a_shard(tmp_path):
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "data00.json").write_text(json.dumps([{"story": folder}]))
-    plans = file_shards(find_text(str(tmp_path)).files)
-    assert [plan.name for plan in plans] == ["data00.bin", "data01.bin"] and stories_of(plans) == ["a", "b"]
+    shards = file_shards(find_text(str(tmp_path)).files)
+    assert [shard.name for shard in shards] == ["data00", "data01"] and stories_of(shards) == ["a", "b"]
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    plans = file_shards([tmp_path / "a.txt"])
+    shards = file_shards([tmp_path / "a.txt"])
     (tmp_path / "a.txt").write_text("some")
     with pytest.raises(UserError, match="a.txt: became shorter while it was read"):
-        stories_of(plans)
+        stories_of(shards)

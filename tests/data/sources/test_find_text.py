@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bitnet_lit.data.find_text import find_text
+from bitnet_lit.data.sources.find_text import find_text
 from bitnet_lit.errors import UserError
 
 

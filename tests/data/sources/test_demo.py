@@ -2,7 +2,7 @@
 
 import re
 
-from bitnet_lit.data.demo import BOYS, GIRLS, demo_stories, demo_story
+from bitnet_lit.data.sources.demo import BOYS, GIRLS, demo_stories, demo_story
 
 STORIES = list(demo_stories(3000, seed=1))
 

@@ -1,18 +1,19 @@
-"""Reading documents out of text files: what `prepare` encodes as stories.
+"""Reading stories out of text files.
 
     .json    llama2.c's form: a list of {"story": ...}
     .jsonl   an object with "story" or "text" on each line
-    .txt     documents with <|endoftext|> between them, as in TinyStories' own files; else the file is one document
+    .txt     documents with <|endoftext|> between them, as in TinyStories' own files; without it, one document
 
-<|endoftext|> divides documents wherever it stands, inside a line and inside the text of a JSON record too: it is never
-text to train on. Suffixes may be written in capitals. Text is UTF-8; a byte order mark at the start is no text.
+A story is what `prepare` encodes behind one BOS. <|endoftext|> divides documents wherever it stands, also inside a line
+and inside the text of a JSON record, and never becomes text to train on. A suffix may be written in capitals. Text is
+UTF-8; a byte order mark at the start of a file is not part of the text.
 
-Line ends: "\\r\\n" and "\\r" become "\\n" in .txt and .jsonl, or a model trained on files from Windows would learn to
-write carriage returns. The text of .json stays as it is, because its tokens are llama2.c's, byte for byte; stories in
-it that hold carriage returns are counted.
+Line ends "\\r\\n" and "\\r" become "\\n" in .txt and .jsonl, or a model trained on files from Windows would learn to
+write carriage returns. The text of .json stays as it is, because its tokens must be llama2.c's byte for byte; stories
+in it that hold carriage returns are counted.
 
-A story is stripped of white space at both ends. Documents without text are left out and counted. Only those of .json
-stay, as a BOS without text: llama2.c keeps them.
+A story has no white space at its ends. Documents without text are left out and counted, except those of .json: llama2.c
+keeps them as a BOS without text.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from bitnet_lit.data.demo import demo_story
-from bitnet_lit.data.find_text import suffix_of
+from bitnet_lit.data.sources.find_text import suffix_of
+from bitnet_lit.data.sources.source import ReadCounts, Segment
 from bitnet_lit.data.tokenizers.tokenizer import without_surrogates
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
@@ -36,85 +37,65 @@ READ_REMEDY = "check the file and its permissions"
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Something to read stories from: bytes [start, stop) of a file, or demo stories [start, stop) of a seed."""
+class FileSegment(Segment):
+    """Bytes [start, stop) of a text file."""
 
-    path: Path | None
+    path: Path
     start: int
     stop: int
-    seed: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def fingerprint(self) -> str:
-        """Changes when what would be read changes (for a file: its place, size and time).
+        """Return the path, size, modification time and range.
 
         Raises:
-            UserError: a file that is not there any more.
+            UserError: the file is not there any more.
         """
-        if self.path is None:
-            return f"demo/{self.seed}/{self.start}-{self.stop}"
         try:
             status = self.path.stat()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
         return f"{self.path.absolute()}/{status.st_size}/{status.st_mtime_ns}/{self.start}-{self.stop}"
 
+    def stories(self, counts: ReadCounts) -> Iterator[str]:
+        """Yield the stories of this part of the file.
 
-@dataclass
-class ReadCounts:
-    """Counts of what `read_stories` met.
-
-    Attributes:
-        documents: records of JSON, parts with text of .txt.
-        empty: of these, without text.
-        carriage_returns: stories of .json that hold some.
-    """
-
-    documents: int = 0
-    empty: int = 0
-    carriage_returns: int = 0
-
-
-def read_stories(segment: Segment, counts: ReadCounts | None = None) -> Iterator[str]:
-    """The stories of a segment, stripped.
-
-    Args:
-        counts: added to while reading.
-
-    Raises:
-        UserError: a file that does not hold what its name promises; names the file and the record.
-    """
-    counts = ReadCounts() if counts is None else counts
-    if segment.path is None:
-        for index in range(segment.start, segment.stop):
-            counts.documents += 1
-            yield demo_story(segment.seed, index)
-        return
-    suffix = suffix_of(segment.path)
-    readers = {".json": _json_texts, ".jsonl": _jsonl_texts, ".txt": _txt_texts}
-    for text in readers[suffix](segment, _content(segment)):
-        stories = [part.strip() for part in without_surrogates(text).split(SEPARATOR)]
-        if not any(stories):
-            counts.empty += suffix != ".txt"
-            counts.documents += suffix != ".txt"
-            stories = [""] if suffix == ".json" else []
-        else:
-            stories = [story for story in stories if story]
-            counts.documents += len(stories) if suffix == ".txt" else 1
-        counts.carriage_returns += sum("\r" in story for story in stories)
-        yield from stories
+        Raises:
+            UserError: the file does not hold what its suffix promises; the line names the file and the record.
+        """
+        suffix = suffix_of(self.path)
+        texts = {".json": _json_texts, ".jsonl": _jsonl_texts, ".txt": _txt_texts}[suffix]
+        counts.bytes_in += self.size
+        for text in texts(self, _content(self)):
+            stories = [part.strip() for part in without_surrogates(text).split(SEPARATOR)]
+            if not any(stories):
+                counts.empty += suffix != ".txt"
+                counts.documents += suffix != ".txt"
+                stories = [""] if suffix == ".json" else []
+            else:
+                stories = [story for story in stories if story]
+                counts.documents += len(stories) if suffix == ".txt" else 1
+            counts.carriage_returns += sum("\r" in story for story in stories)
+            yield from stories
 
 
-def _content(segment: Segment) -> str:
-    """The text of a segment as it stands in the file, without the byte order mark that some editors write."""
+def _content(segment: FileSegment) -> str:
+    """Return the text of a segment as it stands in the file, without the byte order mark that some editors write."""
     path = segment.path
-    assert path is not None
     with open_regular(path, READ_REMEDY) as file:
         try:
             file.seek(segment.start)
-            raw = file.read(segment.stop - segment.start)
+            raw = file.read(segment.size)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
-    if len(raw) != segment.stop - segment.start:
+    if len(raw) != segment.size:
         raise UserError(f"{path}: became shorter while it was read: give the same command again")
     if segment.start == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path}: UTF-16, not UTF-8: convert it (iconv -f utf-16 -t utf-8)")
@@ -132,9 +113,9 @@ def _content(segment: Segment) -> str:
     return content.removeprefix("\ufeff") if segment.start == 0 else content
 
 
-def _json_texts(segment: Segment, content: str) -> Iterator[str]:
-    # Not through `foreign_json`: of a file of millions of records two things matter, and each is checked here. Half of
-    # a character pair is no error in a story, it becomes U+FFFD.
+def _json_texts(segment: FileSegment, content: str) -> Iterator[str]:
+    # Not through `foreign_json`, which is made for small files and refuses half of a surrogate pair: in a story it
+    # becomes U+FFFD.
     path = segment.path
     try:
         records = json.loads(content)
@@ -148,7 +129,7 @@ def _json_texts(segment: Segment, content: str) -> Iterator[str]:
         yield record["story"]
 
 
-def _jsonl_texts(segment: Segment, content: str) -> Iterator[str]:
+def _jsonl_texts(segment: FileSegment, content: str) -> Iterator[str]:
     for number, line in enumerate(_with_unix_line_ends(content).split("\n"), 1):
         if not line.strip():
             continue
@@ -162,7 +143,7 @@ def _jsonl_texts(segment: Segment, content: str) -> Iterator[str]:
         yield _with_unix_line_ends(text)
 
 
-def _txt_texts(segment: Segment, content: str) -> Iterator[str]:
+def _txt_texts(segment: FileSegment, content: str) -> Iterator[str]:
     yield _with_unix_line_ends(content)
 
 
@@ -170,18 +151,18 @@ def _with_unix_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _line(segment: Segment, number: int) -> str:
-    """Line `number` of a segment, as the line of its file that an editor would show."""
-    assert segment.path is not None
+def _line(segment: FileSegment, number: int) -> str:
+    """Name line `number` of a segment by its number in the whole file, as an editor shows it."""
     with open_regular(segment.path, READ_REMEDY) as file:
         before = sum(file.read(min(2**20, segment.start - at)).count(b"\n") for at in range(0, segment.start, 2**20))
     return f"{segment.path}: line {before + number}"
 
 
 def document_ends(path: Path, every: int) -> list[int]:
-    """Offsets where a large file can be cut: bytes behind a document, about `every` bytes apart; the last is its end.
+    """Return the byte offsets where parts of a file end: behind documents, about `every` bytes apart, and at its end.
 
-    A cut falls behind what divides documents for `read_stories` too: the separator, or the end of a .jsonl line.
+    A part ends behind what divides documents: the separator, or the end of a .jsonl line. So the parts hold the same
+    stories as the whole file.
     """
     marker = b"\n" if suffix_of(path) == ".jsonl" else SEPARATOR.encode()
     ends: list[int] = []
@@ -194,7 +175,7 @@ def document_ends(path: Path, every: int) -> list[int]:
                 position = end + every
             if ends and size - ends[-1] <= _BLOCK:
                 file.seek(ends[-1])
-                if not file.read(_BLOCK).strip():  # no document of its own: it stays with the last one
+                if not file.read(_BLOCK).strip():  # white space only: it stays with the part before
                     ends.pop()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
@@ -202,7 +183,7 @@ def document_ends(path: Path, every: int) -> list[int]:
 
 
 def _find(file: BinaryIO, marker: bytes, position: int) -> int | None:
-    """The offset behind the first `marker` at or after `position`."""
+    """Return the offset behind the first `marker` at or after `position`; None where there is none."""
     file.seek(position)
     kept = b""
     while block := file.read(_BLOCK):

@@ -1,8 +1,8 @@
-"""The folder that `prepare` writes: one writer at a time, nothing half-written, the disk's refusals in one line.
+"""A folder that one call writes at a time, with the disk's refusals in one line.
 
-Two calls that write the same folder would overwrite each other's notes, and append to the same download. So a call
-locks the folder itself (`flock`, which a killed process lets go of), and a second one waits: when many ranks of a job
-start at once, one writes and the others find it done.
+Two calls that write one folder would overwrite each other's meta.json, and append to the same download. So a call locks
+the folder (`flock`, which ends with the process, also if that is killed) and a second call waits. When all ranks of a
+job prepare the data at once, one of them writes, and the others find it done.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bitnet_lit.terminal import console
 
 @contextlib.contextmanager
 def exclusive_folder(folder: Path, key: str = "out") -> Iterator[None]:
-    """Make `folder`, wait until nobody else writes it, and hold it inside the block; afterwards it is gone if empty.
+    """Make `folder`, wait until no other process writes it, and hold it inside the block; remove it if it stays empty.
 
     Args:
-        key: what the command line calls the folder.
+        key: the name of the folder's option on the command line.
 
     Raises:
-        UserError: a folder that cannot be written, or a disk that is full, anywhere in the block.
+        UserError: the folder cannot be written, or the disk is full, anywhere in the block.
     """
     with disk_errors(
         f"{key}={folder}",
@@ -44,7 +44,7 @@ def exclusive_folder(folder: Path, key: str = "out") -> Iterator[None]:
 
 
 def _open_locked(folder: Path) -> tuple[int, bool]:
-    """A descriptor of the folder, which holds its lock until it is closed, and whether the file system knows locks."""
+    """Return a descriptor that holds the lock until it is closed, and whether the file system has locks."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -55,4 +55,4 @@ def _open_locked(folder: Path) -> tuple[int, bool]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
                 return descriptor, has_lock is True
-        os.close(descriptor)  # whoever was waited for wrote nothing and removed the folder: make it again
+        os.close(descriptor)  # the other process wrote nothing and removed the folder: make it again

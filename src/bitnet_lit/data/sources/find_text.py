@@ -1,34 +1,33 @@
-"""Which files a source means, and which of a folder's files are passed over.
+"""Which files `source=` means, and which files of a folder are passed over.
 
 A source is a file, a folder with everything below it, or a glob. A folder holds more than text: pictures, hidden files
-of editors and systems, links to files that are there already. What is passed over is counted by reason and named, so
-that text is never left out in silence; what should be read and cannot be ends the call instead.
+of editors, links to files that are read already. What is passed over is counted by reason and named, so that no text is
+left out in silence. A file that should be read and cannot be ends the call.
 
-Kinds are asked of os.path, which answers no where `Path` raises an error (a name that is too long, a link to itself).
 Links are followed. A link that leads back to a folder above it, and a second name of a file, are passed over, or the
-text would be trained on twice.
+text would be trained on twice. `os.path` says what kind a file is, because it answers no where `Path` raises an error
+(a name that is too long, a link to itself).
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bitnet_lit.data.shard_folder import OWN_JSON_NAMES
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 
 SUFFIXES = (".json", ".jsonl", ".txt")
-# Of a folder that text and shards share, as llama2.c's do.
-OWN_NAMES = ("meta.json", "tokenizer.json", "tokenizer_config.json")
-NAMED = 3  # of the files passed over for one reason
+NAMED = 3  # of the files that are passed over for one reason
 
 
 @dataclass
 class FoundText:
-    """The files of a source, sorted, and those passed over, by reason."""
+    """The files of a source, sorted, and the files that are passed over, by reason."""
 
     files: list[Path] = field(default_factory=list)
     passed_over: dict[str, list[Path]] = field(default_factory=dict)
@@ -38,7 +37,7 @@ class FoundText:
         self.passed_over.setdefault(reason, []).append(path)
 
     def describe_passed_over(self) -> str:
-        """Numbers, reasons and some names in one line; empty where everything is read."""
+        """Return reasons, numbers and some names in one line; an empty text where everything is read."""
         parts = []
         for reason, paths in self.passed_over.items():
             names = ", ".join(_printable(path.name) for path in paths[:NAMED]) + (", ..." if len(paths) > NAMED else "")
@@ -51,18 +50,22 @@ def _printable(name: str) -> str:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that says how a file is read; A.TXT is read as a.txt is."""
+    """Return the suffix that says how a file is read, in lower case: A.TXT is read as a.txt is."""
     return path.suffix.lower()
 
 
-def find_text(source: str) -> FoundText:
-    """The text files that a path or a glob means.
+def find_text(source: str, built_in: Sequence[str] = ()) -> FoundText:
+    """Find the text files that a path or a glob means.
+
+    Args:
+        built_in: the names of the built-in sources, for the line of an error.
 
     Raises:
-        UserError: nothing there, nothing that can be read as text, or a folder that cannot be listed; one line.
+        UserError: there is nothing, nothing that can be read as text, or a folder that cannot be listed; one line.
     """
+    also = f" (or name a built-in source: {', '.join(built_in)})" if built_in else ""
     if not source:
-        raise UserError("source is empty: give a file, a folder, a glob, demo or tinystories")
+        raise UserError(f"source is empty: give a file, a folder or a glob{also}")
     path = Path(source)
     found = FoundText()
     kinds = ", ".join(SUFFIXES)
@@ -79,9 +82,7 @@ def find_text(source: str) -> FoundText:
             else:
                 found.pass_over(match, "folders" if os.path.isdir(match) else "no files")
         if not candidates and not found.passed_over:
-            raise UserError(
-                f"source={source}: no such file, folder or glob (or name a built-in source: demo, tinystories)"
-            )
+            raise UserError(f"source={source}: no such file, folder or glob{also}")
     for candidate in candidates:
         if suffix_of(candidate) not in SUFFIXES:  # in a folder they are passed over; here they were asked for
             raise UserError(f"{candidate}: cannot read '{candidate.suffix}' files: give {kinds}")
@@ -93,7 +94,7 @@ def find_text(source: str) -> FoundText:
 
 
 def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
-    """The text files below a folder; folders that links lead to come last, so that a file's own place counts."""
+    """Yield the text files below a folder. Folders that links lead to come last, so that a file's own path counts."""
     waiting: list[Path] = [folder]
     links: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -118,7 +119,7 @@ def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
                 (links if path.is_symlink() else waiting).append(path)
             elif not os.path.isfile(path):
                 found.pass_over(path, "no files")
-            elif path.name in OWN_NAMES:
+            elif path.name in OWN_JSON_NAMES:  # llama2.c keeps text and shards in one folder
                 found.pass_over(path, "of a shard folder")
             elif suffix_of(path) not in SUFFIXES:
                 found.pass_over(path, f"not {', '.join(SUFFIXES)}")
@@ -127,7 +128,7 @@ def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
 
 
 def _keep_each_once(candidates: list[Path], found: FoundText) -> None:
-    """Fill `found.files`: sorted, without empty files, and with one name of each file."""
+    """Fill `found.files` with the candidates: sorted, without empty files, and with one name of each file."""
     seen: set[tuple[int, int]] = set()
     for path in sorted(candidates, key=lambda path: (path.is_symlink(), path)):
         try:

@@ -1,9 +1,9 @@
 """The demo corpus: small stories from a grammar, so that everything can be tried in minutes without a download.
 
-Story i is a pure function of (seed, i). A story picks a hero, a friend, a place, weather, a thing and a plot; every
-plot is a list of sentences, each in several wordings, filled with what was picked. Because a name, a thing and a
-pronoun are picked once and used throughout, a model that learns the corpus must learn to refer back, which is what
-attention is for; because wordings vary independently, it cannot just remember stories.
+Story i is a pure function of (seed, i). A story picks a hero, a friend, a place, weather, a thing and a plot. Each plot
+is a list of sentences in several wordings, which are filled with what was picked. Names, things and pronouns are picked
+once and used throughout, so a model that learns the corpus must learn to refer back, which is what attention is for.
+The wordings vary independently, so a model cannot just remember stories.
 """
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from bitnet_lit.config import PrepareConfig
+from bitnet_lit.data.sources.source import ReadCounts, Segment, Source, numbered
+from bitnet_lit.errors import UserError
+
+VALIDATION_SHARE = 0.02
+VOCAB_SIZE = 1024  # the few hundred words fit as one token each, so that a story fits a short context
 
 GIRLS = ["Anna", "Lily", "Mia", "Zoe", "Ella", "Rosa", "Nina", "Ivy", "Clara", "Emma"]
 BOYS = ["Tom", "Ben", "Max", "Leo", "Sam", "Finn", "Oscar", "Jack", "Noah", "Tim"]
@@ -27,7 +34,7 @@ FEARS = ["the dark", "the thunder", "the deep water", "the tall ladder", "the lo
 
 @dataclass(frozen=True)
 class Cast:
-    """What a story is about; the pronouns belong to the hero."""
+    """What a story is about. The pronouns are the hero's."""
 
     hero: str
     he: str
@@ -189,8 +196,8 @@ ENDINGS = [
 
 
 def demo_story(seed: int, index: int) -> str:
-    """Story `index` of the corpus `seed`: 60 to 150 words of ASCII."""
-    rng = random.Random(f"{seed}/{index}")  # strings are hashed the same way on every platform
+    """Return story `index` of the corpus `seed`: 60 to 150 words of ASCII."""
+    rng = random.Random(f"{seed}/{index}")  # a string seeds the same generator on every platform
     cast = _cast(rng)
     plot = rng.choice(PLOTS)
     words = {
@@ -211,5 +218,48 @@ def demo_story(seed: int, index: int) -> str:
 
 
 def demo_stories(count: int, seed: int = 0) -> Iterator[str]:
-    """The first `count` stories of the corpus `seed`."""
+    """Yield the first `count` stories of the corpus `seed`."""
     return (demo_story(seed, index) for index in range(count))
+
+
+@dataclass(frozen=True)
+class DemoSegment(Segment):
+    """Stories [start, stop) of the corpus `seed`."""
+
+    start: int
+    stop: int
+    seed: int
+
+    @property
+    def size(self) -> int:
+        """The number of stories."""
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"demo story {self.start}"
+
+    def fingerprint(self) -> str:
+        """Return the seed and the range."""
+        return f"demo/{self.seed}/{self.start}-{self.stop}"
+
+    def stories(self, counts: ReadCounts) -> Iterator[str]:
+        """Yield the stories."""
+        for index in range(self.start, self.stop):
+            story = demo_story(self.seed, index)
+            counts.documents += 1
+            counts.bytes_in += len(story)
+            yield story
+
+
+def demo_source(config: PrepareConfig) -> Source:
+    """Make the corpus of `seed=` with `num_stories=` stories; the first fiftieth is for validation.
+
+    Raises:
+        UserError: there are too few stories.
+    """
+    if config.num_stories < 2:
+        raise UserError(f"num_stories={config.num_stories}: at least 2, one for validation and one for training")
+    validation = max(1, int(config.num_stories * VALIDATION_SHARE))
+    ranges = [(0, validation), (validation, config.num_stories)]
+    shards = numbered([[DemoSegment(start, stop, config.seed)] for start, stop in ranges])
+    return Source(f"demo/{config.seed}/{config.num_stories}", shards, vocab_size=VOCAB_SIZE)

@@ -12,10 +12,11 @@ import threading
 import pytest
 
 from bitnet_lit.config import PrepareConfig
-from bitnet_lit.data import download as download_module
-from bitnet_lit.data import prepare as prepare_module
-from bitnet_lit.data.download import download, fetch_tinystories, unpack
 from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.sources import download as download_module
+from bitnet_lit.data.sources import tinystories
+from bitnet_lit.data.sources.download import download
+from bitnet_lit.data.sources.tinystories import fetch_tinystories, unpack
 from bitnet_lit.errors import UserError
 
 
@@ -149,7 +150,7 @@ def test_a_full_disk_does_not_blame_the_server(server, tmp_path):
 
 def test_a_folder_of_downloads_is_one_calls_at_a_time(server, tmp_path, tokenizer, monkeypatch):
     server.content = archive_bytes({"data00.json": b'[{"story": "x"}]', "._data00.json": b"\0"})
-    monkeypatch.setattr(prepare_module, "fetch_tinystories", functools.partial(fetch_tinystories, url=server.url))
+    monkeypatch.setattr(tinystories, "fetch_tinystories", functools.partial(fetch_tinystories, url=server.url))
     options = {"source": "tinystories", "tokenizer": str(tokenizer.path), "num_workers": 1}
     for out, download_dir in (("a", "d"), ("b", "d"), ("c", "c"), ("e", None)):
         place = None if download_dir is None else str(tmp_path / download_dir)

@@ -1,0 +1,129 @@
+"""The shard folder: which files lie in it and what its meta.json says. Nothing else knows their names.
+
+A folder that `prepare` wrote holds
+
+    meta.json                 what the folder says about itself
+    data00.bin, data01.bin    token ids, uint16 or uint32 in little-endian order: for each story a BOS and its tokens
+    tokenizer.model           or tokenizer.json and tokenizer_config.json
+
+Two kinds of llama2.c's folders are read, too: `TinyStories_all_data`, where the shards lie beside the .json files they
+were made from, in Llama 2's vocabulary; and `tokN`, shards in a vocabulary of N entries with `tokN.model` beside the
+folder. Neither has a meta.json.
+
+`prepare` writes meta.json before the first shard, and again while it writes shards:
+
+    dtype, vocab_size           how ids are stored, and the number that all of them are below
+    bos_id, eos_id              -1 where the tokenizer has none
+    tokenizer_sha256            the hash of the tokenizer's file
+    tokenizer_origin, source    where tokenizer and text came from: `prepare` never continues a folder with others
+    complete                    whether all shards are there
+    shards                      by name: tokens, stories, text_bytes and the fingerprint of the text; and what was read:
+                                bytes_in, documents, empty, carriage_returns
+
+A folder that somebody else wrote may hold a meta.json with `dtype` and `vocab_size` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet_lit.atomic import atomic_file
+from bitnet_lit.data.tokenizers import find_tokenizer
+from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
+from bitnet_lit.errors import UserError
+from bitnet_lit.foreign_json import SHA256, Choice, Flag, Integer, MapOf, OrNull, Record, Text, read_json
+
+META_NAME = "meta.json"
+OWN_JSON_NAMES = (META_NAME, *JsonTokenizer.file_names)
+"""Files of a shard folder that are JSON, but not text to train on."""
+META_VERSION = 1
+MAX_META_BYTES = 2**25  # 100,000 shards of about 300 bytes: 6 TB of text
+
+_COUNT = Integer(0, 2**63 - 1)
+_ID = Integer(-1, 2**31 - 1)
+_SHARD = Record(
+    {"tokens": _COUNT, "stories": _COUNT, "text_bytes": _COUNT, "fingerprint": Text()},
+    optional={"bytes_in": _COUNT, "documents": _COUNT, "empty": _COUNT, "carriage_returns": _COUNT},
+)
+META = Record(
+    {"dtype": Choice("uint16", "uint32"), "vocab_size": Integer(1, 2**31 - 1)},
+    optional={
+        "format_version": Integer(META_VERSION, META_VERSION),
+        "bos_id": _ID,
+        "eos_id": _ID,
+        "tokenizer_sha256": OrNull(SHA256),
+        "tokenizer_origin": Text(),
+        "source": Text(),
+        "complete": Flag(),
+        "shards": MapOf(_SHARD),
+    },
+)
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    """Return the path of the shard `name`, such as data00."""
+    return folder / f"{name}.bin"
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """Return the paths of all shards in order.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    return sorted(path for path in folder.iterdir() if path.suffix == ".bin" and not path.name.startswith("."))
+
+
+def find_shard_tokenizer(folder: Path) -> Path | None:
+    """Return the tokenizer's file: in the folder, or beside it as llama2.c puts it; None where there is none."""
+    beside = folder.parent / f"{folder.name}.model"
+    return find_tokenizer(folder) or (beside if beside.is_file() else find_tokenizer(folder.parent))
+
+
+def vocab_size_in_name(folder: Path) -> int | None:
+    """Return N of llama2.c's folder `tokN`; None for another name."""
+    named = re.fullmatch(r"tok(\d{1,9})", folder.name)
+    return int(named.group(1)) or None if named else None
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """Return how ids are stored: uint16, or uint32 for a vocabulary of more than 65,536 entries."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def read_meta(folder: Path, remedy: str = "prepare the folder again") -> dict[str, Any]:
+    """Return the checked contents of a folder's meta.json; empty where there is none.
+
+    Args:
+        remedy: what the user can do, for the end of an error's line.
+
+    Raises:
+        UserError: the file cannot be read, or has another form; one line.
+    """
+    path = folder / META_NAME
+    if not os.path.lexists(path):
+        return {}
+    meta: dict[str, Any] = read_json(path, META, remedy, MAX_META_BYTES)
+    if dtype_for(meta["vocab_size"]).itemsize > np.dtype(meta["dtype"]).itemsize:
+        raise UserError(f"{path}: {meta['dtype']} cannot hold the ids of {meta['vocab_size']} tokens: {remedy}")
+    return meta
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Replace a folder's meta.json."""
+    with atomic_file(folder / META_NAME) as temporary:
+        temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether `prepare` has finished the folder."""
+    try:
+        return bool(read_meta(folder).get("complete"))
+    except UserError:
+        return False

@@ -1,0 +1,24 @@
+"""Sources of text: stories, and nothing of tokens. `source.py` says what a source is; there is one file for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bitnet_lit.config import PrepareConfig
+from bitnet_lit.data.sources.demo import demo_source
+from bitnet_lit.data.sources.files import files_source
+from bitnet_lit.data.sources.source import Source
+from bitnet_lit.data.sources.tinystories import tinystories_source
+
+BUILT_IN: dict[str, Callable[[PrepareConfig], Source]] = {"demo": demo_source, "tinystories": tinystories_source}
+
+
+def open_source(config: PrepareConfig) -> Source:
+    """Find the text that `source=` means: a built-in source by its name, or else a file, a folder or a glob.
+
+    Raises:
+        UserError: there is no such text, it cannot be read, or it cannot be downloaded; one line.
+    """
+    if config.source in BUILT_IN:
+        return BUILT_IN[config.source](config)
+    return files_source(config.source, list(BUILT_IN))
