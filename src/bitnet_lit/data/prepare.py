@@ -60,9 +60,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         start = time.perf_counter()
         tokenizer = _folder_tokenizer(config, out, source, meta)
         todo = [text for text in source.shards if not _is_written(text, out, meta)]
-
         if todo or not meta.get("complete"):
-            _write(todo, source, out, tokenizer, config.num_workers, meta)
+            _write_missing(config, source, todo, tokenizer, meta)
     seconds = time.perf_counter() - start
     entries = meta["shards"]
     encoded_bytes = sum(entries[_file_name(text)]["text_bytes"] for text in todo)
@@ -78,11 +77,11 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     return summary
 
 
-def _write(
-    todo: list[TextShard], source: Source, out: Path, tokenizer: Tokenizer, num_workers: int | None, meta: dict[str, Any]
+def _write_missing(
+    config: PrepareConfig, source: Source, todo: list[TextShard], tokenizer: Tokenizer, meta: dict[str, Any]
 ) -> None:
     """Write the shards in `todo` and note them in meta.json, which says that the folder is complete at the end."""
-    noted = 0.0
+    out, noted = config.folder, time.monotonic()
 
     def note(text: TextShard, entry: dict[str, Any]) -> None:
         nonlocal noted
@@ -96,7 +95,7 @@ def _write(
     meta["complete"] = False
     write_meta(out, meta)
     try:
-        write_shards(source.shards, todo, out, tokenizer, num_workers, note)
+        write_shards(source.shards, todo, out, tokenizer, config.num_workers, note)
         meta["complete"] = True
     finally:
         write_meta(out, meta)
