@@ -1,6 +1,7 @@
 """The numpy reader against the library's torch door, for every dtype; maps; sharded files."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -39,12 +40,13 @@ def test_values_are_those_of_the_file(tmp_path, tensors):
         expected = tensor.float() if tensor.is_floating_point() else tensor
         assert np.array_equal(reader.read(name), expected.numpy()), name
         assert reader.read(name).flags.writeable
-    assert np.array_equal(reader.mapped("f32"), tensors["f32"].numpy())
-    assert np.array_equal(reader.mapped("bf16"), tensors["bf16"].view(torch.uint16).numpy())
-    assert not reader.mapped("u8").flags.writeable and reader.mapped("f16") is None
-    kept = reader.mapped("f32")
-    reader.release()
-    assert np.array_equal(kept, tensors["f32"].numpy())  # read again from the file
+    assert np.array_equal(reader.raw("f32"), tensors["f32"].numpy())
+    assert np.array_equal(reader.raw("bf16"), tensors["bf16"].view(torch.uint16).numpy())
+    assert np.array_equal(reader.raw("u8"), tensors["u8"].numpy()) and reader.raw("f16") is None
+    place = reader.place("bf16")
+    stored = os.pread(place.descriptor, tensors["bf16"].numel() * 2, place.offset)
+    assert np.array_equal(np.frombuffer(stored, place.dtype), reader.raw("bf16").reshape(-1))
+    assert reader.place("f16") is None
 
 
 def test_several_files_by_an_index(tmp_path, tensors):
@@ -53,7 +55,7 @@ def test_several_files_by_an_index(tmp_path, tensors):
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     reader = SafetensorsReader(safetensors_files(tmp_path))
-    assert np.array_equal(reader.mapped("b"), tensors["u8"].numpy()) and set(reader.shapes()) == {"a", "b"}
+    assert np.array_equal(reader.raw("b"), tensors["u8"].numpy()) and set(reader.shapes()) == {"a", "b"}
 
 
 def test_a_dtype_that_is_not_known(tmp_path, tensors):

@@ -144,14 +144,14 @@ def test_head_rows_are_rounded_by_half_a_step_at_most():
     weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).numpy()
     weight[7] = 0
 
-    def of_rows(quads):  # groups, quads, rows, inputs (head.h) to rows of codes
+    def of_rows(quads):  # groups, quads, rows, inputs (lm_head_quantize.h) to rows of codes
         return quads.transpose(0, 2, 1, 3).reshape(64, 128).astype(np.int32)
 
     for bits in (8, 4):
         stored, rows, fine = quantize_head(weight, bits, Arena())
         if bits == 8:
             codes = of_rows(stored.view(np.int8).reshape(4, 32, 16, 4))
-            assert np.array_equal(rows["zero"].reshape(64), 2048 * codes.sum(1))
+            assert np.array_equal(rows["zero_term"].reshape(64), 2048 * codes.sum(1))
         else:
             halves = stored.reshape(4, 16, 1, 16, 4) >> np.array([0, 4], dtype=np.uint8).reshape(2, 1, 1) & 15
             codes = of_rows(halves.reshape(4, 32, 16, 4)) - 8
@@ -264,3 +264,30 @@ def test_the_likeliest_token_is_exact(tmp_path):
     # Of the 4-bit head the likely tokens are as good as those of the 8-bit one.
     best = exact.topk(100).indices
     assert float((int4 - exact).gather(-1, best).abs().mean() / exact.std()) < 0.01
+
+
+CUT_WHILE_IT_RUNS = """
+import os, sys
+import bitnet_lit
+model = bitnet_lit.load(sys.argv[1], engine="cpu", head=sys.argv[2], threads=2)
+stream = model.stream("Lily", max_new_tokens=40, temperature=1.0, seed=1)
+next(stream)
+os.truncate(os.path.join(sys.argv[1], "model.safetensors"), 4000)
+try:
+    print("told", len("".join(stream)))
+except bitnet_lit.UserError as error:
+    print(error)
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("head", ["float", "int8"])
+def test_a_file_that_is_cut_under_a_running_model_is_one_line(tmp_path, tokenizer, head):
+    """Its embedding is read from the file, token by token; were it mapped, SIGBUS would end the process."""
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
+    command = [sys.executable, "-c", CUT_WHILE_IT_RUNS, str(tmp_path / "model"), head]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == (
+        f"{tmp_path / 'model'}: its weights are shorter than when the model was opened: copy it again\n"
+    )

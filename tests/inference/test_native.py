@@ -13,7 +13,9 @@ TEST = Path(__file__).parent / "native" / "engine_test.cpp"
 COMMON = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC", "-march=native", "-O3")]
 # The AVX-512 headers of GCC 12 read a variable before it is set, on purpose; -Wall tells of it where they are used.
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+# Checks on every index of the standard library, with which hardened systems compile.
+ASSERTIONS = "-D_GLIBCXX_ASSERTIONS"
+SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", ASSERTIONS]
 X86 = platform.machine() == "x86_64"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 

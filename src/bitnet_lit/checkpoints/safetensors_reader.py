@@ -1,14 +1,15 @@
-"""Reading safetensors files without torch: tensors as numpy arrays, copied or mapped.
+"""Reading safetensors files without torch: tensors as numpy arrays.
 
 The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, the header as JSON (dtype,
-shape and offsets of each tensor), the tensors' bytes. The library checks the file; what it has checked is mapped here
-by the same header, because its own numpy door copies, and knows no bfloat16.
+shape and offsets of each tensor), the tensors' bytes. The library checks the file; what it has checked is read here
+by the same header, because the library's numpy functions know no bfloat16.
+
+Tensors are read, never mapped: when another program shortens a mapped file, the next access ends the process (SIGBUS);
+a read comes back short, and says so.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from bitnet_lit.checkpoints.stored_model import TensorReader
+from bitnet_lit.checkpoints.stored_model import Place, TensorReader
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import MapOf, Record, Text, parse_json, read_json
 from bitnet_lit.regular_file import open_regular
@@ -58,7 +59,6 @@ class SafetensorsReader(TensorReader):
         self._files: dict[Path, BinaryIO] = {}
         self._place: dict[str, tuple[Path, str, int]] = {}  # file, dtype, offset
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
         metadata: dict[str, str] = {}
         for path in files:
             self._files[path] = open_regular(path, "is this a model folder?")
@@ -79,31 +79,27 @@ class SafetensorsReader(TensorReader):
         return self._shapes
 
     def read(self, name: str) -> NDArray[Any]:
-        path, dtype, offset = self._place[name]
-        values = np.empty(self._shapes[name], dtype=DTYPES[dtype])
-        read_into(values, self._files[path].fileno(), offset, path)
+        values, dtype = self._stored(name), self._place[name][1]
         if dtype == "BF16":
             return bfloat16_to_float32(values)
         return values.astype(np.float32, copy=False) if dtype.startswith("F") else values
 
-    def mapped(self, name: str) -> NDArray[Any] | None:
+    def place(self, name: str) -> Place | None:
         path, dtype, offset = self._place[name]
-        if dtype not in ("F32", "BF16", "U8") or offset % np.dtype(DTYPES[dtype]).itemsize:
-            return None
-        if path not in self._maps:
-            self._maps[path] = mmap.mmap(self._files[path].fileno(), 0, access=mmap.ACCESS_READ)
-        shape = self._shapes[name]
-        values = np.frombuffer(self._maps[path], DTYPES[dtype], math.prod(shape), offset)
-        return values.reshape(shape)
+        return Place(self._files[path].fileno(), offset, DTYPES[dtype]) if dtype in ("F32", "BF16", "U8") else None
 
-    def release(self) -> None:
-        for mapped in self._maps.values():
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+    def raw(self, name: str) -> NDArray[Any] | None:
+        return None if self.place(name) is None else self._stored(name)
+
+    def _stored(self, name: str) -> NDArray[Any]:
+        path, dtype, offset = self._place[name]
+        values = np.empty(self._shapes[name], dtype=DTYPES[dtype])
+        read_into(values, self._files[path].fileno(), offset, path)
+        return values
 
 
 def read_into(values: NDArray[Any], descriptor: int, offset: int, path: Path) -> None:
-    """Fill an array with bytes of an open file; unlike a map's, a file that was shortened meanwhile ends in an error.
+    """Fill an array with bytes of an open file.
 
     Raises:
         UserError: fewer bytes than the array takes, or a disk that fails.

@@ -39,6 +39,21 @@ NOTED_STATISTICS = MapOf(ListOf(Number(-LARGEST_NUMBER, LARGEST_NUMBER), length=
 CHECKED_AT_ONCE = 2**18  # values: they stay in the processor's cache between the passes of a check
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in an open file.
+
+    Attributes:
+        descriptor: of the file; open for as long as the reader lives.
+        offset: of the first element, in bytes.
+        dtype: numpy's name of the elements: "<f4", "<u2" (the bits of bfloat16) or "u1".
+    """
+
+    descriptor: int
+    offset: int
+    dtype: str
+
+
 class TensorReader(ABC):
     """Tensors of a file by the names of our state dict.
 
@@ -56,13 +71,13 @@ class TensorReader(ABC):
     def read(self, name: str) -> NDArray[Any]:
         """A copy of one tensor: any float type as float32, integers as they are."""
 
-    def mapped(self, name: str) -> NDArray[Any] | None:
-        """One tensor in the mapped file, read-only: float32, bfloat16 as its bits (uint16), or bytes; None where it
-        cannot be mapped."""
+    def place(self, name: str) -> Place | None:
+        """Where one tensor lies as float32, bfloat16 or bytes; None where it is stored in another way."""
         return None
 
-    def release(self) -> None:
-        """Give back the memory of mapped pages; whoever looks at them again reads the file again."""
+    def raw(self, name: str) -> NDArray[Any] | None:
+        """A copy of one tensor as it is stored: float32, bfloat16 as its bits (uint16), or bytes; None where `place` is
+        None."""
         return None
 
 

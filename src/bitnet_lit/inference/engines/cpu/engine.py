@@ -1,9 +1,9 @@
-"""The native CPU engine: a BitNet's whole step in one call of compiled code.
+"""The native CPU engine: a whole step of a model, from token ids to logits, in one call of compiled code.
 
-Weights are packed at load into the layout of the kernels (packing.h): 2 bits a projection weight, 1.67 with AVX2;
-latent weights are not kept. The output head, half of a small model's bytes, has rows of 8 bits with a scale each, of 4
-bits for all rows and 8 for the likely ones, or of floats. Rows that could be the likeliest token's, within six standard
-deviations of the rounding's error, are computed again from the floats (head.h).
+`NativeModel` is a model in memory: its projections packed into the layout of the kernels (2 bits a weight, 1.67 with
+AVX2), its output head rounded to int8 or int4 or kept in float. Tokens that could be the likeliest one get their
+logits from the head's own float rows, so greedy decoding is that of a float head. csrc/README.md draws one decode step
+and says what is exact. `CpuEngine` is a `NativeModel` as generation uses engines.
 """
 
 from __future__ import annotations
@@ -15,45 +15,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.errors import ModelError
+from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.cores import physical_cores
 from bitnet_lit.inference.engines.cpu.weights import Weights
 from bitnet_lit.model.tensors import EMBEDDING, HEAD
 
-PROJECTIONS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-NORMS = {
-    "input_norm": "input_layernorm",
-    "attn_norm": "self_attn.attn_sub_norm",
-    "post_norm": "post_attention_layernorm",
-    "ffn_norm": "mlp.ffn_sub_norm",
-}
-HEAD_IN_CACHE = 16 * 2**20  # bytes of int8 rows that a processor's caches may hold: half of them gain nothing there
+HEAD_IN_CACHE = 16 * 2**20
+"""Bytes of an int8 head. A smaller one may stay in the processor's caches, where 4 bits would be no faster than 8."""
 HEAD_BITS = {"int4": 4, "int8": 8, "float": 32}
-CACHE_TYPES = ("float", "half", "int8")  # `CacheType` of cache.h
-ROWS_AT_ONCE = 512  # tokens of a long prompt in one step: their activations stay in the cache
+CACHE_TYPES = ("float", "half", "int8")
+"""`CacheType` of csrc/kv_cache.h."""
+MAX_STEP_TOKENS = 512
+"""A longer prompt is several steps, so that activations stay in the processor's cache."""
 
 
 class NativeModel:
-    """Packed weights and the compiled engine on them; many texts can share one.
+    """A model in memory, and the compiled engine that runs it. Many texts can share one.
 
     Args:
         stored: a model that `supported_models.why_unsupported` has nothing against.
-        head: "int4", "int8", "float", or "auto": int4 where int8 rows are larger than caches are.
-        kv_cache: "half" (float16), "float" or "int8".
+            Its file stays open: the embedding is read from it.
+        head: how the output head is computed: "int4", "int8", "float", or "auto", which takes int4 where an int8
+            head is larger than the processor's caches.
+        kv_cache: how keys and values are kept: "half" (float16), "float" or "int8".
         threads: None for one on each physical core.
 
     Raises:
-        UserError: stored codes that are none.
+        UserError: the stored weights are damaged.
+        ModelError: not enough memory.
     """
 
     def __init__(
@@ -66,15 +57,17 @@ class NativeModel:
             *(self._layer(f"model.layers.{i}.") for i in range(config.num_hidden_layers))
         )
         if head == "auto":
-            head = "int4" if config.hidden_size * (config.vocabulary) > HEAD_IN_CACHE else "int8"
+            head = "int4" if config.hidden_size * config.vocabulary > HEAD_IN_CACHE else "int8"
         head_name = HEAD if HEAD in stored.tensors else EMBEDDING
-        others = native.Weights(embedding=weights.table(EMBEDDING), norm=weights.vector("model.norm.weight"))
+        others = native.Weights(norm=weights.vector("model.norm.weight"))
         if head == "float":
             others.head = weights.projection(head_name)
         else:
-            others.head = weights.table(head_name)
-            others.head_codes, others.head_rows, others.head_fine = weights.integer_head(head_name, HEAD_BITS[head])
-        weights.done()
+            others.head_codes, others.head_panels, others.head_int8_rows = weights.integer_head(
+                head_name, HEAD_BITS[head]
+            )
+            others.head_rows = weights.row_table(head_name)
+        others.embedding = weights.row_table(EMBEDDING)
         shape = native.Shape(
             hidden=config.hidden_size,
             layers=config.num_hidden_layers,
@@ -97,10 +90,10 @@ class NativeModel:
 
     def _layer(self, prefix: str) -> native.Layer:
         layer = native.Layer()
-        for field, name in NORMS.items():
-            setattr(layer, field, self._weights.vector(f"{prefix}{name}.weight"))
-        for field, name in PROJECTIONS.items():
-            setattr(layer, field, self._weights.projection(f"{prefix}{name}.weight"))
+        for field, name in native.NORMS.items():
+            setattr(layer, field, self._weights.vector(prefix + name))
+        for field, name in native.PROJECTIONS.items():
+            setattr(layer, field, self._weights.projection(prefix + name))
         return layer
 
     def __del__(self) -> None:
@@ -114,21 +107,29 @@ class NativeModel:
         return ctypes.c_void_p(address)
 
     def bytes_per_token(self, length: int) -> int:
-        """What a decode step reads from memory after `length` tokens: weights, head, keys and values."""
+        """Bytes that a decode step reads from memory after `length` tokens: weights, head, keys and values."""
         return self._weights.bytes_per_token + native.library().bitnet_cache_bytes(self.address, length)
 
     def new_cache(self) -> Cache:
-        """The past of a new text."""
+        """An empty cache, for a new text."""
         return Cache(self, self._made(native.library().bitnet_cache_new()), 0)
 
     def step(self, tokens: Sequence[int], caches: Sequence[Cache], wanted: Sequence[int]) -> NDArray[np.float32]:
-        """Put tokens[i], which the caller has checked, to the end of caches[i], whose texts are the caller's own.
+        """Append tokens[i] to the text of caches[i].
+
+        Several threads may call it at once, each with caches of its own.
+
+        Args:
+            tokens: ids within the vocabulary, at positions within the context: `check_step` checks both.
+            caches: one for each token; a cache that is named several times gets the tokens in their order.
+            wanted: indices of the tokens whose logits are computed.
 
         Returns:
-            Logits of the rows named in `wanted`: float32 (len(wanted), V).
+            Logits after each wanted token: float32 (len(wanted), V).
 
         Raises:
-            ModelError: not enough memory; the texts of `caches` cannot go on.
+            ModelError: not enough memory. The texts of `caches` cannot go on.
+            UserError: the model's file was shortened. The texts of `caches` cannot go on.
         """
         vocab = self.config.vocabulary
         ids = np.array(tokens, dtype=np.int32)
@@ -146,16 +147,19 @@ class NativeModel:
             rows.ctypes.data,
             logits.ctypes.data,
         )
+        if status == native.SHORT_READ:
+            path = self._weights.stored.path
+            raise UserError(f"{path}: its weights are shorter than when the model was opened: copy it again")
         if status:
             raise ModelError(f"not enough memory for a step of {len(ids)} tokens: take shorter or fewer texts")
         return logits
 
 
 class Cache:
-    """Keys and values of one text on a `NativeModel`.
+    """The key/value cache of one text on a `NativeModel`.
 
     Attributes:
-        length: tokens behind it.
+        length: tokens in it.
     """
 
     def __init__(self, model: NativeModel, address: ctypes.c_void_p, length: int) -> None:
@@ -163,12 +167,12 @@ class Cache:
         self._free = native.library().bitnet_cache_free
 
     def fork(self) -> Cache:
-        """A cache of its own with the same past: several texts from one prompt."""
+        """A copy, for another text that begins in the same way."""
         copy = native.library().bitnet_cache_fork(self.model.address, self.address)
         return Cache(self.model, self.model._made(copy), self.length)
 
     def truncate(self, length: int) -> None:
-        """Forget every token from `length` on."""
+        """Remove every token from position `length` on."""
         native.library().bitnet_cache_truncate(self.address, length)
         self.length = min(self.length, length)
 
@@ -186,22 +190,23 @@ class CpuEngine:
         self.max_length = model.config.max_position_embeddings
 
     def new_cache(self) -> Cache:
-        """An empty past."""
+        """An empty cache."""
         return self.model.new_cache()
 
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[Cache]) -> NDArray[np.float32]:
         """Logits of the token after each text: float32 (len(ids), V).
 
         Raises:
-            UserError: a token or a position that the model does not have.
+            UserError: a token beyond the vocabulary, a text beyond the context, or a model whose file was shortened.
+            ModelError: not enough memory.
         """
         check_step(ids, [cache.length for cache in caches], self.model.config.vocabulary, self.max_length)
         tokens = [token for row in ids for token in row]
         owners = [cache for row, cache in zip(ids, caches, strict=True) for _ in row]
         last = np.cumsum([len(row) for row in ids]) - 1
         parts = []
-        for start in range(0, len(tokens), ROWS_AT_ONCE):
-            end = start + ROWS_AT_ONCE
+        for start in range(0, len(tokens), MAX_STEP_TOKENS):
+            end = start + MAX_STEP_TOKENS
             wanted = last[(start <= last) & (last < end)] - start
             parts.append(self.model.step(tokens[start:end], owners[start:end], wanted.tolist()))
         return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""The compiled engine from Python: its structures, and one `ctypes` function for each of its calls."""
+"""The compiled engine from Python: its structures, and one `ctypes` function for each function of csrc/engine.cpp."""
 
 from __future__ import annotations
 
@@ -9,9 +9,29 @@ from typing import Any
 
 from bitnet_lit.inference.engines.cpu import build
 
+DONE, NO_MEMORY, SHORT_READ = range(3)  # `enum Status` of engine.cpp
+
+NORMS = {
+    "input_norm": "input_layernorm.weight",
+    "attn_norm": "self_attn.attn_sub_norm.weight",
+    "post_norm": "post_attention_layernorm.weight",
+    "ffn_norm": "mlp.ffn_sub_norm.weight",
+}
+"""The norms of `Layer`: its field, and the tensor's name within a decoder layer."""
+PROJECTIONS = {
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+"""The matrices of `Layer`, in the same way."""
+
 
 class Shape(ctypes.Structure):
-    """`struct Shape` of model.h, as the three below it."""
+    """`struct Shape` of model.h, as are the structures up to `Weights`."""
 
     _fields_ = (
         *((name, c_int32) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context")),
@@ -27,27 +47,30 @@ class Matrix(ctypes.Structure):
     _fields_ = (("packed", c_void_p), ("floats", c_void_p), ("bfloats", c_void_p), ("scale", c_float))
 
 
-NORMS = ("input_norm", "attn_norm", "post_norm", "ffn_norm")
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+class RowTable(ctypes.Structure):
+    """`struct RowTable`: a dense matrix in memory, or in an open file."""
+
+    _fields_ = (("floats", c_void_p), ("offset", c_int64), ("file", c_int32), ("is_bfloat16", c_int32))
 
 
 class Layer(ctypes.Structure):
-    """`struct Layer`: norms (NULL where there is none) and projections."""
+    """`struct Layer`: norms, NULL where there is none, and projections."""
 
     _fields_ = (*((name, c_void_p) for name in NORMS), *((name, Matrix) for name in PROJECTIONS))
 
 
 class Weights(ctypes.Structure):
-    """`struct Weights`: what is no layer."""
+    """`struct Weights`: the tensors that belong to no layer."""
 
     _fields_ = (
-        *((name, Matrix) for name in ("embedding", "head")),
-        *((name, c_void_p) for name in ("norm", "head_codes", "head_rows", "head_fine")),
+        *((name, RowTable) for name in ("embedding", "head_rows")),
+        ("head", Matrix),
+        *((name, c_void_p) for name in ("norm", "head_codes", "head_panels", "head_int8_rows")),
     )
 
 
 class Rounding(ctypes.Structure):
-    """`struct Rounding` of packing.h: what latent weights are rounded by, and sums over them."""
+    """`struct Rounding` of packing.h: how latent weights are rounded, and statistics of them."""
 
     _fields_ = (
         *((name, c_float) for name in ("scale", "center")),
@@ -59,7 +82,7 @@ class Rounding(ctypes.Structure):
 
 @cache
 def library() -> Any:
-    """The loaded library, its functions typed.
+    """The loaded library, its functions with their types.
 
     Raises:
         NoCompilerError: it cannot be compiled or loaded here.
@@ -68,12 +91,12 @@ def library() -> Any:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "bitnet_simd": (c_char_p, []),
         "bitnet_packed_bytes": (c_int64, [c_int, c_int]),
-        "bitnet_pack_codes": (None, [c_void_p, c_int, c_int, c_void_p]),
-        "bitnet_pack_folder": (c_int, [c_void_p, c_int, c_int, c_void_p]),
-        "bitnet_pack_latent": (None, [c_void_p, c_void_p, c_int, c_int, POINTER(Rounding), c_void_p]),
+        "bitnet_pack_codes": (c_int, [c_void_p, c_int, c_int, c_void_p]),
+        "bitnet_pack_folder": (c_int, [c_void_p, c_int, c_int, c_void_p, POINTER(c_int)]),
+        "bitnet_pack_latent": (c_int, [c_void_p, c_void_p, c_int, c_int, POINTER(Rounding), c_void_p]),
         "bitnet_head_bytes": (c_int64, [c_int, c_int, c_int]),
         "bitnet_quantize_head": (c_int, [c_int, c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p]),
-        "bitnet_multiply": (None, [c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
+        "bitnet_multiply": (c_int, [c_void_p, c_int, c_int, c_void_p, c_int, c_void_p]),
         "bitnet_new": (c_void_p, [POINTER(Shape), POINTER(Layer), POINTER(Weights)]),
         "bitnet_free": (None, [c_void_p]),
         "bitnet_cache_new": (c_void_p, []),

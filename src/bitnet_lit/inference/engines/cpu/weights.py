@@ -1,12 +1,13 @@
-"""From a `StoredModel` to weights in the layout of the kernels (packing.h), without torch and one matrix at a time.
+"""From a `StoredModel` to weights in the layout of the kernels (csrc/packing.h), without torch, one matrix at a time.
 
-A packed folder's codes are laid out anew; latent weights are rounded on the way, by the scale that is noted beside them
-or, where none is, by the definition in `quant/weights.py`, which needs torch. Files are mapped, and their pages
-given back at the end: what stays in memory is what a step reads, and the embedding stays in the file.
+Packed bytes of a model folder go to the kernels' layout in one pass. Latent weights are rounded on the way, by the
+scale that is noted beside them or, where none is, by the definition in `quant/weights.py`, which needs torch. The
+embedding stays in its file, from which a step reads one row for each token; everything else is in memory.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from typing import Any
@@ -19,74 +20,97 @@ from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, Sign
 
-ROUNDED_HERE = (AbsMean(), AbsMedian(), Sign())  # by packing.h; codes of other rules come from the rule itself
-ALIGN = 64
-PIECE = 64 * 2**20
-PADDED = 64  # inputs of the head are padded to a multiple, as `padded` in floats.h does
+ROUNDED_HERE = (AbsMean(), AbsMedian(), Sign())
+"""Rules that csrc/packing.h rounds by. Codes of other rules come from the rule itself."""
+CACHE_LINE = 64  # bytes; the kernels' vectors begin at one
+ARENA_PIECE = 64 * 2**20  # bytes that are mapped at once: many huge pages
+PADDED = 64  # inputs of the head are padded to a multiple of it: `padded` of csrc/buffer.h
+HEAD_PANEL = np.dtype([("scale", np.float32, 16), ("zero_term", np.int32, 16)])
+"""`struct HeadPanel` of csrc/lm_head_quantize.h."""
 
 
 class Arena:
-    """Memory for weights in large pieces, on huge pages where the system has them: a step walks through all of it, and
-    would meet the end of a 4 KiB page at every turn."""
+    """Memory for weights in large pieces, on huge pages where the system has them.
+
+    A step walks through all weights; on 4 KiB pages the processor would look up a new page every 4 KiB.
+    """
 
     def __init__(self) -> None:
-        self._piece, self._used = mmap.mmap(-1, ALIGN), ALIGN
+        self._piece, self._used = mmap.mmap(-1, CACHE_LINE), CACHE_LINE
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Zeros that begin at a multiple of a cache line."""
+        """An array of zeros that begins at a cache line."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if self._used + size > len(self._piece):
             # Shared memory, which is mmap's default, gets no huge pages.
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._piece, self._used = mmap.mmap(-1, max(size, PIECE), flags=flags), 0
+            self._piece, self._used = mmap.mmap(-1, max(size, ARENA_PIECE), flags=flags), 0
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._piece.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(self._piece, dtype=dtype, count=math.prod(shape), offset=self._used)
-        self._used += -(-size // ALIGN) * ALIGN
+        self._used += -(-size // CACHE_LINE) * CACHE_LINE
         return array.reshape(shape)
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, or a copy of one that its file begins at an address where C++ has no such number."""
+    """The array, or a copy of one that lies at an address where C++ cannot read such a number."""
     return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
 def _addresses(array: NDArray[Any]) -> tuple[int | None, int | None]:
-    """Where a dense matrix lies, as (float32, bfloat16) pointers, one of them None."""
+    """The address of a dense matrix as (float32, bfloat16) pointers, one of them None."""
     return (None, array.ctypes.data) if array.dtype == np.uint16 else (array.ctypes.data, None)
 
 
+def _check(status: int) -> None:
+    if status:
+        raise ModelError("not enough memory for the weights")
+
+
 def pack(codes: NDArray[np.int8], arena: Arena) -> NDArray[np.uint8]:
-    """int8 (O, I) codes in {-1, 0, +1} to the layout of the kernels."""
+    """Pack int8 (O, I) codes of -1, 0 and +1.
+
+    Returns:
+        uint8 (bytes,), in the layout of the kernels.
+
+    Raises:
+        ModelError: not enough memory.
+    """
     codes = np.ascontiguousarray(codes, dtype=np.int8)
     packed = arena.take((native.library().bitnet_packed_bytes(*codes.shape),), np.uint8)
-    native.library().bitnet_pack_codes(codes.ctypes.data, *codes.shape, packed.ctypes.data)
+    _check(native.library().bitnet_pack_codes(codes.ctypes.data, *codes.shape, packed.ctypes.data))
     return packed
 
 
-HEAD_ROWS = np.dtype([("scale", np.float32, 16), ("zero", np.int32, 16)])  # `struct HeadRows` of head.h
-
-
 def quantize_head(weight: NDArray[Any], bits: int, arena: Arena) -> tuple[NDArray[Any], ...]:
-    """float32, or bfloat16 as its bits, (V, D) to the layout of head.h.
+    """Round the rows of an output head (csrc/lm_head_quantize.h).
+
+    Args:
+        weight: (V, D) float32, or bfloat16 as its bits (uint16).
+        bits: of a code, 4 or 8.
 
     Returns:
-        Codes of `bits`, 4 or 8; (V / 16,) `HEAD_ROWS`; for 4 bits also int8 (V, D padded), else (0, 0).
+        codes: uint8 (bytes,).
+        panels: (V / 16,) `HEAD_PANEL`.
+        int8_rows: int8 (V, D padded) for 4 bits, else (0, 0).
+
+    Raises:
+        ModelError: not enough memory.
     """
     vocab, inputs = weight.shape
     codes = arena.take((native.library().bitnet_head_bytes(bits, vocab, inputs),), np.uint8)
-    rows = arena.take((-(-vocab // 16),), HEAD_ROWS)
-    fine = arena.take((vocab, -(-inputs // PADDED) * PADDED) if bits == 4 else (0, 0), np.int8)
-    status = native.library().bitnet_quantize_head(
-        bits, *_addresses(weight), vocab, inputs, codes.ctypes.data, rows.ctypes.data, fine.ctypes.data
+    panels = arena.take((-(-vocab // 16),), HEAD_PANEL)
+    int8_rows = arena.take((vocab, -(-inputs // PADDED) * PADDED) if bits == 4 else (0, 0), np.int8)
+    _check(
+        native.library().bitnet_quantize_head(
+            bits, *_addresses(weight), vocab, inputs, codes.ctypes.data, panels.ctypes.data, int8_rows.ctypes.data
+        )
     )
-    if status:
-        raise ModelError("not enough memory for the output head")
-    return codes, rows, fine
+    return codes, panels, int8_rows
 
 
 class Weights:
-    """Reads the weights of `stored` and keeps them as long as it lives.
+    """The weights of `stored` for the engine, which points into them: they live as long as this object.
 
     Attributes:
         bytes_per_token: what a decode step reads of them.
@@ -104,12 +128,12 @@ class Weights:
         return array
 
     def _dense(self, name: str) -> NDArray[Any]:
-        """float32 or bfloat16 bits (O, I), mapped where the file can be."""
-        mapped = self.stored.reader.mapped(name)
-        return _aligned(self.stored.array(name) if mapped is None or mapped.dtype == np.uint8 else mapped)
+        """A dense matrix (O, I): float32, or bfloat16 as its bits where it is stored so."""
+        raw = self.stored.reader.raw(name)
+        return _aligned(self.stored.array(name) if raw is None or raw.dtype == np.uint8 else raw)
 
     def _finite(self, name: str) -> NDArray[Any]:
-        """`_dense`, checked for numbers that are none; of latent weights their sums tell."""
+        """`_dense`, checked for NaN and infinity. (Latent weights are checked by their sums.)"""
         values = self._dense(name)
         if name not in self._checked:
             self.stored.check_finite(name, values)
@@ -120,44 +144,52 @@ class Weights:
         """The address of a float32 vector; None where the network has none of that name."""
         return self._keep(_aligned(self.stored.array(name))).ctypes.data if name in self.stored.tensors else None
 
-    def table(self, name: str) -> native.Matrix:
-        """A dense matrix of which a step reads some rows: left in the file."""
-        floats, bfloats = _addresses(self._keep(self._finite(name)))
-        return native.Matrix(None, floats, bfloats, 1.0)
+    def row_table(self, name: str) -> native.RowTable:
+        """A dense matrix of which a step reads some rows: left in its file, or, where the file holds it in another way
+        than the engine reads, in memory."""
+        place = self.stored.reader.place(name)
+        if place is None or place.dtype == "u1":
+            return native.RowTable(floats=self._keep(self._finite(name)).ctypes.data)
+        if name not in self._checked:
+            self._finite(name)
+        return native.RowTable(offset=place.offset, file=place.descriptor, is_bfloat16=place.dtype == "<u2")
 
     def projection(self, name: str) -> native.Matrix:
         """A matrix that a step reads from beginning to end: packed, or dense and copied to where reading is fastest."""
         if name in self.stored.quantized:
             packed, scale = self._packed(name)
             self.bytes_per_token += self._keep(packed).nbytes
-            return native.Matrix(packed.ctypes.data, None, None, scale)
-        values = self._finite(name)
-        copy = self._keep(self._arena.take(values.shape, values.dtype))
-        copy[...] = values
+            return native.Matrix(packed=packed.ctypes.data, scale=scale)
+        dense = self._finite(name)
+        copy = self._keep(self._arena.take(dense.shape, dense.dtype))
+        copy[...] = dense
         self.bytes_per_token += copy.nbytes
-        return native.Matrix(None, *_addresses(copy), 1.0)
+        floats, bfloats = _addresses(copy)
+        return native.Matrix(floats=floats, bfloats=bfloats, scale=1.0)
 
-    def integer_head(self, name: str, bits: int) -> tuple[int, ...]:
-        """Addresses of the head's codes, of their scales and sums, and of finer rows, of which a step reads some."""
-        codes, rows, fine = quantize_head(self._finite(name), bits, self._arena)
-        self.bytes_per_token += codes.nbytes + rows.nbytes
-        return tuple(self._keep(array).ctypes.data for array in (codes, rows, fine))
+    def integer_head(self, name: str, bits: int) -> tuple[int, int, int]:
+        """Addresses of `quantize_head`'s results."""
+        codes, panels, int8_rows = map(self._keep, quantize_head(self._finite(name), bits, self._arena))
+        self.bytes_per_token += codes.nbytes + panels.nbytes  # a step reads few of the int8 rows
+        return codes.ctypes.data, panels.ctypes.data, int8_rows.ctypes.data
 
     def _packed(self, name: str) -> tuple[NDArray[np.uint8], float]:
         stored, (rows, inputs) = self.stored, self.stored.tensors[name]
         if not stored.holds_codes(name):
             return self._rounded(name)
-        mapped = stored.reader.mapped(name)
-        if mapped is None or mapped.dtype != np.uint8 or mapped.shape[0] == rows:  # a byte or more for each code
+        raw = stored.reader.raw(name)
+        if raw is None or raw.dtype != np.uint8 or raw.shape[0] == rows:  # a byte or more for each code
             codes, scale = stored.codes(name)
             return pack(codes.numpy(), self._arena), float(scale)
         packed = self._arena.take((native.library().bitnet_packed_bytes(rows, inputs),), np.uint8)
-        if not native.library().bitnet_pack_folder(mapped.ctypes.data, rows, inputs, packed.ctypes.data):
+        are_codes = ctypes.c_int()
+        _check(native.library().bitnet_pack_folder(raw.ctypes.data, rows, inputs, packed.ctypes.data, are_codes))
+        if not are_codes:
             raise UserError(f"{stored.path}: tensor {name} holds no ternary codes: copy it again")
         return packed, float(stored.scale(name))
 
     def _rounded(self, name: str) -> tuple[NDArray[np.uint8], float]:
-        """Latent weights as codes."""
+        """Latent weights as packed codes, and their scale."""
         rule = self.stored.quant.scheme.weights
         if rule not in ROUNDED_HERE:
             codes, own_scale = self.stored.codes(name)
@@ -167,7 +199,7 @@ class Weights:
 
         def round_by(scale: float, center: float) -> native.Rounding:
             rounding = native.Rounding(scale=scale, center=center, binary=rule == Sign())
-            native.library().bitnet_pack_latent(*_addresses(latent), rows, inputs, rounding, packed.ctypes.data)
+            _check(native.library().bitnet_pack_latent(*_addresses(latent), rows, inputs, rounding, packed.ctypes.data))
             return rounding
 
         noted = self.stored.noted_statistics(name)
@@ -180,7 +212,7 @@ class Weights:
         return packed, scale
 
     def _plausible(self, rounding: native.Rounding, count: int) -> bool:
-        """Whether noted statistics are of these weights and not of others that were put in their place."""
+        """Whether the noted scale and center are those of these weights, not of others that were put in their place."""
         scale, tolerance = rounding.scale, 1e-4 * rounding.scale  # float32 sums are right to a few millionths
         if not math.isfinite(rounding.magnitude):
             return False
@@ -189,7 +221,3 @@ class Weights:
         if self.stored.quant.scheme.weights == AbsMedian():
             return 2 * max(rounding.below, rounding.above) <= count
         return abs(rounding.magnitude / count - scale) <= tolerance or rounding.magnitude / count < scale <= 1e-5
-
-    def done(self) -> None:
-        """Everything was read: give the file's pages back."""
-        self.stored.reader.release()

@@ -1,40 +1,85 @@
-// A model as native.py describes it to the engine.
+// A model as Python describes it to the engine: the structures of native.py, field by field.
+//
+// Pointers are to memory that Python keeps for as long as the engine lives.
 #pragma once
 
-#include "head.h"
+#include <unistd.h>
+
+#include <cerrno>
+#include <exception>
+#include <vector>
+
+#include "dense_matmul.h"
+#include "lm_head_quantize.h"
 
 extern "C" {
 
 struct Shape {
-    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context, relu2, dense, head_bits, cache_type,
-        threads;
+    int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context;  // numbers of elements
+    int32_t relu2;       // the activation function is the square of ReLU; otherwise SiLU
+    int32_t dense;       // projections are float matrices; otherwise they are ternary
+    int32_t head_bits;   // of the output head: 4, 8, or 32 for float
+    int32_t cache_type;  // CacheType of kv_cache.h
+    int32_t threads;
     float eps, rope_theta;
 };
 
-struct Matrix {             // one of the three
-    const uint8_t* packed;  // packing.h; times scale
-    const float* floats;    // (O, I)
+// A matrix (O, I) that a step reads from beginning to end. One of the three pointers is not null.
+struct Matrix {
+    const uint8_t* packed;  // ternary, in the layout of packing.h; times `scale`
+    const float* floats;
     const bfloat16* bfloats;
     float scale;
 };
 
+// A dense matrix (vocab, hidden) of which a step reads only some rows: the embedding, and rows of the output head. It
+// stays in its file where the file holds it as float32 or bfloat16. Rows are read, not mapped: if another program
+// shortens a mapped file, the next access ends the process (SIGBUS); a read just comes back short.
+struct RowTable {
+    const float* floats;  // null where the table is in a file
+    int64_t offset;       // of the first row in the file
+    int32_t file;         // descriptor
+    int32_t is_bfloat16;
+};
+
 struct Layer {
-    const float *input_norm, *attn_norm, *post_norm, *ffn_norm;  // null where there is none
+    const float *input_norm, *attn_norm, *post_norm, *ffn_norm;  // null where the network has no such norm
     Matrix q, k, v, o, gate, up, down;
 };
 
 struct Weights {
-    Matrix embedding, head;  // (vocab, hidden), dense
+    RowTable embedding, head_rows;  // head_rows: the exact rows of the output head, where head_bits is 4 or 8
+    Matrix head;                    // where head_bits is 32
     const float* norm;
-    const uint8_t* head_codes;  // head.h, where head_bits is not 32
-    const HeadRows* head_rows;
-    const int8_t* head_fine;  // (vocab, padded hidden), where head_bits is 4
+    const uint8_t* head_codes;  // lm_head_quantize.h, where head_bits is 4 or 8
+    const HeadPanel* head_panels;
+    const int8_t* head_int8_rows;  // (vocab, padded hidden), where head_bits is 4
 };
 }
 
-// One row of a dense matrix times tokens of float32, `stride` from one to the next.
-inline void dense_dots_of(const Matrix& m, int row, const float* x, size_t stride, int tokens, int inputs, float* out) {
-    const size_t at = size_t(row) * inputs;
-    if (m.floats) dense_row(m.floats + at, x, stride, tokens, inputs, out);
-    else dense_row(m.bfloats + at, x, stride, tokens, inputs, out);
+// Calls use(elements) with the float32 or bfloat16 numbers of a dense matrix.
+template <class Use>
+inline void with_elements(const Matrix& matrix, const Use& use) {
+    if (matrix.floats) use(matrix.floats);
+    else use(matrix.bfloats);
+}
+
+struct ShortRead : std::exception {};  // the file of a RowTable is shorter than it was, or cannot be read any more
+
+// Calls use(row) with a pointer to row `index` of `inputs` float32 or bfloat16 numbers, valid during the call. Throws
+// ShortRead.
+template <class Use>
+inline void with_row(const RowTable& table, int index, int inputs, const Use& use) {
+    if (table.floats) return use(table.floats + size_t(index) * inputs);
+    thread_local std::vector<char> row;
+    const size_t bytes = size_t(inputs) * (table.is_bfloat16 ? sizeof(bfloat16) : sizeof(float));
+    row.resize(bytes);
+    for (size_t done = 0; done < bytes;) {
+        const ssize_t got =
+            pread(table.file, row.data() + done, bytes - done, table.offset + int64_t(index * bytes + done));
+        if (got > 0) done += size_t(got);
+        else if (got == 0 || errno != EINTR) throw ShortRead();
+    }
+    if (table.is_bfloat16) use((const bfloat16*)row.data());
+    else use((const float*)row.data());
 }
