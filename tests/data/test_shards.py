@@ -86,7 +86,7 @@ def one_line(error):
         (lambda f: f.rmdir(), "no such folder.*bitnet_lit.prepare"),
         (lambda f: (f.rmdir(), f.write_bytes(b"")), "not a folder.*bitnet_lit.prepare"),
         (lambda f: None, "no .bin shards.*bitnet_lit.prepare"),
-        (lambda f: (f / "data00.bin").write_bytes(b"123"), "3 bytes are no whole number of uint16"),
+        (lambda f: (f / "data00.bin").write_bytes(b"123"), "3 bytes are not a whole number of uint16"),
         (lambda f: (f / "data00.bin").write_bytes(b""), "0 bytes"),
         (lambda f: (f / "data00.bin").mkdir(), "cannot be read"),
         (lambda f: write(f / "data00.bin", [5, 40_000, 5]), "token id 40000 lies beyond the vocabulary of 32000"),

@@ -1,1 +1,6 @@
-"""From text to batches: sources of text, tokenizer, llama2.c shards, the order of samples, loaders."""
+"""Text to tokens to batches.
+
+`sources/` reads stories, `tokenizers/` turns them into token ids, and `prepare.py` writes the ids into a folder of
+shards (`shard_folder.py`). `shards.py` opens such a folder, `token_split.py` cuts it into sequences, `order.py` says
+which sequence comes when, and `datamodule.py` makes batches of them for Lightning.
+"""

@@ -1,6 +1,6 @@
-"""Batches of token ids, and a loader of them that may use processes.
+"""Batches of token ids, and the DataLoader that reads them, in processes of its own if the user asks for some.
 
-A process of the loader imports this module and what it imports, and nothing of Lightning, whose import takes seconds.
+Such a process imports this module and what it imports. Nothing here imports Lightning, which takes seconds.
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.errors import DataError
 
-ORDER_BLOCK = 8192  # samples
+ORDER_BLOCK = 8192  # samples whose order is computed at once
 
 
 class TrainBatches(Dataset):
-    """Batch `start` (its first global sample) to token ids."""
+    """Training batches, by the global index of their first sample.
+
+    Args:
+        batch_size: B, sequences of this rank in a forward pass.
+    """
 
     def __init__(self, split: TokenSplit, order: SampleOrder, batch_size: int) -> None:
         self.split, self.order, self.batch_size = split, order, batch_size
         self._block_start, self._block = 0, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, start: int) -> Tensor:
-        """int64 (B, T + 1)."""
+        """Return the token ids of the global samples [start, start + B), int64 (B, T + 1)."""
         offset = start - self._block_start
         if offset < 0 or offset + self.batch_size > len(self._block):
-            # The order of many samples at once costs little more than that of a batch.
+            # The order of many samples costs little more than that of a batch.
             samples = np.arange(start, start + max(ORDER_BLOCK, self.batch_size), dtype=np.int64)
             self._block_start, self._block, offset = start, self.order(samples), 0
         return torch.from_numpy(self.split.gather(self._block[offset : offset + self.batch_size]))
 
 
 class ValidationBatches(Dataset):
-    """Batch m of this rank: sequences in order, every rank the same number of batches."""
+    """The validation sequences in order, dealt out to the ranks: each rank gets the same number of batches."""
 
     def __init__(self, split: TokenSplit, batch_size: int, rank: int, world_size: int) -> None:
         self.split, self.batch_size = split, batch_size
@@ -49,7 +53,10 @@ class ValidationBatches(Dataset):
         return -(-self.split.num_sequences // (self.batch_size * self.world_size))
 
     def __getitem__(self, batch: int) -> tuple[Tensor, int]:
-        """(int64 (B', T + 1), number of rows that count); a rank beyond the end repeats a sequence that does not."""
+        """Return token ids, int64 (B', T + 1), and how many of the rows count.
+
+        Batches have B rows, the last one fewer. A rank that has no sequence left gets one row that does not count.
+        """
         start = (batch * self.world_size + self.rank) * self.batch_size
         stop = min(start + self.batch_size, self.split.num_sequences)
         indices = np.arange(start, stop) if start < stop else np.zeros(1, dtype=np.int64)
@@ -57,7 +64,7 @@ class ValidationBatches(Dataset):
 
 
 class ErrorsAsItems(Dataset):
-    """Returns a `DataError` that a batch ends in: raised in a loader's process, it would come out with a traceback."""
+    """Returns a `DataError` in place of the batch: if a loader's process raised it, the user would see a traceback."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -70,7 +77,7 @@ class ErrorsAsItems(Dataset):
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader whose processes do not run the caller's script, and whose errors come out in one line."""
+    """A DataLoader whose processes do not run the caller's script, and which raises a `DataError` as one line."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that the trainer needs
         with without_main_script():

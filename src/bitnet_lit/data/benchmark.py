@@ -1,4 +1,4 @@
-"""How fast text becomes tokens, and tokens become batches; each beside what it replaces, in turns."""
+"""How fast text becomes tokens and tokens become batches, each measured in turns with what it replaces."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 
 from bitnet_lit.data.batches import TrainBatches
 from bitnet_lit.data.order import SampleOrder
+from bitnet_lit.data.shard_folder import find_shards, shard_path
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.sources.demo import demo_stories
-from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
+from bitnet_lit.data.tokenizers.train_sentencepiece import TRAINED_NAME, train_tokenizer
 
 NUM_STORIES = 20_000  # about 9 MB of text
 # As TinyStories comes: fifty shards, together larger than a cache.
@@ -25,7 +26,7 @@ BATCH, LENGTH = 128, 256
 
 
 def _interleaved(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float]:
-    """Medians of two rates, measured in turns, so that a machine that slows down slows both."""
+    """Return the medians of two rates, measured in turns, so that a machine that slows down slows both."""
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     return median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
 
@@ -43,8 +44,8 @@ def _row(shape: str, what: str, ours: float, peer: str, theirs: float, unit: str
 
 
 def encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
-    """Words looked up against SentencePiece on whole texts; each round begins with an empty cache."""
-    tokenizer = train_tokenizer(demo_stories(2000), 1024, folder / "tokenizer.model")
+    """Measure encoding by words against SentencePiece on whole texts; each round begins with an empty cache."""
+    tokenizer = train_tokenizer(demo_stories(2000), 1024, folder / TRAINED_NAME)
     stories = list(demo_stories(NUM_STORIES, seed=1))
     megabytes = sum(len(story.encode()) for story in stories) / 1e6
 
@@ -63,14 +64,16 @@ def encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
-    """Whole batches gathered in shuffled order over all shards, against llama2.c's `PretokDataset`: one copy per
-    sequence, shuffled inside a shard, one shard after the other."""
+    """Measure batches in shuffled order over all shards against llama2.c's `PretokDataset`, on one core.
+
+    `PretokDataset` shuffles inside a shard, reads one shard after the other, and copies one sequence at a time.
+    """
     generator = np.random.default_rng(0)
     for number in range(NUM_SHARDS):
-        generator.integers(0, 2048, TOKENS_PER_SHARD, dtype=np.uint16).tofile(folder / f"data{number:02d}.bin")
+        generator.integers(0, 2048, TOKENS_PER_SHARD, dtype=np.uint16).tofile(shard_path(folder, f"data{number:02d}"))
     split = open_shards(folder).train(LENGTH)
     dataset = TrainBatches(split, SampleOrder(split.num_sequences, 0), BATCH)
-    memory_maps = [np.memmap(path, dtype=np.uint16, mode="r") for path in sorted(folder.glob("*.bin"))[1:]]
+    memory_maps = [np.memmap(path, dtype=np.uint16, mode="r") for path in find_shards(folder)[1:]]
     shuffled = generator.permutation(TOKENS_PER_SHARD // LENGTH - 1)
     batches_per_shard = len(shuffled) // BATCH
     batches = 128  # two blocks of ORDER_BLOCK samples
@@ -110,6 +113,6 @@ def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def data_rows(rounds: int) -> list[dict[str, Any]]:
-    """The rows of `bench suite=data`."""
+    """Measure all rows of `bench suite=data`."""
     with tempfile.TemporaryDirectory() as encoding, tempfile.TemporaryDirectory() as loading:
         return [encoding_row(Path(encoding), rounds), loader_row(Path(loading), rounds)]

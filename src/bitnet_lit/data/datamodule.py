@@ -1,8 +1,8 @@
-"""The LightningDataModule: wires shards, order and loaders, and keeps the one number that is state.
+"""The LightningDataModule of a shard folder. Its only state is the number of samples that were consumed.
 
-Training batch m of a run that starts at sample s: rank r of W takes the global samples
-[s + (m * W + r) * B, ... + B). Which tokens a sample holds is a pure function of (seed, sample), so the order does
-not depend on ranks, on workers, or on where the run was resumed.
+In batch m of a run that starts at global sample s, rank r of W takes the B samples from s + (m * W + r) * B on. Which
+tokens a sample holds is a pure function of the seed and the sample's index, so the order does not depend on the number
+of ranks or workers, or on where the run was resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bitnet_lit.data.shards import ShardDirectory
 
 
 class Starts(Sampler[int]):
-    """First samples of this rank's batches, without end: the trainer knows when to stop."""
+    """Yields the first sample of each batch of this rank, without end: the trainer knows when to stop."""
 
     def __init__(self, first: int, rank: int, world_size: int, batch_size: int) -> None:
         self.first = first + rank * batch_size
@@ -34,9 +34,12 @@ class Starts(Sampler[int]):
 
 
 class ValidationOrder(Sampler[int]):
-    """Batches of a validation: the first `limit` (a float: a share of them), or all when the run is at its end.
+    """Yields the numbers of the batches of a validation: all of them at the end of the run, else the first ones.
 
-    It has no length, so that the trainer asks it anew each time instead of counting once.
+    It has no length, so that the trainer iterates over it each time instead of counting once.
+
+    Args:
+        limit: how many batches, or, as a float, which share of them. None: all.
     """
 
     def __init__(self, num_batches: int, limit: int | float | None, trainer: L.Trainer) -> None:
@@ -49,14 +52,19 @@ class ValidationOrder(Sampler[int]):
 
 
 class BitNetDataModule(L.LightningDataModule):
-    """Loaders over a folder of shards.
+    """Batches of a folder of shards.
 
     Args:
         shards: the opened folder.
-        sequence_length: tokens a sequence predicts (T).
-        samples_per_step: sequences that all ranks consume in an optimizer step.
-        limit_val_batches: batches of a validation inside the run, or a share of them; None: all.
-        seed: of the order.
+        sequence_length: T, the tokens that a sequence predicts.
+        samples_per_step: sequences that all ranks together consume in an optimizer step.
+        limit_val_batches: batches of a validation before the end of the run, or, as a float, a share of them. None:
+            all.
+        seed: decides the order of the samples.
+
+    Attributes:
+        vocab_size: all token ids are below this number.
+        tokenizer: the tokenizer that wrote the shards; None where it is not known.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class BitNetDataModule(L.LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
+        self.vocab_size, self.tokenizer = shards.vocab_size, shards.tokenizer
         self.config = config
         self.limit_val_batches = limit_val_batches
         self.samples_per_step = samples_per_step
@@ -82,17 +91,17 @@ class BitNetDataModule(L.LightningDataModule):
         assert self.trainer is not None
         return BatchLoader(
             ErrorsAsItems(dataset),
-            batch_size=None,  # a batch is gathered at once
+            batch_size=None,  # an item of the dataset is a whole batch
             sampler=sampler,
             num_workers=num_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
-            # A forked copy of a process that has run OpenMP loops can hang in its first one.
+            # A process forked from one that has run OpenMP loops can hang in its own first loop.
             multiprocessing_context="spawn" if num_workers else None,
             persistent_workers=num_workers > 0,
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Batches from the first sample that has not been consumed yet."""
+        """Return batches from the first sample on that the run has not consumed: int64 (B, T + 1)."""
         assert self.trainer is not None
         starts = Starts(
             self.resumed["consumed_samples"],
@@ -105,7 +114,7 @@ class BitNetDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """The validation split in order; see `ValidationOrder` for how much of it."""
+        """Return batches of the validation split, in order: int64 (B, T + 1), and how many of their rows count."""
         assert self.trainer is not None
         batches = ValidationBatches(
             self.validation_split, self.config.batch_size, self.trainer.global_rank, self.trainer.world_size
@@ -113,7 +122,7 @@ class BitNetDataModule(L.LightningDataModule):
         return self._loader(batches, ValidationOrder(len(batches), self.limit_val_batches, self.trainer), 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many samples the run has consumed, and the optimizer step that it counts from."""
+        """Return how many samples the run has consumed, and at which optimizer step."""
         assert self.trainer is not None
         steps = self.trainer.global_step - self.resumed["step"]
         return {
@@ -122,5 +131,5 @@ class BitNetDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the last consumed sample."""
+        """Continue behind the last consumed sample."""
         self.resumed = dict(state_dict)

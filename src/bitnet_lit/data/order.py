@@ -1,12 +1,13 @@
 """Which sample comes when: a shuffle without a table.
 
-Global sample i lies in epoch i // N at place i % N, and a keyed permutation of 0..N-1 says which sequence stands at
-that place. The permutation is a Feistel network (Luby and Rackoff 1988): a number is cut into two halves, and each
-round adds to one half a hash of the other, which can be undone whatever the hash is. So it is a bijection by
-construction, costs a few integer operations per sample, and takes no memory however large the corpus. Numbers beyond
-N - 1 (the network works on a power of four) are sent through again until they fall inside: "cycle walking".
+Global sample i is at place i % N of epoch i // N, and a permutation of 0..N-1, keyed by seed and epoch, says which
+sequence is at that place. The permutation is a Feistel network (Luby and Rackoff 1988): a number is cut into two
+halves, and each round combines one half with a hash of the other by XOR, which can be undone whatever the hash is. So
+it is a bijection by construction, costs a few integer operations per sample, and takes no memory, however large the
+corpus. The network permutes a power of four; a number that comes out above N - 1 is permuted again until it is below N
+("cycle walking").
 
-The order of a whole run is then a pure function of (seed, i): workers, ranks and resuming cannot change it.
+The order of a run is thus a pure function of (seed, i): workers, ranks and resuming cannot change it.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ ROUNDS = 6  # four make a good permutation of a large domain; small ones need mo
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014): every input bit changes every output bit."""
+    """Hash 64-bit numbers by the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class SampleOrder:
-    """Maps global sample indices to sequences.
+    """Maps the global indices of samples to sequences.
 
     Args:
-        num_samples: sequences in the corpus, N >= 1.
-        seed: of the whole run.
+        num_samples: N, the number of sequences in the corpus; at least 1.
+        seed: another seed gives another order.
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
@@ -41,7 +42,7 @@ class SampleOrder:
         self._mask = np.uint64((1 << half_bits) - 1)
 
     def __call__(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 (B,) global sample indices, 0 or more, to int64 (B,) sequences in 0..N-1."""
+        """Return the sequences, int64 (B,) in 0..N-1, of samples, int64 (B,), by their global indices."""
         epochs, places = np.divmod(indices.astype(np.uint64), np.uint64(self.num_samples))
         keys = _mix(_mix(np.full_like(epochs, self.seed % 2**64)) + epochs)
         round_keys = np.stack([_mix(keys + np.uint64(number)) for number in range(ROUNDS)])
@@ -53,7 +54,7 @@ class SampleOrder:
         return values.astype(np.int64)
 
     def _permute(self, values: NDArray[np.uint64], round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """A bijection of 0..4**half_bits - 1; round_keys (ROUNDS, B)."""
+        """Permute numbers, uint64 (B,) in 0..4**half_bits - 1, by keys for each round, uint64 (ROUNDS, B)."""
         left, right = values >> self._half_bits, values & self._mask
         for keys in round_keys:
             left, right = right, left ^ (_mix(keys + right) & self._mask)

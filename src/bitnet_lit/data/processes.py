@@ -1,12 +1,12 @@
 """Starting processes that do not run the caller's script again.
 
-A new process of multiprocessing's "spawn" imports the script that its parent runs, so that functions defined there
-exist in it too. A script that does its work without an `if __name__ == "__main__":` around it would then start all
-over in every process, each of which would start more; Python stops that with an error in the new process, for which
-the parent waits for ever. A script that came from a pipe, or was typed, cannot be imported at all.
+With multiprocessing's "spawn", a new process imports the script that its parent runs, so that functions defined there
+exist in it, too. A script that does its work without `if __name__ == "__main__":` would then run again in each process,
+which would start more processes. Python stops that with an error in the new process, and the parent waits for ever. A
+script that came from a pipe, or was typed, cannot be imported at all.
 
-The functions that our processes run are this package's own. So the new process is told of no script: what it would
-be told is read from two attributes of the module `__main__`, which are taken away while processes start.
+Our processes run functions of this package only. So they are told of no script: Python reads what it would tell them
+from two attributes of the module `__main__`, which are taken away while processes start.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import sys
 import threading
 from collections.abc import Iterator
 
-_HIDING = threading.RLock()  # of two threads, one would note what the other has hidden
+_HIDING = threading.RLock()  # of two threads, the second would save what the first has hidden
 
 
 @contextlib.contextmanager
 def without_main_script() -> Iterator[None]:
-    """Processes that multiprocessing starts in this block do not import the main script.
+    """Let processes that start inside the block not import the main script.
 
-    What is sent to them (functions, classes of arguments) must not be defined in it.
+    What is sent to them (functions, classes of arguments) must not be defined in the script.
     """
     with _HIDING:
         main = sys.modules["__main__"]

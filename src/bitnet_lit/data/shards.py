@@ -172,7 +172,7 @@ def _checked_size(path: Path, dtype: np.dtype, vocab_size: int, meta: dict[str, 
         size = os.fstat(file.fileno()).st_size
         if size % dtype.itemsize or not size:
             raise UserError(
-                f"{path}: {size} bytes are no whole number of {dtype} tokens: the file is damaged, or no shard"
+                f"{path}: {size} bytes are not a whole number of {dtype} tokens: the file is damaged, or not a shard"
             )
         tokens = size // dtype.itemsize
         noted = meta.get("shards", {}).get(path.name)
@@ -194,7 +194,7 @@ def _checked_size(path: Path, dtype: np.dtype, vocab_size: int, meta: dict[str, 
         if largest >= vocab_size:
             raise UserError(
                 f"{path}: token id {largest} lies beyond the vocabulary of {vocab_size}: the shards and the "
-                "tokenizer do not belong together (data.tokenizer), or the file is no shard"
+                "tokenizer do not belong together (data.tokenizer), or the file is not a shard"
             )
     return tokens
 

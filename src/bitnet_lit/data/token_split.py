@@ -1,8 +1,9 @@
-"""Sequences out of shards: where sequence j lies, and how a batch of them is read.
+"""Sequences out of shards: where sequence j lies, and how a batch of sequences is read.
 
-Sequence j of a shard is tokens [j*T, j*T + T + 1): T inputs and their T targets. Each is read by a `pread` of its
-bytes, so a folder of 30 GB costs no memory. A memory map would be as fast, but a file that somebody shortens, or a
-disk that fails, ends a process that reads a map by SIGBUS, without a word; a `pread` returns less, or an error.
+Sequence j of a shard is its tokens [j * T, j * T + T + 1): T inputs and their T targets. A `pread` reads the bytes of
+each sequence, so a folder of 30 GB takes no memory. A memory map would be as fast, but reading a map of a file that was
+shortened, or on a disk that fails, ends the process by SIGBUS, without a message. A `pread` returns fewer bytes, or an
+error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _WRITE_AGAIN = "write the shards again (python -m bitnet_lit.prepare)"
 
 
 class _Descriptors:
-    """Open files by path, the ones used last: a process may hold a limited number of them."""
+    """Opens files by path and keeps those used last open, as many as the process may hold."""
 
     def __init__(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -47,7 +48,7 @@ class _Descriptors:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a shard: `num_sequences` sequences from token `start` on."""
+    """A part of a shard: `num_sequences` sequences, the first of which begins at token `start`."""
 
     path: Path
     start: int
@@ -58,9 +59,10 @@ class TokenSplit:
     """The training or the validation part of a folder, cut into sequences.
 
     Attributes:
-        num_sequences: how many there are.
-        sequence_length: T, tokens a sequence predicts.
-        vocab_size: ids lie below it.
+        num_sequences: the number of sequences of all pieces.
+        sequence_length: T, the tokens that a sequence predicts.
+        dtype: how token ids are stored.
+        vocab_size: all token ids are below this number.
     """
 
     def __init__(self, pieces: list[Piece], sequence_length: int, dtype: np.dtype, vocab_size: int) -> None:
@@ -75,13 +77,13 @@ class TokenSplit:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._descriptors = _Descriptors()  # a loader's process opens the files itself
+        self._descriptors = _Descriptors()  # a process of the loader opens the files itself
 
     def gather(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 (B,) sequence numbers to int64 (B, T + 1) token ids.
+        """Read the token ids, int64 (B, T + 1), of the sequences with these numbers, int64 (B,).
 
         Raises:
-            DataError: a shard that is gone, shorter than it was, or holds ids beyond the vocabulary; one line.
+            DataError: a shard is gone, is shorter than it was, or holds ids beyond the vocabulary; one line.
         """
         pieces = np.searchsorted(self._firsts, indices, side="right") - 1
         tokens = (indices - self._firsts[pieces]) * self.sequence_length + self._starts[pieces]

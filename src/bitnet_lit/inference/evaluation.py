@@ -59,11 +59,12 @@ def _open_data(pretrained: PretrainedModel, data_dir: str | None) -> tuple[str, 
     data_dir = data_dir or pretrained.info.get("data_dir") or _data_of_run(path)
     if data_dir is None:
         raise UserError(f"{path}: does not say what it was trained on: give data_dir=<folder of shards>")
-    shards = open_shards(Path(data_dir), pretrained.tokenizer.path if pretrained.tokenizer else None)
+    own = pretrained.tokenizer.path if pretrained.tokenizer else None
+    shards = open_shards(Path(data_dir), own)
     if shards.vocab_size > (pretrained.config.vocab_size or 0):  # some embeddings have rows to spare
         raise UserError(
             f"data_dir={data_dir}: has a vocabulary of {shards.vocab_size} tokens, and the model one of "
-            f"{pretrained.config.vocab_size}: prepare the text with {path}/tokenizer.model"
+            f"{pretrained.config.vocab_size}: prepare the text with tokenizer={own or '<the tokenizer of the model>'}"
         )
     wrote = shards.meta.get("tokenizer_sha256")
     if None not in (wrote, pretrained.tokenizer_sha256) and wrote != pretrained.tokenizer_sha256:

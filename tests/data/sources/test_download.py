@@ -183,7 +183,7 @@ def test_fetch_downloads_once_and_unpacks(server, tmp_path):
 )
 def test_members_that_leave_the_folder_unpack_nothing(tmp_path, members):
     (tmp_path / "a.tar.gz").write_bytes(archive_bytes(members))
-    with pytest.raises(UserError, match="no plain file inside the folder"):
+    with pytest.raises(UserError, match="not a plain file inside the folder"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar.gz"]
 

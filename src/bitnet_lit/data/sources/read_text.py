@@ -33,6 +33,7 @@ from bitnet_lit.regular_file import open_regular
 
 SEPARATOR = "<|endoftext|>"
 _BLOCK = 2**20  # bytes to search at once
+_MEND = "mend the file, or take it out of the source"
 READ_REMEDY = "check the file and its permissions"
 
 
@@ -120,12 +121,12 @@ def _json_texts(segment: FileSegment, content: str) -> Iterator[str]:
     try:
         records = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error}): {_MEND}") from None
     if not isinstance(records, list):
-        raise UserError(f"{path}: holds a {type(records).__name__}, not a list of {{'story': ...}}")
+        raise UserError(f"{path}: holds a {type(records).__name__}, not a list of {{'story': ...}}: {_MEND}")
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("story"), str):
-            raise UserError(f"{path}: record {number} has no text under 'story'")
+            raise UserError(f"{path}: record {number} has no text under 'story': {_MEND}")
         yield record["story"]
 
 
@@ -136,10 +137,10 @@ def _jsonl_texts(segment: FileSegment, content: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{_line(segment, number)} is not JSON ({error})") from None
+            raise UserError(f"{_line(segment, number)} is not JSON ({error}): {_MEND}") from None
         text = record.get("story", record.get("text")) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{_line(segment, number)} has no text under 'story' or 'text'")
+            raise UserError(f"{_line(segment, number)} has no text under 'story' or 'text': {_MEND}")
         yield _with_unix_line_ends(text)
 
 

@@ -65,7 +65,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
                     raise UserError(
-                        f"{archive}: member '{member.name}' is no plain file inside the folder: not unpacked"
+                        f"{archive}: member '{member.name}' is not a plain file inside the folder, and nothing was "
+                        "unpacked: delete the archive"
                     )
             with atomic_folder(folder) as temporary:
                 for member in members:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer, without_surrogates
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.extras import needs
 from bitnet_lit.foreign_json import Either, Integer, ListOf, OrNull, Record, Text, parse_json, read_json
 from bitnet_lit.regular_file import read_regular
@@ -69,7 +69,7 @@ class JsonTokenizer(Tokenizer):
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the Rust library is not an Exception
-            line = " ".join(str(error).split())[:100]
+            line = one_line(error, 100)
             raise UserError(f"tokenizer {path}: not a tokenizer.json ({line}): {remedy}") from None
         # The file may hold the truncation and padding of the batches that its own model was trained on.
         self._tokenizer.no_truncation()
@@ -110,7 +110,7 @@ class JsonTokenizer(Tokenizer):
         try:
             ids: list[int] = self._tokenizer.encode(without_surrogates(text), add_special_tokens=bos).ids
         except Exception as error:  # a character that no token covers, where there is no unknown token
-            line = " ".join(str(error).split())[:100]
+            line = one_line(error, 100)
             raise UserError(f"tokenizer {self.path}: cannot encode a text ({line}): give another one") from None
         return ids or ([self.bos_id] if bos else [])
 
