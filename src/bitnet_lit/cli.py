@@ -48,6 +48,7 @@ def register_schemas() -> None:
         ("optim", "adamw_schema", schema.AdamWConfig),
         ("optim", "muon_schema", schema.MuonConfig),
         ("schedule", "schedule_schema", schema.ScheduleConfig),
+        ("data", "data_schema", schema.DataConfig),
     ):
         node = OmegaConf.structured(cls)
         OmegaConf.set_struct(node, True)  # closes the group

@@ -104,12 +104,20 @@ def locate(target: str, key: str) -> Any:
 
 
 def takes(target: Any, name: str) -> bool:
-    """Whether a class or function has an argument of this name."""
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # written in C
-        return False
-    return name in parameters
+    """Whether a class or function has an argument of this name; of a class with `**options`, whether its base has."""
+    constructors = [target]
+    if inspect.isclass(target):
+        constructors = [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
+    for constructor in constructors:
+        try:
+            parameters = inspect.signature(constructor).parameters
+        except (TypeError, ValueError):  # written in C
+            return False
+        if name in parameters:
+            return True
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return False
+    return False
 
 
 def _plain(value: Any) -> Any:

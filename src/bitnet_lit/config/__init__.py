@@ -7,7 +7,7 @@ the code below the doors sees only these objects, never a dictionary.
 Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyTorch and Lightning for training.
 """
 
-from bitnet_lit.config.data import DataConfig
+from bitnet_lit.config.data import CustomData, DataConfig
 from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig
@@ -27,6 +27,7 @@ __all__ = [
     "BenchConfig",
     "CallbacksConfig",
     "CheckpointConfig",
+    "CustomData",
     "CustomOptim",
     "CustomSchedule",
     "DataConfig",

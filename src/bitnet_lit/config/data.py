@@ -37,7 +37,7 @@ class DataConfig(Checked):
 
 @dataclass
 class CustomData(Custom):
-    """A LightningDataModule of the user's own (training/data.py says what it must have).
+    """A LightningDataModule of the user's own (data/custom.py says what it must have).
 
     It gets further keys, and `batch_size`, `sequence_length` and `seed` where it has arguments of these names.
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitnet_lit.config.checks import Checked, Range, one_of
-from bitnet_lit.config.data import DataConfig
+from bitnet_lit.config.data import CustomData, DataConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig, import_schemes
 from bitnet_lit.config.optim import CustomOptim, CustomSchedule, OptimConfig, ScheduleConfig, optim_schema
 from bitnet_lit.config.slots import Group
@@ -14,12 +14,14 @@ from bitnet_lit.config.trainer import CallbacksConfig, LoggerConfig, TrainerConf
 from bitnet_lit.errors import UserError
 
 if TYPE_CHECKING:
+    AnyData = DataConfig | CustomData
     AnyOptim = OptimConfig | CustomOptim
     AnySchedule = ScheduleConfig | CustomSchedule
 else:  # OmegaConf: whatever the group's file says
-    AnyOptim = AnySchedule = Any
+    AnyData = AnyOptim = AnySchedule = Any
 
 GROUPS = {
+    "data": Group(lambda values: DataConfig, CustomData),
     "optim": Group(optim_schema, CustomOptim),
     "schedule": Group(lambda values: ScheduleConfig, CustomSchedule),
 }
@@ -46,7 +48,7 @@ class TrainConfig(Checked):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: AnyData = field(default_factory=DataConfig)
     optim: AnyOptim = field(default_factory=OptimConfig)
     """AdamWConfig or MuonConfig, as the group says, or a class of the user's own."""
     schedule: AnySchedule = field(default_factory=ScheduleConfig)

@@ -7,46 +7,79 @@ shards with the model's tokenizer.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
-from bitnet_lit.config import EvaluateConfig
+from bitnet_lit.config import CustomData, EvaluateConfig
+from bitnet_lit.config.slots import TARGET, custom
+from bitnet_lit.data.custom import checked, open_custom
 from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.loss_sums import LossSums
+from bitnet_lit.instantiate import check_allowed
 from bitnet_lit.model import CausalLM
 from bitnet_lit.plain_yaml import read_yaml
 
 
 @torch.inference_mode()
-def evaluate_split(
-    model: CausalLM, split: TokenSplit, batch_size: int, tokenizer: Tokenizer | None, device: torch.device
+def evaluate_batches(
+    model: CausalLM, batches: Iterable[Tensor], tokenizer: Tokenizer | None, device: torch.device
 ) -> LossSums:
-    """Run the model on every sequence of `split` once, in order."""
+    """Run the model on every batch once; batches are int64 (B, T + 1)."""
     sums = LossSums()
-    for start in range(0, split.num_sequences, batch_size):
-        indices = np.arange(start, min(start + batch_size, split.num_sequences))
-        ids = torch.from_numpy(split.gather(indices)).to(device)
+    for ids in batches:
+        ids = ids.to(device)
         sums.add(model(ids[:, :-1]), ids, tokenizer)
     return sums
 
 
-def _data_of_run(model: Path) -> str | None:
-    """The data folder in the config of the run that a model folder lies in; None where it lies in no run.
+def split_batches(split: TokenSplit, batch_size: int) -> Iterator[Tensor]:
+    """Every sequence of `split` once, in order."""
+    for start in range(0, split.num_sequences, batch_size):
+        indices = np.arange(start, min(start + batch_size, split.num_sequences))
+        yield torch.from_numpy(split.gather(indices))
+
+
+def _data_of_run(model: Path) -> dict[str, Any]:
+    """The keys of `data` in the config of the run that a model folder lies in; none where it lies in no run.
 
     The model folder itself says nothing about folders of this machine.
     """
     config = model.parent / "config.yaml"
     if not config.is_file():
-        return None
+        return {}
     data = read_yaml(config, "give data_dir=<folder of shards>").get("data")
-    return data.get("dir") if isinstance(data, dict) and isinstance(data.get("dir"), str) else None
+    return data if isinstance(data, dict) else {}
+
+
+def _own_batches(
+    pretrained: PretrainedModel, data: dict[str, Any], length: int, config: EvaluateConfig
+) -> Iterator[Tensor]:
+    """The validation batches of the user's own data module that a run was trained with.
+
+    Raises:
+        UserError: the user has not named its class, or its ids are not the model's.
+    """
+    where = str(pretrained.path.parent / "config.yaml")
+    check_allowed({"data": data}, config.allow, where, f"checkpoint={config.checkpoint or pretrained.path}")
+    opened = custom(CustomData, data)
+    own = open_custom(replace(opened, sequence_length=length), length, seed=0)
+    vocabulary = pretrained.config.vocab_size or 0
+    if own.vocab_size > vocabulary:
+        raise UserError(
+            f"{opened.name}: has a vocabulary of {own.vocab_size} tokens, and the model one of {vocabulary}"
+        )
+    for ids in own.val_dataloader():
+        yield checked(ids, length, own.vocab_size)
 
 
 def _open_data(pretrained: PretrainedModel, data_dir: str | None) -> tuple[str, ShardDirectory]:
@@ -56,7 +89,9 @@ def _open_data(pretrained: PretrainedModel, data_dir: str | None) -> tuple[str, 
         UserError: no data, or data of another tokenizer.
     """
     path = pretrained.path
-    data_dir = data_dir or pretrained.info.get("data_dir") or _data_of_run(path)
+    data_dir = data_dir or pretrained.info.get("data_dir") or _data_of_run(path).get("dir")
+    if not isinstance(data_dir, str):
+        data_dir = None
     if data_dir is None:
         raise UserError(f"{path}: does not say what it was trained on: give data_dir=<folder of shards>")
     own = pretrained.tokenizer.path if pretrained.tokenizer else None
@@ -87,7 +122,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ModelError: the loss is NaN or infinite.
     """
     pretrained = from_pretrained(config.checkpoint)
-    data_dir, shards = _open_data(pretrained, config.data_dir)
+    data = {} if config.data_dir else _data_of_run(pretrained.path)
     context = pretrained.config.max_position_embeddings
     length = config.sequence_length or pretrained.info.get("sequence_length") or context
     if length > context:
@@ -96,7 +131,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
     device = torch.device(_device(config.accelerator))
     model = pretrained.model.to(device)
-    sums = evaluate_split(model, shards.validation(length), config.batch_size, pretrained.tokenizer, device)
+    if TARGET in data:
+        data_dir, batches = str(data[TARGET]), _own_batches(pretrained, data, length, config)
+    else:
+        data_dir, shards = _open_data(pretrained, config.data_dir)
+        batches = split_batches(shards.validation(length), config.batch_size)
+    sums = evaluate_batches(model, batches, pretrained.tokenizer, device)
     if not math.isfinite(sums.nats):
         raise ModelError(
             f"{pretrained.path}: its loss is {sums.nats}: the weights are finite, but what they compute overflows: "

@@ -195,7 +195,11 @@ class CheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: a state of the user's own that could not be read again.
         """
-        for part, what in (("callbacks", "a callback's state_dict"), ("lr_schedulers", "the schedule's state_dict")):
+        for part, what in (
+            ("callbacks", "a callback's state_dict"),
+            ("lr_schedulers", "the schedule's state_dict"),
+            ("CustomDataModule", "the data module's state_dict"),
+        ):
             check_plain(checkpoint.get(part), what)
         write_checkpoint(checkpoint, Path(path))
 

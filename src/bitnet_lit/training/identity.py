@@ -14,7 +14,6 @@ from dataclasses import asdict
 from typing import Any
 
 from bitnet_lit.config import ModelConfig, TrainConfig
-from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 
@@ -29,17 +28,21 @@ _FREE = {
 
 
 def run_identity(
-    config: TrainConfig, shards: ShardDirectory, tokenizer: Tokenizer | None, sequence_length: int
+    config: TrainConfig, data: dict[str, Any], tokenizer: Tokenizer | None, sequence_length: int
 ) -> dict[str, Any]:
-    """The mapping; `config` has every value filled in."""
+    """The mapping.
+
+    Args:
+        config: with every value filled in.
+        data: what the data says of itself (`RunData.identity`).
+    """
     identity: dict[str, Any] = {"seed": config.seed, "optim.name": config.optim.name}
     for section in ("model", "quant"):
         for key, value in asdict(getattr(config, section)).items():
             identity[f"{section}.{key}"] = value
     identity["data.sequence_length"] = sequence_length
-    identity["data.max_train_sequences"] = config.data.max_train_sequences
     identity["the tokenizer"] = None if tokenizer is None else tokenizer.sha256
-    identity |= {f"the shard {name}": digest for name, digest in shards.digests().items()}
+    identity |= data
     return {key: value for key, value in identity.items() if key not in _FREE}
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -27,18 +26,18 @@ from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.config.held import network_values
-from bitnet_lit.data.shards import ShardDirectory
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.training.checkpoint_file import BEST, read_checkpoint
+from bitnet_lit.training.data import RunData
 from bitnet_lit.training.plan import check_memory
 
 CALIBRATION_SEQUENCES = 8
 
 
-def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
+def initial_model(config: TrainConfig, data: RunData) -> CausalLM:
     """The network with its first weights; fills in what `config.model` leaves to the data or to the trained model.
 
     Raises:
@@ -47,18 +46,18 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
     # The weights of a resumed run come from its checkpoint, and the sizes stand in its config.
     trained = None if config.init_from is None or config.resume is not None else _trained(config)
     if config.model.vocab_size is None:
-        config.model.vocab_size = shards.vocab_size
-    if config.model.vocab_size < shards.vocab_size:
+        config.model.vocab_size = data.vocab_size
+    if config.model.vocab_size < data.vocab_size:
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size}, but the shards in {config.data.dir} hold ids below "
-            f"{shards.vocab_size}: leave model.vocab_size at null to follow the data, or prepare the text with the "
+            f"model.vocab_size={config.model.vocab_size}, but the data ({data.name}) holds ids below "
+            f"{data.vocab_size}: leave model.vocab_size at null to follow the data, or prepare the text with the "
             "tokenizer of init_from"
         )
     theirs = trained.tokenizer_sha256 if trained is not None else None
-    if theirs and shards.tokenizer and shards.tokenizer.sha256 != theirs:
+    if theirs and data.tokenizer and data.tokenizer.sha256 != theirs:
         rank_zero_warn(
-            f"init_from={config.init_from}: was trained with another tokenizer than the one of data.dir="
-            f"{config.data.dir}: its embedding means other tokens, unless the two are one vocabulary in two files"
+            f"init_from={config.init_from}: was trained with another tokenizer than the one of the data "
+            f"({data.name}): its embedding means other tokens, unless the two are one vocabulary in two files"
         )
     check_memory(config)
     L.seed_everything(config.seed, verbose=False)
@@ -68,9 +67,7 @@ def initial_model(config: TrainConfig, shards: ShardDirectory) -> CausalLM:
         model.load_state_dict(trained.model.state_dict(), strict=not adds_norms)
         if adds_norms:
             length = min(config.model.max_position_embeddings, config.data.sequence_length or 256)
-            split = shards.train(length)
-            rows = split.gather(np.arange(min(CALIBRATION_SEQUENCES, split.num_sequences)))
-            calibrate_sub_norms(model, torch.from_numpy(rows)[:, :-1])
+            calibrate_sub_norms(model, data.rows(CALIBRATION_SEQUENCES, length)[:, :-1])
     return model
 
 

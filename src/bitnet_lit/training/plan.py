@@ -94,7 +94,8 @@ class Plan:
     """Optimizer steps between validations."""
     samples_per_step: int
     sequence_length: int
-    train_sequences: int
+    train_sequences: int | None
+    """Of an epoch; None where the data does not say."""
     accounting: Accounting
 
     @property
@@ -108,28 +109,38 @@ class Plan:
         return self.steps * self.tokens_per_step
 
     @property
-    def epochs(self) -> float:
-        """Passes over the training split."""
+    def epochs(self) -> float | None:
+        """Passes over the training split; None where the data does not say how large it is."""
+        if self.train_sequences is None:
+            return None
         return self.steps * self.samples_per_step / self.train_sequences
 
 
-def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int) -> Plan:
+def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int | None) -> Plan:
     """Fill in every length that the config leaves open.
 
     Args:
         sequence_length: tokens a sequence predicts.
-        train_sequences: sequences in the training split.
+        train_sequences: sequences in the training split; None where the data does not say.
+
+    Raises:
+        UserError: lengths that do not fit, or that need to know the length of an epoch.
     """
     trainer, schedule = config.trainer, config.schedule
     samples_per_step = config.data.batch_size * trainer.accumulate_grad_batches * world_size(trainer)
     tokens_per_step = samples_per_step * sequence_length
-    epoch_steps = train_sequences / samples_per_step
+    interval = trainer.val_check_interval
+    if train_sequences is None and (trainer.max_epochs is not None or isinstance(interval, float)):
+        raise UserError(
+            f"trainer.max_epochs={trainer.max_epochs}, trainer.val_check_interval={interval}: the data does not say "
+            "how many batches an epoch has: give trainer.max_steps, and a val_check_interval in steps"
+        )
+    epoch_steps = (train_sequences or 0) / samples_per_step
     steps = trainer.max_steps
     if trainer.max_tokens is not None:
         steps = math.ceil(trainer.max_tokens / tokens_per_step)
     elif trainer.max_epochs is not None:
         steps = math.ceil(trainer.max_epochs * epoch_steps)
-    interval = trainer.val_check_interval
     if isinstance(interval, float):  # a share of an epoch
         interval = max(1, int(interval * epoch_steps))
     schedule_steps = schedule.total_steps or steps
@@ -211,7 +222,8 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens "
         f"({config.data.batch_size} x {plan.sequence_length} x "
         f"{plan.samples_per_step // config.data.batch_size} batches)",
-        "tokens": f"{plan.tokens:,} in all, {plan.epochs:.2f} epochs of {plan.train_sequences:,} sequences",
+        "tokens": f"{plan.tokens:,} in all"
+        + ("" if plan.epochs is None else f", {plan.epochs:.2f} epochs of {plan.train_sequences:,} sequences"),
         "optimizer": f"{config.optim.name}, peak {config.optim.learning_rate:g}, {config.schedule.name} over "
         f"{plan.schedule_steps:,} steps, {plan.warmup_steps:,} of them warm-up",
         "validation": f"every {plan.validation_steps:,} steps",

@@ -20,19 +20,16 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.config import PrepareConfig, TrainConfig
+from bitnet_lit.config import TrainConfig
 from bitnet_lit.config.slots import as_values
-from bitnet_lit.data.datamodule import BitNetDataModule
-from bitnet_lit.data.prepare import prepare
-from bitnet_lit.data.shard_folder import is_complete
-from bitnet_lit.data.shards import ShardDirectory, open_shards
-from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
+from bitnet_lit.errors import TrainingStopped, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
 from bitnet_lit.runs.folder import CHECKPOINTS, METRICS_NAME, claim, clean, locked
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import LAST, link_checkpoint
+from bitnet_lit.training.data import open_data, sequence_length
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
@@ -44,28 +41,6 @@ from bitnet_lit.training.resume import Start, read_start, save_config
 from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.signals import StopSignals
 from bitnet_lit.training.trainer import build_trainer
-
-DEMO_DIR = Path("data/demo")
-
-
-def _open_data(config: TrainConfig) -> ShardDirectory:
-    """The shards of `data.dir`; without one, those in data/demo, written first if there are none."""
-    if config.data.dir is None:
-        config.data.dir = str(DEMO_DIR)
-        if not is_complete(DEMO_DIR):  # two ranks may come here at once: `prepare` lets one write and the other wait
-            prepare(PrepareConfig(source="demo", out=config.data.dir))
-    tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
-    return open_shards(Path(config.data.dir), tokenizer)
-
-
-def _sequence_length(config: TrainConfig) -> int:
-    context = config.model.max_position_embeddings
-    length = config.data.sequence_length or context
-    if length > context:
-        raise UserError(
-            f"data.sequence_length={length} is longer than model.max_position_embeddings={context}: raise the latter"
-        )
-    return length
 
 
 def _keep_freed_memory() -> None:
@@ -143,20 +118,18 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         start = read_start(config.resume)
     elif config.init_from is None:
         check_targets(config.export.targets, config.model, config.quant)
-    shards = _open_data(config)
-    tokenizer = shards.tokenizer
+    data = open_data(config)
+    tokenizer = data.tokenizer
     if start is not None:
-        start.check_identity(run_identity(config, shards, tokenizer, _sequence_length(config)))
-    model = initial_model(config, shards)  # fills in the sizes
-    length = _sequence_length(config)
-    plan = make_plan(config, length, shards.train(length).num_sequences)
+        start.check_identity(run_identity(config, data.identity(), tokenizer, sequence_length(config)))
+    model = initial_model(config, data)  # fills in the sizes
+    length = sequence_length(config)
+    plan = make_plan(config, length, data.num_train_sequences(length))
     max_time = time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)
         start.check_incomplete(plan.steps, config.callbacks.extra)
-    datamodule = BitNetDataModule(
-        config.data, shards, length, plan.samples_per_step, config.trainer.limit_val_batches, config.seed
-    )
+    datamodule = data.datamodule(config, length, plan.samples_per_step)
     moments = None
     if config.init_from and config.init_optimizer and start is None:
         moments = optimizer_state(config.init_from)
@@ -174,7 +147,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         max_time,
         signals,
         csv_logger,
-        run_identity(config, shards, tokenizer, length),
+        run_identity(config, data.identity(), tokenizer, length),
         config.trainer.limit_val_batches is not None,
         config.callbacks.extra,
     )
@@ -191,7 +164,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         model.compile()  # in place: parameter names stay
     if trainer.is_global_zero:
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {config.trainer.precision}"
-        rows = {"run": run_dir, "data": config.data.dir, "device": device}
+        rows = {"run": run_dir, "data": data.name, "device": device}
         if start is not None:
             rows["from"] = f"step {start.step}, {start.path}"
         elif config.init_from:

@@ -1,0 +1,262 @@
+"""A data module of the user's own, as a run needs it: without end, and at the same batch again after a resume.
+
+A LightningDataModule serves if it has
+
+    vocab_size          int: ids lie below it
+    tokenizer_path      a SentencePiece model or tokenizer.json, which the model folder keeps; None or absent: no text
+    train_dataloader()  an iterable of int64 (B, T + 1): B is data.batch_size, T the length of a sequence; one epoch
+    val_dataloader()    the same, for validation; a batch may be smaller
+
+They may be made in `__init__`, in `prepare_data` (called by the first process alone) or in `setup`. The constructor is
+given `batch_size`, `sequence_length` and `seed` where it has arguments of these names, and the further keys of the
+group. It needs to know nothing of devices: of W processes, number r trains on the batches r, r + W, r + 2 W, ...
+
+Batches are drawn with PyTorch's random numbers set anew for each, from (seed, epoch, batch). So a shuffling
+`DataLoader` gives the same order again, and a resumed run passes over what was consumed. A module that has
+`state_dict` and `load_state_dict` is asked for its state instead, and goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from bitnet_lit.config.data import CustomData
+from bitnet_lit.errors import UserError
+from bitnet_lit.instantiate import instantiate, locate, takes
+
+_MIX = 0x9E3779B97F4A7C15  # an odd multiplier spreads small numbers over 64 bits (splitmix64, Steele 2014)
+NO_BATCH = "data: train_dataloader gives no batch: is the text shorter than a batch of sequences?"
+_KEPT_STATES = 64  # a trainer reads ahead by less
+
+
+def open_custom(config: CustomData, sequence_length: int, seed: int, is_first: bool = True) -> Any:
+    """The data module of `config`, ready to give batches.
+
+    Args:
+        is_first: whether this process prepares the data.
+
+    Raises:
+        UserError: it cannot be made, or lacks what a run needs.
+    """
+    target = locate(config._target_, "data")
+    given = {"batch_size": config.batch_size, "sequence_length": sequence_length, "seed": seed}
+    own = instantiate(config.call, "data", **{name: value for name, value in given.items() if takes(target, name)})
+    lacks = [name for name in ("train_dataloader", "val_dataloader", "setup") if not callable(getattr(own, name, None))]
+    if lacks:
+        raise UserError(f"data._target_={config._target_}: has no {lacks[0]}: derive it from LightningDataModule")
+    if is_first:
+        own.prepare_data()
+    own.setup("fit")
+    vocab_size = getattr(own, "vocab_size", None)
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
+        raise UserError(
+            f"data._target_={config._target_}: its vocab_size is {vocab_size!r}: it must say below which number ids lie"
+        )
+    return own
+
+
+def tokenizer_path(own: Any) -> Path | None:
+    """The tokenizer's file; None where there is none."""
+    path = getattr(own, "tokenizer_path", None)
+    return None if path is None else Path(path)
+
+
+def length_of(loader: Any) -> int | None:
+    """Batches of an epoch; None where the loader does not say."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def checked(ids: Any, sequence_length: int, vocab_size: int, batch_size: int | None = None) -> Tensor:
+    """A batch of the user's own.
+
+    Raises:
+        UserError: it has another type or shape, or ids that the vocabulary does not have.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
+        what = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise UserError(f"data: a batch is {what}: it must be an int64 tensor (B, T + 1)")
+    if ids.shape[1] != sequence_length + 1 or (batch_size is not None and len(ids) != batch_size):
+        wanted = f"({'B' if batch_size is None else batch_size}, {sequence_length + 1})"
+        raise UserError(
+            f"data: a batch is {tuple(ids.shape)}: it must be {wanted}, from data.batch_size and the length of a "
+            "sequence (data.sequence_length) plus 1; a DataLoader leaves out a smaller last batch with drop_last=True"
+        )
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise UserError(
+            f"data: a batch holds ids from {int(ids.min())} to {int(ids.max())}: they must lie in 0..{vocab_size - 1} "
+            "(vocab_size)"
+        )
+    return ids
+
+
+class _Epochs:
+    """The batches of a data module, epoch after epoch, each drawn with random numbers of its own."""
+
+    def __init__(self, own: Any, seed: int, epoch: int = 0, batch: int = 0) -> None:
+        self.own, self.seed, self.epoch, self.batch = own, seed, epoch, batch
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            loader = self.own.train_dataloader()
+            set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(self.epoch)
+            batches, end = None, object()
+            while True:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed((self.seed * _MIX + self.epoch * 1_000_003 + self.batch) % 2**63)
+                    batches = iter(loader) if batches is None else batches
+                    ids = next(batches, end)
+                if ids is end:
+                    break
+                self.batch += 1
+                yield ids
+            if self.batch == 0:
+                raise UserError(NO_BATCH)
+            self.epoch, self.batch = self.epoch + 1, 0
+
+
+class _Train(IterableDataset):
+    """This process's share of the batches, behind those that were consumed."""
+
+    def __init__(self, module: CustomDataModule) -> None:
+        self.module = module
+
+    def __iter__(self) -> Iterator[Tensor]:
+        module, config = self.module, self.module.config
+        assert module.trainer is not None
+        rank, world_size = module.trainer.global_rank, module.trainer.world_size
+        number, epochs = module.position()
+        for ids in epochs:
+            number += 1  # batches of all processes so far
+            module.note(number, epochs)
+            if number > module.consumed and (number - 1) % world_size == rank:
+                yield checked(ids, module.sequence_length, module.own.vocab_size, config.batch_size)
+
+
+class _Validation(IterableDataset):
+    """(ids, number of rows that count): every process gives the same number of batches."""
+
+    def __init__(self, module: CustomDataModule) -> None:
+        self.module = module
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        module = self.module
+        assert module.trainer is not None
+        rank, world_size = module.trainer.global_rank, module.trainer.world_size
+        loader = module.own.val_dataloader()
+        limit = None if module.trainer.should_stop else module.validation_limit(loader, world_size)
+        group: list[Tensor] = []
+        for number, ids in enumerate(loader):
+            if limit is not None and number >= limit * world_size:
+                break
+            group.append(checked(ids, module.sequence_length, module.own.vocab_size))
+            if len(group) == world_size:
+                yield group[rank], len(group[rank])
+                group = []
+        if group:
+            yield (group[rank], len(group[rank])) if rank < len(group) else (group[0][:1], 0)
+
+
+class CustomDataModule(L.LightningDataModule):
+    """Loaders over a data module of the user's own.
+
+    Args:
+        own: what `open_custom` gave.
+        sequence_length: tokens a sequence predicts (T).
+        samples_per_step: sequences that all ranks consume in an optimizer step.
+        limit_val_batches: batches of a validation inside the run, or a share of them; None: all.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        config: CustomData,
+        own: Any,
+        sequence_length: int,
+        samples_per_step: int,
+        limit_val_batches: int | float | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.own, self.sequence_length, self.seed = config, own, sequence_length, seed
+        self.batches_per_step = samples_per_step // config.batch_size
+        self.limit_val_batches = limit_val_batches
+        self.resumed: dict[str, Any] = {"batches": 0, "step": 0}
+        self._states: deque[dict[str, Any]] = deque(maxlen=_KEPT_STATES)
+        cls, base = type(own), L.LightningDataModule
+        self._has_state = getattr(cls, "state_dict", base.state_dict) is not base.state_dict
+
+    @property
+    def consumed(self) -> int:
+        """Batches that the run had consumed when it began, or was resumed."""
+        return int(self.resumed["batches"])
+
+    def setup(self, stage: str) -> None:
+        """Let the user's module know its trainer; it was set up when it was opened."""
+        self.own.trainer = self.trainer
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches without end, from the first that was not consumed."""
+        return DataLoader(_Train(self), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation split, or a part of it inside the run."""
+        return DataLoader(_Validation(self), batch_size=None)
+
+    def validation_limit(self, loader: Any, world_size: int) -> int | None:
+        """Batches of this process in a validation inside the run; None: all.
+
+        Raises:
+            UserError: a share of a loader that does not say its length.
+        """
+        if not isinstance(self.limit_val_batches, float):
+            return self.limit_val_batches
+        if (length := length_of(loader)) is None:
+            raise UserError(
+                f"trainer.limit_val_batches={self.limit_val_batches}: is a share, and val_dataloader does not say how "
+                "many batches it has: give a number of batches"
+            )
+        return max(1, int(self.limit_val_batches * length / world_size))
+
+    def position(self) -> tuple[int, _Epochs]:
+        """Where to begin: how many batches lie before it, and the epochs from there."""
+        if "own" in self.resumed:
+            self.own.load_state_dict(self.resumed["own"])
+            number = int(self.resumed["number"])
+            return number, _Epochs(self.own, self.seed, int(self.resumed["epoch"]), int(self.resumed["batch"]))
+        length = length_of(self.own.train_dataloader())
+        epoch = self.consumed // length if length else 0
+        return epoch * (length or 0), _Epochs(self.own, self.seed, epoch)
+
+    def note(self, number: int, epochs: _Epochs) -> None:
+        """Keep the state behind a batch: the trainer reads ahead, and saves what was consumed."""
+        if self._has_state:
+            place = {"number": number, "epoch": epochs.epoch, "batch": epochs.batch}
+            self._states.append({**place, "own": self.own.state_dict()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches the run has consumed, and the state of the user's module at that place or before it."""
+        assert self.trainer is not None
+        steps = self.trainer.global_step - self.resumed["step"]
+        batches = self.consumed + steps * self.batches_per_step
+        kept = [state for state in self._states if state["number"] <= batches]
+        return {"batches": batches, "step": self.trainer.global_step, **(kept[-1] if kept else self._resumed_place())}
+
+    def _resumed_place(self) -> dict[str, Any]:
+        return {key: value for key, value in self.resumed.items() if key not in ("batches", "step")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on behind the last consumed batch."""
+        self.resumed = dict(state_dict)

@@ -1,0 +1,183 @@
+"""A data module of a user's own: what it must have, its order, resuming it, and several processes."""
+
+import json
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from bitnet_lit.cli import compose
+from bitnet_lit.config import CustomData, EvaluateConfig
+from bitnet_lit.data.custom import CustomDataModule, open_custom
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.evaluation import evaluate
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.checkpoint_file import read_checkpoint
+from bitnet_lit.training.resume import resume_config
+from bitnet_lit.training.run import train
+from tests.support import TINY_RUN
+
+HERE = "tests.data.test_custom"
+QUICK = ["callbacks.sample_prompts=[]", "callbacks.throughput=false", "callbacks.progress_bar=false"]
+
+
+class Squares(L.LightningDataModule):
+    """Sequences of squares modulo a number, shuffled by a DataLoader that knows nothing of runs."""
+
+    vocab_size = 50
+
+    def __init__(self, batch_size, sequence_length, count=22):
+        super().__init__()
+        rows = torch.arange(count)[:, None] + torch.arange(sequence_length + 1)
+        self.rows, self.batch_size = rows**2 % self.vocab_size, batch_size
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.rows[:9], batch_size=self.batch_size)
+
+
+class Counting(Squares):
+    """Its batches follow from a state of its own."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.next = 0
+
+    def train_dataloader(self):
+        while True:
+            self.next += 1
+            yield (self.rows[: self.batch_size] + self.next) % self.vocab_size
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state_dict):
+        self.next = state_dict["next"]
+
+
+class Wrong(Squares):
+    def __init__(self, batch_size, sequence_length, what):
+        super().__init__(batch_size, sequence_length)
+        if what == "vocabulary":
+            self.vocab_size = None
+        self.rows = {
+            "type": self.rows.float(),
+            "length": self.rows[:, 1:],
+            "ids": self.rows + 50,
+            "none": self.rows[:1],
+        }.get(what, self.rows)
+
+
+class FakeTrainer:
+    def __init__(self, rank=0, world_size=1):
+        self.global_rank, self.world_size, self.global_step, self.should_stop = rank, world_size, 0, False
+
+
+def module(cls="Squares", rank=0, world_size=1, limit=None, accumulate=1):
+    config = CustomData(f"{HERE}.{cls}", batch_size=4)
+    own = open_custom(config, 8, seed=3)
+    made = CustomDataModule(config, own, 8, 4 * world_size * accumulate, limit, seed=3)
+    made.trainer = FakeTrainer(rank, world_size)
+    return made
+
+
+def taken(made, count):
+    batches = iter(made.train_dataloader())
+    return [next(batches) for _ in range(count)]
+
+
+@pytest.mark.parametrize("cls", ["Squares", "Counting"])
+def test_the_order_does_not_depend_on_random_numbers_processes_or_where_it_was_resumed(cls):
+    whole = taken(module(cls), 24)  # more than four epochs of five batches
+    torch.rand(7)
+    assert all(map(torch.equal, whole, taken(module(cls), 24)))
+    if cls == "Squares":
+        assert sorted(torch.cat(whole[:5])[:, 0].tolist()) != sorted(torch.cat(whole[5:10])[:, 0].tolist())
+    for rank in (0, 1):
+        assert all(map(torch.equal, whole[rank::2], taken(module(cls, rank, 2), 12)))
+    for world_size in (1, 2):
+        for steps in (1, 4, 7):
+            first = module(cls, 0, world_size)
+            taken(first, steps + 1)  # a trainer reads one batch ahead
+            first.trainer.global_step = steps
+            for rank in range(world_size):
+                second = module(cls, rank, world_size)
+                second.load_state_dict(first.state_dict())
+                wanted = whole[steps * world_size + rank :: world_size][:5]
+                assert all(map(torch.equal, wanted, taken(second, 5)))
+
+
+def test_validation_takes_a_part_inside_the_run_and_all_at_its_end():
+    for world_size, parts in ((1, [[4, 4, 1]]), (2, [[4, 1], [4, 0]])):
+        for rank, sizes in enumerate(parts):
+            whole = module(rank=rank, world_size=world_size)
+            assert [valid for _, valid in whole.val_dataloader()] == sizes
+            part = module(rank=rank, world_size=world_size, limit=1)
+            assert [valid for _, valid in part.val_dataloader()] == sizes[:1]
+            part.trainer.should_stop = True
+            assert [valid for _, valid in part.val_dataloader()] == sizes
+    assert [valid for _, valid in module(limit=0.7).val_dataloader()] == [4, 4]
+
+
+@pytest.mark.parametrize("cls", ["Squares", "Counting"])
+def test_a_run_is_resumed_exactly_and_evaluated(tmp_path, monkeypatch, cls):
+    options = [*TINY_RUN, *QUICK, f"data._target_={HERE}.{cls}", "data.count=23", "trainer.limit_val_batches=null"]
+    metrics = train(compose("train", [f"run_dir={tmp_path}/whole", *options]))
+    original = Checkpoints.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *arguments):
+        original(self, trainer, *arguments)
+        if trainer.global_step == 6:
+            raise KeyError("killed")
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(KeyError):
+        train(compose("train", [f"run_dir={tmp_path}/broken", *options]))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=rf"names the class {HERE}.{cls}, .* allow=\[{HERE}.{cls}\]"):
+        resume_config(str(tmp_path / "broken"))
+    with pytest.raises(UserError, match="data.count was 23 when the run began, and is 24 now"):
+        train(resume_config(str(tmp_path / "broken"), [f"allow=[{HERE}]", "data.count=24"]))
+    train(resume_config(str(tmp_path / "broken"), [f"allow=[{HERE}]"]))
+    whole, resumed = (read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("whole", "broken"))
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name])
+    assert json.loads((tmp_path / "whole" / "model" / "config.json").read_text())["vocab_size"] == 50
+    folder = tmp_path / "whole" / ("model_last" if (tmp_path / "whole" / "model_last").exists() else "model")
+    with pytest.raises(UserError, match=rf"names the class {HERE}.{cls}, .*checkpoint=.* allow="):
+        evaluate(EvaluateConfig(checkpoint=str(folder), accelerator="cpu"))
+    figures = evaluate(EvaluateConfig(checkpoint=str(folder), accelerator="cpu", allow=["tests"]))
+    assert figures["loss"] == pytest.approx(metrics["val/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("type", r"a batch is torch.float32 \(4, 33\): it must be an int64 tensor"),
+        ("length", r"a batch is \(4, 32\): it must be \(4, 33\)"),
+        ("ids", r"ids from 50 to 9\d: they must lie in 0..49"),
+        ("vocabulary", "its vocab_size is None"),
+        ("none", "train_dataloader gives no batch"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_one_line(tmp_path, what, message):
+    options = [*TINY_RUN, *QUICK, f"data._target_={HERE}.Wrong", f"data.what={what}"]
+    with pytest.raises(UserError, match=message) as error:
+        train(compose("train", [f"run_dir={tmp_path}/run", *options]))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_data_module_is_refused():
+    with pytest.raises(UserError, match=r"has no train_dataloader: derive it from LightningDataModule"):
+        open_custom(CustomData("builtins.dict"), 8, seed=1)
+
+
+def test_lengths_in_epochs_need_a_loader_that_says_its_length(tmp_path):
+    options = [*TINY_RUN, *QUICK, "trainer.val_check_interval=null", "trainer.max_epochs=2"]
+    metrics = train(compose("train", [f"run_dir={tmp_path}/run", *options, f"data._target_={HERE}.Squares"]))
+    assert metrics["steps"] == 10  # five batches an epoch
+    with pytest.raises(UserError, match="does not say how many batches an epoch has: give trainer.max_steps"):
+        train(compose("train", [f"run_dir={tmp_path}/b", *options, f"data._target_={HERE}.Counting"]))
