@@ -54,19 +54,37 @@ def test_every_field_of_every_wrong_kind_is_taken_or_refused_in_one_line(folder,
     assert is_complete(folder) and not is_complete(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["dtype", "vocab_size", "shards", "complete", "tokenizer_sha256", "source", "bos_id"])
-def test_a_field_that_is_missing(folder, tmp_path, key):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("dtype", "meta.json: dtype: is missing: choose another out="),
+        ("vocab_size", "meta.json: vocab_size: is missing"),
+        ("shards", "its meta.json is not one that prepare wrote"),
+        ("tokenizer_sha256", "meta.json says tokenizer_sha256=None"),
+        ("source", "holds shards of another tokenizer or source"),
+        ("bos_id", "meta.json says bos_id=None"),
+    ],
+)
+def test_prepare_refuses_a_field_that_is_missing(folder, tmp_path, key, message):
     out = tmp_path / "copy"
     shutil.copytree(folder, out)
     meta = json.loads((out / META_NAME).read_text())
     del meta[key]
     (out / META_NAME).write_text(json.dumps(meta))
-    before = (out / "data00.bin").read_bytes()
-    try:
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError) as error:
         prepare(PrepareConfig(out=str(out), **CONFIG))
-    except UserError as error:
-        assert str(error).isprintable()
-    assert (out / "data00.bin").read_bytes() == before
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_folder_that_does_not_say_whether_it_is_complete_is_finished(folder, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(folder, out)
+    meta = json.loads((out / META_NAME).read_text())
+    (out / META_NAME).write_text(json.dumps({key: value for key, value in meta.items() if key != "complete"}))
+    prepare(PrepareConfig(out=str(out), **CONFIG))
+    assert json.loads((out / META_NAME).read_text()) == meta
 
 
 @pytest.mark.parametrize(
