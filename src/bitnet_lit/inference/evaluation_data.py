@@ -1,0 +1,102 @@
+"""The batches that a model is evaluated on: the shards that the user names, or what the model was trained on.
+
+A model folder says nothing about folders of the machine it was trained on. The run that it lies in does, in its
+config.yaml: a folder of shards, or a data module of the user's own, which is imported only if the user names it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitnet_lit.checkpoints.pretrained import PretrainedModel
+from bitnet_lit.config import CustomData, EvaluateConfig
+from bitnet_lit.config.slots import TARGET, custom
+from bitnet_lit.data.custom import checked, open_custom
+from bitnet_lit.data.shards import ShardDirectory, open_shards
+from bitnet_lit.data.token_split import TokenSplit
+from bitnet_lit.errors import UserError
+from bitnet_lit.instantiate import check_allowed
+from bitnet_lit.plain_yaml import read_yaml
+
+
+def validation_batches(
+    pretrained: PretrainedModel, config: EvaluateConfig, length: int
+) -> tuple[str, Iterator[Tensor]]:
+    """The validation split to evaluate on.
+
+    Args:
+        length: tokens that a sequence predicts.
+
+    Returns:
+        The folder of the shards, or the class of the data module; and batches, int64 (B, length + 1).
+
+    Raises:
+        UserError: no data, data of another tokenizer, or a data module that the user has not named.
+    """
+    data = {} if config.data_dir else _data_of_run(pretrained.path)
+    if TARGET in data:
+        return str(data[TARGET]), _own_batches(pretrained, data, length, config)
+    data_dir = config.data_dir or pretrained.info.get("data_dir") or data.get("dir")
+    if not isinstance(data_dir, str):
+        raise UserError(f"{pretrained.path}: does not say what it was trained on: give data_dir=<folder of shards>")
+    shards = _open_shards(pretrained, data_dir)
+    return data_dir, _split_batches(shards.validation(length), config.batch_size)
+
+
+def _data_of_run(model: Path) -> dict[str, Any]:
+    """The keys of `data` in the config of the run that a model folder lies in; none where it lies in no run."""
+    config = model.parent / "config.yaml"
+    if not config.is_file():
+        return {}
+    data = read_yaml(config, "give data_dir=<folder of shards>").get("data")
+    return data if isinstance(data, dict) else {}
+
+
+def _open_shards(pretrained: PretrainedModel, data_dir: str) -> ShardDirectory:
+    """A folder of shards of the model's tokenizer."""
+    path, vocabulary = pretrained.path, pretrained.config.vocab_size or 0
+    tokenizer = pretrained.tokenizer.path if pretrained.tokenizer else None
+    shards = open_shards(Path(data_dir), tokenizer)
+    if shards.vocab_size > vocabulary:  # some embeddings have rows to spare
+        raise UserError(
+            f"data_dir={data_dir}: has a vocabulary of {shards.vocab_size} tokens, and the model one of {vocabulary}: "
+            f"prepare the text with tokenizer={tokenizer or '<the tokenizer of the model>'}"
+        )
+    wrote = shards.meta.get("tokenizer_sha256")
+    if None not in (wrote, pretrained.tokenizer_sha256) and wrote != pretrained.tokenizer_sha256:
+        raise UserError(
+            f"data_dir={data_dir}: was written with another tokenizer than the one that {path} was trained with: "
+            "prepare the text with that one"
+        )
+    return shards
+
+
+def _split_batches(split: TokenSplit, batch_size: int) -> Iterator[Tensor]:
+    """Every sequence of a split once, in order."""
+    for start in range(0, split.num_sequences, batch_size):
+        indices = np.arange(start, min(start + batch_size, split.num_sequences))
+        yield torch.from_numpy(split.gather(indices))
+
+
+def _own_batches(
+    pretrained: PretrainedModel, data: dict[str, Any], length: int, config: EvaluateConfig
+) -> Iterator[Tensor]:
+    """The validation batches of the user's own data module that a run was trained with."""
+    where = str(pretrained.path.parent / "config.yaml")
+    check_allowed({"data": data}, config.allow, where, f"checkpoint={config.checkpoint or pretrained.path}")
+    opened = custom(CustomData, data)
+    own = open_custom(replace(opened, sequence_length=length), length, seed=0)
+    vocabulary = pretrained.config.vocab_size or 0
+    if own.vocab_size > vocabulary:
+        raise UserError(
+            f"{opened.name}: has a vocabulary of {own.vocab_size} tokens, and the model one of {vocabulary}: give "
+            "data_dir=<folder of shards>"
+        )
+    return (checked(ids, length, own.vocab_size) for ids in own.val_dataloader())
