@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PY := $(BIN)/python
 C_SOURCES = $(shell find src tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
@@ -11,7 +10,7 @@ C_SOURCES = $(shell find src tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed ## Create .venv and install the package with the pinned versions
+install: $(VENV)/.installed ## Make .venv and install the package with the versions of constraints.txt
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,30 +18,30 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install ## Demo corpus, dense twin, b1 and BitNet trained and compared, curves drawn, a story told (minutes)
+demo: install ## Train a dense, a binary and a 1.58-bit model on the demo corpus, compare them, tell a story (4 minutes)
 	rm -rf outputs/demo
-	$(PY) -m bitnet_lit.prepare source=demo
-	$(PY) -m bitnet_lit.train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
-	$(PY) -m bitnet_lit.plot runs=outputs/demo out=outputs/demo/curves.png
-	$(PY) -m bitnet_lit.evaluate checkpoint=outputs/demo/2
-	$(PY) -m bitnet_lit.infer checkpoint=outputs/demo/2 prompt="Once upon a time" temperature=0.5 seed=1
+	$(BIN)/bitnet-lit prepare source=demo
+	$(BIN)/bitnet-lit train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
+	$(BIN)/bitnet-lit plot runs=outputs/demo out=outputs/demo/curves.png
+	$(BIN)/bitnet-lit evaluate checkpoint=outputs/demo/2
+	$(BIN)/bitnet-lit infer checkpoint=outputs/demo/2 prompt="Once upon a time" temperature=0.5 seed=1
 
-test: install lint ## Lint, types and the whole test suite
+test: install lint ## Run make lint and the whole test suite, as CI does
 	$(BIN)/pytest
 
-faults: install ## Kill a run, prepare and each export at every file operation, fail the disk at each (an hour or two)
+faults: install ## Kill commands, and fail the disk, at every one of their file operations (an hour or two)
 	FAULTS=all $(BIN)/pytest tests/faults/test_kills.py
 
-fuzz: install ## Damage files and command lines for an hour, on all cores (FUZZ_SECONDS=..., FUZZ_SEED=... for others)
+fuzz: install ## Damage files and command lines for an hour, on all cores (FUZZ_SECONDS=60 FUZZ_SEED=7 for others)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(BIN)/pytest tests/fuzz
 
-lint: install ## ruff (lint and format), clang-format and mypy
+lint: install ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/mypy
 
-format: install ## Let ruff and clang-format format, and ruff fix
+format: install ## Let ruff and clang-format mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_SOURCES)
