@@ -68,7 +68,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x_BTD.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         length = x_BTD.shape[1]
@@ -92,7 +93,8 @@ class Attention(nn.Module):
             enable_gqa=q_BHTP.shape[1] != k_BKTP.shape[1],
         )
         y_BTD = y_BHTP.transpose(1, 2).flatten(-2)
-        return self.o_proj(self.attn_sub_norm(y_BTD))
+        output: Tensor = self.o_proj(self.attn_sub_norm(y_BTD))
+        return output
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -116,7 +118,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         y_BTF = self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
-        return self.down_proj(self.ffn_sub_norm(y_BTF))
+        output: Tensor = self.down_proj(self.ffn_sub_norm(y_BTF))
+        return output
 
 
 class DecoderLayer(nn.Module):
@@ -132,4 +135,5 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache))
-        return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
+        x_BTD = x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
+        return x_BTD

@@ -61,7 +61,8 @@ class Decoder(nn.Module):
                 x_BTD = layer(x_BTD, cos, sin, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
-        return self.norm(x_BTD)
+        output: Tensor = self.norm(x_BTD)
+        return output
 
 
 class CausalLM(nn.Module):
@@ -108,7 +109,8 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: more positions than the context.
         """
-        return self.lm_head(self.model(ids, cache))
+        logits: Tensor = self.lm_head(self.model(ids, cache))
+        return logits
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -298,7 +298,7 @@ def imported_scheme(target: str, given: str) -> type[Scheme]:
         UserError: no such module or class, or one that is no scheme.
     """
     try:
-        found = resolve_name(target)
+        found: type[Scheme] = resolve_name(target)  # `register` checks that it is one
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"{given}: cannot be imported ({type(error).__name__}: {error}): give <module>.<class> of "

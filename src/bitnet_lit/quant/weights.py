@@ -109,13 +109,17 @@ class PerGroup(Granularity):
             )
         return rows, inputs // self.group_size
 
+    def _groups(self, magnitude: Tensor) -> Tensor:
+        groups: Tensor = magnitude.unflatten(1, (-1, self.group_size))  # (O, I) -> (O, groups, group_size)
+        return groups
+
     def mean(self, magnitude: Tensor) -> Tensor:
         """See `Granularity`."""
-        return magnitude.unflatten(1, (-1, self.group_size)).mean(dim=-1)
+        return self._groups(magnitude).mean(dim=-1)
 
     def median(self, magnitude: Tensor) -> Tensor:
         """See `Granularity`."""
-        return magnitude.unflatten(1, (-1, self.group_size)).median(dim=-1).values
+        return self._groups(magnitude).median(dim=-1).values
 
     def __str__(self) -> str:
         return f"one for {self.group_size} inputs"
