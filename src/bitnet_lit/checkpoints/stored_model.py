@@ -161,7 +161,7 @@ class StoredModel:
         expected = self.tokenizer_sha256
         if self.tokenizer is not None and expected not in (None, self.tokenizer.sha256):
             raise UserError(
-                f"{self.tokenizer.path}: not the tokenizer this model was trained with (sha256 "
+                f"{self.tokenizer}: not the tokenizer this model was trained with (sha256 "
                 f"{self.tokenizer.sha256[:12]}..., {CONFIG_NAME} says {str(expected)[:12]}...): take the right one"
             )
         rows, pieces = self.config.vocab_size or 0, self.tokenizer.vocab_size if self.tokenizer else 0

@@ -19,7 +19,7 @@ from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.config import EngineConfig, GenerationConfig, ModelConfig
 from bitnet_lit.config.checks import list_of_texts
 from bitnet_lit.config.network import import_schemes
-from bitnet_lit.data.tokenizers import open_tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference import forks  # noqa: F401  # keeps torch usable after a fork
 from bitnet_lit.inference.damage import find_damage
@@ -45,7 +45,10 @@ class LanguageModel:
     """
 
     def __init__(
-        self, path: str | Path | None, options: EngineConfig | None = None, tokenizer: str | Path | None = None
+        self,
+        path: str | Path | None,
+        options: EngineConfig | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
     ) -> None:
         options = options or EngineConfig()
         check_device(options.device)
@@ -276,14 +279,14 @@ class LanguageModel:
             return self._network(ids.to(self._device)).float().cpu()
 
 
-def _take_tokenizer(stored: StoredModel, path: str | Path) -> None:
+def _take_tokenizer(stored: StoredModel, given: str | Path | Tokenizer) -> None:
     """Give a model the tokenizer that the user names; one that is not the model's own is refused or warned of."""
-    stored.tokenizer = open_tokenizer(path)
+    stored.tokenizer = given if isinstance(given, Tokenizer) else open_tokenizer(given)
     stored.check_tokenizer()
     rows, pieces = stored.config.vocabulary, stored.tokenizer.vocab_size
     if rows - pieces >= max(SPARE_ROWS, rows // 20):
         warnings.warn(
-            f"tokenizer={path}: has {pieces} pieces, the model {rows} rows: was it trained with another one?",
+            f"tokenizer={given}: has {pieces} pieces, the model {rows} rows: was it trained with another one?",
             stacklevel=4,
         )
 
@@ -296,7 +299,7 @@ def load(
     threads: int | None = None,
     head: Literal["auto", "int8", "int4", "float"] = "auto",
     kv_cache: Literal["half", "float", "int8"] = "half",
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
     schemes: Sequence[str | type[Scheme]] = (),
 ) -> LanguageModel:
     """Open a trained model.
@@ -310,7 +313,8 @@ def load(
         threads: threads of the native engine. None: one on each physical core.
         head: how the native engine stores the output head: int8, int4, float (as stored; exact and slower), or auto.
         kv_cache: how the native engine stores keys and values: half (float16), float (float32) or int8.
-        tokenizer: a SentencePiece model or a tokenizer.json, for a model that comes without a tokenizer.
+        tokenizer: a SentencePiece model, a tokenizer.json or a `Tokenizer` of your own, for a model that comes without
+            a tokenizer.
         schemes: quantization schemes of your own that the model may name: classes, or their names <module>.<class>.
             A scheme that only the folder names is never imported.
 

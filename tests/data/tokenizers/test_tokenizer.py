@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitnet_lit import load
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
+from bitnet_lit.config import QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer, tokenizer
+from bitnet_lit.errors import UserError
+from tests.support import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,22 @@ def test_what_a_tokenizer_without_a_file_says_of_itself(byte_tokenizer, tmp_path
 
     same, other = type(byte_tokenizer)(), Other()
     assert len(same.sha256) == 64 and same.sha256 == byte_tokenizer.sha256 != other.sha256
+
+
+def test_a_model_of_such_a_tokenizer_is_saved_and_generates_when_it_is_given_again(byte_tokenizer, tmp_path):
+    save_model_folder(tmp_path / "model", tiny_model(vocab_size=257), QuantConfig(), byte_tokenizer)
+    with pytest.raises(UserError, match="give tokenizer="):
+        load(tmp_path / "model").generate("a")
+    model = load(tmp_path / "model", tokenizer=byte_tokenizer)
+    text = model.generate("a", max_new_tokens=20, seed=0)
+    assert len(text) > 1 and text == "a" + "".join(model.stream("a", max_new_tokens=20, seed=0))
+
+    class Other(type(byte_tokenizer)):
+        def piece_bytes(self, token):
+            return super().piece_bytes(token).upper()
+
+    with pytest.raises(UserError, match="Other: not the tokenizer this model was trained with"):
+        load(tmp_path / "model", tokenizer=Other())
 
 
 def test_reading_text_and_shards_needs_no_framework():

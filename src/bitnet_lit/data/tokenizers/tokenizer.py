@@ -58,6 +58,10 @@ class Tokenizer(ABC):
     eos_id: int
     path: Path | None = None
 
+    def __str__(self) -> str:
+        """Name the tokenizer in an error's line: its file, or else its class."""
+        return str(self.path or type(self).__name__)
+
     @abstractmethod
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Return the token ids of a text, with BOS in front unless `bos` is False."""
