@@ -14,7 +14,7 @@ import torch
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import EvaluateConfig, QuantConfig
 from bitnet_lit.inference.evaluation import evaluate
-from bitnet_lit.quant.scheme import B158
+from bitnet_lit.quant.schemes import B158
 from bitnet_lit.runs.folder import MODEL_LAST
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train

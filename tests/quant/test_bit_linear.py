@@ -10,7 +10,7 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.bit_linear import bit_linear_reference, set_strength
-from bitnet_lit.quant.scheme import B1, B158, B158Group, B158Row
+from bitnet_lit.quant.schemes import B1, B158, B158Group, B158Row
 from bitnet_lit.quant.weights import AbsMean
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.bit_linear import bit_linear_reference
-from bitnet_lit.quant.scheme import B158, scheme_named
+from bitnet_lit.quant.schemes import B158, scheme_named
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, Sign
 
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import account
 from bitnet_lit.quant import BitLinear, PackedBitLinear, Scheme, convert_linears, pack_linears, register, scheme_named
-from bitnet_lit.quant import scheme as registry
 from bitnet_lit.quant.bit_linear import bit_linear_reference
-from bitnet_lit.quant.scheme import B1, B158, B158Group, B158Row, Dense, is_skipped
+from bitnet_lit.quant.scheme import is_skipped
+from bitnet_lit.quant.schemes import B1, B158, SCHEMES, B158Group, B158Row, Dense
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, PerTensor, Sign, spread_scale
 from tests.quant.toy_schemes import Centered, CenteredLinear, Quinary, Threshold
 from tests.support import REPOSITORY, tiny_config
@@ -61,7 +62,7 @@ def test_what_the_first_version_saved_is_read():
         ({"name": "b158", "_target_": "os.system"}, "quant=b158: has no setting _target_"),
         ({"name": "b1", "weight_scale": "absmedian"}, "quant=b1: has no setting weight_scale"),
         ({"name": "b158", "weight_scale": "mean"}, "quant.weight_scale=mean: must be one of absmean, absmedian"),
-        ({"name": "b158", "activation_bits": True}, "activation_bits=True: must be a number"),
+        ({"name": "b158", "activation_bits": True}, "activation_bits=True: must be a whole number"),
         ({"name": "b158", "activation_bits": 9}, "must lie in 2..8"),
         ({"name": "b158_group", "group_size": 64.0}, "group_size=64.0 must be of type int"),
         ({"name": "b158_group", "group_size": 1}, "group_size=1: must be 2 or more"),
@@ -91,7 +92,7 @@ def test_a_class_of_ones_own_is_named_by_its_user_alone():
         ("no_such_module.Scheme", "cannot be imported"),
         ("tests.quant.toy_schemes.Nothing", "cannot be imported"),
         ("pathlib.Path", "is no quantization scheme"),
-        ("bitnet_lit.quant.scheme.register", "is no quantization scheme"),
+        ("bitnet_lit.quant.schemes.register", "is no quantization scheme"),
     ):
         with pytest.raises(UserError, match=says):
             QuantConfig(_target_=target)
@@ -101,8 +102,8 @@ def test_a_class_of_ones_own_is_named_by_its_user_alone():
 
 @pytest.mark.parametrize("door", ["train", "infer", "evaluate", "export"])
 def test_doors_that_open_a_model_import_what_their_user_names(door, monkeypatch):
-    known = {name: cls for name, cls in registry._registered.items() if cls not in (Threshold, Quinary, Centered)}
-    monkeypatch.setattr(registry, "_registered", known)
+    known = {name: cls for name, cls in SCHEMES.registered.items() if cls not in (Threshold, Quinary, Centered)}
+    monkeypatch.setattr(SCHEMES, "registered", known)
     options = ["run_dir=x"] if door == "train" else []
     with pytest.raises(UserError, match=r"schemes=\[my.Missing\]: cannot be imported"):
         compose(door, [*options, "schemes=[my.Missing]"])
@@ -122,9 +123,51 @@ def test_one_name_one_class():
         def weights(self):
             return AbsMean()
 
-    with pytest.raises(UserError, match=r"b158: bitnet_lit.quant.scheme.B158 has this name"):
+    with pytest.raises(UserError, match=r"b158: bitnet_lit.quant.schemes.B158 has this name"):
         register(Another)
     assert type(scheme_named("b158")) is B158
+
+
+def entry_point(value, name="mine", group="bitnet_lit.schemes"):
+    return {name: EntryPoint(name=name, value=value, group=group)}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("tests.quant.toy_schemes:Threshold", "whose own name is threshold: take quant.name=threshold"),
+        ("no_such_module:Scheme", "names no_such_module:Scheme for it, which cannot be imported"),
+        ("pathlib:Path", "is no quantization scheme"),
+    ],
+)
+def test_a_package_that_names_a_scheme_wrongly_is_one_line(monkeypatch, value, message):
+    monkeypatch.setattr(SCHEMES, "registered", dict(SCHEMES.registered))
+    monkeypatch.setattr(SCHEMES, "_installed", entry_point(value))
+    with pytest.raises(UserError, match=message) as error:
+        scheme_named("mine")
+    assert "\n" not in str(error.value)
+
+
+def test_a_scheme_of_an_installed_package_is_known_by_its_name(monkeypatch):
+    known = {name: cls for name, cls in SCHEMES.registered.items() if name != "threshold"}
+    monkeypatch.setattr(SCHEMES, "registered", known)
+    monkeypatch.setattr(SCHEMES, "_installed", entry_point("tests.quant.toy_schemes:Threshold", "threshold"))
+    assert "threshold" in SCHEMES.names and scheme_named("threshold") == Threshold()
+
+
+def test_a_setting_must_not_have_the_name_of_another_key():
+    @dataclass(frozen=True)
+    class Skipping(Scheme):
+        name = "skipping"
+        title = "loses its skip when it is saved"
+        skip: int = 1
+
+        @property
+        def weights(self):
+            return AbsMean()
+
+    with pytest.raises(UserError, match="its setting skip has the name of another key"):
+        register(Skipping)
 
 
 def test_bits_levels_and_scales():

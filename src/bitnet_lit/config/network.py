@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from bitnet_lit.config.checks import COUNT, POSITIVE, SIZE, Checked, Range, one_of
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.scheme import Scheme, imported_scheme, make_scheme, register, scheme_class
+from bitnet_lit.quant.scheme import Scheme
+from bitnet_lit.quant.schemes import SCHEMES, register
+from bitnet_lit.registry import with_settings
 
 
 @dataclass
@@ -164,7 +166,7 @@ class QuantConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self._target_ is not None:
-            self.name = imported_scheme(self._target_, f"quant._target_={self._target_}").name
+            self.name = SCHEMES.imported(self._target_, f"quant._target_={self._target_}").name
         self.describe()  # makes the scheme, which checks its values
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
 
@@ -175,7 +177,7 @@ class QuantConfig(Checked):
         Raises:
             UserError: an unknown name, or a setting that it does not have.
         """
-        cls, settings = scheme_class(self.name), dict(self.settings)
+        cls, settings = SCHEMES.named(self.name), dict(self.settings)
         has = {setting.name for setting in fields(cls)}
         for key, default in (("weight_scale", "absmean"), ("activation_bits", 8)):
             if key in settings:
@@ -183,7 +185,7 @@ class QuantConfig(Checked):
             value = getattr(self, key)  # always has one: a scheme without the setting refuses what somebody chose
             if key in has or (value != default and key not in cls.ignores):
                 settings[key] = value
-        return make_scheme(cls, settings)
+        return with_settings(cls, settings, f"quant={cls.name}")
 
     def describe(self) -> dict[str, Any]:
         """Plain data to save with a model: the scheme's name and settings, and the layers it leaves alone."""
@@ -217,6 +219,6 @@ def import_schemes(targets: Sequence[str | type[Scheme]]) -> None:
         raise UserError(f"schemes={targets}: must be a list: schemes=[{targets}]")
     for target in targets:
         if isinstance(target, str):
-            imported_scheme(target, f"schemes=[{target}]")
+            SCHEMES.imported(target, f"schemes=[{target}]")
         else:
             register(target)

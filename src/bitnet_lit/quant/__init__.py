@@ -1,7 +1,8 @@
 """The definition of 1.58 bit, readable without the model.
 
-`scheme` is the object that everyone asks, `weights` and `activations` are the rules it is made of, `bit_linear` is the
-layer, `packing` its frozen form, `convert` the pass that swaps layers in any network.
+`scheme` is the object that everyone asks, `schemes` are those that there are, `weights` and `activations` are the rules
+that a scheme is made of, `bit_linear` is the layer, `packing` its frozen form, `convert` the pass that swaps layers in
+any network.
 
 Layers need torch and schemes do not, so a name is imported when it is asked for: whoever wants to know what a model
 folder holds does not wait for torch.
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from bitnet_lit.quant.bit_linear import BitLinear
     from bitnet_lit.quant.convert import convert_linears, pack_linears, uncalled_linears
     from bitnet_lit.quant.packing import PackedBitLinear
-    from bitnet_lit.quant.scheme import Scheme, register, scheme_named
+    from bitnet_lit.quant.scheme import Scheme
+    from bitnet_lit.quant.schemes import register, scheme_named
 
 __all__ = [
     "BitLinear",
@@ -37,8 +39,8 @@ _HOMES = {
     "Scheme": "bitnet_lit.quant.scheme",
     "convert_linears": "bitnet_lit.quant.convert",
     "pack_linears": "bitnet_lit.quant.convert",
-    "register": "bitnet_lit.quant.scheme",
-    "scheme_named": "bitnet_lit.quant.scheme",
+    "register": "bitnet_lit.quant.schemes",
+    "scheme_named": "bitnet_lit.quant.schemes",
     "uncalled_linears": "bitnet_lit.quant.convert",
 }
 

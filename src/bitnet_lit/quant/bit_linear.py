@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.activations import ActivationRule
-from bitnet_lit.quant.scheme import Scheme, scheme_named
+from bitnet_lit.quant.scheme import Scheme
+from bitnet_lit.quant.schemes import scheme_named
 from bitnet_lit.quant.weights import WeightRule, spread_scale
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import check_allowed, named_classes
 from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
-from bitnet_lit.quant.scheme import is_known
+from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, exported_step
 from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
 from bitnet_lit.training.identity import check_identity
@@ -140,7 +140,7 @@ def _check_classes(saved: dict[str, Any], path: Path, resume: str, typed: Sequen
             allowed += [target for _, target in named_classes(value)]
     quant = saved["quant"] if isinstance(saved.get("quant"), dict) else {}
     target = quant.pop(TARGET, None)
-    known = target is None or (isinstance(target, str) and is_known(str(quant.get("name"))))
+    known = target is None or (isinstance(target, str) and str(quant.get("name")) in SCHEMES.names)
     check_allowed({**saved, **({} if known else {"quant": {TARGET: target}})}, allowed, str(path), f"resume={resume}")
     if not known:
         import_schemes([str(target)])

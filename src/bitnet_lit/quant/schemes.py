@@ -1,0 +1,141 @@
+"""The quantization schemes that there are, by their names: BitNet's own, and those that users add.
+
+`scheme.py` says what a scheme is, `registry.py` how a class of your own becomes known. So a model folder can name a
+scheme, but never code: what its user has not installed or registered is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bitnet_lit.errors import UserError
+from bitnet_lit.quant.activations import AbsMax, ActivationRule
+from bitnet_lit.quant.scheme import Scheme
+from bitnet_lit.quant.weights import AbsMean, AbsMedian, Granularity, PerGroup, PerRow, PerTensor, Sign, WeightRule
+from bitnet_lit.registry import Registry, with_settings
+
+SCHEMES: Registry[Scheme] = Registry(
+    Scheme,  # type: ignore[type-abstract]  # its subclasses are registered
+    what="quantization scheme",
+    key="quant.name",
+    group="bitnet_lit.schemes",
+    remedy="name the class of your own scheme: quant._target_=<module>.<class> to train, schemes=[<module>.<class>] to "
+    "open a model, bitnet_lit.quant.register in Python",
+    reserved=("name", "skip", "lambda_warmup_steps", "lambda_warmup_shape"),
+)
+register = SCHEMES.register
+
+
+def _check_bits(activation_bits: int) -> None:
+    if not 2 <= activation_bits <= 8:
+        raise UserError(f"quant.activation_bits={activation_bits}: must lie in 2..8 (codes are stored as int8)")
+
+
+@register
+@dataclass(frozen=True)
+class B158(Scheme):
+    """BitNet b1.58: ternary weights, one scale for the matrix, activations of 8 bits or less."""
+
+    name = "b158"
+    title = "ternary weights (b1.58: -1, 0, +1)"
+    weight_scale: str = "absmean"
+    """absmean (BitNet b1.58) or absmedian (BitNet b1.58 Reloaded, arXiv 2407.09527)."""
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.weight_scale not in ("absmean", "absmedian"):
+            raise UserError(f"quant.weight_scale={self.weight_scale}: must be one of absmean, absmedian")
+        _check_bits(self.activation_bits)
+
+    def _granularity(self) -> Granularity:
+        return PerTensor()
+
+    @property
+    def weights(self) -> WeightRule:
+        """Nearest of -1, 0, +1."""
+        rule = AbsMedian if self.weight_scale == "absmedian" else AbsMean
+        return rule(self._granularity())
+
+    @property
+    def activations(self) -> ActivationRule:
+        """By each token's largest magnitude."""
+        return AbsMax(self.activation_bits)
+
+
+@register
+@dataclass(frozen=True)
+class B158Row(B158):
+    """b1.58 with a scale for each row: an output of small weights keeps codes that differ from 0."""
+
+    name = "b158_row"
+    title = "ternary weights (b1.58: -1, 0, +1), a scale for each row"
+
+    def _granularity(self) -> Granularity:
+        return PerRow()
+
+
+@register
+@dataclass(frozen=True)
+class B158Group(B158):
+    """b1.58 with a scale for each group of inputs, as GPTQ, llama.cpp's blocks and torchao's PerGroup have it."""
+
+    name = "b158_group"
+    title = "ternary weights (b1.58: -1, 0, +1), scales for groups of inputs"
+    group_size: int = 128
+    """Inputs that share a scale; it must divide every projection's in_features. 64 and 128 are usual."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2:
+            raise UserError(f"quant.settings.group_size={self.group_size}: must be 2 or more")
+
+    def _granularity(self) -> Granularity:
+        return PerGroup(self.group_size)
+
+
+@register
+@dataclass(frozen=True)
+class B1(Scheme):
+    """BitNet: binary weights around their mean, activations of 8 bits or less."""
+
+    name = "b1"
+    title = "binary weights (b1: -1, +1)"
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        _check_bits(self.activation_bits)
+
+    @property
+    def weights(self) -> WeightRule:
+        """The sign of the distance from the mean."""
+        return Sign()
+
+    @property
+    def activations(self) -> ActivationRule:
+        """By each token's largest magnitude."""
+        return AbsMax(self.activation_bits)
+
+
+@register
+@dataclass(frozen=True)
+class Dense(Scheme):
+    """The dense twin: the same network, nothing rounded."""
+
+    name = "none"
+    title = "dense weights"
+    ignores = ("weight_scale", "activation_bits")  # so that a sweep sets them for a BitNet and its twin alike
+
+    @property
+    def weights(self) -> None:
+        """Nothing is rounded."""
+
+
+def scheme_named(name: str, settings: Mapping[str, Any] | None = None) -> Scheme:
+    """A scheme by its name and settings, as `Scheme.describe` gives them.
+
+    Raises:
+        UserError: an unknown name, a setting that it does not have, or a value that does not fit.
+    """
+    return with_settings(SCHEMES.named(name), settings or {}, f"quant={name}")

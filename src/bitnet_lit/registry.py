@@ -1,0 +1,151 @@
+"""Named classes that users add to: quantization schemes and export formats.
+
+A class is known by its `name` when it is built in, when `register` was given it, when its user names it as
+<module>.<class>, or when an installed package has an entry point for it::
+
+    [project.entry-points."bitnet_lit.schemes"]
+    threshold = "my_package.schemes:Threshold"
+
+A file that is opened can say a name, and never make anything be imported that its user has not named or installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
+from typing import Any, Generic, TypeVar
+
+from bitnet_lit.errors import UserError
+
+T = TypeVar("T")
+C = TypeVar("C")
+_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+class Registry(Generic[T]):
+    """The classes of one kind, by their names.
+
+    Args:
+        base: what they derive from; frozen dataclasses whose fields are settings, with a class attribute `name`.
+        what: what one of them is ("quantization scheme").
+        key: the key that chooses one of them on the command line ("quant.name").
+        group: of the entry points that name further ones.
+        remedy: how a user names a class of their own.
+        reserved: names that no setting may have, because a key beside the settings has it.
+    """
+
+    def __init__(
+        self, base: type[T], what: str, key: str, group: str, remedy: str, reserved: Collection[str] = ()
+    ) -> None:
+        self._base, self._what, self._key, self._group, self._remedy = base, what, key, group, remedy
+        self._reserved = frozenset(reserved)
+        self.registered: dict[str, type[T]] = {}
+
+    @cached_property
+    def _installed(self) -> dict[str, EntryPoint]:
+        """Entry points of installed packages by their names; nothing is imported yet."""
+        return {point.name: point for point in entry_points(group=self._group)}
+
+    def register(self, cls: C) -> C:
+        """Make a class known by its name; usable as a decorator.
+
+        Raises:
+            UserError: it does not derive from the base, its name is taken by another class, or a setting has the name
+                of another key.
+        """
+        given: Any = cls
+        name = getattr(given, "name", None)
+        if not (isinstance(cls, type) and issubclass(given, self._base) and isinstance(name, str)):
+            base = f"{self._base.__module__}.{self._base.__qualname__}"
+            raise UserError(f"{cls!r} is no {self._what}: derive it from {base} and give it a name")
+        if shared := sorted(self._reserved & {field.name for field in fields(given)}):
+            raise UserError(f"{self._what} {name}: its setting {shared[0]} has the name of another key: rename it")
+        taken = self.registered.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (given.__module__, given.__qualname__):
+            raise UserError(
+                f"{self._what} {name}: {taken.__module__}.{taken.__qualname__} has this name: choose another one"
+            )
+        self.registered[name] = given
+        return cls
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that is known, those of installed packages behind the others."""
+        return list(dict.fromkeys([*self.registered, *self._installed]))
+
+    def named(self, name: str) -> type[T]:
+        """The class of a name.
+
+        Raises:
+            UserError: an unknown name, or an installed package whose class cannot be taken.
+        """
+        if name not in self.registered and name in self._installed:
+            self._take_installed(name)
+        if name not in self.registered:
+            raise UserError(f"{self._key}={name}: must be one of {', '.join(self.names)}; {self._remedy}")
+        return self.registered[name]
+
+    def _take_installed(self, name: str) -> None:
+        point = self._installed[name]
+        package = point.dist.name if point.dist else point.value
+        try:
+            found = point.load()
+        except Exception as error:  # a package of somebody else: whatever its import raises
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._key}={name}: the package {package} names {point.value} for it, which cannot be imported "
+                f"({type(error).__name__}: {reason}): mend or remove that package"
+            ) from None
+        self.register(found)
+        if found.name != name:
+            raise UserError(
+                f"{self._key}={name}: the package {package} names {point.value} for it, whose own name is "
+                f"{found.name}: take {self._key}={found.name}, or give the entry point that name"
+            )
+
+    def imported(self, target: str, given: str) -> type[T]:
+        """Import and register the class that a user names, <module>.<class>.
+
+        Args:
+            given: how it was named, for the error.
+
+        Raises:
+            UserError: no such module or class, or one of another kind.
+        """
+        try:
+            found = resolve_name(target)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{given}: cannot be imported ({type(error).__name__}: {error}): give <module>.<class> of "
+                "a module in this folder, on PYTHONPATH, or of an installed package"
+            ) from None
+        self.register(found)
+        return self.registered[found.name]
+
+
+def with_settings(cls: type[T], settings: Mapping[str, Any], key: str) -> T:
+    """An object of a registered class.
+
+    Args:
+        key: what chose the class, for the error ("quant=b158").
+
+    Raises:
+        UserError: a setting that the class does not have, or a value that does not fit.
+    """
+    # An annotation is a text where its module postpones them, and the type itself elsewhere.
+    kinds = {
+        field.name: getattr(field.type, "__name__", str(field.type))
+        for field in fields(cls)  # type: ignore[arg-type]
+    }
+    for name, value in settings.items():
+        if name not in kinds:
+            has = ", ".join(kinds) or "none"
+            raise UserError(f"{key}: has no setting {name} (={value!r}), its settings are: {has}")
+        allowed = _TYPES.get(kinds[name])
+        if allowed and (type(value) not in allowed or (type(value) is float and not math.isfinite(value))):
+            raise UserError(f"{key}: {name}={value!r} must be of type {kinds[name]}")
+    return cls(**settings)
