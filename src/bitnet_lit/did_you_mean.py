@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.scheme import scheme_class
+from bitnet_lit.quant.schemes import SCHEMES
 
 # ValueError: Hydra's own for a group option that reads as a number (model=15).
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # a UserError is a ValueError
@@ -151,7 +151,7 @@ def known_keys(door: str, conf_dir: Path, groups: Sequence[str] = ()) -> list[st
     keys = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
     if door == "train":
         for option in sorted((conf_dir / "quant").glob("*.yaml")):  # settings that other schemes have
-            keys += [f"quant.settings.{setting.name}" for setting in fields(scheme_class(option.stem))]
+            keys += [f"quant.settings.{setting.name}" for setting in fields(SCHEMES.named(option.stem))]
         keys += [path.name for path in sorted(conf_dir.iterdir()) if path.is_dir()]
     return list(dict.fromkeys(key for key in keys if not key.endswith(("settings.weight_scale", "activation_bits"))))
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bitnet_lit
-from bitnet_lit.checkpoints.formats.llama2c import open_pt
+from bitnet_lit.checkpoints.formats.llama2c_checkpoint import open_pt
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.checkpoints.stored_model import STATISTICS

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bitnet_lit.checkpoints import locate
-from bitnet_lit.checkpoints.formats.llama2c import write_bin
+from bitnet_lit.checkpoints.formats.llama2c import Llama2c
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.cli import compose
@@ -138,7 +138,7 @@ def test_permission_errors_of_the_system_are_one_line(runs, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(locate, "_is_model_folder", refused)
+    monkeypatch.setattr(locate, "has_model", refused)
     with pytest.raises(UserError, match=r"checkpoint=outputs/sweep/0: cannot be read \(Permission denied\)"):
         find_model("outputs/sweep/0")
 
@@ -178,7 +178,7 @@ def test_a_model_that_is_replaced_while_it_is_read_stays_one(tmp_path):
 def test_llama2cs_file_tells_a_story_with_a_given_tokenizer(tmp_path, tokenizer):
     model = tiny_model("none", sub_norm=False, vocab_size=tokenizer.vocab_size)
     save_model_folder(tmp_path / "plain", model, QuantConfig(name="none"), None)
-    write_bin(open_stored(tmp_path / "plain"), tmp_path)
+    Llama2c().write(open_stored(tmp_path / "plain"), tmp_path)
     arguments = [f"checkpoint={tmp_path / 'model.bin'}", "max_new_tokens=5", "temperature=0"]
     without = run_door("infer", *arguments, cwd=tmp_path, check=False)
     assert without.returncode == 2 and "give tokenizer=" in without.stderr
@@ -241,7 +241,7 @@ PEAK = """
     from bitnet_lit.exports import compare, write
     from bitnet_lit.config import ExportConfig
 
-    compare._other_tools = lambda *arguments: iter(())  # they load the whole model, where it is small enough
+    compare._run_tool = lambda *arguments: "left out"  # they load the whole model, where it is small enough
 
     def resident():
         return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024

@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 import sentencepiece
 
+from bitnet_lit.checkpoints.formats.format import target_named
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import EvaluateConfig, PrepareConfig, QuantConfig
@@ -15,7 +16,6 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.exports.targets import tokenizer_problem
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.inference.language_model import load
 from tests.data.tokenizers.test_tokenizer_json import metaspace
@@ -52,9 +52,11 @@ def test_a_tokenizer_that_a_reader_would_take_for_another(tmp_path, kind):
     options, gguf, llama2c = KINDS[kind]
     tokenizer = trained(tmp_path / "tokenizer.model", **options)
     for target, expected in (("gguf_tq2_0", gguf), ("gguf_f16", gguf), ("llama2c", llama2c)):
-        problem = tokenizer_problem(target, tokenizer)
+        problem = target_named(target).tokenizer_problem(tokenizer)
         assert problem is None if expected is None else expected in str(problem), target
-    assert tokenizer_problem("packed", tokenizer) is None and tokenizer_problem("hf", tokenizer) is None
+    assert not target_named("packed").tokenizer_problem(tokenizer) and not target_named("hf").tokenizer_problem(
+        tokenizer
+    )
 
 
 def test_the_export_says_so(tmp_path, capsys):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import bitnet_lit
+from bitnet_lit.checkpoints.formats.format import all_targets
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import QuantConfig
-from bitnet_lit.config.training import EXPORT_TARGETS
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import problems
 from bitnet_lit.inference.engines.cpu.supported_models import why_unsupported
@@ -67,11 +67,11 @@ def quant_of(name):
 
 
 @pytest.mark.parametrize("name", [*SCHEMES, *TOYS])
-@pytest.mark.parametrize("target", EXPORT_TARGETS)
+@pytest.mark.parametrize("target", all_targets(), ids=lambda target: target.target)
 def test_every_target_holds_a_scheme_or_says_why_not(target, name):
     config = tiny_config(hidden_size=256, intermediate_size=512, sub_norm=False)
     found = "; ".join(problems(target, config, quant_of(name)))
-    expected = REFUSED[target].get(name, "")
+    expected = REFUSED[target.target].get(name, "")
     assert expected in found and bool(expected) == bool(found)
 
 

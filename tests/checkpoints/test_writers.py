@@ -10,11 +10,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bitnet_lit.checkpoints.formats.folder_tensors import round_keeping_codes
+from bitnet_lit.checkpoints.formats.gguf import ERRORS
+from bitnet_lit.checkpoints.formats.latent import round_keeping_codes
 from bitnet_lit.checkpoints.formats.q6_k import quantize_q6_k
 from bitnet_lit.checkpoints.safetensors_writer import LazyTensor, write_safetensors
 from bitnet_lit.errors import UserError
-from bitnet_lit.exports.compare import ERROR_BOUNDS
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, Sign
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.int8]
@@ -61,7 +61,7 @@ def test_q6_k_stays_within_its_bound(group, seed, size, others):
     rows = np.random.default_rng(seed).uniform(-others, others, size=(2, 256)).astype(np.float32)
     rows[0, 32:48] = group
     largest = np.abs(rows).max() or np.float32(1)
-    assert q6_k_error(rows / largest * np.float32(size)) <= ERROR_BOUNDS["q6_k"]
+    assert q6_k_error(rows / largest * np.float32(size)) <= ERRORS["q6_k"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_q6_k_on_shapes_that_break_quantizers(kind):
         rows[:, :256] = 0
     elif kind == "tiny blocks":
         rows[:, :256] *= 1e-6
-    assert q6_k_error(rows) <= ERROR_BOUNDS["q6_k"]
+    assert q6_k_error(rows) <= ERRORS["q6_k"]
     if kind == "normal":
         # Rounding to 32 steps each way, uniformly: sqrt(1/12) of a step of about 3 sigma / 32 in each block.
         found = dequantize(quantize_q6_k(rows), GGMLQuantizationType.Q6_K)
@@ -130,10 +130,10 @@ def test_bfloat16_weights_keep_their_codes(rule, seed, shape, size, kind):
     assert torch.equal(found, codes)
     # Half a step of 8 bits, and for the few that were moved off a border another step: never more than the gate allows.
     assert float((found_scale / scale - 1).abs().max()) <= 2.0**-8
-    assert float((rounded.float() - weight).abs().max()) <= ERROR_BOUNDS["bf16"] * 3 * float(weight.abs().max())
+    assert float((rounded.float() - weight).abs().max()) <= ERRORS["bf16"] * 3 * float(weight.abs().max())
 
 
 def test_bfloat16_that_cannot_keep_the_codes_says_so(monkeypatch):
-    monkeypatch.setattr("bitnet_lit.checkpoints.formats.folder_tensors.MAX_ROUNDS", 0)
+    monkeypatch.setattr("bitnet_lit.checkpoints.formats.latent.MAX_ROUNDS", 0)
     with pytest.raises(UserError, match="export it as float32"):
         round_keeping_codes(torch.randn(8, 8), AbsMean())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_lit.checkpoints.formats.format import formats
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import ExportConfig, QuantConfig
@@ -150,14 +151,14 @@ def test_a_kill_at_any_operation_of_an_export(model, tokenizer, monkeypatch, for
         export_as(format, "made", checkpoint)
         contents.append(files_below(Path("made")) if format == "packed" else Path("made").read_bytes())
 
-    def write(config, stored, out):
-        content = contents[config.checkpoint == "other"]
+    def write(self, stored, out):
+        content = contents[stored.path.name == "other"]
         for name, data in (content if format == "packed" else {"": content}).items():
             if name != "export.json":
                 (out / name).write_bytes(data)
-        return [], stored
+        return []
 
-    monkeypatch.setitem(exporting.WRITERS, format, write)
+    monkeypatch.setattr(formats().named(format), "write", write)
     monkeypatch.setattr(exporting, "_sizes", lambda *_: {})
     monkeypatch.setattr(exporting, "print_report", lambda *_: None)
     number, killed = 0, True

@@ -12,8 +12,8 @@ from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import ExportConfig, QuantConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.exports.destination import default_out
 from bitnet_lit.exports.targets import problems
-from bitnet_lit.exports.write import default_out
 from tests.exports.exporting import (
     FORMATS,
     QUANTS,
@@ -74,8 +74,8 @@ def test_every_format_holds_the_model_or_refuses_it(tmp_path, tokenizer, monkeyp
         out = tmp_path / "out" / name
         remedy = expected_refusal(options, quant, tied, sub_norm)
         if options["format"] != "latent":
-            target = {"gguf": f"gguf_{options.get('type')}"}.get(options["format"], options["format"])
-            assert bool(problems(target, stored.config, stored.quant)) == (remedy is not None), name
+            chosen = ExportConfig(**options).chosen_format
+            assert bool(problems(chosen, stored.config, stored.quant)) == (remedy is not None), name
         if remedy is not None:
             before = files_below(tmp_path)
             with pytest.raises(UserError) as error:
@@ -276,7 +276,7 @@ def test_where_it_goes_by_itself(tmp_path, tokenizer, monkeypatch):
     folder = saved_model(tmp_path / "run" / "model", QuantConfig(), tokenizer)
     for options in ("packed", "latent", "tq2_0+q8_0"):
         report = export_to(None, tmp_path / "run", **FORMATS[options])
-        assert report["out"] == str(default_out(ExportConfig(**FORMATS[options]), folder))
+        assert report["out"] == str(default_out(ExportConfig(**FORMATS[options]).chosen_format, folder))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "model",
         "model-float32",

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from bitnet_lit.checkpoints.formats import gguf, model_folder
-from bitnet_lit.checkpoints.formats.llama2c import interleave
+from bitnet_lit.checkpoints.formats import gguf, latent, model_folder, packed
+from bitnet_lit.checkpoints.formats.format import Tool, formats
+from bitnet_lit.checkpoints.formats.rotary_order import interleave
 from bitnet_lit.errors import ParityError
 from bitnet_lit.exports import compare
-from bitnet_lit.exports import write as exporting
 from bitnet_lit.model.tensors import EMBEDDING
 from tests.exports.exporting import FORMATS, QUANTS, export_to, files_below, leave_out_other_tools, saved_model
 from tests.exports.test_export import needs_llama_cpp
@@ -114,16 +114,9 @@ def model(tmp_path_factory, tokenizer):
 
 
 def inject(monkeypatch, fault, options):
-    form = options["format"]
-    write = exporting.WRITERS[form]
-
-    def write_with_fault(config, stored, out):
-        rows, artefact = write(config, fault(stored), out)
-        if form == "gguf":  # its reader takes sizes from the stored model
-            artefact = gguf.reopened(out, stored)
-        return rows, artefact
-
-    monkeypatch.setitem(exporting.WRITERS, form, write_with_fault)
+    cls = formats().named(options["format"])
+    write = cls.write
+    monkeypatch.setattr(cls, "write", lambda self, stored, out: write(self, fault(stored), out))
 
 
 @pytest.mark.parametrize(("form", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
@@ -161,7 +154,7 @@ def test_what_reads_as_it_was_written_transformers_still_sees(tmp_path, monkeypa
         del described["quantization_config"]
         return described
 
-    monkeypatch.setattr(exporting, "describe", without_quantization)
+    monkeypatch.setattr(latent, "describe", without_quantization)
     with pytest.raises(ParityError, match="transformers: logits differ"):
         export_to(tmp_path / "out", model, format="latent")
     assert files_below(tmp_path) == {}
@@ -171,7 +164,7 @@ def test_what_reads_as_it_was_written_transformers_still_sees(tmp_path, monkeypa
         described["quantization_config"]["linear_class"] = "bitlinear"
         return described
 
-    monkeypatch.setattr(exporting, "describe", dividing_scales)
+    monkeypatch.setattr(packed, "describe", dividing_scales)
     with pytest.raises(ParityError, match="transformers: logits differ"):
         export_to(tmp_path / "out", model, format="packed")
     assert files_below(tmp_path) == {}
@@ -197,7 +190,7 @@ def test_a_tool_that_cannot_open_the_artefact(tmp_path, monkeypatch, model, erro
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(compare, "_transformers_logits", fails)
+    monkeypatch.setattr(model_folder, "TRANSFORMERS", Tool("transformers", (), fails))
     with pytest.raises(ParityError, match=said) as raised:
         export_to(tmp_path / "out", model, format="packed")
     assert "\n" not in str(raised.value) and files_below(tmp_path) == {}
@@ -207,7 +200,7 @@ def test_a_tool_that_is_half_installed_is_said_to_be_missing(tmp_path, monkeypat
     def missing(*_):
         raise ModuleNotFoundError("No module named 'diskcache'", name="diskcache")
 
-    monkeypatch.setattr(compare, "_transformers_logits", missing)
+    monkeypatch.setattr(model_folder, "TRANSFORMERS", Tool("transformers", (), missing))
     report = export_to(tmp_path / "out", model, format="packed")
     assert report["parity"]["transformers"] == "not installed (diskcache)"
 

@@ -8,6 +8,7 @@ import pytest
 
 from bitnet_lit.checkpoints.formats.model_folder import public_info
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
+from bitnet_lit.checkpoints.formats.packed import Packed
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import ExportConfig, QuantConfig
 from bitnet_lit.exports.share import model_card
@@ -51,9 +52,10 @@ def test_no_file_that_is_written_holds_a_path(tmp_path, tokenizer, monkeypatch):
     (work / "old/config.json").write_text(json.dumps(config))
     for format in ("packed", "latent", "llama2c", "gguf"):
         options = {"type": "f16", "embeddings": "f16", "verify": False}
-        report = export(ExportConfig(checkpoint=str(work / "old"), format=format, out=str(work / format), **options))
+        config = ExportConfig(checkpoint=str(work / "old"), format=format, out=str(work / format), **options)
+        report = export(config)
         written += [*(work / format).iterdir()] if (work / format).is_dir() else [work / format, work / "gguf.json"]
-        card = model_card("me/story", open_stored(work / "old"), report)
+        card = model_card("me/story", open_stored(work / "old"), report, config.chosen_format)
         assert "secret" not in card and "| data | tales |" in card
     assert len(written) > 15
     for path in written:
@@ -66,7 +68,7 @@ def test_a_card_keeps_its_table_whatever_a_folder_says(tmp_path, tokenizer, text
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer, info)
     sizes = {"parameters": 1, "bytes": 1, "bits_per_weight": 1.0}
     report = {"runs_in_transformers": False, "format": "packed", "sizes": sizes, "parity": {}}
-    card = model_card("me/story", open_stored(Path(tmp_path / "model")), report)
+    card = model_card("me/story", open_stored(Path(tmp_path / "model")), report, Packed())
     rows = [line for line in card.splitlines() if line.startswith("| ") and line != "| | |"]
     assert len(rows) == 6 and max(map(len, rows)) < 700
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations.bitnet import pack_weights
 
 import bitnet_lit
-from bitnet_lit.checkpoints.formats.folder_tensors import latent_tensors
+from bitnet_lit.checkpoints.formats.latent import latent_tensors
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError

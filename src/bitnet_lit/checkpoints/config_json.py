@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from bitnet_lit.checkpoints.file_names import CONFIG_NAME
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.config.checks import Range
 from bitnet_lit.errors import UserError
@@ -34,7 +35,6 @@ from bitnet_lit.foreign_json import (
 )
 from bitnet_lit.regular_file import read_regular
 
-CONFIG_NAME = "config.json"
 LARGEST_SIZE = 2**24  # of any axis
 LARGEST_NUMBER = 2.0**100  # a float32
 SIZE = Integer(1, LARGEST_SIZE)

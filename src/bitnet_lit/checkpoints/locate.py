@@ -13,9 +13,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bitnet_lit.checkpoints.config_json import CONFIG_NAME, read_raw_config
+from bitnet_lit.checkpoints.config_json import read_raw_config
+from bitnet_lit.checkpoints.file_names import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME, has_model
+from bitnet_lit.checkpoints.formats.format import Format, formats
 from bitnet_lit.checkpoints.formats.huggingface import open_hub_folder
-from bitnet_lit.checkpoints.formats.model_folder import WEIGHTS_NAME, open_model_folder
+from bitnet_lit.checkpoints.formats.model_folder import open_model_folder
 from bitnet_lit.checkpoints.hub_download import download_model
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.errors import UserError
@@ -27,15 +29,9 @@ SHOWN_RUNS = 2
 # What is no model, by the end of its name, and what to give in its place.
 REMEDIES = {
     ".ckpt": "a checkpoint for resume=: give the run folder it lies in",
-    ".gguf": "a GGUF is written here and not read: give the model it was exported from",
     ".pth": "a pickle, which is not opened here: convert it to safetensors",
     ".onnx": "give the model it was made from",
 }
-
-
-def _is_model_folder(folder: Path) -> bool:
-    weights = (folder / WEIGHTS_NAME, folder / f"{WEIGHTS_NAME}.index.json")
-    return (folder / CONFIG_NAME).is_file() and any(path.is_file() for path in weights)
 
 
 def _models_below(folder: Path) -> Iterator[tuple[float, Path]]:
@@ -43,7 +39,7 @@ def _models_below(folder: Path) -> Iterator[tuple[float, Path]]:
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         path = Path(root)
-        if path.name == MODEL and CONFIG_NAME in files and _is_model_folder(path):
+        if path.name == MODEL and CONFIG_NAME in files and has_model(path):
             try:
                 yield (path / CONFIG_NAME).stat().st_mtime, path
             except FileNotFoundError:  # replaced at this moment
@@ -85,17 +81,20 @@ def _nothing_there(checkpoint: str, path: Path) -> str:
 def _no_model(path: Path) -> str:
     """Why there is no model at a path that exists, and what to give."""
     if path.is_file():
+        for each in map(formats().named, formats().names):
+            if path.suffix == each.extension:
+                return f"{each.title} is written here and not read: give the model it was exported from"
         return REMEDIES.get(path.suffix, f"give the folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
     if not os.access(path, os.R_OK | os.X_OK):
         return "it may not be read by you: check its permissions"
-    if (path / "pytorch_model.bin").is_file():
-        return "pytorch_model.bin is a pickle, which is not opened here: convert it to safetensors"
+    if (path / PICKLED_NAME).is_file():
+        return f"{PICKLED_NAME} is a pickle, which is not opened here: convert it to safetensors"
     if runs := sorted(_models_below(path)):
         parents = [str(model.parent) for _, model in runs]
         return f"it holds {len(runs)} runs with a model: give one of them, such as {parents[-1]}"
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         return "a run writes its first model after its first validation"
-    if path.name == "checkpoints" and _is_model_folder(path.parent / MODEL):
+    if path.name == "checkpoints" and has_model(path.parent / MODEL):
         return f"give the run folder: {path.parent}"
     return "a run that was stopped before its first export has none"
 
@@ -131,17 +130,23 @@ def _find(checkpoint: str, key: str) -> Path:
         return download_model(checkpoint)
     if not path.exists():
         raise UserError(f"{key}={checkpoint}: {_nothing_there(checkpoint, path)}")
-    if path.is_file() and path.suffix in (".pt", ".bin"):
+    if path.is_file() and _reader(path) is not None:
         return path
-    if path.is_file() and path.suffix in (".safetensors", ".json", ".model") and _is_model_folder(path.parent):
+    if path.is_file() and path.suffix in (".safetensors", ".json", ".model") and has_model(path.parent):
         return path.parent
     for folder in (path, path / MODEL):
-        if _is_model_folder(folder):
+        if has_model(folder):
             return folder
     raise UserError(
         f"{key}={checkpoint}: no model there ({CONFIG_NAME} and {WEIGHTS_NAME}, directly or in {MODEL}/): "
         f"{_no_model(path)}"
     )
+
+
+def _reader(path: Path) -> type[Format] | None:
+    """The format that reads a file, by the end of its name."""
+    registry = formats()
+    return next((each for each in map(registry.named, registry.names) if path.suffix in each.read_suffixes), None)
 
 
 def open_stored(path: Path) -> StoredModel:
@@ -152,9 +157,9 @@ def open_stored(path: Path) -> StoredModel:
     """
     try:
         if path.is_file():
-            from bitnet_lit.checkpoints.formats.llama2c import open_bin, open_pt  # imports torch
-
-            return open_pt(path) if path.suffix == ".pt" else open_bin(path)
+            if (reader := _reader(path)) is None:
+                raise UserError(f"{path}: {_no_model(path)}")
+            return reader.open(path)
         raw = read_raw_config(path)
         return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
     except UserError as error:

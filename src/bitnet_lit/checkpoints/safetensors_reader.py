@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bitnet_lit.checkpoints.file_names import INDEX_NAME, WEIGHTS_NAME
 from bitnet_lit.checkpoints.stored_model import Place, TensorReader
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import MapOf, Record, Text, parse_json, read_json
@@ -138,7 +139,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     Raises:
         UserError: neither, or an index that cannot be read.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
     if single.is_file() or not index.is_file():
         return [single]
     names = sorted(set(read_json(index, INDEX, "copy it again")["weight_map"].values()))

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.checkpoints.config_json import CONFIG_NAME, LARGEST_NUMBER, LARGEST_SIZE, field_shapes
+from bitnet_lit.checkpoints.config_json import LARGEST_NUMBER, LARGEST_SIZE, field_shapes
+from bitnet_lit.checkpoints.file_names import CONFIG_NAME
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError

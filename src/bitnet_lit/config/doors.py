@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitnet_lit.config.checks import SIZE, Checked, Range, one_of
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from bitnet_lit.checkpoints.formats.format import Format
 
 ANY_SEED = Range(-(2**64), 2**64)
 
@@ -112,26 +115,57 @@ class ExportConfig(CheckpointConfig):
     """`python -m bitnet_lit.export`: a model for other tools, compared with the original before it is called done."""
 
     format: str = "packed"
-    """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp) or llama2c (run.c)."""
+    """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp), llama2c (run.c), or the name of
+    a format of your own."""
+    formats: list[str] = field(default_factory=list)
+    """Export formats of your own, <module>.<class>: subclasses of bitnet_lit.checkpoints.formats.format.Format."""
     out: str | None = None
-    """The folder to write, for gguf the file. null: beside the model."""
+    """The folder to write, for a format that is one file the file. null: beside the model."""
     type: str = "tq2_0"
     """gguf: tq2_0 (2.06 bits a projection weight), tq1_0 (1.69 bits, slower) or f16."""
     embeddings: str = "q8_0"
     """gguf: q8_0 (8.5 bits), q6_k (6.6 bits) or f16."""
     dtype: str = "float32"
     """latent, packed: float32 or bfloat16, the type of everything that is no packed code."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further options of a format of your own."""
     verify: bool = True
     """Read the exported model back and compare; leave nothing where it differs."""
     share: str | None = None
     """Upload the folder with a model card to this repository of the Hugging Face hub (owner/name)."""
 
+    FORMAT_OPTIONS: ClassVar[tuple[str, ...]] = ("type", "embeddings", "dtype")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("format", self.format, ("latent", "packed", "gguf", "llama2c"))
-        one_of("type", self.type, ("tq2_0", "tq1_0", "f16"))
-        one_of("embeddings", self.embeddings, ("q8_0", "q6_k", "f16"))
-        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _ = self.chosen_format  # makes it, which checks its options
+
+    @property
+    def chosen_format(self) -> Format:
+        """The format as an object.
+
+        Raises:
+            UserError: an unknown name, an option that it does not have, or a value that does not fit.
+        """
+        from bitnet_lit.checkpoints.formats.format import formats, make_format  # these modules read configs
+
+        for target in self.formats:
+            formats().imported(target, f"formats=[{target}]")
+        has = {option.name for option in fields(formats().named(self.format))}
+        options = dict(self.settings)
+        for key in self.FORMAT_OPTIONS:
+            if key in options:
+                raise UserError(f"settings.{key}={options[key]}: has a key of its own: set {key}")
+            if key in has:
+                options[key] = getattr(self, key)
+        return make_format(self.format, options)
+
+    @property
+    def unused_options(self) -> list[str]:
+        """Options that were set and that the format does not have, as key=value."""
+        has = {option.name for option in fields(self.chosen_format)}
+        chosen = {key: getattr(self, key) for key in self.FORMAT_OPTIONS if key not in has}
+        return [f"{key}={value}" for key, value in chosen.items() if value != getattr(ExportConfig, key)]
 
 
 @dataclass

@@ -27,19 +27,25 @@ GROUPS = {
 }
 """The groups that take a class of the user's own."""
 
-EXPORT_TARGETS = ("hf", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c")
-
 
 @dataclass
 class ExportTargetsConfig:
     """What the model is trained for: asked before the first step."""
 
     targets: list[str] = field(default_factory=list)
-    """hf, packed, gguf_tq2_0, gguf_tq1_0, gguf_f16, llama2c: a model that cannot be exported to one is refused."""
+    """hf, packed, gguf_tq2_0, gguf_tq1_0, gguf_f16, llama2c, or one of your own. A model that cannot be exported to one
+    of them is refused."""
+
+    formats: list[str] = field(default_factory=list)
+    """Export formats of your own that `targets` may name, <module>.<class>."""
 
     def __post_init__(self) -> None:
-        for target in self.targets:
-            one_of("export.targets", target, EXPORT_TARGETS)
+        from bitnet_lit.checkpoints.formats.format import formats, target_named  # these modules read configs
+
+        for name in self.formats:
+            formats().imported(name, f"export.formats=[{name}]")
+        for name in self.targets:
+            target_named(name)
 
 
 @dataclass

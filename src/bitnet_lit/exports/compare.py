@@ -15,14 +15,12 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bitnet_lit.checkpoints.formats.format import Tool, WrittenTensor
 from bitnet_lit.checkpoints.pretrained import fill
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.data.sources.demo import demo_stories
@@ -37,16 +35,6 @@ TEXT_TOKENS = 256
 ROWS_AT_ONCE = 1024
 WHOLE_MODEL_BYTES = 2 * 2**30  # larger models are not loaded whole into another tool to be checked
 
-# Largest error of a stored value, relative to the largest magnitude in its tensor: half a step of the type. Q8_0 has
-# 127 steps and a fp16 scale; Q6_K 32 steps of a scale that is itself rounded to 1/127 of the block's.
-ERROR_BOUNDS = {
-    "f32": 0.0,
-    "bf16": 2.0**-8,
-    "f16": 2.0**-11,
-    "q8_0": 0.5 / 127 + 2.0**-10,
-    "q6_k": 0.5 / 32 + 1 / 127,
-}
-SCALE_ERROR = 2.0**-11  # fp16, as GGUF's ternary types store it
 # A rounding of a scale or of the embedding moves some activations over a rounding border of their int8 codes. Seen on
 # trained models: mean |difference| below 0.02 of the logits' spread, loss within 0.002; a wrong row order, activation
 # or scale moves both by more than 0.3. A network can be chaotic (large random weights are), so that the rounding of the
@@ -54,26 +42,6 @@ SCALE_ERROR = 2.0**-11  # fp16, as GGUF's ternary types store it
 LOGIT_ERROR, LOSS_ERROR = 0.1, 0.02
 CHAOS = 3.0
 ROUNDING_LOGIT_ERROR, ROUNDING_LOSS_ERROR = 0.5, 0.5
-
-
-@dataclass
-class TensorRow:
-    """One line of the export's table.
-
-    Attributes:
-        error: largest error of a value over the largest magnitude; of a projection, of its scale.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    nbytes: int
-    error: float | None = None
-
-    @property
-    def bits(self) -> float:
-        """Bits per value."""
-        return 8 * self.nbytes / math.prod(self.shape)
 
 
 def _trim_heap() -> None:
@@ -147,7 +115,7 @@ def largest_error(expected: Tensor, stored: Tensor) -> float:
     return float(worst) / (max(-low, high) or 1.0)
 
 
-def compare_tensors(stored: StoredModel, artefact: StoredModel, rows: list[TensorRow]) -> None:
+def compare_tensors(stored: StoredModel, artefact: StoredModel, rows: list[WrittenTensor]) -> None:
     """Fill in the errors of `rows`.
 
     Raises:
@@ -164,13 +132,12 @@ def compare_tensors(stored: StoredModel, artefact: StoredModel, rows: list[Tenso
             if scale.ndim:  # a row or group of zeros multiplies its scale by nothing, and not every format keeps it
                 error = error[codes.unflatten(1, (scale.shape[1], -1)).any(-1)]
             row.error = float(error.max()) if error.numel() else 0.0
-            # A latent weight in bfloat16 keeps its codes, but its scale is the mean or median of rounded numbers.
-            bound = {"f32": 0.0, "bf16": 2.0**-8, "u8": 2.0**-23, "i8": 2.0**-23}.get(row.kind, SCALE_ERROR)
         else:
             row.error = largest_error(stored.dequantized(row.name), artefact.tensor(row.name))
-            bound = ERROR_BOUNDS[row.kind]
-        if not row.error <= bound:
-            raise ParityError(f"{row.name}: error {row.error:.3g} of its largest value, {row.kind} rounds {bound:.3g}")
+        if not row.error <= row.bound:
+            raise ParityError(
+                f"{row.name}: error {row.error:.3g} of its largest value, {row.kind} rounds {row.bound:.3g}"
+            )
 
 
 def _differences(
@@ -199,64 +166,31 @@ def _differences(
     return figures
 
 
-def _transformers_logits(folder: Path, ids: Tensor) -> Tensor:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    # Its BitNet functions are compiled; compiling would take longer than running them once.
-    with torch.compiler.set_stance("force_eager"), torch.inference_mode():
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()  # of a quantized model it leaves what is stored in bfloat16
-        return model(ids).logits.float()
-
-
-def _llama_cpp_logits(path: Path, ids: Tensor) -> Tensor:
-    import llama_cpp
-
-    model = llama_cpp.Llama(str(path), n_ctx=ids.shape[1], logits_all=True, verbose=False, n_gpu_layers=0)
-    model.eval(ids[0].tolist())
-    return torch.tensor(model.scores[: ids.shape[1]])[None].float()
-
-
-def _other_tools(stored: StoredModel, artefact: StoredModel, target: str) -> Iterator[tuple[str, Tensor | str]]:
-    """Logits by each tool that the artefact is for, or why there are none."""
-    ids = fixed_ids(stored)
+def _run_tool(tool: Tool, stored: StoredModel, artefact: StoredModel) -> Tensor | str:
+    """Logits of another tool that runs the artefact, or why there are none."""
     size = 4 * sum(math.prod(shape) for shape in stored.tensors.values())
-    run: Callable[[Path, Tensor], Tensor]
-    if target in ("hf", "packed"):
-        name, package, run = "transformers", "transformers", _transformers_logits
-    elif target.startswith("gguf"):
-        name, package, run = "llama.cpp", "llama_cpp", _llama_cpp_logits
-    else:
-        return
-    if not installed(package) or (package == "transformers" and not installed("accelerate")):
-        yield name, "not installed"
-    elif size > WHOLE_MODEL_BYTES:
-        yield name, f"not run: {size / 2**30:.1f} GiB of float32 weights"
-    else:
-        try:
-            result = run(artefact.path, ids)
-        except ImportError as error:  # a part of it is missing
-            yield name, f"not installed ({error.name or type(error).__name__})"  # its message can hold paths
-            return
-        except Exception as error:  # whatever it raises: a file that it cannot run is none for it
-            reason = " ".join(str(error).split())[:200]
-            raise ParityError(f"{name} cannot run it: {type(error).__name__}: {reason}") from None
-        yield name, result
+    if not installed(*tool.packages):
+        return "not installed"
+    if size > WHOLE_MODEL_BYTES:
+        return f"not run: {size / 2**30:.1f} GiB of float32 weights"
+    try:
+        return tool.logits(artefact.path, fixed_ids(stored))
+    except ImportError as error:  # a part of it is missing
+        return f"not installed ({error.name or type(error).__name__})"  # its message can hold paths
+    except Exception as error:  # whatever it raises: a file that it cannot run is none for it
+        reason = " ".join(str(error).split())[:200]
+        raise ParityError(f"{tool.name} cannot run it: {type(error).__name__}: {reason}") from None
 
 
 def verify(
-    stored: StoredModel, artefact: StoredModel, rows: list[TensorRow], target: str, runs_there: bool
+    stored: StoredModel, artefact: StoredModel, rows: list[WrittenTensor], tool: Tool | None
 ) -> dict[str, object]:
     """Compare a written artefact with the model it was written from.
 
     Args:
         artefact: the file or folder as it was read back.
         rows: of the table; their errors are filled in.
-        target: as in `targets.py`.
-        runs_there: whether the target's own tool computes this model.
+        tool: another tool that computes this model; None where none does.
 
     Returns:
         Figures for each reader, plain data.
@@ -277,9 +211,10 @@ def verify(
     if dense:
         quantized = layerwise_logits(stored, ids)
         figures["loss_with_quantized_activations"] = loss_of(quantized, ids)
-    for name, result in _other_tools(stored, artefact, target) if runs_there else ():
+    if tool is not None:
+        result = _run_tool(tool, stored, artefact)
         if isinstance(result, str):
-            figures[name] = result
+            figures[tool.name] = result
         else:
-            figures[name] = _differences(name, ours, result, ids, logit_bound, loss_bound)
+            figures[tool.name] = _differences(tool.name, ours, result, ids, logit_bound, loss_bound)
     return figures

@@ -15,27 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.atomic import atomic_file, atomic_folder, real_path, sync
-from bitnet_lit.checkpoints.formats.model_folder import written_names
+from bitnet_lit.checkpoints.file_names import NOTE_NAME
+from bitnet_lit.checkpoints.formats.format import Format, formats
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.config import ExportConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import SHA256, Choice, Integer, MapOf, Record, read_json
+from bitnet_lit.foreign_json import SHA256, Integer, MapOf, Record, Text, read_json
 
-NOTE_NAME = "export.json"
-GGUF_MAGIC = b"GGUF"
-LLAMA2C_NAMES = {"model.bin", "tokenizer.bin", "tokenizer.model"}
-NOTE = Record(
-    {"format": Choice("latent", "packed", "gguf", "llama2c")},
-    {"files": MapOf(Record({"bytes": Integer(0, 2**63), "sha256": SHA256}))},
-)
+NOTE = Record({"format": Text()}, {"files": MapOf(Record({"bytes": Integer(0, 2**63), "sha256": SHA256}))})
 
 
-def default_out(config: ExportConfig, path: Path) -> Path:
+def stem_of(path: Path) -> str:
+    """The name of a model without what says its kind: of a folder, a dot is part of the name."""
+    return path.name if path.is_dir() else path.stem
+
+
+def default_out(format: Format, path: Path) -> Path:
     """The place without out=: beside the model, or in the current folder for a model in the hub's cache."""
-    suffix = {"gguf": f"{config.type}.gguf", "latent": config.dtype}.get(config.format, config.format)
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        return Path(f"{path.parent.parent.name.split('--')[-1]}-{suffix}")
-    return path.with_name(f"{path.stem}-{suffix}")
+        return Path(f"{path.parent.parent.name.split('--')[-1]}-{format.suffix}")
+    return path.with_name(f"{stem_of(path)}-{format.suffix}")
 
 
 def given_out(out: str) -> Path:
@@ -54,7 +52,8 @@ def _read_note(path: Path) -> dict[str, Any] | None:
         note: dict[str, Any] = read_json(path, NOTE, "")
     except UserError:
         return None
-    return note
+    # Without a list of files it is one of the first version, which had none but the built-in formats.
+    return note if "files" in note or note["format"] in formats().names else None
 
 
 def exported_names(folder: Path) -> set[str]:
@@ -62,23 +61,23 @@ def exported_names(folder: Path) -> set[str]:
     note = _read_note(folder / NOTE_NAME) or {}
     if "files" in note:
         return {NOTE_NAME, *note["files"]}
-    # Exports of earlier versions, whose note lists no files.
-    return {NOTE_NAME} | (LLAMA2C_NAMES if note.get("format") == "llama2c" else written_names(folder))
+    earlier = formats().named(note["format"]).earlier_names(folder) if note else set()
+    return {NOTE_NAME, *earlier}
 
 
-def check_out(out: Path, stored: StoredModel, is_file: bool) -> None:
+def check_out(out: Path, stored: StoredModel, format: Format) -> None:
     """Refuse to write over what is no export, before anything is converted.
 
     Raises:
         UserError: what lies there, and the remedy.
     """
-    remedy = "choose another out="
+    remedy, is_file = "choose another out=", format.is_file
     if out.exists() and os.path.samefile(out, stored.path):
         raise UserError(f"out={out}: is the model itself: {remedy}")
     if is_file and out.is_dir():
         raise UserError(
             f"out={out}: is a folder, and this format writes a file: choose another out=, such as "
-            f"out={out}/{stored.path.stem}.gguf"
+            f"out={out}/{stem_of(stored.path)}{format.extension}"
         )
     if not is_file and out.is_file():
         raise UserError(f"out={out}: is a file, and this format writes a folder: {remedy}")
@@ -87,10 +86,9 @@ def check_out(out: Path, stored: StoredModel, is_file: bool) -> None:
     except UserError as error:
         raise UserError(f"out={error}") from None
     note = note_of(out, is_file)
-    if is_file and out.exists():
-        with out.open("rb") as file:
-            if file.read(len(GGUF_MAGIC)) not in (GGUF_MAGIC, b""):
-                raise UserError(f"out={out}: is a file that is no GGUF: {remedy}")
+    noted = (_read_note(note) or {}).get("files", {})
+    if is_file and out.exists() and not (format.recognizes(out) or out.name in noted):
+        raise UserError(f"out={out}: is a file that is no {format.title}: {remedy}")
     if is_file and os.path.lexists(note) and _read_note(note) is None:
         raise UserError(f"out={out}: the note of the export goes to {note}, which no export wrote: {remedy}")
     if out.is_dir() and _read_note(note) is None and any(out.iterdir()):

@@ -7,36 +7,17 @@ run this very artefact. Everything in it is read from the model's config.json an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bitnet_lit.checkpoints.file_names import NOTE_NAME
+from bitnet_lit.checkpoints.formats.format import Format
 from bitnet_lit.checkpoints.formats.model_folder import public_info
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.errors import UserError
-from bitnet_lit.exports.destination import NOTE_NAME
 from bitnet_lit.extras import needs
 
 LONGEST_CELL = 300  # characters
-
-
-def _how_to_run(repository: str, file: str, format: str, runs_in_transformers: bool) -> Iterator[str]:
-    """A block of code for each tool that runs the artefact."""
-    if format == "gguf":
-        yield f"```sh\nllama-cli -hf {repository} -p 'Once upon a time'   # llama.cpp\n```"
-        return
-    if format == "llama2c":
-        yield "```sh\n./run model.bin -z tokenizer.bin   # llama2.c\n```"
-    if runs_in_transformers:
-        yield (
-            "```python\nfrom transformers import AutoModelForCausalLM  # with the package accelerate\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{repository}")\n```'
-        )
-    checkpoint = f"<downloaded>/{file}" if format == "llama2c" else repository
-    yield (
-        f'```sh\npython -m bitnet_lit.infer checkpoint={checkpoint} prompt="Once upon a time"\n```\n\n'
-        f'```python\nimport bitnet_lit\n\nprint(bitnet_lit.load("{checkpoint}").generate("Once upon a time"))\n```'
-    )
 
 
 def _cell(text: str) -> str:
@@ -44,12 +25,12 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")[:LONGEST_CELL]
 
 
-def model_card(repository: str, stored: StoredModel, report: dict[str, Any]) -> str:
+def model_card(repository: str, stored: StoredModel, report: dict[str, Any], format: Format) -> str:
     """README.md of the shared model; YAML in front, as the hub reads it."""
     config, info, scheme = stored.config, public_info(stored.info), stored.quant.scheme
     runs = report["runs_in_transformers"]
-    yaml = ["library_name: transformers"] if runs else []
-    yaml += ["pipeline_tag: text-generation", "tags:", "- bitnet", f"- {scheme.name}", f"- {report['format']}"]
+    yaml = [f"library_name: {format.library}"] if runs and format.library else []
+    yaml += ["pipeline_tag: text-generation", "tags:", "- bitnet", f"- {scheme.name}", f"- {format.name}"]
     sizes = report["sizes"]
     rows = {
         "weights": scheme.title,
@@ -80,8 +61,7 @@ def model_card(repository: str, stored: StoredModel, report: dict[str, Any]) -> 
         "## Run it",
         "",
     ]
-    file = "model.bin" if report["format"] == "llama2c" else ""
-    lines += ["\n\n".join(_how_to_run(repository, file, report["format"], runs)), ""]
+    lines += ["\n\n".join(format.how_to_run(repository, runs)), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
@@ -97,7 +77,7 @@ def check_repository(repository: str) -> None:
         import huggingface_hub  # noqa: F401
 
 
-def share(repository: str, stored: StoredModel, report: dict[str, Any]) -> str:
+def share(repository: str, stored: StoredModel, report: dict[str, Any], format: Format) -> str:
     """Upload an export with its card; makes the repository where there is none.
 
     What the export wrote is sent, and nothing else that lies in its folder; it is listed first.
@@ -113,7 +93,7 @@ def share(repository: str, stored: StoredModel, report: dict[str, Any]) -> str:
 
     out = Path(report["out"])
     files = [out / name for name in sorted([*report["files"], NOTE_NAME])] if out.is_dir() else [out]
-    card = model_card(repository, stored, report).encode()
+    card = model_card(repository, stored, report, format).encode()
     sent: dict[str, Path | bytes] = {**{file.name: file for file in files}, "README.md": card}
     api = huggingface_hub.HfApi()
     print(f"sharing {len(sent)} files as {repository} on {api.endpoint}:")
@@ -125,7 +105,7 @@ def share(repository: str, stored: StoredModel, report: dict[str, Any]) -> str:
     ]
     try:
         address = api.create_repo(repository, exist_ok=True)
-        api.create_commit(repository, operations=operations, commit_message=f"{report['format']} export")
+        api.create_commit(repository, operations=operations, commit_message=f"{format.name} export")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"share={repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}: the export is in "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_lit.checkpoints.formats.gguf import write_gguf
+from bitnet_lit.checkpoints.formats.gguf import Gguf
 from bitnet_lit.checkpoints.formats.model_folder import describe
 from bitnet_lit.checkpoints.formats.model_folder_writer import write_folder
 from bitnet_lit.checkpoints.locate import open_stored
@@ -220,7 +220,7 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
             ours = _engine_pair(CpuEngine(model), NEW)
             if installed("llama_cpp", "gguf"):
                 path = Path(scratch) / "model.gguf"
-                write_gguf(stored, path, "tq2_0", "q8_0")
+                Gguf().write(stored, path)
                 rows += _rows(name, "llama.cpp TQ2_0", ours, _llama_cpp_pair(path, threads), rounds)
                 path.unlink()
             few = max(1, rounds // 3)

@@ -159,4 +159,5 @@ def unnamed_tensors(config: ModelConfig, names: Collection[str]) -> list[str]:
     Args:
         names: what it knows: names within a layer (`self_attn.q_proj.weight`), and those of the outer tensors.
     """
-    return [tensor.within for tensor in [*layer_tensors(config), *outer_tensors(config)] if tensor.within not in names]
+    rows = (*LAYER, *BEFORE_LAYERS, *AFTER_LAYERS)
+    return [spec.name for spec in rows if spec.present(config) and spec.name not in names]

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_lit.atomic import remove_leftovers
-from bitnet_lit.checkpoints.formats.model_folder import WEIGHTS_NAME, read_raw_config
+from bitnet_lit.checkpoints.config_json import read_raw_config
+from bitnet_lit.checkpoints.file_names import WEIGHTS_NAME
 from bitnet_lit.errors import UserError
 from bitnet_lit.training.checkpoint_file import BEST, LAST
 

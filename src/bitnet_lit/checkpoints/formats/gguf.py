@@ -1,53 +1,74 @@
 """GGUF, llama.cpp's file: written straight from our codes and scale, read back with the `gguf` package.
 
 TQ2_0 stores 256 codes and an fp16 scale in 66 bytes, TQ1_0 in 54. Each block's scale is the largest magnitude in it, so
-scales per row fit, and per group of 256 inputs or a multiple; and what is quantized must be code * scale: of latent
-weights, most would become 0. The fp16 rounding of the scale is the
-whole error of a projection. llama.cpp then quantizes activations by blocks of 256 rather than by tokens, so its logits
-differ from ours by a little more than that.
+scales per row fit, and scales per group of a multiple of 256 inputs. What is quantized must be code * scale: of latent
+weights, most would become 0. The fp16 rounding of the scale is the whole error of a projection. llama.cpp then
+quantizes activations by blocks of 256 rather than by tokens, so its logits differ from ours by a little more than that.
 
-With sub-norms the architecture is `bitnet`, without them `llama`, whose graph turns the pairs (2i, 2i + 1) of a head,
-so the rows of q and k are reordered for it.
+With sub-norms the architecture is `bitnet`, which has both of them, silu and no head of its own. Without them it is
+`llama`, whose graph turns the pairs (2i, 2i + 1) of a head, so the rows of q and k are reordered for it. Rows that are
+no multiple of 256 are refused: other converters store them in 4 bits without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bitnet_lit.checkpoints.formats.llama2c import deinterleave, interleave
+from bitnet_lit.checkpoints.formats.format import FLOAT_ERRORS, FORMATS, Format, Tool, WrittenTensor, scheme_problems
+from bitnet_lit.checkpoints.formats.llama_tokenizer import llama_tokenizer_problem
 from bitnet_lit.checkpoints.formats.q6_k import quantize_q6_k
+from bitnet_lit.checkpoints.formats.rotary_order import deinterleave, interleave
 from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
-from bitnet_lit.config import ModelConfig
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.config.checks import one_of
+from bitnet_lit.config.held import ANY, SIZES, Only
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.exports.targets import tokenizer_problem
 from bitnet_lit.extras import needs
-from bitnet_lit.model.tensors import EMBEDDING, HEAD
+from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, Kind, NetworkTensor, network_tensors
 from bitnet_lit.quant.activations import SCALE_MIN
-from bitnet_lit.quant.weights import spread_scale
+from bitnet_lit.quant.weights import Granularity, PerGroup, PerRow, PerTensor, spread_scale
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAGIC = b"GGUF"
+TERNARY_BLOCK = 256
 ROWS_AT_ONCE = 1024  # of a large matrix: bounds the memory of a conversion
 LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.attn_sub_norm": "attn_sub_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.ffn_sub_norm": "ffn_sub_norm",
-    "mlp.down_proj": "ffn_down",
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.attn_sub_norm.weight": "attn_sub_norm.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.ffn_sub_norm.weight": "ffn_sub_norm.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
 }
-OTHER_NAMES = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
+OTHER_NAMES = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
 FILE_TYPES = {"tq2_0": "MOSTLY_TQ2_0", "tq1_0": "MOSTLY_TQ1_0", "f16": "MOSTLY_F16"}
+# Half a step: Q8_0 has 127 steps and a fp16 scale; Q6_K 32 steps of a scale that is itself rounded to 1/127 of the
+# block's largest.
+ERRORS = {**FLOAT_ERRORS, "q8_0": 0.5 / 127 + 2.0**-10, "q6_k": 0.5 / 32 + 1 / 127}
+NEITHER = Only(False, "written for llama.cpp's bitnet and llama graphs, which have neither biases nor norms there")
+
+HELD = {
+    **SIZES,
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "tie_word_embeddings", "sub_norm"), ANY),
+    "hidden_act": Only("silu", "llama.cpp's graph computes silu: take hidden_act=silu"),
+    "qkv_bias": NEITHER,
+    "qk_norm": NEITHER,
+}
+TENSOR_NAMES = {**LAYER_NAMES, **OTHER_NAMES}
 
 
 def _gguf() -> Any:
@@ -56,30 +77,160 @@ def _gguf() -> Any:
     return gguf
 
 
-def their_name(name: str) -> str:
-    """GGUF's name of a tensor."""
-    if name in OTHER_NAMES:
-        return OTHER_NAMES[name]
-    _, _, layer, kind = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{LAYER_NAMES[kind]}.weight"
+def _their_name(tensor: NetworkTensor) -> str:
+    if tensor.layer is None:
+        return OTHER_NAMES[tensor.name]
+    return f"blk.{tensor.layer}.{LAYER_NAMES[tensor.within]}"
 
 
-def _heads(name: str, config: ModelConfig) -> int | None:
-    """Heads of a matrix whose rows the llama graph wants in another order; None for the others."""
-    if config.sub_norm:
-        return None
-    if name.endswith("q_proj.weight"):
-        return config.num_attention_heads
-    return config.num_kv_heads if name.endswith("k_proj.weight") else None
+def _heads(tensor: NetworkTensor, config: ModelConfig) -> int | None:
+    """Heads of a tensor whose rows the llama graph wants in another order; None for the others."""
+    return None if config.sub_norm else tensor.rotary_heads
 
 
-def tensor_type(name: str, stored: StoredModel, type: str, embeddings: str) -> str:
-    """The type that a tensor is written in, lower case."""
-    if len(stored.tensors[name]) == 1:
-        return "f32"
-    if name in (EMBEDDING, HEAD):
-        return embeddings
-    return type if name in stored.quantized else "f16"
+def _llama_cpp_logits(path: Path, ids: Tensor) -> Tensor:
+    import llama_cpp
+    import torch
+
+    model = llama_cpp.Llama(str(path), n_ctx=ids.shape[1], logits_all=True, verbose=False, n_gpu_layers=0)
+    model.eval(ids[0].tolist())
+    return torch.tensor(model.scores[: ids.shape[1]])[None].float()
+
+
+def _fills_blocks(granularity: Granularity) -> bool:
+    """Whether all weights of a ternary block share a scale."""
+    if isinstance(granularity, PerGroup):
+        return granularity.group_size % TERNARY_BLOCK == 0
+    return granularity in (PerTensor(), PerRow())
+
+
+@FORMATS.register
+@dataclass(frozen=True)
+class Gguf(Format):
+    """llama.cpp's file."""
+
+    name = "gguf"
+    title = "llama.cpp's GGUF"
+    held = HELD
+    tensor_names = TENSOR_NAMES
+    is_file = True
+    extension = ".gguf"
+
+    type: str = "tq2_0"
+    """Of the quantized projections: tq2_0, tq1_0 or f16. Norms are f32, dense projections f16."""
+    embeddings: str = "q8_0"
+    """Of the embedding and an untied head: q8_0, q6_k or f16."""
+
+    def __post_init__(self) -> None:
+        one_of("type", self.type, tuple(FILE_TYPES))
+        one_of("embeddings", self.embeddings, ("q8_0", "q6_k", "f16"))
+
+    @classmethod
+    def targets(cls) -> tuple[Format, ...]:
+        """One for each type of the projections."""
+        return tuple(cls(type) for type in FILE_TYPES)
+
+    @property
+    def target(self) -> str:
+        """gguf_tq2_0, gguf_tq1_0 or gguf_f16."""
+        return f"gguf_{self.type}"
+
+    @property
+    def suffix(self) -> str:
+        """The type of the projections."""
+        return f"{self.type}{self.extension}"
+
+    @property
+    def tool(self) -> Tool:
+        """llama.cpp, by its Python package."""
+        return Tool("llama.cpp", ("llama_cpp",), _llama_cpp_logits)
+
+    def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
+        """Why llama.cpp's graphs do not compute a model, or its types do not hold the weights."""
+        found, scheme = [*scheme_problems(quant), *super().problems(config, quant)], quant.scheme
+        if scheme.quantizes and not scheme.is_ternary:
+            found.append(
+                f"quant={scheme.name}: its codes are {', '.join(map(str, scheme.levels))}, and what is written there "
+                "is checked by codes -1, 0 and +1: take format=packed or llama2c"
+            )
+        if config.sub_norm and not config.tie_word_embeddings:
+            found.append(
+                "model.tie_word_embeddings=false: llama.cpp's bitnet graph has no head of its own: take true, or "
+                "sub_norm=false"
+            )
+        if config.attention_size != config.hidden_size:
+            found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size")
+        return found if self.type == "f16" else [*found, *self._ternary_problems(config, quant)]
+
+    def _ternary_problems(self, config: ModelConfig, quant: QuantConfig) -> Iterator[str]:
+        scheme = quant.scheme
+        if not scheme.quantizes:
+            yield f"quant={scheme.name}: dense weights are no ternary codes: take type=f16, or quant=b158"
+        if not _fills_blocks(scheme.granularity):
+            yield (
+                f"quant={scheme}: its scales are {scheme.granularity}, and a ternary block of {TERNARY_BLOCK} inputs "
+                f"has one: take quant=b158_row, groups of a multiple of {TERNARY_BLOCK}, or type=f16"
+            )
+        rows = {"model.hidden_size": config.hidden_size, "model.intermediate_size": config.intermediate_size}
+        for key, size in rows.items():
+            if size % TERNARY_BLOCK:
+                near = max(TERNARY_BLOCK, round(size / TERNARY_BLOCK) * TERNARY_BLOCK)
+                yield f"{key}={size}: ternary blocks hold 256 inputs: take {near}, or type=f16"
+
+    def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
+        """See `Format`."""
+        return llama_tokenizer_problem(tokenizer)
+
+    def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
+        """See `Format`; a model without a SentencePiece BPE, or with rows that the embeddings' type cannot hold, is
+        refused."""
+        gguf = _gguf()
+        writer = gguf.GGUFWriter(out, "bitnet" if stored.config.sub_norm else "llama")
+        _add_fields(writer, stored, self.type)
+        tensors, rows = network_tensors(stored.config), []
+        for tensor in tensors:
+            shape, kind = tensor.shape, self._type_of(tensor, stored)
+            quantized = gguf.GGMLQuantizationType[kind.upper()]
+            block, size = gguf.GGML_QUANT_SIZES[quantized]
+            if shape[-1] % block:
+                raise UserError(
+                    f"embeddings={self.embeddings}: stores blocks of {block}, but the rows of {tensor.name} hold "
+                    f"{shape[-1]}: take embeddings=f16"
+                )
+            nbytes = tensor.size // block * size
+            dtype = {"f32": np.float32, "f16": np.float16}.get(kind, np.uint8)
+            stored_shape = shape if kind in FLOAT_ERRORS else (*shape[:-1], shape[-1] // block * size)
+            writer.add_tensor_info(_their_name(tensor), stored_shape, np.dtype(dtype), nbytes, raw_dtype=quantized)
+            # What is read back as codes has the error of its scale, a fp16 in each of the three types.
+            bound = FLOAT_ERRORS["f16"] if tensor.name in stored.quantized else ERRORS[kind]
+            rows.append(WrittenTensor(tensor.name, kind, shape, nbytes, bound))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, row in zip(tensors, rows, strict=True):
+            writer.write_tensor_data(_bytes_of(stored, tensor, row.kind))
+        writer.close()
+        return rows
+
+    def _type_of(self, tensor: NetworkTensor, stored: StoredModel) -> str:
+        if len(tensor.shape) == 1:
+            return "f32"
+        if tensor.kind is Kind.EMBEDDING:
+            return self.embeddings
+        return self.type if tensor.name in stored.quantized else "f16"
+
+    def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
+        """The file as `gguf` reads it, with the sizes and the scheme of `stored`."""
+        return StoredModel(out, stored.config, stored.quant, stored.tokenizer, {}, GgufReader(out, stored))
+
+    def recognizes(self, path: Path) -> bool:
+        """By its first four bytes; an empty file may be taken too."""
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) in (MAGIC, b"")
+
+    def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
+        """llama.cpp alone: we write these files and do not read them."""
+        yield f"```sh\nllama-cli -hf {repository} -p 'Once upon a time'   # llama.cpp\n```"
 
 
 def _add_fields(writer: Any, stored: StoredModel, type: str) -> None:
@@ -98,7 +249,7 @@ def _add_fields(writer: Any, stored: StoredModel, type: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
-    problem = tokenizer_problem("gguf_f16", tokenizer)
+    problem = llama_tokenizer_problem(tokenizer)
     vocabulary = None if tokenizer is None or problem else tokenizer.sentencepiece_vocabulary()
     if tokenizer is None or vocabulary is None:
         raise UserError(
@@ -137,59 +288,18 @@ def _converted(values: Callable[[int, int], NDArray[np.float32]], rows: int, kin
     return np.concatenate([convert(values(i, min(i + ROWS_AT_ONCE, rows))) for i in range(0, rows, ROWS_AT_ONCE)])
 
 
-def _bytes_of(stored: StoredModel, name: str, kind: str) -> NDArray[Any]:
+def _bytes_of(stored: StoredModel, tensor: NetworkTensor, kind: str) -> NDArray[Any]:
     """A tensor as it stands in the file."""
-    heads = _heads(name, stored.config)
-    if name not in stored.quantized:
-        tensor = stored.tensor(name)
-        tensor = interleave(tensor, heads) if heads else tensor
-        if tensor.ndim == 1:
-            return tensor.numpy()
-        return _converted(lambda i, j: tensor[i:j].numpy(), len(tensor), kind)
-    codes, scale = stored.codes(name)
+    heads = _heads(tensor, stored.config)
+    if tensor.name not in stored.quantized:
+        values = interleave(stored.tensor(tensor.name), heads)
+        if values.ndim == 1:
+            return values.numpy()
+        return _converted(lambda i, j: values[i:j].numpy(), len(values), kind)
+    codes, scale = stored.codes(tensor.name)
     scale = spread_scale(scale, codes.shape[1]).expand(codes.shape)
-    codes, scale = (interleave(tensor, heads) if heads else tensor for tensor in (codes, scale))
+    codes, scale = interleave(codes, heads), interleave(scale, heads)
     return _converted(lambda i, j: (codes[i:j].float() * scale[i:j]).numpy(), len(codes), kind)
-
-
-def write_gguf(stored: StoredModel, path: Path, type: str, embeddings: str) -> dict[str, tuple[str, int]]:
-    """Write a GGUF file, one tensor after the other.
-
-    Args:
-        type: of the quantized projections: tq2_0, tq1_0 or f16. Norms are f32, dense projections f16.
-        embeddings: of the embedding and an untied head: q8_0, q6_k or f16.
-
-    Returns:
-        The type and the bytes of each tensor, by our names.
-
-    Raises:
-        UserError: no SentencePiece vocabulary, or rows that the type of the embeddings cannot hold.
-    """
-    gguf = _gguf()
-    writer = gguf.GGUFWriter(path, "bitnet" if stored.config.sub_norm else "llama")
-    _add_fields(writer, stored, type)
-    written: dict[str, tuple[str, int]] = {}
-    for name, shape in stored.tensors.items():
-        kind = tensor_type(name, stored, type, embeddings)
-        quantized = gguf.GGMLQuantizationType[kind.upper()]
-        block, size = gguf.GGML_QUANT_SIZES[quantized]
-        if shape[-1] % block:
-            raise UserError(
-                f"embeddings={embeddings}: stores blocks of {block}, but the rows of {name} hold {shape[-1]}: take "
-                "embeddings=f16"
-            )
-        count = int(np.prod(shape)) // block * size
-        dtype = {"f32": np.float32, "f16": np.float16}.get(kind, np.uint8)
-        stored_shape = shape if kind in ("f32", "f16") else (*shape[:-1], shape[-1] // block * size)
-        writer.add_tensor_info(their_name(name), stored_shape, np.dtype(dtype), count, raw_dtype=quantized)
-        written[name] = kind, count
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, (kind, _) in written.items():
-        writer.write_tensor_data(_bytes_of(stored, name, kind))
-    writer.close()
-    return written
 
 
 def _scales(values: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -197,6 +307,8 @@ def _scales(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     codes are 0, the smallest scale there is; of `shape`, as the granularity gives it."""
     magnitude = values.abs()
     largest = magnitude.unflatten(1, (shape[1], -1)).amax(-1) if shape else magnitude.max()
+    import torch
+
     return torch.where(largest > 0, largest, SCALE_MIN)
 
 
@@ -208,15 +320,18 @@ class GgufReader(TensorReader):
 
     def __init__(self, path: Path, stored: StoredModel) -> None:
         self._stored = stored
-        self._tensors = {tensor.name: tensor for tensor in _gguf().GGUFReader(path).tensors}
+        theirs = {tensor.name: tensor for tensor in _gguf().GGUFReader(path).tensors}
+        self._network = {tensor.name: tensor for tensor in network_tensors(stored.config)}
+        self._tensors = {
+            name: theirs[_their_name(tensor)] for name, tensor in self._network.items() if _their_name(tensor) in theirs
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        for name in self._stored.tensors:
-            if (tensor := self._tensors.get(their_name(name))) is not None:
-                shapes[name] = tuple(map(int, reversed(tensor.shape)))  # GGUF's are innermost first
-                if name in self._stored.quantized:
-                    shapes[f"{name}_scale"] = self._scale_shape(name) or (1,)
+        for name, tensor in self._tensors.items():
+            shapes[name] = tuple(map(int, reversed(tensor.shape)))  # GGUF's are innermost first
+            if name in self._stored.quantized:
+                shapes[f"{name}_scale"] = self._scale_shape(name) or (1,)
         return shapes
 
     def _scale_shape(self, name: str) -> tuple[int, ...]:
@@ -224,15 +339,16 @@ class GgufReader(TensorReader):
         return self._stored.quant.scheme.granularity.scale_shape(rows, inputs)
 
     def _dequantized(self, name: str) -> Tensor:
-        tensor = self._tensors[their_name(name)]
+        import torch
+
+        tensor = self._tensors[name]
         shape = tuple(map(int, reversed(tensor.shape)))
         rows = torch.empty(shape)
         data = tensor.data.reshape(shape[0], -1)  # a row of bytes for each row of values; a vector's are its values
         for start in range(0, len(data), ROWS_AT_ONCE):
             part = _gguf().quants.dequantize(data[start : start + ROWS_AT_ONCE], tensor.tensor_type)
             rows[start : start + ROWS_AT_ONCE] = torch.from_numpy(np.array(part)).reshape(-1, *shape[1:])
-        heads = _heads(name, self._stored.config)
-        return deinterleave(rows, heads) if heads else rows
+        return deinterleave(rows, _heads(self._network[name], self._stored.config))
 
     def read(self, name: str) -> NDArray[Any]:
         weight = name.removesuffix("_scale")
@@ -243,8 +359,3 @@ class GgufReader(TensorReader):
         if name != weight:
             return (scales if scales.ndim else scales.reshape(1)).numpy()
         return (values / spread_scale(scales, values.shape[1])).numpy()
-
-
-def reopened(path: Path, stored: StoredModel) -> StoredModel:
-    """The written file as a stored model of its own, to be compared with the one it was written from."""
-    return StoredModel(path, stored.config, stored.quant, stored.tokenizer, {}, GgufReader(path, stored))

@@ -1,109 +1,125 @@
-"""llama2.c's files: the training checkpoint stories*.pt and the .bin that run.c reads.
+"""llama2.c's .bin, which run.c reads: written and read here. Its training checkpoint is in llama2c_checkpoint.py.
 
-The .bin is the first version of `export.py`: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size,
-max_seq_len; a negative vocab_size says that the head is not the embedding), then float32 tensors, one kind after the
-other over all layers, then two tables of positions that run.c skips. Its network is a Llama with silu, RoPE theta
-10000 and norms with eps 1e-5, none of which the file says.
+The .bin is the first version of llama2.c's `export.py`: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads,
+vocab_size, max_seq_len; a negative vocab_size says that the head is not the embedding), then float32 tensors, one kind
+after the other over all layers, then two tables of positions that run.c skips. Its network is a Llama with silu, RoPE
+theta 10000 and norms with eps 1e-5, none of which the file says. A BitNet is written as its dequantized weights: run.c
+does not quantize activations.
 
-llama2.c turns the pairs (2i, 2i + 1) of a head, Hugging Face (i, i + P/2): the rows of q and k are reordered.
+run.c takes BOS for piece 1, EOS for piece 2 and byte b for piece b + 3.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from bitnet_lit.checkpoints.formats.format import FLOAT_ERRORS, FORMATS, Format, WrittenTensor, scheme_problems
+from bitnet_lit.checkpoints.formats.llama_tokenizer import llama_tokenizer_problem
+from bitnet_lit.checkpoints.formats.rotary_order import deinterleave, interleave
 from bitnet_lit.checkpoints.safetensors_reader import read_into
 from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.config.held import ANY, SIZES, Only
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from bitnet_lit.data.tokenizers.tokenizer import SPACE, SentencePieceVocabulary
+from bitnet_lit.data.tokenizers.tokenizer import SPACE, PieceKind, SentencePieceVocabulary
 from bitnet_lit.errors import UserError
-from bitnet_lit.exports.targets import tokenizer_problem
-from bitnet_lit.model.layers import rotary_tables
-from bitnet_lit.model.tensors import EMBEDDING, HEAD
+from bitnet_lit.model.tensors import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    NetworkTensor,
+    layer_tensors,
+    network_tensors,
+    outer_tensors,
+)
 from bitnet_lit.regular_file import open_regular
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 HEADER_INTS = 7
-# Hugging Face's name after "model.layers.<i>.": llama2.c's after "layers.<i>.", in the order of the .bin.
+MODEL_NAME, TOKENIZER_NAME = "model.bin", "tokenizer.bin"
+FIRST_BYTE = 3  # run.c takes the piece of byte b for number b + 3
+# Our name in a layer: llama2.c's after "layers.<i>.", in the order of the .bin.
 LAYER_NAMES = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm.weight": "attention_norm.weight",
+    "self_attn.q_proj.weight": "attention.wq.weight",
+    "self_attn.k_proj.weight": "attention.wk.weight",
+    "self_attn.v_proj.weight": "attention.wv.weight",
+    "self_attn.o_proj.weight": "attention.wo.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "mlp.up_proj.weight": "feed_forward.w3.weight",
 }
-OTHER_NAMES = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", HEAD: "output.weight"}
+OTHER_NAMES = {EMBEDDING: "tok_embeddings.weight", FINAL_NORM: "norm.weight", HEAD: "output.weight"}
+
+TENSOR_NAMES = {**LAYER_NAMES, **OTHER_NAMES}
+HELD = {
+    **SIZES,
+    "tie_word_embeddings": ANY,
+    "sub_norm": Only(False, "run.c's graph has no sub-norms: train with model.sub_norm=false"),
+    "hidden_act": Only("silu", "run.c computes silu: take hidden_act=silu"),
+    "rope_theta": Only(10000.0, "run.c turns by theta 10000: take rope_theta=10000"),
+    "rms_norm_eps": Only(1e-5, "run.c's norms have eps 1e-5: take rms_norm_eps=1e-5"),
+    "qkv_bias": Only(False, "run.c has no biases"),
+    "qk_norm": Only(False, "run.c has no norms on queries and keys"),
+}
 
 
-def interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from Hugging Face's order to llama2.c's; (O, I) -> (O, I)."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+def their_name(tensor: NetworkTensor) -> str:
+    """llama2.c's name of a tensor."""
+    if tensor.layer is None:
+        return OTHER_NAMES[tensor.name]
+    return f"layers.{tensor.layer}.{LAYER_NAMES[tensor.within]}"
 
 
-def deinterleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from llama2.c's order to Hugging Face's; the inverse of `interleave`."""
-    return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _their_name(name: str) -> str:
-    if name in OTHER_NAMES:
-        return OTHER_NAMES[name]
-    _, _, layer, kind = name.removesuffix(".weight").split(".", 3)
-    return f"layers.{layer}.{LAYER_NAMES[kind]}.weight"
-
-
-def network_names(layers: int, tied: bool) -> list[str]:
-    """Our names of all tensors, in the order of the .bin."""
-    names = [EMBEDDING]
-    names += [f"model.layers.{i}.{kind}.weight" for kind in LAYER_NAMES for i in range(layers)]
-    return [*names, "model.norm.weight", *([] if tied else [HEAD])]
+def file_order(config: ModelConfig) -> list[NetworkTensor]:
+    """The tensors of a network in the order of the .bin."""
+    tensors = {tensor.name: tensor for tensor in network_tensors(config)}
+    layers = [
+        tensors[f"model.layers.{layer}.{name}"] for name in LAYER_NAMES for layer in range(config.num_hidden_layers)
+    ]
+    return [tensors[EMBEDDING], *layers, *(tensors[name] for name in (FINAL_NORM, HEAD) if name in tensors)]
 
 
 class Llama2cReader(TensorReader):
     """Tensors under our names, rows in our order.
 
     Args:
+        shapes: as the file has them.
         read: one tensor by our name, rows in llama2.c's order.
     """
 
     def __init__(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
-        self._config, self._shapes, self._read = config, shapes, read
+        self._heads = {tensor.name: tensor.rotary_heads for tensor in network_tensors(config)}
+        self._shapes, self._read = shapes, read
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
     def read(self, name: str) -> NDArray[Any]:
-        tensor = self._read(name).float()
-        if name.endswith("q_proj.weight"):
-            tensor = deinterleave(tensor, self._config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            tensor = deinterleave(tensor, self._config.num_kv_heads)
-        return tensor.numpy()
+        return deinterleave(self._read(name).float(), self._heads[name]).numpy()
 
 
-def _tokenizer_beside(path: Path) -> Tokenizer | None:
+def tokenizer_beside(path: Path) -> Tokenizer | None:
+    """The SentencePiece model in the folder of a file; None where there is none."""
     found = path.with_name(SentencePieceTokenizer.file_names[0])
     return SentencePieceTokenizer(found) if found.is_file() else None
 
 
-def _config(
+def llama2c_config(
     name: str, dim: int, hidden: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, tied: bool
 ) -> ModelConfig:
+    """The network of llama2.c with these sizes."""
     return ModelConfig(
         name=name,
         hidden_size=dim,
@@ -114,28 +130,8 @@ def _config(
         vocab_size=vocab,
         max_position_embeddings=context,
         tie_word_embeddings=tied,
-        sub_norm=False,
+        **{key: only.value for key, only in HELD.items() if isinstance(only, Only)},
     )
-
-
-def _bin_layout(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Our name and the shape of every tensor of a .bin, in the file's order."""
-    dim, hidden, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    assert vocab is not None
-    kv_size = config.num_kv_heads * config.head_size
-    shapes = {
-        "q_proj": (dim, dim),
-        "k_proj": (kv_size, dim),
-        "v_proj": (kv_size, dim),
-        "o_proj": (dim, dim),
-        "gate_proj": (hidden, dim),
-        "down_proj": (dim, hidden),
-        "up_proj": (hidden, dim),
-        "embed_tokens": (vocab, dim),
-        "lm_head": (vocab, dim),
-    }
-    for name in network_names(config.num_hidden_layers, tied=True):
-        yield name, shapes.get(name.split(".")[-2], (dim,))
 
 
 def open_bin(path: Path) -> StoredModel:
@@ -155,95 +151,32 @@ def open_bin(path: Path) -> StoredModel:
     if min(dim, hidden, layers, heads, kv_heads, abs(vocab), context) < 1 or max(map(abs, header.tolist())) > 2**24:
         raise UserError(f"{not_one} (its header says {header.tolist()}): copy it again")
     try:
-        config = _config(path.stem, dim, hidden, layers, heads, kv_heads, abs(vocab), context, vocab > 0)
+        config = llama2c_config(path.stem, dim, hidden, layers, heads, kv_heads, abs(vocab), context, vocab > 0)
     except UserError as error:
         raise UserError(f"{not_one} ({error}): copy it again") from None
-    kv_size = kv_heads * (dim // heads)
-    per_layer = 2 * dim * dim + 2 * dim * kv_size + 3 * dim * hidden + 2 * dim
-    tables = context * (dim // heads)  # cos and sin, half a head each
-    expected = abs(vocab) * dim * (1 if vocab > 0 else 2) + layers * per_layer + dim + tables
+    tables = context * config.head_size  # cos and sin, half a head each
+    in_a_layer, outside = layer_tensors(config), outer_tensors(config)
+    expected = layers * sum(t.size for t in in_a_layer) + sum(t.size for t in outside) + tables
     if size != 4 * (HEADER_INTS + expected):
         raise UserError(f"{not_one} ({size} bytes, its header says {4 * (HEADER_INTS + expected)}): copy it again")
     offsets: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     position = 4 * HEADER_INTS
-    for name, shape in _bin_layout(config):
-        offsets[name], shapes[name] = position, shape
-        position += 4 * math.prod(shape)
-    if vocab < 0:
-        offsets[HEAD], shapes[HEAD] = position + 4 * tables, (abs(vocab), dim)
+    for tensor in file_order(config):
+        if tensor.name == HEAD:
+            position += 4 * tables
+        offsets[tensor.name], shapes[tensor.name] = position, tensor.shape
+        position += 4 * tensor.size
 
     def read(name: str) -> Tensor:
+        import torch
+
         values = np.empty(shapes[name], dtype="<f4")
         read_into(values, file.fileno(), offsets[name], path)
         return torch.from_numpy(values)
 
     reader = Llama2cReader(config, shapes, read)
-    return StoredModel(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse an archive whose contents are larger than itself: torch would unpack it into memory.
-
-    Raises:
-        ValueError: so it is.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("it is compressed, which torch.save does not do")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("its entries overlap")
-
-
-def _check_tensor(name: str, tensor: Any) -> None:
-    """Refuse what is no tensor of plain numbers, each of which lies in the file.
-
-    Raises:
-        ValueError: so it is.
-    """
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"{name} holds no plain numbers")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, of which the file holds a part")
-
-
-def open_pt(path: Path) -> StoredModel:
-    """A training checkpoint of llama2.c; plain data only, nothing in it is executed.
-
-    Raises:
-        UserError: not such a checkpoint.
-    """
-    not_one = f"{path}: not a training checkpoint of llama2.c"
-    try:
-        _check_archive(path)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        arguments, state = checkpoint["model_args"], checkpoint["model"]
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-        for name, tensor in state.items():
-            _check_tensor(name, tensor)
-        hidden = int(state["layers.0.feed_forward.w1.weight"].shape[0])
-        tied = torch.equal(state["output.weight"], state["tok_embeddings.weight"])
-        config = _config(
-            path.stem,
-            int(arguments["dim"]),
-            hidden,
-            int(arguments["n_layers"]),
-            int(arguments["n_heads"]),
-            int(arguments.get("n_kv_heads") or arguments["n_heads"]),
-            int(arguments["vocab_size"]),
-            int(arguments["max_seq_len"]),
-            tied,
-        )
-        names = {name: _their_name(name) for name in network_names(config.num_hidden_layers, tied)}
-        shapes = {name: tuple(state[theirs].shape) for name, theirs in names.items()}
-    except UserError as error:
-        raise UserError(f"{not_one} ({error}): copy it again") from None
-    except Exception as error:  # torch raises a different type for each way a file can be broken
-        reason = " ".join(str(error).split())[:80]
-        raise UserError(f"{not_one} ({type(error).__name__}: {reason}): give stories*.pt or a model folder") from None
-    reader = Llama2cReader(config, shapes, lambda name: state[names[name]])
-    return StoredModel(path, config, QuantConfig(name="none"), _tokenizer_beside(path), {}, reader)
+    return StoredModel(path, config, QuantConfig(name="none"), tokenizer_beside(path), {}, reader)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, rows: int, path: Path) -> None:
@@ -265,39 +198,100 @@ def _write_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, 
             file.write(piece)
 
 
-def write_bin(stored: StoredModel, folder: Path) -> None:
-    """Write model.bin, and tokenizer.bin where there is a tokenizer that run.c can use, into `folder`.
+@FORMATS.register
+@dataclass(frozen=True)
+class Llama2c(Format):
+    """run.c's model.bin and tokenizer.bin, in a folder."""
 
-    A BitNet is written as its dequantized weights: run.c does not quantize activations. The caller has asked
-    `targets.problems` whether the network fits.
-    """
-    config = stored.config
-    vocab = config.vocab_size or 0
-    tied = config.tie_word_embeddings
-    header = [
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_kv_heads,
-        vocab if tied else -vocab,
-        config.max_position_embeddings,
-    ]
-    with (folder / "model.bin").open("wb") as file:
-        file.write(np.array(header, dtype="<i4").tobytes())
-        for name in network_names(config.num_hidden_layers, tied=True):
-            weight = stored.dequantized(name)
-            if name.endswith("q_proj.weight"):
-                weight = interleave(weight, config.num_attention_heads)
-            elif name.endswith("k_proj.weight"):
-                weight = interleave(weight, config.num_kv_heads)
-            file.write(np.ascontiguousarray(weight.numpy(), dtype="<f4").data)  # tofile would not say why it failed
-        cos, sin = (table[:, : config.head_size // 2].numpy() for table in rotary_tables(config))
-        file.write(cos.astype("<f4").tobytes() + sin.astype("<f4").tobytes())
-        if not tied:
-            file.write(np.ascontiguousarray(stored.tensor(HEAD).numpy(), dtype="<f4").data)
-    vocabulary = None if stored.tokenizer is None else stored.tokenizer.sentencepiece_vocabulary()
-    if stored.tokenizer is not None and vocabulary is not None:
-        stored.tokenizer.copy_to(folder)
-        if tokenizer_problem("llama2c", stored.tokenizer) is None:
-            _write_tokenizer(stored.tokenizer, vocabulary, vocab, folder / "tokenizer.bin")
+    name = "llama2c"
+    title = "llama2.c's model.bin"
+    held = HELD
+    tensor_names = TENSOR_NAMES
+    read_suffixes = (".bin", ".pt")
+    weights = MODEL_NAME
+
+    def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
+        """Why run.c's graph does not compute a model."""
+        found = [*scheme_problems(quant), *super().problems(config, quant)]
+        if config.attention_size != config.hidden_size:
+            found.append(f"model.head_dim={config.head_dim}: run.c's heads add up to hidden_size")
+        return found
+
+    def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
+        """See `Format`; run.c also knows the numbers of BOS and of the bytes."""
+        vocabulary = None if tokenizer is None else tokenizer.sentencepiece_vocabulary()
+        problem = llama_tokenizer_problem(tokenizer)
+        if problem is not None or tokenizer is None or vocabulary is None:
+            return problem
+        bytes_ = vocabulary.pieces[FIRST_BYTE : FIRST_BYTE + 256]
+        has_bytes = len(bytes_) == 256 and all(piece.kind is PieceKind.BYTE for piece in (bytes_[0], bytes_[-1]))
+        if (tokenizer.bos_id, has_bytes) == (1, True):
+            return None
+        return "its BOS is not piece 1, or its bytes do not begin at 3"
+
+    def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
+        """See `Format`; tokenizer.bin is written where run.c can use the tokenizer."""
+        config, vocab = stored.config, stored.config.vocabulary
+        header = [
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_kv_heads,
+            vocab if config.tie_word_embeddings else -vocab,
+            config.max_position_embeddings,
+        ]
+        *before_tables, last = file_order(config)
+        if last.name != HEAD:
+            before_tables.append(last)
+        with (out / MODEL_NAME).open("wb") as file:
+            file.write(np.array(header, dtype="<i4").tobytes())
+            for tensor in before_tables:
+                weight = interleave(stored.dequantized(tensor.name), tensor.rotary_heads)
+                file.write(np.ascontiguousarray(weight.numpy(), dtype="<f4").data)  # tofile would not say why it failed
+            file.write(_rotary_tables(config))
+            if last.name == HEAD:
+                file.write(np.ascontiguousarray(stored.tensor(HEAD).numpy(), dtype="<f4").data)
+        tokenizer = stored.tokenizer
+        vocabulary = None if tokenizer is None else tokenizer.sentencepiece_vocabulary()
+        if tokenizer is not None and vocabulary is not None:
+            tokenizer.copy_to(out)
+            if self.tokenizer_problem(tokenizer) is None:
+                _write_tokenizer(tokenizer, vocabulary, vocab, out / TOKENIZER_NAME)
+        return [WrittenTensor(t.name, "f32", t.shape, 4 * t.size, FLOAT_ERRORS["f32"]) for t in network_tensors(config)]
+
+    def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
+        """The file as every command opens it."""
+        return open_bin(out / MODEL_NAME)
+
+    @classmethod
+    def open(cls, path: Path) -> StoredModel:
+        """A .bin, or a training checkpoint (.pt)."""
+        if path.suffix == ".bin":
+            return open_bin(path)
+        from bitnet_lit.checkpoints.formats.llama2c_checkpoint import open_pt  # imports torch
+
+        return open_pt(path)
+
+    @classmethod
+    def earlier_names(cls, folder: Path) -> set[str]:
+        """The three files of such a folder."""
+        return {MODEL_NAME, TOKENIZER_NAME, *SentencePieceTokenizer.file_names}
+
+    def remark(self, stored: StoredModel) -> str | None:
+        """Why there is no tokenizer.bin."""
+        problem = self.tokenizer_problem(stored.tokenizer)
+        return problem and f"no {TOKENIZER_NAME} was written ({problem}): run.c needs one for this model"
+
+    def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
+        """run.c, and this project."""
+        yield f"```sh\n./run {MODEL_NAME} -z {TOKENIZER_NAME}   # llama2.c\n```"
+        yield from super().how_to_run(repository, runs_there)
+
+
+def _rotary_tables(config: ModelConfig) -> bytes:
+    """cos and sin of half a head for each position, float32; run.c computes its own."""
+    from bitnet_lit.model.layers import rotary_tables
+
+    cos, sin = (table[:, : config.head_size // 2].numpy() for table in rotary_tables(config))
+    return bytes(cos.astype("<f4").tobytes() + sin.astype("<f4").tobytes())

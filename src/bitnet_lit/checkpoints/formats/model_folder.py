@@ -34,22 +34,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.checkpoints.config_json import CONFIG_NAME, FORMAT_VERSION, check_config, our_shape, read_raw_config
+from bitnet_lit.checkpoints.config_json import FORMAT_VERSION, check_config, our_shape, read_raw_config
+from bitnet_lit.checkpoints.file_names import CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME, folder_tokenizer
+from bitnet_lit.checkpoints.formats.format import Format, Tool
+from bitnet_lit.checkpoints.formats.huggingface import OTHER, TRANSFORMERS, network_type, transformers_runs
 from bitnet_lit.checkpoints.safetensors_reader import SafetensorsReader, safetensors_files
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer, tokenizer_file_names
+from bitnet_lit.config.checks import one_of
+from bitnet_lit.data.tokenizers import Tokenizer, tokenizer_file_names
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.activations import AbsMax
-from bitnet_lit.quant.weights import AbsMean, PerTensor
 
-WEIGHTS_NAME = "model.safetensors"
-GENERATION_NAME = "generation_config.json"
 # Where a field of the network stands in config.json: beside Hugging Face's under the name that both give it, or under
 # "bitnet_lit". What is in neither tuple goes there too, so a new field is saved without a word here.
 THEIR_KEYS = (
@@ -64,28 +64,8 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-    "bitnet_lit": "BitNetLitForCausalLM",
+    OTHER: "BitNetLitForCausalLM",
 }
-
-
-def network_type(config: ModelConfig) -> str:
-    """Which of the networks that `transformers` knows this is; bitnet_lit for none of them."""
-    if config.sub_norm:
-        as_theirs = not (config.qkv_bias or config.qk_norm) and config.attention_size == config.hidden_size
-        return "bitnet" if as_theirs else "bitnet_lit"
-    if config.qkv_bias:
-        return "bitnet_lit" if config.qk_norm else "qwen2"
-    return "qwen3" if config.qk_norm else "llama"
-
-
-def transformers_runs(quant: QuantConfig, packed: bool) -> bool:
-    """Whether stock `transformers` computes this quantization: it finds codes by absmean, or is given them."""
-    scheme = quant.scheme
-    if not scheme.quantizes:
-        return True
-    given_codes = packed and scheme.is_ternary and scheme.granularity == PerTensor()
-    known_rules = (given_codes or scheme.weights == AbsMean()) and scheme.activations == AbsMax(8)
-    return known_rules and scheme.is_plain and quant.skip == ["lm_head"]
 
 
 def describe(
@@ -117,10 +97,10 @@ def describe(
             "info": public_info(info),
         },
     }
-    model_type = network_type(config) if transformers_runs(quant, packed) else "bitnet_lit"
+    model_type = network_type(config) if transformers_runs(quant, packed) else OTHER
     described["model_type"] = model_type
     described["architectures"] = [ARCHITECTURES[model_type]]
-    if model_type == "bitnet_lit":
+    if model_type == OTHER:
         described["quantization_config"] = {"quant_method": "bitnet_lit", **quant.describe()}
     elif quant.scheme.quantizes:
         described["quantization_config"] = {
@@ -169,12 +149,6 @@ def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConf
         return ModelConfig(**values), QuantConfig.described(ours["quant"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def folder_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder; None where there is none."""
-    path = find_tokenizer(folder)
-    return None if path is None else open_tokenizer(path)
 
 
 PATH_IN_TEXT = re.compile(r"(?<![^\s'\"(=])(?:[A-Za-z]:[\\/]|~?/)[^\s'\"]*?([^\s'\"/\\]+)[/\\]?(?=[\s'\"),;]|$)")
@@ -226,3 +200,43 @@ def open_model_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
     reader = SafetensorsReader(safetensors_files(folder))
     expected = raw.get("tokenizer_sha256")
     return StoredModel(folder, config, quant, folder_tokenizer(folder), info, reader, tokenizer_sha256=expected)
+
+
+@dataclass(frozen=True)
+class ModelFolder(Format):
+    """What the latent and the packed folder have in common."""
+
+    library = "transformers"
+
+    dtype: str = "float32"
+    """Of everything that is no packed code: float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+
+    def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
+        """None: every field of a network is carried, those that `transformers` does not know under "bitnet_lit"."""
+        return []
+
+    @property
+    def tool(self) -> Tool:
+        """Stock `transformers`."""
+        return TRANSFORMERS
+
+    def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
+        """The folder as every command opens it."""
+        return open_model_folder(out, read_raw_config(out))
+
+    @classmethod
+    def earlier_names(cls, folder: Path) -> set[str]:
+        """See `written_names`."""
+        return written_names(folder)
+
+    def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
+        """`transformers` where it computes the model, and this project."""
+        if runs_there:
+            yield (
+                "```python\nfrom transformers import AutoModelForCausalLM  # with the package accelerate\n\n"
+                f'model = AutoModelForCausalLM.from_pretrained("{repository}")\n```'
+            )
+        yield from super().how_to_run(repository, runs_there)

@@ -1,0 +1,107 @@
+"""The packed model folder: codes and scales, which run and do not train; everything else as in the latent one.
+
+Two bits hold a ternary code (quant/packing.py has the layout, which is Hugging Face's); other codes take a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitnet_lit.checkpoints.formats.format import FLOAT_ERRORS, FORMATS, WrittenTensor, scheme_problems
+from bitnet_lit.checkpoints.formats.huggingface import transformers_problems
+from bitnet_lit.checkpoints.formats.model_folder import ModelFolder, describe
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.config import ModelConfig, QuantConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
+
+SCALE_ERROR = 2.0**-23  # a float32 whose inverse was stored, or not
+
+
+@FORMATS.register
+@dataclass(frozen=True)
+class Packed(ModelFolder):
+    """The model folder with packed codes: it holds every network, and schemes of codes and scales."""
+
+    name = "packed"
+    title = "the model folder, packed codes"
+
+    def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
+        """Why a packed folder cannot hold a model, whoever reads it."""
+        found, scheme = [*scheme_problems(quant), *super().problems(config, quant)], quant.scheme
+        if not scheme.quantizes:
+            found.append(f"quant={scheme.name}: a dense model has no codes to pack: take quant=b158, or format=latent")
+        if scheme.is_ternary:
+            rows = {
+                "model.hidden_size": config.hidden_size,
+                "model.intermediate_size": config.intermediate_size,
+                "num_attention_heads * head_dim": config.attention_size,
+                "num_key_value_heads * head_dim": config.kv_size,
+            }
+            found += [
+                f"{key}={size}: four rows share a byte: take a multiple of 4" for key, size in rows.items() if size % 4
+            ]
+        if config.qkv_bias and scheme.quantizes:
+            found.append(
+                "model.qkv_bias=true: transformers multiplies the bias by the scale of packed codes too: take "
+                "format=latent"
+            )
+        return found
+
+    def tool_problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
+        """Why stock `transformers` would compute something else, and so refuses the folder."""
+        return transformers_problems(config, quant, packed=True)
+
+    def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
+        """See `Format`."""
+        import torch
+
+        from bitnet_lit.checkpoints.formats.model_folder_writer import write_folder
+
+        tensors = list(packed_tensors(stored, getattr(torch, self.dtype)))
+        described = describe(stored.config, stored.quant, stored.tokenizer, stored.info, True, self.dtype)
+        write_folder(out, described, tensors, stored.tokenizer)
+        kinds = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8"}
+        sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+        rows = []
+        for name, shape in stored.tensors.items():
+            kind = next(kinds[tensor.dtype] for tensor in tensors if tensor.name == name)
+            nbytes = sizes[name] + sizes.get(f"{name}_scale", 0)
+            rows.append(WrittenTensor(name, kind, shape, nbytes, FLOAT_ERRORS.get(kind, SCALE_ERROR)))
+        return rows
+
+
+def packed_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTensor]:
+    """Codes as `stored_codes` keeps them and scales as float32 (1,), (O, 1) or (O, G); everything else in `dtype`."""
+    import torch
+
+    from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
+    from bitnet_lit.quant.packing import CODES_PER_BYTE, stored_codes
+
+    scheme = stored.quant.scheme
+    for name, shape in stored.tensors.items():
+        if name not in stored.quantized:
+            yield LazyTensor(name, shape, dtype, partial(stored.tensor, name))
+            continue
+
+        def codes(name: str = name) -> Tensor:
+            return stored_codes(stored.codes(name)[0], scheme)
+
+        scales = scheme.granularity.scale_shape(shape[0], shape[1]) or (1,)
+
+        def scale(name: str = name, scales: tuple[int, ...] = scales) -> Tensor:
+            return stored.codes(name)[1].reshape(scales)
+
+        if scheme.is_ternary:
+            yield LazyTensor(name, (shape[0] // CODES_PER_BYTE, shape[1]), torch.uint8, codes)
+        else:
+            yield LazyTensor(name, shape, torch.int8, codes)
+        yield LazyTensor(f"{name}_scale", scales, torch.float32, scale)
