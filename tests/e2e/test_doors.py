@@ -196,6 +196,7 @@ def test_the_wheel_works_from_an_empty_directory(tmp_path):
     wheel = next((tmp_path / "dist").glob("*.whl"))
     shutil.unpack_archive(wheel, site, "zip")
     assert (site / "bitnet_lit" / "conf" / "model" / "demo.yaml").exists()
+    assert (site / "bitnet_lit" / "py.typed").exists()
     assert (site / "bitnet_lit" / "inference" / "engines" / "cpu" / "csrc" / "engine.cpp").exists()
     described = next(site.glob("*.dist-info"))
     assert "bitnet-lit = bitnet_lit.__main__:main" in (described / "entry_points.txt").read_text()

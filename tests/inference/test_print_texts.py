@@ -99,7 +99,8 @@ def test_why_pytorch_runs_a_model_is_one_line(tmp_path, capsys, tokenizer):
     assert re.fullmatch(f"note: {why}\n", printed.err) and warnings.showwarning is before
     with pytest.warns(UserWarning, match=why) as caught:
         model = bitnet_lit.load(tmp_path / "model")
-    assert model.engine.name == "PyTorch" and "PyTorch" in repr(model) and "b158_row" in repr(model)
+    assert str(model.engine) == model.engine.name == "PyTorch"
+    assert repr(model) == f"<LanguageModel {tmp_path}/model: {model.config.name}, quant=b158_row, PyTorch>"
     assert caught[0].filename == __file__  # the line that called load
     with warnings.catch_warnings():
         warnings.simplefilter("error")

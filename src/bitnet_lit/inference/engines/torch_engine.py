@@ -41,6 +41,9 @@ class TorchEngine:
         self._shared = not pack
         self._lock = threading.Lock()
 
+    def __str__(self) -> str:
+        return self.name
+
     def new_cache(self) -> KVCache:
         """An empty cache."""
         return KVCache(self.model.config, 1, self.max_length, self.device)

@@ -189,6 +189,9 @@ class CpuEngine:
         self.name = f"native, {native.library().bitnet_simd().decode()}, {model.threads} threads"
         self.max_length = model.config.max_position_embeddings
 
+    def __str__(self) -> str:
+        return self.name
+
     def new_cache(self) -> Cache:
         """An empty cache."""
         return self.model.new_cache()
