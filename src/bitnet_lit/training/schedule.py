@@ -100,9 +100,9 @@ def build_schedule(
 def _custom_schedule(optimizer: Optimizer, config: CustomSchedule, warmup_steps: int, total_steps: int) -> LRScheduler:
     target: Any = locate(config._target_, "schedule")
     lengths = {"warmup_steps": warmup_steps, "total_steps": total_steps}
-    for name in lengths:
-        if getattr(config, name) is not None and not takes(target, name):
-            raise UserError(f"schedule.{name}={getattr(config, name)}: {config._target_} has no argument of that name")
+    for name in ("warmup_steps", "warmup_tokens"):
+        if getattr(config, name) is not None and not takes(target, "warmup_steps"):
+            raise UserError(f"schedule.{name}={getattr(config, name)}: {config._target_} has no argument warmup_steps")
     lengths = {name: value for name, value in lengths.items() if takes(target, name)}
     if inspect.isclass(target) and issubclass(target, LRScheduler):
         if issubclass(target, ReduceLROnPlateau):
