@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.infer: a model folder tells a story."""
+"""bitnet-lit infer: a model folder tells a story."""
 
 from __future__ import annotations
 

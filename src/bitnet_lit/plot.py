@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.plot: curves of runs, as a PNG."""
+"""bitnet-lit plot: curves of runs, as a PNG."""
 
 from __future__ import annotations
 

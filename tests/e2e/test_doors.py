@@ -89,7 +89,7 @@ def test_a_users_mistake_is_one_line_and_status_2(tmp_path, door, arguments, mes
 @pytest.mark.parametrize("door", ["train", "prepare", "evaluate", "infer", "plot"])
 def test_help_tells_what_the_door_does(tmp_path, door):
     result = run_door(door, "--help", cwd=tmp_path)
-    assert f"python -m bitnet_lit.{door}" in result.stdout
+    assert f"bitnet-lit {door}" in result.stdout
     assert not list(tmp_path.iterdir())
 
 

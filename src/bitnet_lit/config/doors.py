@@ -1,4 +1,4 @@
-"""The commands beside training: one dataclass for each `python -m bitnet_lit.<command>`."""
+"""The commands beside training: one dataclass for each `bitnet-lit <command>`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANY_SEED = Range(-(2**64), 2**64)
 
 @dataclass
 class PrepareConfig(Checked):
-    """`python -m bitnet_lit.prepare`: text to shards of token ids, in llama2.c's format."""
+    """`bitnet-lit prepare`: text to shards of token ids, in llama2.c's format."""
 
     source: str = "demo"
     """demo, tinystories, or a file, folder or glob of .json, .jsonl or .txt files."""
@@ -65,7 +65,7 @@ class PrepareConfig(Checked):
 
 @dataclass
 class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
-    """`python -m bitnet_lit.infer`: a model goes on from a prompt, or from several."""
+    """`bitnet-lit infer`: a model goes on from a prompt, or from several."""
 
     prompt: str = "Once upon a time"
     """The text to go on from. Empty: the model begins by itself."""
@@ -90,7 +90,7 @@ class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
 
 @dataclass
 class EvaluateConfig(CheckpointConfig):
-    """`python -m bitnet_lit.evaluate`: one deterministic pass over a validation split."""
+    """`bitnet-lit evaluate`: one deterministic pass over a validation split."""
 
     data_dir: str | None = None
     """The folder of shards to evaluate on. null: the one that the model was trained on."""
@@ -112,7 +112,7 @@ class EvaluateConfig(CheckpointConfig):
 
 @dataclass
 class ExportConfig(CheckpointConfig):
-    """`python -m bitnet_lit.export`: a model for other tools, compared with the original before it is called done."""
+    """`bitnet-lit export`: a model for other tools, compared with the original before it is called done."""
 
     format: str = "packed"
     """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp), llama2c (run.c), or the name of
@@ -170,7 +170,7 @@ class ExportConfig(CheckpointConfig):
 
 @dataclass
 class PlotConfig:
-    """`python -m bitnet_lit.plot`: the curves of runs, as a PNG."""
+    """`bitnet-lit plot`: the curves of runs, as a PNG."""
 
     runs: list[str] = field(default_factory=lambda: ["outputs"])
     """A run folder, a folder with runs somewhere below it, or a list of such folders: [a,b]."""
@@ -184,7 +184,7 @@ class PlotConfig:
 
 @dataclass
 class BenchConfig(Checked):
-    """`python -m bitnet_lit.bench`: speed, beside other software's; the last line is JSON."""
+    """`bitnet-lit bench`: speed, beside other software's; the last line is JSON."""
 
     suite: str = "data"
     """data: encoding text, and loading batches. cpu: decode and prefill of the native engine."""

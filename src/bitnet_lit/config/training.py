@@ -50,7 +50,7 @@ class ExportTargetsConfig:
 
 @dataclass
 class TrainConfig(Checked):
-    """`python -m bitnet_lit.train`: shards to a run folder with a model folder in it."""
+    """`bitnet-lit train`: shards to a run folder with a model folder in it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)

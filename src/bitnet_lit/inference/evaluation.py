@@ -35,7 +35,7 @@ def evaluate_batches(
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """What `python -m bitnet_lit.evaluate` does.
+    """What `bitnet-lit evaluate` does.
 
     Returns:
         The figures of `LossSums.metrics`, and what they were measured on: `tokens`, `sequence_length`, `data_dir` and

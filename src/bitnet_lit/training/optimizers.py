@@ -3,7 +3,7 @@
 Weight decay acts on matrices only. Muon replaces each hidden matrix's momentum by the nearest orthogonal matrix
 (Newton-Schulz; Jordan et al. 2024), so every direction of the matrix moves at the same rate; embeddings, head and
 norms are no maps between hidden spaces and stay with AdamW. For ternary weights a step of equal size everywhere is
-what moves codes: at small scale it gains more than any other choice in the recipe (README, results).
+what moves codes: at small scale it gains more than any other choice in the recipe (docs/results.md).
 """
 
 from __future__ import annotations
