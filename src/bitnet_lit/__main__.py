@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "shards to a run folder with a model folder in it; sweeps with -m",
     "evaluate": "loss, perplexity, bits per byte and accuracy on the validation split",
     "infer": "a model continues a prompt",
-    "export": "packed codes, GGUF and other formats, each compared with its source",
+    "export": "packed codes, GGUF and other formats, each compared with the model",
     "plot": "loss curves of runs, as a PNG",
     "bench": "speed beside PyTorch, transformers and llama.cpp, with JSON in the last line",
 }

@@ -1,15 +1,19 @@
 """A data module of a user's own: what it must have, its order, resuming it, and several processes."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from bitnet_lit import load
 from bitnet_lit.cli import compose
 from bitnet_lit.config import CustomData, EvaluateConfig
-from bitnet_lit.data.custom import CustomDataModule, open_custom
+from bitnet_lit.data.custom import CustomDataModule, open_custom, own_tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
@@ -56,6 +60,30 @@ class Counting(Squares):
 
     def load_state_dict(self, state_dict):
         self.next = state_dict["next"]
+
+
+class ByteTokenizer(Tokenizer):
+    vocab_size, bos_id, eos_id = 257, 256, 256
+
+    def encode(self, text, bos=True):
+        return [256] * bos + list(text.encode())
+
+    def decode(self, ids):
+        return bytes(id for id in ids if id < 256).decode(errors="replace")
+
+    def piece_bytes(self, token):
+        return bytes([token]) if token < 256 else b""
+
+
+class Bytes(Squares):
+    """Text in a tokenizer of the user's own."""
+
+    vocab_size = 257
+
+    def __init__(self, batch_size, sequence_length):
+        super().__init__(batch_size, sequence_length)
+        self.tokenizer = ByteTokenizer()
+        self.rows = torch.tensor(self.tokenizer.encode("abc " * 200)[: 22 * (sequence_length + 1)]).view(22, -1)
 
 
 class Wrong(Squares):
@@ -181,3 +209,21 @@ def test_lengths_in_epochs_need_a_loader_that_says_its_length(tmp_path):
     assert metrics["steps"] == 10  # five batches an epoch
     with pytest.raises(UserError, match="does not say how many batches an epoch has: give trainer.max_steps"):
         train(compose("train", [f"run_dir={tmp_path}/b", *options, f"data._target_={HERE}.Counting"]))
+
+
+def test_a_run_with_a_tokenizer_of_the_users_own(tmp_path):
+    """It gives bits per byte and samples, and its model generates when it is given again."""
+    options = [*TINY_RUN, f"data._target_={HERE}.Bytes", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    figures = train(compose("train", [f"run_dir={tmp_path}/run", *options]))
+    # Each target token is one byte of text.
+    assert figures["val/bits_per_byte"] == pytest.approx(figures["val/loss"] / math.log(2))
+    assert "Once upon a time" in (tmp_path / "run" / "samples.txt").read_text()
+    with pytest.raises(UserError, match="give tokenizer="):
+        load(tmp_path / "run").generate("a")
+    assert load(tmp_path / "run", tokenizer=ByteTokenizer()).generate("ab", max_new_tokens=3).startswith("ab")
+
+
+def test_a_tokenizer_of_another_library_is_one_line():
+    own = SimpleNamespace(tokenizer=object())
+    with pytest.raises(UserError, match="its tokenizer is a object: save it as a tokenizer.json"):
+        own_tokenizer(own)

@@ -3,7 +3,8 @@
 A LightningDataModule serves if it has
 
     vocab_size          int: ids lie below it
-    tokenizer_path      a SentencePiece model or tokenizer.json, which the model folder keeps; None or absent: no text
+    tokenizer           a `bitnet_lit.data.tokenizers.Tokenizer`, or tokenizer_path: a SentencePiece model or a
+                        tokenizer.json, which the model folder keeps; without them, no samples and no bits per byte
     train_dataloader()  an iterable of int64 (B, T + 1): B is data.batch_size, T the length of a sequence; one epoch
     val_dataloader()    the same, for validation; a batch may be smaller
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from bitnet_lit.config.data import CustomData
+from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import instantiate, locate, takes
 
@@ -63,10 +64,23 @@ def open_custom(config: CustomData, sequence_length: int, seed: int, is_first: b
     return own
 
 
-def tokenizer_path(own: Any) -> Path | None:
-    """The tokenizer's file; None where there is none."""
-    path = getattr(own, "tokenizer_path", None)
-    return None if path is None else Path(path)
+def own_tokenizer(own: Any) -> Tokenizer | None:
+    """Return the tokenizer of a data module: the object, or the one in its file; None where it has neither.
+
+    Raises:
+        UserError: the object is of another library, or the file cannot be opened; one line.
+    """
+    tokenizer, path = getattr(own, "tokenizer", None), getattr(own, "tokenizer_path", None)
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if path is not None:
+        return open_tokenizer(path)
+    if tokenizer is not None:
+        raise UserError(
+            f"data: its tokenizer is a {type(tokenizer).__name__}: save it as a tokenizer.json and give its path as "
+            "tokenizer_path, or derive it from bitnet_lit.data.tokenizers.Tokenizer"
+        )
+    return None
 
 
 def length_of(loader: Any) -> int | None:

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from bitnet_lit.config import CustomData, DataConfig, PrepareConfig, TrainConfig
-from bitnet_lit.data.custom import NO_BATCH, CustomDataModule, checked, length_of, open_custom, tokenizer_path
+from bitnet_lit.data.custom import NO_BATCH, CustomDataModule, checked, length_of, open_custom, own_tokenizer
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.data.shards import open_shards
-from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 
 DEMO_DIR = Path("data/demo")
@@ -91,8 +91,7 @@ class OwnData:
         self.config, self.sequence_length = config, sequence_length
         self.own = open_custom(config, sequence_length, seed, is_first)
         self.name, self.vocab_size = config._target_, self.own.vocab_size
-        path = tokenizer_path(self.own)
-        self.tokenizer = None if path is None else open_tokenizer(path)
+        self.tokenizer = own_tokenizer(self.own)
 
     def _check_length(self, sequence_length: int) -> None:
         if sequence_length != self.sequence_length:
