@@ -16,7 +16,7 @@ class DataConfig(Checked):
     dir: str | None = None
     """A folder of llama2.c shards. null: the demo corpus, written to data/demo when it is not there yet."""
     tokenizer: str | None = None
-    """SentencePiece model of shards that come without one."""
+    """The tokenizer of shards that come without one: its file, or a folder that holds it."""
     sequence_length: int | None = None
     """Tokens a sequence predicts. null: the model's context."""
     batch_size: int = 32

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bitnet_lit import load
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
-from bitnet_lit.data.tokenizers import Tokenizer, tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer, tokenizer
 from bitnet_lit.errors import UserError
 from tests.support import tiny_model
 
@@ -66,6 +66,13 @@ def test_a_model_of_such_a_tokenizer_is_saved_and_generates_when_it_is_given_aga
 
     with pytest.raises(UserError, match="Other: not the tokenizer this model was trained with"):
         load(tmp_path / "model", tokenizer=Other())
+
+
+def test_a_folder_is_opened_by_the_tokenizer_in_it(shards, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert open_tokenizer(shards).path == shards / "tokenizer.model"
+    with pytest.raises(UserError, match=r"empty: no tokenizer\.model or tokenizer\.json in this folder: give the"):
+        open_tokenizer(tmp_path / "empty")
 
 
 def test_reading_text_and_shards_needs_no_framework():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.data.tokenizers.tokenizer import Tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
+from bitnet_lit.errors import UserError
 
 __all__ = ["Tokenizer", "find_tokenizer", "open_tokenizer", "tokenizer_file_names"]
 
@@ -16,10 +18,17 @@ _KINDS = (SentencePieceTokenizer, JsonTokenizer)  # where a folder holds files o
 def open_tokenizer(path: Path | str) -> Tokenizer:
     """Open a tokenizer's file: *.json as a tokenizer.json, any other name as a SentencePiece model.
 
+    Args:
+        path: the file, or a folder that holds one, such as a model folder.
+
     Raises:
         UserError: the file is missing, cannot be read, or is not what its name says; one line.
     """
-    return JsonTokenizer(path) if Path(path).suffix == ".json" else SentencePieceTokenizer(path)
+    file = find_tokenizer(Path(path)) if os.path.isdir(path) else Path(path)
+    if file is None:
+        names = " or ".join(kind.file_names[0] for kind in _KINDS)
+        raise UserError(f"tokenizer {path}: no {names} in this folder: give the tokenizer's file")
+    return JsonTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
 
 
 def find_tokenizer(folder: Path) -> Path | None:
