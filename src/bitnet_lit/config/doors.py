@@ -25,7 +25,7 @@ class PrepareConfig(Checked):
     out: str | None = None
     """The folder to write. null: data/<source>, or for files data/<the name of the file or folder>."""
     tokenizer: str | None = None
-    """An existing tokenizer: its file, or a folder that holds it. null: train a SentencePiece model of vocab_size pieces."""
+    """An existing tokenizer: its file, or a folder with one. null: train a SentencePiece model of vocab_size pieces."""
     vocab_size: int | None = None
     """Pieces of the tokenizer to train. null: 1024 for the demo corpus, 4096 otherwise."""
     num_workers: int | None = None
