@@ -23,7 +23,7 @@ from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
 from tests.forked import ForkServer, door
 from tests.support import REPOSITORY
 
-PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "examples/*/*.md") for path in REPOSITORY.glob(pattern))
 SOURCE = REPOSITORY / "src" / "bitnet_lit"
 ELSEWHERE = {".", "cd", "git", "make", "pip", "pytest", "python3"}
 """Programs of a block that are no command of ours: what they name is looked at, and they are not run."""
@@ -79,6 +79,7 @@ def prose(path: Path) -> str:
     return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
+RUN_ELSEWHERE = {"examples/my_project/README.md"}  # tests/examples/test_my_project.py
 BLOCKS = [block for path in PAGES for block in blocks(path)]
 SHELL = [block for block in BLOCKS if block.language == "sh"]
 
@@ -107,7 +108,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
         if target.startswith(("http://", "https://")):
@@ -120,7 +121,7 @@ def test_links_lead_somewhere(path):
             assert anchor in map(slug, headings), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_files_that_a_page_names_are_there(path):
     roots = [REPOSITORY, SOURCE, path.parent]
     for name in re.findall(
@@ -150,7 +151,7 @@ def known_keys() -> set[str]:
     return keys | {folder.name for folder in Path(CONF_DIR).iterdir() if folder.is_dir()}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_keys_that_a_sentence_names_exist(path, known_keys):
     for span in re.findall(r"`([^`\n]+)`", prose(path)):
         for word in span.split():
@@ -234,7 +235,9 @@ THINGS = ("ball", "cake", "doll", "boat", "shell")
 SIZES = ("big", "small", "red")
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language in ("sh", "python")}))
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in BLOCKS if block.language in ("sh", "python")} - RUN_ELSEWHERE)
+)
 def test_the_blocks_of_a_page_run(page, server, corpus, tmp_path):
     """In order, as a reader types them, in a folder of the page's own."""
     folder = tmp_path / "reader"
