@@ -21,8 +21,10 @@ from bitnet_lit import config as schema
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
 from bitnet_lit.door import interruptions
-from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.overrides import as_typed, quoted
+from bitnet_lit.runs import own_folder  # noqa: F401  # its resolvers are named in conf/train.yaml
+from bitnet_lit.runs.ranks import command_of_a_job
 from bitnet_lit.runs.sweep import run_job
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
@@ -176,7 +178,7 @@ def run(
     door: str,
     task: Callable[[Any], Any],
     arguments: Sequence[str],
-    defaults: Callable[[list[str]], list[str]] | None = None,
+    defaults: Callable[[list[str], bool], list[str]] | None = None,
     configure: Callable[[DictConfig], Any] = to_object,
 ) -> None:
     """Run `task(config)` with the config that the arguments describe, or Hydra's own flags (--help, --cfg, ...).
@@ -185,7 +187,8 @@ def run(
         door: name of the root config in conf/ and of its schema.
         task: called with the dataclass; what it returns is what a sweeper optimizes.
         arguments: the command line after the command's name.
-        defaults: called with the overrides in Hydra's grammar; returns further ones, which those win over.
+        defaults: called with the overrides in Hydra's grammar and whether they are a sweep's; returns further ones,
+            which those win over.
         configure: makes the dataclass of the composed config.
 
     Raises:
@@ -211,7 +214,8 @@ def run(
 
         if hydra_config.mode == RunMode.MULTIRUN:
             folders = Path(hydra_config.runtime.output_dir), Path(hydra_config.sweep.dir)
-            result = run_job(work, *folders, os.getpid() == main_process)
+            with command_of_a_job(f"bitnet_lit.{door}", flags):
+                result = run_job(work, *folders, os.getpid() == main_process)
             if result == float("inf"):
                 failures.append(TrainingStopped("jobs of the sweep failed"))
             return result
@@ -221,7 +225,7 @@ def run(
             failures.append(error)
 
     spelled = as_typed(SCHEMAS[door], _from_lightning(overrides), sweep)
-    spelled = _with_custom([*(defaults(spelled) if defaults else []), *spelled])
+    spelled = _with_custom([*(defaults(spelled, sweep) if defaults else []), *spelled])
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)()
@@ -230,8 +234,9 @@ def run(
             raise KeyboardInterrupt from None
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
             raise UserError(explain(door, error, overrides, CONF_DIR)) from None
-        if isinstance(error, OSError):
-            raise
+        if isinstance(error, OSError):  # of Hydra, which makes the run's folder and writes its record there
+            with disk_errors("the run folder", refused="give another one (hydra.run.dir=..., hydra.sweep.dir=...)"):
+                raise
         if not isinstance(error, BrokenProcessPool):
             raise UserError(explain(door, error, overrides, CONF_DIR)) from error
         from bitnet_lit.runs.sweep_table import SweepTable

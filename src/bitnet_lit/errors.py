@@ -58,6 +58,10 @@ class TrainingStopped(RuntimeError):
         self.status = status
 
 
+class Diverged(TrainingStopped):
+    """A run whose loss or gradient is no finite number any more."""
+
+
 class DataError(TrainingStopped):
     """Shards that changed or broke while they were read. Not the user's input, so the status is 1."""
 

@@ -5,7 +5,6 @@ A sweep (`-m`) gives the final validation loss to Hydra's sweeper, so an optimiz
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet_lit.door import run_door
@@ -46,22 +45,33 @@ def _configure(cfg: DictConfig) -> TrainConfig:
     )
 
 
-def _in_place(overrides: list[str]) -> list[str]:
-    """A run that is resumed goes on in its folder; Hydra's own record of this call goes beside the first one's."""
+def _place(overrides: list[str], is_sweep: bool) -> list[str]:
+    """A run that is resumed goes on in its folder; Hydra's own record of this call goes beside the first one's.
+
+    Raises:
+        UserError: a folder that cannot be a run's.
+    """
+    from bitnet_lit.errors import UserError
     from bitnet_lit.overrides import quoted, readable
+    from bitnet_lit.runs.folder import RESUME_RECORD, find_run
 
     typed = dict(map(readable, overrides))
-    given = typed.get("resume")
-    if given is None or not Path(given).exists():
+    for key in ("hydra.run.dir", "hydra.sweep.dir", "run_dir"):
+        if not typed.get(key, key):
+            raise UserError(f"{key}= is empty: give a folder, or leave it out")
+    given = typed.get("resume", "null")
+    if given.lower() == "null":
         return []
-    folder = Path(given) if Path(given).is_dir() else Path(given).parents[1]  # <run folder>/checkpoints/best.ckpt
+    if is_sweep:
+        raise UserError(f"resume={given} in a sweep (-m): go on with one run at a time, without -m")
+    folder, _ = find_run(given)
     opened = [item for item in _OPENED if item.partition("=")[0] not in typed]
-    return [*opened, f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=.hydra_resume"]
+    return [*opened, f"hydra.run.dir={quoted(str(folder))}", f"hydra.output_subdir={RESUME_RECORD}"]
 
 
 def main() -> None:
     """Entry point."""
-    run_door("train", _train, defaults=_in_place, configure=_configure)
+    run_door("train", _train, defaults=_place, configure=_configure)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import errno
 import fcntl
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
-from bitnet_lit.runs.folder import claim, clean, locked
+from bitnet_lit.runs.folder import claim, clean, find_run, is_taken, locked
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
@@ -50,6 +51,7 @@ def test_the_lock_of_a_killed_process_is_gone(tmp_path):
 
 @pytest.mark.parametrize("result", ["checkpoints/last.ckpt", "checkpoints/best.ckpt", "model/x", "metrics.json"])
 def test_a_folder_with_a_run_is_refused(tmp_path, result):
+    (tmp_path / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
     (tmp_path / result).parent.mkdir(exist_ok=True)
     (tmp_path / result).write_text("a result")
     with pytest.raises(UserError, match=f"holds a run already .*resume={tmp_path}"):
@@ -69,11 +71,75 @@ def test_what_a_run_without_a_checkpoint_left_makes_room(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"notes.md", "tensorboard"}
 
 
-def test_a_config_of_something_else_stays(tmp_path):
-    (tmp_path / "config.yaml").write_text("site: mine\n")
-    with pytest.raises(UserError, match="a config.yaml that is not of a run"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "samples.txt",
+        "metrics.csv",
+        "tensorboard/events.out.tfevents.1",
+        "model/x",
+        "metrics.json",
+    ],
+)
+def test_files_that_no_run_wrote_stay(tmp_path, name):
+    """A folder of the user's own, in which no run ever was."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine\n")
+    with pytest.raises(UserError, match=f"has a {name.removesuffix('/x')} that no run wrote"):
         claim(tmp_path, True)
-    assert (tmp_path / "config.yaml").read_text() == "site: mine\n"
+    assert (tmp_path / name).read_text() == "mine\n"
+
+
+def test_a_kill_while_a_dead_run_makes_room_leaves_the_rest_to_the_next(tmp_path, monkeypatch):
+    for name in ("metrics.csv", "samples.txt", "ternary_health.csv"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
+    unlink = Path.unlink
+    for _ in range(4):
+        monkeypatch.setattr(Path, "unlink", lambda path, **options: (unlink(path, **options), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            claim(tmp_path, True)
+    monkeypatch.undo()
+    claim(tmp_path, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_found_from_wherever_it_is_typed(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
+    (run / "checkpoints" / "best.ckpt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert find_run("run") == (Path("run"), Path("run/checkpoints/last.ckpt"))
+    assert find_run("run/checkpoints/best.ckpt") == (Path("run"), Path("run/checkpoints/best.ckpt"))
+    monkeypatch.chdir(run / "checkpoints")
+    for typed in ("best.ckpt", "./best.ckpt", "../checkpoints/best.ckpt"):
+        folder, checkpoint = find_run(typed)
+        assert folder.resolve() == run.resolve() and checkpoint.samefile(run / "checkpoints" / "best.ckpt")
+    monkeypatch.chdir(run)
+    assert find_run("checkpoints/best.ckpt")[0].resolve() == run.resolve()
+    for typed in ("config.yaml", "checkpoints", "model"):
+        with pytest.raises(UserError, match=f"no run in it .*the run is {run}"):
+            find_run(typed)
+    (tmp_path / "best.ckpt").write_text("x")
+    for typed, why in (("", "resume= is empty"), ("../best.ckpt", "lies in no checkpoints/"), ("..", "is missing")):
+        with pytest.raises(UserError, match=why):
+            find_run(typed)
+    (run / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(UserError, match="no checkpoint in it"):
+        find_run(str(run))
+
+
+def test_a_folder_is_taken_by_results_and_by_who_trains_there(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert not is_taken(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
+    assert not is_taken(tmp_path)  # it died before its first checkpoint: `claim` takes it too
+    with locked(tmp_path):
+        assert is_taken(tmp_path)
+    (tmp_path / "checkpoints" / "last.ckpt").write_text("x")
+    assert is_taken(tmp_path)
 
 
 def test_a_mount_without_locks(tmp_path, monkeypatch):

@@ -121,6 +121,7 @@ def test_a_signal_reaches_a_job_of_another_process_once(tmp_path, monkeypatch, b
 
 def test_nothing_is_written_where_another_run_lies(tmp_path):
     (tmp_path / "0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "0" / "checkpoints" / "last.ckpt").write_text("x")
     assert record_name(str(tmp_path / "0")) is None and record_name(str(tmp_path / "1")) == ".hydra"
 
     def refuse():
@@ -129,6 +130,45 @@ def test_nothing_is_written_where_another_run_lies(tmp_path):
     sweep.run_job(refuse, tmp_path / "0", tmp_path, True)
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["checkpoints"]
     assert read_jobs(tmp_path) == [{"job": "0", "error": "UserError: holds a run already"}]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_typed_again_as_another(tmp_path):
+    """Its folder is free again: what is recorded, noted and shown is the new run's."""
+    (tmp_path / "0" / "checkpoints").mkdir(parents=True)  # made before the first step
+    (tmp_path / "0" / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
+    assert record_name(str(tmp_path / "0")) == ".hydra"
+
+    def fail():
+        raise UserError("no data")
+
+    sweep.run_job(fail, tmp_path / "0", tmp_path, True)
+    assert (tmp_path / "0" / "error.txt").read_text() == "UserError: no data\n"
+    assert not (tmp_path / ".refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (".hydra/overrides.yaml", b"- seed=2\n- data.d\xff"),
+        (".hydra/overrides.yaml", b"- [seed=2"),
+        (".hydra/overrides.yaml", b""),
+        ("metrics.json", b'{"val/loss": '),
+        ("metrics.json", b'{"val/loss": "x"}'),
+        ("metrics.json", b"[" * 10**5),
+        ("error.txt", b"UserError: \xff\n"),
+    ],
+)
+def test_a_job_whose_files_are_damaged_is_a_row_with_an_error(tmp_path, capsys, name, content):
+    job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
+    job_folder(tmp_path / "1", ["seed=2"])
+    (tmp_path / "1" / name).write_bytes(content)
+    sweep.request_stop(tmp_path, signal.SIGTERM)
+    SweepTable.handlers = sweep.StopHandlers(tmp_path)
+    assert SweepTable.end() == 128 + signal.SIGTERM
+    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["val loss"] == "1.5" and not rows[0]["error"] and rows[1]["error"]
+    assert not (tmp_path / ".stop").exists() and "Traceback" not in capsys.readouterr().err
 
 
 def test_default_names_never_collide(tmp_path):
@@ -152,6 +192,31 @@ def test_two_runs_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch)
     outputs = tmp_path / "outputs" / "one"
     assert seen == [str(outputs / name) for name in ("second", "second-1", "second-2/0", "second-2/1")]
     assert (outputs / "second-1" / ".hydra" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("several", [[], ["-m", "seed=1,2"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_other_ranks_leave_nothing(tmp_path, monkeypatch, several, typed):
+    """Started by torchrun beside the first rank: no folder, no record, no note and no table of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    seen = []
+
+    def fail_the_second(config):
+        seen.append(config.run_dir)
+        if len(seen) == 2:
+            raise UserError("as the first rank")
+
+    folder = "hydra.sweep.dir=shared" if several else "hydra.run.dir=shared"
+    if several:
+        with pytest.raises(TrainingStopped, match="jobs of the sweep failed"):
+            cli.run("train", fail_the_second, [*several, *[folder] * typed])
+        assert len(seen) == 2
+    else:
+        cli.run("train", fail_the_second, [folder] * typed)
+    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(files) <= {"multirun.yaml"}  # Hydra's, with the same text on every rank
+    assert typed or not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

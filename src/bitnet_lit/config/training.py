@@ -87,6 +87,8 @@ class TrainConfig(Checked):
         for name, group in GROUPS.items():
             setattr(self, name, group.filled(name, getattr(self, name)))
         super().__post_init__()
+        if not self.run_dir:
+            raise UserError("run_dir= is empty: give a folder")
         import_schemes(self.schemes)
         self.compile = str(self.compile).lower()
         one_of("compile", self.compile, ("auto", "true", "false"))

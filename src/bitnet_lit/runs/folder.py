@@ -1,47 +1,119 @@
-"""The run folder: the names in it, whose it is, and that two runs never share one.
+"""The run folder: the names in it, what it holds, whose it is, and that two runs never share one.
 
 ::
 
     outputs/<date>/<time>/
-      config.yaml          the whole config
+      config.yaml          the whole config; the first file that a run writes
       metrics.csv          one row per logged step
       ternary_health.csv   codes, flips and scale of each matrix at each validation
       samples.txt          stories on the way
       metrics.json         the figures at the end: they say that the run is complete
+      error.txt            why a job of a sweep failed
       checkpoints/         last.ckpt and best.ckpt, for resume
       model/               the best model so far (model_last/ too, when the run ends with another)
+      .hydra/              the command, as Hydra records it (.hydra_resume/: of the last resume)
 
-A process that trains in a folder holds a lock on it (`flock`, which ends with the process, however it ends). A new run
-takes a folder only where no run left anything that could be resumed or used. Files of a run that died before its
-first checkpoint make room: they cannot be gone on with, and the same command may be typed again.
+A process that trains in a folder holds a lock on it, which ends with the process, however it ends. A new run takes a
+folder only where no run left anything that could be resumed or used. Files of a run that died before its first
+checkpoint make room: they cannot be gone on with, and the same command may be typed again. Files that no run wrote stay
+as they are.
+
+Every other room asks this module; so it imports neither PyTorch nor Hydra, and knows nothing of what the files hold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_lit.atomic import remove_leftovers
-from bitnet_lit.checkpoints.config_json import read_raw_config
-from bitnet_lit.checkpoints.file_names import WEIGHTS_NAME
 from bitnet_lit.errors import UserError
-from bitnet_lit.training.checkpoint_file import BEST, LAST
+from bitnet_lit.locks import lock
 
 CONFIG_NAME = "config.yaml"
 CSV_NAME = "metrics.csv"
 HEALTH_NAME = "ternary_health.csv"
 SAMPLES_NAME = "samples.txt"
 METRICS_NAME = "metrics.json"
+ERROR_NAME = "error.txt"
 CHECKPOINTS = "checkpoints"
+LAST, BEST = "last.ckpt", "best.ckpt"
 MODEL, MODEL_LAST = "model", "model_last"
+RECORD, RESUME_RECORD = ".hydra", ".hydra_resume"
 
-_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-_OF_A_DEAD_RUN = (CONFIG_NAME, CSV_NAME, HEALTH_NAME, SAMPLES_NAME, "tensorboard/events.out.tfevents.*")
+_BEGUN = (CSV_NAME, HEALTH_NAME, SAMPLES_NAME, "tensorboard/events.out.tfevents.*")
 _RESULTS = (f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}", MODEL, MODEL_LAST, METRICS_NAME)
+
+
+def results(folder: Path) -> list[str]:
+    """What a run left in a folder that can be resumed or used, and that another run must not touch."""
+    return [name for name in _RESULTS if (folder / name).exists()]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run began in a folder: its config.yaml is one that a run wrote."""
+    try:
+        return "\nrun_dir:" in (folder / CONFIG_NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a folder is another run's: it holds results, or a process trains in it now."""
+    if results(folder):
+        return True
+    if not is_run(folder):
+        return False
+    try:
+        with locked(folder):
+            return False
+    except UserError:
+        return True
+
+
+def can_be_resumed(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of a run."""
+    return any((folder / CHECKPOINTS / name).is_file() for name in (LAST, BEST))
+
+
+def find_run(typed: str) -> tuple[Path, Path]:
+    """The run that `resume=` means, and its checkpoint.
+
+    Args:
+        typed: a run folder, or a checkpoint in one: `<run folder>/checkpoints/best.ckpt`.
+
+    Returns:
+        The run folder and the checkpoint to go on from, last.ckpt where none was typed.
+
+    Raises:
+        UserError: no run is there, or none that can be resumed.
+    """
+    if not typed:
+        raise UserError("resume= is empty: give a run folder, or leave it out to start a new run")
+    folder = Path(typed)
+    checkpoint = folder / CHECKPOINTS / LAST
+    if folder.suffix == ".ckpt" and not folder.is_dir():
+        # It may be typed in checkpoints/, without the folder's name.
+        checkpoint = folder if folder.parent.name == CHECKPOINTS else Path(os.path.abspath(folder))
+        if checkpoint.parent.name != CHECKPOINTS:
+            raise UserError(
+                f"resume={typed}: no run in it (it lies in no {CHECKPOINTS}/): give the folder that train wrote, or "
+                "start again without resume"
+            )
+        folder = checkpoint.parent.parent
+    if not (folder / CONFIG_NAME).is_file():
+        around = [parent for parent in Path(os.path.abspath(folder)).parents if is_run(parent)]
+        missing = f"{CONFIG_NAME} is missing; the run is {around[0]}" if around else f"{CONFIG_NAME} is missing"
+        raise UserError(
+            f"resume={typed}: no run in it ({missing}): give the folder that train wrote, or start again without resume"
+        )
+    if not can_be_resumed(folder):
+        raise UserError(
+            f"resume={typed}: no checkpoint in it (it was stopped before its first one): start again without resume"
+        )
+    return folder, checkpoint
 
 
 @contextlib.contextmanager
@@ -53,19 +125,13 @@ def locked(folder: Path) -> Iterator[bool]:
     """
     descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        taken = lock(descriptor)
+        if taken is False:
             raise UserError(
                 f"{folder}: another process is training in this folder: wait until it has ended, or give another run "
                 "folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-            yield False
-        else:
-            yield True
+            )
+        yield bool(taken)
     finally:
         os.close(descriptor)
 
@@ -77,20 +143,24 @@ def claim(folder: Path, is_locked: bool) -> None:
         is_locked: whether the lock is real; without one, a run that has no checkpoint yet may still be alive.
 
     Raises:
-        UserError: it holds a run, or a config.yaml that no run wrote.
+        UserError: it holds a run, or files under a run's names that no run wrote.
     """
-    held = [name for name in _RESULTS if (folder / name).exists()]
-    if held or ((folder / CONFIG_NAME).exists() and not is_locked):
+    held, of_a_run, config = results(folder), is_run(folder), folder / CONFIG_NAME
+    if of_a_run and (held or not is_locked):
         raise UserError(
             f"run_dir={folder}: holds a run already ({(held or [CONFIG_NAME])[0]}): go on with it by resume={folder}, "
             "or give another folder (hydra.run.dir=...)"
         )
-    config = folder / CONFIG_NAME
-    if config.exists() and "\nrun_dir:" not in config.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"run_dir={folder}: has a {CONFIG_NAME} that is not of a run: give a folder of its own")
-    for pattern in _OF_A_DEAD_RUN:
-        for path in folder.glob(pattern):
-            path.unlink()
+    begun = [path for pattern in _BEGUN for path in sorted(folder.glob(pattern))]
+    foreign = held or [path.relative_to(folder).as_posix() for path in (config, *begun) if path.exists()]
+    if foreign and not of_a_run:
+        raise UserError(
+            f"run_dir={folder}: has a {foreign[0]} that no run wrote, and a run would write its own in its place: give "
+            "a folder of its own (hydra.run.dir=...)"
+        )
+    for path in begun:
+        path.unlink()
+    config.unlink(missing_ok=True)  # last: after a kill in between it still says whose the others are
 
 
 def clean(folder: Path) -> None:
@@ -99,12 +169,3 @@ def clean(folder: Path) -> None:
         remove_leftovers(inside)
     for name in (LAST, BEST):
         (folder / CHECKPOINTS / f".{name}.tmp").unlink(missing_ok=True)  # an earlier version's
-
-
-def exported_step(folder: Path) -> int | None:
-    """The optimizer step whose weights a model folder of a run holds; None where there is no whole one."""
-    try:
-        step = read_raw_config(folder)["bitnet_lit"]["info"]["step"]
-    except (UserError, LookupError, TypeError):
-        return None
-    return step if isinstance(step, int) and (folder / WEIGHTS_NAME).is_file() else None

@@ -23,16 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, is_out_of_memory, one_line
+from bitnet_lit.runs.folder import ERROR_NAME, is_taken
+from bitnet_lit.runs.ranks import rank
 from bitnet_lit.training.signals import STOP_SIGNALS
 
-STOP_NAME, REFUSED_NAME, ERROR_NAME = ".stop", ".refused", "error.txt"
-_RUNS = ("checkpoints", "model", "metrics.json")  # any of them: a run that can be resumed or used
+STOP_NAME, REFUSED_NAME = ".stop", ".refused"
 _POLL_SECONDS, _GRACE_SECONDS = 0.5, 2.0
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run left something in a folder that another one must not touch."""
-    return any((folder / name).exists() for name in _RUNS)
 
 
 def stop_number(sweep_dir: Path) -> int | None:
@@ -120,7 +116,7 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
     Returns:
         What the job returns; infinity where it failed.
     """
-    is_foreign = holds_run(folder)  # then the job is refused, and so is everything that would be written there
+    is_foreign = is_taken(folder)  # then the job is refused, and so is everything that would be written there
     try:
         if (number := stop_number(sweep_dir)) is not None:
             raise TrainingStopped(f"not started: {signal.Signals(number).name} ended the sweep")
@@ -135,6 +131,8 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
             traceback.print_exc()
         line = f"{type(error).__name__}: {one_line(error)}"
         print(f"error: {folder}: {line}", file=sys.stderr)
+        if rank():  # the first one notes it
+            return float("inf")
         folder.mkdir(parents=True, exist_ok=True)
         if is_foreign:
             with (sweep_dir / REFUSED_NAME).open("a", encoding="utf-8") as file:

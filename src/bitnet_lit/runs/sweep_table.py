@@ -6,8 +6,8 @@ sweep whose table got lost can be read again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,8 +19,11 @@ from rich.table import Table
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import one_line
+from bitnet_lit.foreign_json import Number, Record, read_json
 from bitnet_lit.overrides import readable
-from bitnet_lit.runs.sweep import ERROR_NAME, REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
+from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD
+from bitnet_lit.runs.ranks import rank
+from bitnet_lit.runs.sweep import REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
 from bitnet_lit.terminal import wide_console
 
 TABLE_NAME = "sweep.csv"
@@ -30,6 +33,8 @@ FIGURES = {
     "val/accuracy": "accuracy",
     "perf/tokens_per_s": "tokens/s",
 }
+_METRICS = Record({}, optional=dict.fromkeys(FIGURES, Number()))
+_OVERRIDES_NAME = "overrides.yaml"  # Hydra's
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -39,29 +44,34 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _result(folder: Path) -> dict[str, Any]:
     """The figures of a job, or its error."""
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if (folder / METRICS_NAME).exists():
+        metrics = read_json(folder / METRICS_NAME, _METRICS, "run the job again in another folder")
         return {label: metrics[name] for name, label in FIGURES.items() if name in metrics}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, TypeError) as error:
-        return {"error": f"metrics.json cannot be read: {one_line(error)}"}
+    if (folder / ERROR_NAME).exists():
+        return {"error": one_line((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))}
+    return {"error": "did not finish"}
+
+
+def _row(sweep_dir: Path, folder: Path) -> dict[str, Any]:
+    """What a job was and what came out of it; what cannot be read of it is its error."""
+    row: dict[str, Any] = {"job": folder.relative_to(sweep_dir).as_posix()}
     try:
-        return {"error": (folder / ERROR_NAME).read_text(encoding="utf-8").strip()}
-    except FileNotFoundError:
-        return {"error": "did not finish"}
+        overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / _OVERRIDES_NAME))
+        row |= dict(map(readable, overrides))
+        row |= _result(folder)
+    except Exception as error:  # a process that was killed may leave anything
+        row["error"] = f"cannot be read: {one_line(error)}"
+    return row
 
 
 def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
     """One row per job folder below a sweep's: its name, its overrides, its figures or its error."""
     rows = {}
-    for record in sweep_dir.rglob(".hydra/overrides.yaml"):
-        folder = record.parents[1]
-        overrides: Any = OmegaConf.to_container(OmegaConf.load(record))
-        name = folder.relative_to(sweep_dir).as_posix()
-        rows[name] = {"job": name, **dict(map(readable, overrides)), **_result(folder)}
+    for record in sweep_dir.rglob(f"{RECORD}/{_OVERRIDES_NAME}"):
+        row = _row(sweep_dir, record.parents[1])
+        rows[row["job"]] = row
     if (sweep_dir / REFUSED_NAME).is_file():
-        for line in (sweep_dir / REFUSED_NAME).read_text(encoding="utf-8").splitlines():
+        for line in (sweep_dir / REFUSED_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, error = line.partition("\t")
             rows[name] = {"job": name, "error": error}
     return [rows[name] for name in sorted(rows, key=_natural)]
@@ -99,9 +109,12 @@ class SweepTable(Callback):
     handlers: StopHandlers | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if rank():  # the first one writes the table, and hears signals for all
+            return
         sweep_dir = Path(config.hydra.sweep.dir)
-        for name in (STOP_NAME, REFUSED_NAME):  # of an earlier sweep that was killed
-            (sweep_dir / name).unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # a file lies there: Hydra's error, when it makes the folder
+            for name in (STOP_NAME, REFUSED_NAME):  # of an earlier sweep that was killed
+                (sweep_dir / name).unlink(missing_ok=True)
         SweepTable.handlers = StopHandlers(sweep_dir.absolute())  # of the class: it is not sent to other processes
         SweepTable.handlers.install()
 
@@ -117,9 +130,9 @@ class SweepTable(Callback):
         sweep_dir, number = cls.handlers.sweep_dir, stop_number(cls.handlers.sweep_dir)
         cls.handlers.remove()
         cls.handlers = None
-        rows = read_jobs(sweep_dir)
-        status = 1 if any("error" in row for row in rows) or not rows else 0
         try:
+            rows = read_jobs(sweep_dir)
+            status = 1 if any("error" in row for row in rows) or not rows else 0
             if rows:
                 write_table(sweep_dir, rows)
         except Exception as error:  # Hydra would turn it into a warning, and the status into 0

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 SEALED = "sealed"  # a key of the content: this file was written with the line behind it
 _SEAL = re.compile(rb"\nbitnet_lit sha256 ([0-9a-f]{64})\n")
 _SEAL_BYTES = len(b"\nbitnet_lit sha256 ") + 64 + 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from bitnet_lit.errors import DataError, TrainingStopped, UserError, disk_errors
-from bitnet_lit.runs.folder import CHECKPOINTS
-from bitnet_lit.training.checkpoint_file import LAST
+from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError, disk_errors
+from bitnet_lit.runs.folder import CHECKPOINTS, LAST
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
 _CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket|TCPStore", re.I)
@@ -25,29 +24,34 @@ def what_is_kept(run_dir: Path) -> str:
 
 
 @contextlib.contextmanager
-def in_one_line(run_dir: Path, world_size: int, rank: int) -> Iterator[None]:
-    """Around the training of a run.
+def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iterator[None]:
+    """Around the training of a run: what ends it says what is kept of it.
+
+    Args:
+        run_dir: gives the run folder, which the ranks agree on after they have found each other.
 
     Raises:
         UserError: the disk is full, or the data cannot be read any more (the kinds of it keep theirs).
         TrainingStopped: a process of the run died.
     """
     try:
-        with disk_errors(f"run_dir={run_dir}", full="make room"):
+        with disk_errors(f"run_dir={run_dir()}", full="make room"):
             yield
-    except (UserError, DataError) as error:
-        raise type(error)(f"{error}; {what_is_kept(run_dir)}") from error
+    except (UserError, DataError, Diverged) as error:
+        raise type(error)(f"{error}; {what_is_kept(run_dir())}") from error
+    except TrainingStopped:  # a RuntimeError too, and the run folder's name stands in it
+        raise
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if died := _WORKER_DIED.search(text):
             raise TrainingStopped(
                 f"a process that reads the data {died[1]} (out of memory, or a shard changed while it was read?); "
-                f"{what_is_kept(run_dir)}"
+                f"{what_is_kept(run_dir())}"
             ) from error
         if world_size > 1 and (isinstance(error, torch.distributed.DistError) or _CONNECTION.search(text)):
             raise TrainingStopped(
                 f"rank {rank} of {world_size} lost the others (was one killed, or out of memory?); "
-                f"{what_is_kept(run_dir)}"
+                f"{what_is_kept(run_dir())}"
             ) from error
         raise
     except Exception as error:

@@ -30,7 +30,8 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.quant.bit_linear import set_strength
-from bitnet_lit.training.checkpoint_file import BEST, read_checkpoint
+from bitnet_lit.runs.folder import BEST, CHECKPOINTS
+from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.data import RunData
 from bitnet_lit.training.plan import check_memory
 
@@ -148,7 +149,7 @@ def optimizer_state(init_from: str) -> dict[str, Any] | None:
     """The optimizer's state beside the model folder of a run of ours; None where there is none."""
     folder = Path(init_from)
     for run in (folder, folder.parent):
-        path = run / "checkpoints" / BEST  # model/ is the best model, so this is its state
+        path = run / CHECKPOINTS / BEST  # model/ is the best model, so this is its state
         if path.is_file():
             return dict(read_checkpoint(path)["optimizer_states"][0])
     return None

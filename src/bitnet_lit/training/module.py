@@ -7,7 +7,6 @@ the warm-up of the quantization, and the random numbers of dropout, which are se
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,12 +17,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.errors import TrainingStopped
+from bitnet_lit.errors import Diverged
 from bitnet_lit.inference.loss_sums import LossSums
 from bitnet_lit.model import CausalLM, next_token_loss
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
-from bitnet_lit.training.failures import what_is_kept
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.schedule import build_schedule
@@ -141,9 +139,9 @@ class BitNetModule(L.LightningModule):
             what = f"the gradient of {parameter} is not finite"
         else:  # every gradient is a number, and their squares are beyond the largest one
             what = f"the norm of the gradient is not finite (the largest is that of {largest_gradient(self.model)})"
-        raise TrainingStopped(
+        raise Diverged(
             f"step {self.global_step}: {what} (loss {float(self._step_loss):.4g}, gradient norm {float(norm):.4g}): "
-            f"lower optim.learning_rate; {what_is_kept(Path(self.config.run_dir))}"
+            "lower optim.learning_rate"
         )
 
     def on_validation_epoch_start(self) -> None:

@@ -28,15 +28,23 @@ from bitnet_lit.terminal import console
 
 def _check_nodes(num_nodes: int) -> None:
     """Refuse several nodes where nothing says which: the first one would wait for the others for ever."""
+    if num_nodes == 1:
+        return  # asking the environments starts MPI, where mpi4py is installed
     known = "MASTER_ADDR" in os.environ or any(
         environment.detect()
         for environment in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
     )
-    if num_nodes > 1 and not known:
+    if not known:
         raise UserError(
             f"trainer.num_nodes={num_nodes}: nothing says where the nodes are: set MASTER_ADDR, MASTER_PORT and "
             "NODE_RANK on each of them, or start the command with torchrun or srun"
         )
+
+
+def _trains_on_cpu(trainer: TrainerConfig) -> bool:
+    """Whether the network's weights are trained in the machine's own memory."""
+    no_gpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    return trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and no_gpu)
 
 
 def world_size(trainer: TrainerConfig) -> int:
@@ -47,9 +55,7 @@ def world_size(trainer: TrainerConfig) -> int:
     """
     _check_nodes(trainer.num_nodes)
     devices = trainer.devices
-    on_cpu = trainer.accelerator == "cpu" or (
-        trainer.accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
-    )
+    on_cpu = _trains_on_cpu(trainer)
     if on_cpu and devices and not isinstance(devices, int | str):
         raise UserError(f"trainer.devices={trainer.devices}: indices choose among GPUs; on a CPU give a number")
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
@@ -180,7 +186,7 @@ def check_memory(config: TrainConfig) -> None:
         UserError: with both sizes.
     """
     count = account(config.model, config.quant)
-    on_cpu = config.trainer.accelerator == "cpu" and config.trainer.strategy != "fsdp"
+    on_cpu = _trains_on_cpu(config.trainer) and config.trainer.strategy != "fsdp"
     needed = count.training_bytes(1.0) if on_cpu else 4.0 * count.parameters
     has = _machine_memory_bytes()
     if needed > has:

@@ -7,7 +7,6 @@ imported unless the user names it too (`allow=`), or it is harmless (see `instan
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from bitnet_lit.atomic import atomic_file
+from bitnet_lit.checkpoints.formats.model_folder import trained_step
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.config.network import import_schemes
 from bitnet_lit.config.optim import OPTIMIZERS
@@ -25,14 +25,16 @@ from bitnet_lit.config.slots import TARGET, as_values
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import dotted_keys, unknown_key
 from bitnet_lit.errors import UserError
+from bitnet_lit.foreign_json import Integer, Record, read_json
 from bitnet_lit.instantiate import check_allowed, named_classes
 from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.schemes import SCHEMES
-from bitnet_lit.runs.folder import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, exported_step
-from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
+from bitnet_lit.runs.folder import BEST, CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, find_run
+from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.identity import check_identity
 
+_METRICS = Record({"steps": Integer(0, 2**63 - 1)})
 _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 
 
@@ -49,12 +51,6 @@ def save_config(config: TrainConfig, run_dir: Path) -> None:
         temporary.write_text(dump_yaml(values), encoding="utf-8")
 
 
-def run_of(resume: str) -> Path:
-    """The run folder that `resume=` means: itself, or the one that a checkpoint of it lies in."""
-    path = Path(resume)
-    return path.parent.parent if path.suffix == ".ckpt" and path.parent.name == CHECKPOINTS else path
-
-
 def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config to go on with.
 
@@ -66,17 +62,8 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         UserError: no run folder, nothing to resume from, or an override that cannot be.
     """
-    folder = run_of(resume)
+    folder, _ = find_run(resume)
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(
-            f"resume={resume}: no run in it ({CONFIG_NAME} is missing): give the folder that train wrote, or start "
-            "again without resume"
-        )
-    if not any((folder / CHECKPOINTS / name).is_file() for name in (LAST, BEST)):
-        raise UserError(
-            f"resume={resume}: no checkpoint in it (it was stopped before its first one): start again without resume"
-        )
     saved = read_yaml(path, f"put the {CONFIG_NAME} there that the run began with")
     typed = [parsed(override) for override in overrides]
     target = _check_classes(saved, path, resume, typed)
@@ -192,25 +179,22 @@ def _unguarded(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run goes on from; its tensors stay in the file.
 
     Attributes:
-        state: of the callback `Checkpoints`: the best loss so far, what was written, what the run is.
+        folder: the run's.
+        path: the checkpoint.
+        step: optimizer steps that it has behind it.
+        shapes: of the network's tensors, by name.
+        state: of the callback `Checkpoints`: the best loss so far, what was written, what the run is; empty where the
+            checkpoint has none.
     """
 
+    folder: Path
     path: Path
-    content: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that it has behind it."""
-        return int(self.content["global_step"])
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """See above; empty where the checkpoint has none."""
-        state = self.content["callbacks"].get("Checkpoints")
-        return state if isinstance(state, dict) else {}
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+    state: dict[str, Any]
 
     def check_identity(self, now: dict[str, Any]) -> None:
         """Compare what the run was with what it is now (see `identity.py`).
@@ -220,7 +204,7 @@ class Start:
         """
         saved = self.state.get("identity")
         if isinstance(saved, dict):  # earlier versions noted none
-            check_identity(saved, now, str(run_of(str(self.path))))
+            check_identity(saved, now, str(self.folder))
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare names and shapes of its weights with the network that config.yaml describes.
@@ -228,9 +212,7 @@ class Start:
         Raises:
             UserError: they differ.
         """
-        saved = {
-            name.removeprefix("model."): tuple(tensor.shape) for name, tensor in self.content["state_dict"].items()
-        }
+        saved = self.shapes
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         different = [name for name in {**wanted, **saved} if wanted.get(name) != saved.get(name)]
         if different:
@@ -255,27 +237,25 @@ class Start:
         if self.step < steps:
             name = next(iter(others), "<name>")
             raise UserError(
-                f"resume={run_of(str(self.path))}: complete: a callback ended it at step {self.step} of {steps}: to go "
+                f"resume={self.folder}: complete: a callback ended it at step {self.step} of {steps}: to go "
                 f"on, change what ended it, such as callbacks.extra.{name}.<key>=..., or take it out: "
                 f"callbacks.extra.{name}=null"
             )
-        raise UserError(
-            f"resume={run_of(str(self.path))}: complete at step {self.step}: give a larger trainer.max_steps to go on"
-        )
+        raise UserError(f"resume={self.folder}: complete at step {self.step}: give a larger trainer.max_steps to go on")
 
     def _is_complete(self) -> bool:
         """Whether everything is there that follows from this checkpoint as a run's last one."""
-        folder = run_of(str(self.path))
+        folder = self.folder
         try:
-            reported = json.loads((folder / METRICS_NAME).read_text(encoding="utf-8"))["steps"]
-        except (OSError, ValueError, LookupError, TypeError):
+            reported = read_json(folder / METRICS_NAME, _METRICS, "remove it")["steps"]
+        except UserError:
             return False
-        best = self.state.get("best_step", exported_step(folder / MODEL))  # earlier versions did not note it
+        best = self.state.get("best_step", trained_step(folder / MODEL))  # earlier versions did not note it
         return (
             reported == self.step == self.state.get("validated_step", self.step)
-            and exported_step(folder / MODEL) == best
+            and trained_step(folder / MODEL) == best
             and (folder / CHECKPOINTS / BEST).exists()
-            and (best == self.step or exported_step(folder / MODEL_LAST) == self.step)
+            and (best == self.step or trained_step(folder / MODEL_LAST) == self.step)
         )
 
 
@@ -285,12 +265,11 @@ def read_start(resume: str) -> Start:
     Raises:
         UserError: it is missing or damaged; where best.ckpt is whole, it is offered.
     """
-    folder = run_of(resume) / CHECKPOINTS
-    path = Path(resume) if Path(resume).suffix == ".ckpt" else folder / LAST
+    folder, path = find_run(resume)
     try:
-        return Start(path, read_checkpoint(path))
+        content = read_checkpoint(path)
     except UserError as error:
-        best = folder / BEST
+        best = folder / CHECKPOINTS / BEST
         if path == best or not best.exists():
             raise UserError(f"{error}: put a copy of it there, or start again") from None
         try:
@@ -298,3 +277,11 @@ def read_start(resume: str) -> Start:
         except UserError:
             raise UserError(f"{error}: {BEST} cannot be read either: put a copy there, or start again") from None
         raise UserError(f"{error}: {BEST} is whole, go on from its step {step}: resume={best}") from None
+    state = content["callbacks"].get("Checkpoints")
+    return Start(
+        folder,
+        path,
+        int(content["global_step"]),
+        {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in content["state_dict"].items()},
+        state if isinstance(state, dict) else {},
+    )

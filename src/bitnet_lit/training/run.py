@@ -25,10 +25,10 @@ from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import TrainingStopped, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
-from bitnet_lit.runs.folder import CHECKPOINTS, METRICS_NAME, claim, clean, locked
+from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
-from bitnet_lit.training.checkpoint_file import LAST, link_checkpoint
+from bitnet_lit.training.checkpoint_file import link_checkpoint
 from bitnet_lit.training.data import open_data, sequence_length
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
@@ -111,7 +111,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     run_dir, is_owner = Path(config.run_dir), rank_zero_only.rank == 0  # type: ignore[attr-defined]
     for key, target in named_classes(as_values(config)):  # what cannot be imported is found before anything is read
         locate(target, key)
-    start = None
+    start, identity = None, {}
     if config.resume is not None:
         if is_owner:
             holding.enter_context(locked(run_dir))
@@ -121,7 +121,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     data = open_data(config)
     tokenizer = data.tokenizer
     if start is not None:
-        start.check_identity(run_identity(config, data.identity(), tokenizer, sequence_length(config)))
+        identity = run_identity(config, data.identity(), tokenizer, sequence_length(config))
+        start.check_identity(identity)
     model = initial_model(config, data)  # fills in the sizes
     length = sequence_length(config)
     plan = make_plan(config, length, data.num_train_sequences(length))
@@ -138,6 +139,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps
     )
     if is_owner:
+        identity = identity or run_identity(config, data.identity(), tokenizer, length)
         _take_folder(config, run_dir, start, holding)
     csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
     checkpoints = Checkpoints(
@@ -147,7 +149,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         max_time,
         signals,
         csv_logger,
-        run_identity(config, data.identity(), tokenizer, length),
+        identity,
         config.trainer.limit_val_batches is not None,
         config.callbacks.extra,
     )
@@ -170,7 +172,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         elif config.init_from:
             rows["from"] = f"{config.init_from}, {'with' if moments else 'without'} its optimizer's state"
         print_plan(config, plan, rows)
-    with in_one_line(run_dir, trainer.world_size, trainer.global_rank):
+    with in_one_line(lambda: checkpoints.folder.parent, trainer.world_size, trainer.global_rank):
         try:
             trainer.fit(module, datamodule=datamodule, ckpt_path=start.path if start else None)
         finally:

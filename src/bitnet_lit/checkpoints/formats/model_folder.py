@@ -202,6 +202,15 @@ def open_model_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
     return StoredModel(folder, config, quant, folder_tokenizer(folder), info, reader, tokenizer_sha256=expected)
 
 
+def trained_step(folder: Path) -> int | None:
+    """The optimizer step at which a run wrote a model folder; None where there is no whole folder of a run."""
+    try:
+        step = read_raw_config(folder)["bitnet_lit"]["info"]["step"]
+    except (UserError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) and (folder / WEIGHTS_NAME).is_file() else None
+
+
 @dataclass(frozen=True)
 class ModelFolder(Format):
     """What the latent and the packed folder have in common."""

@@ -27,9 +27,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from bitnet_lit.errors import DataError, TrainingStopped, UserError
-from bitnet_lit.training.checkpoint_file import BEST, LAST, check_plain, link_checkpoint, read_checkpoint
-from bitnet_lit.training.failures import what_is_kept
+from bitnet_lit.checkpoints.formats.model_folder import trained_step
+from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError
+from bitnet_lit.runs.folder import BEST, LAST, MODEL
+from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, read_checkpoint
 from bitnet_lit.training.loggers import CsvLogger
 from bitnet_lit.training.signals import StopSignals
 
@@ -81,6 +82,7 @@ class Checkpoints(Callback):
         self._deadline = math.inf
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)  # torchrun's ranks do not know the first one's yet
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -98,7 +100,7 @@ class Checkpoints(Callback):
         self.saved_step = trainer.global_step
         if trainer.is_global_zero and self.best_step is not None:
             self._restore_best(trainer.global_step)
-        trainer.strategy.barrier()
+        self.best_loss, self.best_step = trainer.strategy.broadcast((self.best_loss, self.best_step))
         if self._owes_whole_validation(trainer) or (
             self.validated_step != trainer.global_step and self._validates(trainer)
         ):
@@ -149,12 +151,20 @@ class Checkpoints(Callback):
         return interval is not None and batches > 0 and batches % interval == 0
 
     def _restore_best(self, step: int) -> None:
-        """Make best.ckpt what the restored state says that it is."""
+        """Make best.ckpt what the restored state says that it is; where it is lost, begin the search anew."""
+        found, why = None, "it is another step's"
         try:
             found = int(read_checkpoint(self.folder / BEST)["global_step"])
-        except UserError:
-            found = None
-        if found != self.best_step and self.best_step == step:
+        except UserError as error:
+            why = str(error)
+        if found == self.best_step or (step != self.best_step == trained_step(self.folder.parent / MODEL)):
+            return
+        if self.best_step != step:  # neither the checkpoint nor the model that was made of it is left
+            print(f"note: the best model, of step {self.best_step}, is lost ({why}): this one is taken instead")
+            self.best_loss, self.best_step = math.inf, None
+            if self.validated_step == step:
+                self.best_loss, self.best_step = self.figures["val/loss"], step
+        if self.best_step == step:
             link_checkpoint(self.folder / LAST, self.folder / BEST)
 
     def on_train_batch_end(
@@ -196,10 +206,7 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
         if not math.isfinite(loss):
-            raise TrainingStopped(
-                f"step {trainer.global_step}: the validation loss is {loss}: lower optim.learning_rate; "
-                f"{what_is_kept(self.folder.parent)}"
-            )
+            raise Diverged(f"step {trainer.global_step}: the validation loss is {loss}: lower optim.learning_rate")
         self.improved = loss < self.best_loss
         if self.improved:
             self.best_loss, self.best_step = loss, trainer.global_step

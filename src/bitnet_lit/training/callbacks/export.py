@@ -7,19 +7,21 @@ before they were complete makes them when it is resumed.
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from bitnet_lit.checkpoints.config_json import CONFIG_NAME
+from bitnet_lit.checkpoints.formats.model_folder import trained_step, written_names
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.runs.folder import CHECKPOINTS, MODEL, MODEL_LAST, exported_step
+from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST, MODEL, MODEL_LAST
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
-from bitnet_lit.training.checkpoint_file import BEST, LAST, read_checkpoint
+from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.module import BitNetModule
 
 
@@ -53,8 +55,8 @@ class ExportModelFolder(Callback):
         last = self.run_dir / MODEL_LAST
         if self.checkpoints.best_step != trainer.global_step:
             self._write(pl_module, LAST, last, trainer.global_step)
-        elif exported_step(last) is not None:  # of an earlier end, before the run was made longer
-            shutil.rmtree(last)
+        elif trained_step(last) is not None:  # of an earlier end, before the run was made longer
+            _remove_model(last)
 
     def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.checkpoints.best_step is not None:
@@ -62,7 +64,7 @@ class ExportModelFolder(Callback):
 
     def _write(self, pl_module: L.LightningModule, checkpoint: str, folder: Path, step: int) -> None:
         """Make `folder` hold the weights of the checkpoint of `step`, unless it does."""
-        if exported_step(folder) == step:
+        if trained_step(folder) == step:
             return
         assert isinstance(pl_module, BitNetModule)
         content = read_checkpoint(self.run_dir / CHECKPOINTS / checkpoint)
@@ -71,3 +73,12 @@ class ExportModelFolder(Callback):
         metrics = {name: value for name, value in figures.items() if name.startswith("val/")}
         info = {**self.facts, "step": content["global_step"], "metrics": metrics}
         save_model_folder(folder, pl_module.model, self.config.quant, self.tokenizer, info, state)
+
+
+def _remove_model(folder: Path) -> None:
+    """Remove what was written into a model folder, and the folder where nothing else lies in it."""
+    names = written_names(folder)
+    for name in sorted(names, key=CONFIG_NAME.__eq__):  # config.json is last: it says that the folder is a run's
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a user's own files stay
+        folder.rmdir()

@@ -1,0 +1,57 @@
+"""The folders that `train` is given on the command line: what is no run's is refused, and nothing is left of it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bitnet_lit import cli
+from bitnet_lit.errors import UserError
+from bitnet_lit.train import _configure, _place
+
+
+def run(*arguments):
+    cli.run("train", lambda config: pytest.fail("nothing is wrong"), arguments, defaults=_place, configure=_configure)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hydra.run.dir="], "hydra.run.dir= is empty: give a folder"),
+        (["-m", "hydra.sweep.dir=", "seed=1,2"], "hydra.sweep.dir= is empty"),
+        (["run_dir="], "run_dir= is empty"),
+        (["hydra.run.dir=notes.md"], "the run folder: notes.md: cannot be written .*give another one"),
+        (["hydra.run.dir=notes.md/run"], "the run folder: notes.md.*: cannot be written .*give another one"),
+        (["-m", "hydra.sweep.dir=notes.md", "seed=1,2"], "the run folder: notes.md: cannot be written"),
+        (["resume="], "resume= is empty"),
+        (["resume=nowhere"], "no run in it"),
+        (["resume=best.ckpt"], "no run in it .it lies in no checkpoints/"),
+        (["resume=nowhere/best.ckpt"], "no run in it"),
+        (["resume=data"], "no run in it"),
+        (["resume=."], "no run in it"),
+        (["resume=run/config.yaml"], "no run in it .*the run is .*run"),
+        (["resume=run"], "no checkpoint in it"),
+        (["-m", "resume=run,data"], "resume=.*run.*data.* in a sweep .-m.: go on with one run at a time"),
+        (["-m", "resume=run", "seed=1,2"], "resume=run in a sweep"),
+    ],
+)
+def test_a_folder_that_is_none_of_a_run_is_refused(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\nrun_dir: run\n")
+    (tmp_path / "best.ckpt").write_text("x")
+    (tmp_path / "notes.md").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(*arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_hydras_own_config_is_printed(tmp_path):
+    """It holds an interpolation of ours."""
+    command = [sys.executable, "-m", "bitnet_lit.train", "--cfg", "all", "--resolve"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert printed.returncode == 0, printed.stderr
+    assert "output_subdir: .hydra" in printed.stdout
+    assert not list(tmp_path.iterdir())
