@@ -306,9 +306,10 @@ void unwanted_rows(const Shape& shape, int length) {
     }
 }
 
-// Tables of which a step reads rows from an open file: the same logits, and an exception where the file is cut.
+// Tables of which a step reads rows, in memory or from an open file: the same logits, and an exception where the file
+// is cut.
 template <class E>
-void tables_in_a_file(const Shape& shape, int length) {
+void row_tables(const Shape& shape, int length) {
     RandomModel model(shape);
     std::vector<E> rows;
     for (float& value : model.floats.back()) {
@@ -318,6 +319,8 @@ void tables_in_a_file(const Shape& shape, int length) {
         else rows.push_back(value);
     }
     const auto expected = model.logits(1, 2, length, 5);
+    model.weights.embedding = model.weights.head_rows = {rows.data(), 0, -1, sizeof(E) == 2};
+    CHECK(model.logits(2, 2, length, 5) == expected, "%zu bytes, in memory", sizeof(E));
     FILE* file = std::tmpfile();
     const std::string before(17, 'x');  // a file may begin its numbers at any address
     const off_t bytes = before.size() + rows.size() * sizeof(E);
@@ -492,7 +495,7 @@ int main() {
         unwanted_rows({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, head_bits, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
     for (int head_bits : {4, 8}) {
         const Shape shape{48, 2, 3, 1, 18, 100, 77, 30, 0, 0, head_bits, CACHE_HALF, 1, 1e-5f, 1e4f};
-        tables_in_a_file<float>(shape, 23), tables_in_a_file<bfloat16>(shape, 23);
+        row_tables<float>(shape, 23), row_tables<bfloat16>(shape, 23);
     }
     callers({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
     callers({48, 2, 3, 3, 18, 300, 77, 40, 0, 0, 4, CACHE_INT8, 1, 1e-5f, 1e4f}, 33);

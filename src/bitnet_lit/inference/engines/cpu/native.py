@@ -50,7 +50,7 @@ class Matrix(ctypes.Structure):
 class RowTable(ctypes.Structure):
     """`struct RowTable`: a dense matrix in memory, or in an open file."""
 
-    _fields_ = (("floats", c_void_p), ("offset", c_int64), ("file", c_int32), ("is_bfloat16", c_int32))
+    _fields_ = (("memory", c_void_p), ("offset", c_int64), ("file", c_int32), ("is_bfloat16", c_int32))
 
 
 class Layer(ctypes.Structure):

@@ -1,8 +1,8 @@
 """From a `StoredModel` to weights in the layout of the kernels (csrc/packing.h), without torch, one matrix at a time.
 
 Packed bytes of a model folder go to the kernels' layout in one pass. Latent weights are rounded on the way, by the
-scale that is noted beside them or, where none is, by the definition in `quant/weights.py`, which needs torch. The
-embedding stays in its file, from which a step reads one row for each token; everything else is in memory.
+scale that is noted beside them or, where none is, by the definition in `quant/weights.py`, which needs torch. A
+large embedding stays in its file, from which a step reads one row for each token; everything else is in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.checkpoints.stored_model import Place, StoredModel
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, Sign
@@ -24,6 +24,10 @@ ROUNDED_HERE = (AbsMean(), AbsMedian(), Sign())
 """Rules that csrc/packing.h rounds by. Codes of other rules come from the rule itself."""
 CACHE_LINE = 64  # bytes; the kernels' vectors begin at one
 ARENA_PIECE = 64 * 2**20  # bytes that are mapped at once: many huge pages
+TABLE_IN_MEMORY = 128 * 2**20
+"""Bytes of an embedding or an output head that are kept in memory beside what a step reads from beginning to end. A
+larger one stays in its file. Reading a row from a file takes about half a microsecond longer than from memory: a step
+of a small model with an int4 head, which reads some hundred rows of it, would take 5 % longer; a large one does not."""
 PADDED = 64  # inputs of the head are padded to a multiple of it: `padded` of csrc/buffer.h
 HEAD_PANEL = np.dtype([("scale", np.float32, 16), ("zero_term", np.int32, 16)])
 """`struct HeadPanel` of csrc/lm_head_quantize.h."""
@@ -122,6 +126,7 @@ class Weights:
         self._arena = Arena()
         self._kept: list[NDArray[Any]] = []  # what the engine points to
         self._checked: set[str] = set()
+        self._in_memory: dict[str, NDArray[Any]] = {}  # dense matrices
 
     def _keep(self, array: NDArray[Any]) -> NDArray[Any]:
         self._kept.append(array)
@@ -144,12 +149,29 @@ class Weights:
         """The address of a float32 vector; None where the network has none of that name."""
         return self._keep(_aligned(self.stored.array(name))).ctypes.data if name in self.stored.tensors else None
 
-    def row_table(self, name: str) -> native.RowTable:
-        """A dense matrix of which a step reads some rows: left in its file, or, where the file holds it in another way
-        than the engine reads, in memory."""
+    def _place(self, name: str) -> Place | None:
+        """Where a table stays in its file; None where it is kept in memory."""
         place = self.stored.reader.place(name)
-        if place is None or place.dtype == "u1":
-            return native.RowTable(floats=self._keep(self._finite(name)).ctypes.data)
+        if place is None or place.dtype == "u1":  # the engine reads float32 and bfloat16
+            return None
+        size = math.prod(self.stored.tensors[name]) * np.dtype(place.dtype).itemsize
+        return place if size > TABLE_IN_MEMORY else None
+
+    def _table(self, name: str) -> NDArray[Any]:
+        """The values of a table, which are kept where they stay in memory."""
+        if name in self._in_memory:
+            return self._in_memory[name]
+        values = self._finite(name)
+        if self._place(name) is None:
+            self._in_memory[name] = self._keep(values)
+        return values
+
+    def row_table(self, name: str) -> native.RowTable:
+        """A dense matrix of which a step reads some rows, in memory or in its file."""
+        place = self._place(name)
+        if place is None:
+            values = self._table(name)
+            return native.RowTable(memory=values.ctypes.data, is_bfloat16=values.dtype == np.uint16)
         if name not in self._checked:
             self._finite(name)
         return native.RowTable(offset=place.offset, file=place.descriptor, is_bfloat16=place.dtype == "<u2")
@@ -161,7 +183,7 @@ class Weights:
             self.bytes_per_token += self._keep(packed).nbytes
             return native.Matrix(packed=packed.ctypes.data, scale=scale)
         dense = self._finite(name)
-        copy = self._keep(self._arena.take(dense.shape, dense.dtype))
+        copy = self._in_memory[name] = self._keep(self._arena.take(dense.shape, dense.dtype))
         copy[...] = dense
         self.bytes_per_token += copy.nbytes
         floats, bfloats = _addresses(copy)
@@ -169,7 +191,7 @@ class Weights:
 
     def integer_head(self, name: str, bits: int) -> tuple[int, int, int]:
         """Addresses of `quantize_head`'s results."""
-        codes, panels, int8_rows = map(self._keep, quantize_head(self._finite(name), bits, self._arena))
+        codes, panels, int8_rows = map(self._keep, quantize_head(self._table(name), bits, self._arena))
         self.bytes_per_token += codes.nbytes + panels.nbytes  # a step reads few of the int8 rows
         return codes.ctypes.data, panels.ctypes.data, int8_rows.ctypes.data
 

@@ -1,8 +1,8 @@
 // One step of a decoder: embedding, layers, output head. README.md draws it.
 //
 // A step takes rows (token, position, cache). A prompt is many rows of one text, a batch is one row of each of many
-// texts; both share one pass over the weights. Thread 0 walks through the layers; what there is to do in each, four or
-// five parallel loops, is divided among the threads (thread_pool.h).
+// texts; both share one pass over the weights. Thread 0 walks through the layers. Each is four parallel loops
+// (thread_pool.h), and about twice as many where there are several rows.
 //
 // Steps of several callers run one after the other, because each uses all threads.
 //

@@ -41,8 +41,8 @@ struct float16 {
 constexpr int PREFETCH_BYTES = 4096;
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 template <class T>
-inline void prefetch_row(const T* row, int count) {
-    for (size_t at = 0; at < size_t(count) * sizeof(T); at += 64) prefetch((const char*)row + at);
+inline void prefetch_row(const T* row, size_t count) {
+    for (size_t at = 0; at < count * sizeof(T); at += 64) prefetch((const char*)row + at);
 }
 
 inline FloatVec broadcast(float value) { return value - FloatVec{}; }

@@ -99,13 +99,14 @@ class LmHead {
         const float good = BITS == 4 ? lower_quartile_of_best(of, panels) : INFINITY;
         const auto row_scale = [&](int v) { return w.head_panels[v / HEAD_PANEL_ROWS].scale[v % HEAD_PANEL_ROWS]; };
         const auto int8_row = [&](int v) { return w.head_int8_rows + size_t(v) * padded(s.hidden); };
+        const size_t row_bytes = w.head_rows.row_bytes(s.hidden);
         exact.clear(), finer.clear();
         for (int p = from / HEAD_PANEL_ROWS; p < head_panels_of(to); p++) {
             if (of[p].upper < bound && of[p].best < good) continue;
             for (int v = p * HEAD_PANEL_ROWS; v < std::min(to, (p + 1) * HEAD_PANEL_ROWS); v++) {
                 if (logits[v] + in.margin * row_scale(v) >= bound) {
                     exact.push_back(v);
-                    if (w.head_rows.floats) prefetch_row(w.head_rows.floats + size_t(v) * s.hidden, s.hidden);
+                    if (w.head_rows.memory) prefetch_row((const char*)w.head_rows.memory + v * row_bytes, row_bytes);
                 } else if (logits[v] >= good) {
                     finer.push_back(v);
                 }

@@ -32,14 +32,16 @@ struct Matrix {
     float scale;
 };
 
-// A dense matrix (vocab, hidden) of which a step reads only some rows: the embedding, and rows of the output head. It
-// stays in its file where the file holds it as float32 or bfloat16. Rows are read, not mapped: if another program
-// shortens a mapped file, the next access ends the process (SIGBUS); a read just comes back short.
+// A dense matrix (vocab, hidden) of which a step reads only some rows: the embedding, and rows of the output head. A
+// large one stays in its file. Its rows are read, not mapped: if another program shortens a mapped file, the next
+// access ends the process (SIGBUS); a read just comes back short.
 struct RowTable {
-    const float* floats;  // null where the table is in a file
-    int64_t offset;       // of the first row in the file
-    int32_t file;         // descriptor
+    const void* memory;  // null where the table is in a file
+    int64_t offset;      // of the first row in the file
+    int32_t file;        // descriptor
     int32_t is_bfloat16;
+
+    size_t row_bytes(int inputs) const { return size_t(inputs) * (is_bfloat16 ? sizeof(bfloat16) : sizeof(float)); }
 };
 
 struct Layer {
@@ -70,16 +72,19 @@ struct ShortRead : std::exception {};  // the file of a RowTable is shorter than
 // ShortRead.
 template <class Use>
 inline void with_row(const RowTable& table, int index, int inputs, const Use& use) {
-    if (table.floats) return use(table.floats + size_t(index) * inputs);
-    thread_local std::vector<char> row;
-    const size_t bytes = size_t(inputs) * (table.is_bfloat16 ? sizeof(bfloat16) : sizeof(float));
-    row.resize(bytes);
-    for (size_t done = 0; done < bytes;) {
-        const ssize_t got =
-            pread(table.file, row.data() + done, bytes - done, table.offset + int64_t(index * bytes + done));
-        if (got > 0) done += size_t(got);
-        else if (got == 0 || errno != EINTR) throw ShortRead();
+    const size_t bytes = table.row_bytes(inputs);
+    const char* row = (const char*)table.memory + index * bytes;
+    if (!table.memory) {
+        thread_local std::vector<char> copy;
+        copy.resize(bytes);
+        for (size_t done = 0; done < bytes;) {
+            const off_t at = off_t(table.offset + index * bytes + done);
+            const ssize_t got = pread(table.file, copy.data() + done, bytes - done, at);
+            if (got > 0) done += size_t(got);
+            else if (got == 0 || errno != EINTR) throw ShortRead();
+        }
+        row = copy.data();
     }
-    if (table.is_bfloat16) use((const bfloat16*)row.data());
-    else use((const float*)row.data());
+    if (table.is_bfloat16) use((const bfloat16*)row);
+    else use((const float*)row);
 }
