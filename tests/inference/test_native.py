@@ -58,5 +58,5 @@ def test_arm_kernels_under_emulation(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not compiler or not emulator:
         pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")
-    flags = ["-O2", "-march=armv8.2-a+dotprod+fp16", "-static"]
+    flags = ["-O2", "-march=armv8.2-a+dotprod+fp16", "-static", "-DEMULATED"]
     assert run(tmp_path, compiler, flags, [emulator]).startswith("neon-dotprod")
