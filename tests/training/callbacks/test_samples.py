@@ -1,0 +1,39 @@
+"""Sample stories: greedy texts of the model in training, whole in samples.txt and on the console."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bitnet_lit.config import GenerationConfig, TrainConfig
+from bitnet_lit.inference.engines.torch_engine import TorchEngine
+from bitnet_lit.inference.generator import Generator
+from bitnet_lit.training.callbacks.samples import SampleStories
+from bitnet_lit.training.module import BitNetModule
+from tests.support import tiny_model
+
+PROMPTS = ["Once upon a time", "Lily"]
+
+
+@pytest.mark.parametrize("loss", [1.0, float("nan")])
+def test_stories_are_greedy_whole_and_leave_the_model_in_training(tmp_path, tokenizer, capsys, loss):
+    model = tiny_model(max_position_embeddings=256)
+    module = BitNetModule(model, TrainConfig(), None, tokenizer)
+    trainer = SimpleNamespace(
+        is_global_zero=True, callback_metrics={"val/loss": torch.tensor(loss)}, global_step=7, loggers=[]
+    )
+    model.train()
+    SampleStories(tmp_path, tokenizer, PROMPTS, max_new_tokens=200).on_validation_end(trainer, module)
+    assert model.training
+    printed, path = capsys.readouterr().err, tmp_path / "samples.txt"
+    if loss != loss:  # a model that computes no numbers writes nothing
+        assert printed == "" and not path.exists()
+        return
+    options = GenerationConfig(max_new_tokens=200, temperature=0)
+    stories = Generator(TorchEngine(tiny_model(max_position_embeddings=256)), tokenizer).generate_batch(
+        PROMPTS, options
+    )
+    written = path.read_bytes().decode()
+    assert written == "".join(f"--- step 7\n{story}\n\n" for story in stories)
+    assert len(stories[0]) > 200 and printed.startswith("step 7: Once upon a time")
+    assert printed.count("\n") == stories[0].count("\n") + 1  # the console breaks no line
