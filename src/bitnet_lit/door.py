@@ -21,7 +21,7 @@ from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserErro
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 interruptions: list[int] = []
-"""The Ctrl-C's that came: a library may turn the exception into one of its own."""
+"""The numbers of the signals that came: a library may turn the exception into one of its own."""
 
 
 def _prepare_streams() -> None:
@@ -43,15 +43,30 @@ def _prepare_streams() -> None:
             output.reconfigure(errors="replace")
 
 
-def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    """KeyboardInterrupt, as Python has it; but an import that is interrupted cannot be gone on with: leave at once."""
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os.write(STDERR, b"error: interrupted\n")
-            os._exit(128 + number)
-        frame = frame.f_back
-    interruptions.append(number)
-    raise KeyboardInterrupt
+def _hear_signals() -> None:
+    """Let Ctrl-C and SIGTERM end the command in one line, unless the parent wants them ignored."""
+    process = os.getpid()
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        if os.getpid() != process:  # a child that was forked: it ends as if nobody had set a handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":  # an import cannot be gone on with
+                os.write(STDERR, f"error: {_what_ended_it(number)}\n".encode())
+                os._exit(128 + number)
+            frame = frame.f_back
+        interruptions.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def _what_ended_it(number: int) -> str:
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
 
 
 def _fail(error: object, status: int) -> int:
@@ -90,7 +105,8 @@ def _status_of(work: Callable[[], object]) -> int:
         name = "the output cannot be written" if error.filename is None else error.filename
         return _fail(f"{name}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted", 128 + signal.SIGINT)
+        number = interruptions[-1] if interruptions else signal.SIGINT
+        return _fail(_what_ended_it(number), 128 + number)
     return status
 
 
@@ -116,7 +132,6 @@ def leave(work: Callable[[], object]) -> None:
     if sys.platform == "win32":
         sys.exit("error: bitnet-lit runs on Linux and macOS, not on Windows: use WSL, the Windows Subsystem for Linux")
     _prepare_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    _hear_signals()
     if status := _status_of(work):
         sys.exit(status)

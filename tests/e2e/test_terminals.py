@@ -52,17 +52,21 @@ def test_a_terminal_that_shows_ascii_only(tmp_path, tokenizer):
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: checkpoint=caf\\xe9: ")
 
 
-def test_an_import_that_is_interrupted_is_left_at_once(tmp_path):
+ENDS = {signal.SIGINT: "error: interrupted\n", signal.SIGTERM: "error: ended by SIGTERM\n"}
+
+
+@pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
+def test_an_import_that_is_interrupted_is_left_at_once(tmp_path, number):
     """Ctrl-C while PyTorch is imported: an exception inside an import may be swallowed, or leave half a module."""
     (tmp_path / "heavy.py").write_text(
         "import os, signal\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+        f"try:\n    os.kill(os.getpid(), signal.{number.name})\nexcept BaseException:\n    pass\n"
         "print('went on')\n"
     )
     script = "from bitnet_lit.door import leave\nleave(lambda: __import__('heavy'))\n"
     (tmp_path / "script.py").write_text(script)
     result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
+    assert (result.returncode, result.stdout, result.stderr) == (128 + number, "", ENDS[number])
 
 
 def test_a_door_hears_ctrl_c_before_it_imports_anything_heavy():
@@ -75,9 +79,11 @@ def test_a_door_hears_ctrl_c_before_it_imports_anything_heavy():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc to read processor time from")
-@pytest.mark.parametrize("seconds", [0.4, 1.0])
-def test_ctrl_c_while_it_starts(tmp_path, seconds):
-    """Python catches the signal by itself as soon as it runs; a door's own handler is there a moment later."""
+@pytest.mark.parametrize(
+    ("number", "seconds"), [(signal.SIGINT, 0.4), (signal.SIGINT, 1.0), (signal.SIGTERM, 0.4), (signal.SIGTERM, 1.0)]
+)
+def test_a_signal_while_it_starts(tmp_path, number, seconds):
+    """Python catches Ctrl-C by itself as soon as it runs; the command's own handlers are there a moment later."""
     arguments = ["source=demo", "num_stories=1000000", "num_workers=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "bitnet_lit.prepare", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
@@ -90,6 +96,21 @@ def test_ctrl_c_while_it_starts(tmp_path, seconds):
         if used >= seconds:
             break
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == "error: interrupted\n"
+    assert process.returncode == 128 + number and errors == ENDS[number]
+
+
+def test_a_forked_child_ends_by_the_signal_itself(tmp_path):
+    """As a pool or a loader ends its workers: a line of each of them would say nothing."""
+    script = (
+        "import os, signal, time\nfrom bitnet_lit.door import leave\n"
+        "def work():\n"
+        "    if not (child := os.fork()):\n        while True:\n            time.sleep(0.02)\n"
+        "    os.kill(child, signal.SIGTERM)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "leave(work)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{-signal.SIGTERM}\n", "")
