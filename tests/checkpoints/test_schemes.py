@@ -15,7 +15,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import problems
 from bitnet_lit.inference.engines.cpu.supported_models import why_unsupported
 from bitnet_lit.inference.engines.cpu.weights import Arena, Weights, pack
-from bitnet_lit.quant import register
+from bitnet_lit.quant import PackedBitLinear, packing, register
 from tests.exports.exporting import export_to, leave_out_other_tools, saved_model
 from tests.inference.test_cpu_engine import needs_compiler
 from tests.quant.toy_schemes import Centered, Quinary, Threshold
@@ -102,6 +102,42 @@ def test_every_format_keeps_what_it_holds(tmp_path, tokenizer, monkeypatch, name
             assert opened.quant.scheme == scheme and opened.packed == (form == "packed")
             with torch.no_grad():  # the same integers, the same scales, the same products
                 assert torch.equal(from_pretrained(tmp_path / "out" / form).model(ids), logits)
+
+
+@pytest.mark.parametrize("name", ["threshold", "quinary", "row"])
+def test_packed_codes_go_from_the_file_to_the_layer_as_they_are(tmp_path, monkeypatch, name):
+    """No unpacking to check them, and no packing of what lies there packed."""
+    folder = saved_model(tmp_path / "model", quant_of(name), None)
+    export_to(tmp_path / "packed", folder, format="packed")
+    expected = open_stored(folder)
+    unpacked = []
+    unpack = packing.unpack_codes
+    monkeypatch.setattr(packing, "pack_codes", lambda codes: pytest.fail("packed again"))
+    monkeypatch.setattr(packing, "unpack_codes", lambda codes: unpacked.append(codes) or unpack(codes))
+    opened = from_pretrained(tmp_path / "packed")
+    layers = {n: layer for n, layer in opened.model.named_modules() if isinstance(layer, PackedBitLinear)}
+    assert len(unpacked) == (0 if name == "quinary" else len(layers))  # once each, by the layer that multiplies them
+    for layer_name, layer in layers.items():
+        codes, scale = expected.codes(f"{layer_name}.weight")
+        stored = codes if name == "quinary" else unpack(layer.weight)
+        assert torch.equal(stored, codes) and torch.equal(layer.weight_scale.reshape(scale.shape), scale)
+
+
+def test_a_pair_of_bits_that_is_no_code_is_refused(tmp_path):
+    export_to(tmp_path / "packed", saved_model(tmp_path / "model", quant_of("threshold"), None), format="packed")
+    stored = open_stored(tmp_path / "packed")
+    name = min(stored.quantized)
+    read = stored.reader.read
+    for value in range(256):
+        packed = np.zeros((64, 256), np.uint8)
+        packed[3, 5] = value
+        stored.reader.read = lambda key, packed=packed: packed if key == name else read(key)
+        if any(value >> shift & 3 == 3 for shift in (0, 2, 4, 6)):
+            for method in (stored.codes, stored.packed_codes):
+                with pytest.raises(UserError, match=r"holds codes that are not in -1\.\.1"):
+                    method(name)
+        else:
+            assert torch.equal(packing.unpack_codes(stored.packed_codes(name)[0]), stored.codes(name)[0])
 
 
 def test_packed_codes_that_no_level_has_are_refused(tmp_path):

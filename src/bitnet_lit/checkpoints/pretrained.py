@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,13 @@ def fill(module: nn.Module, stored: StoredModel, prefix: str = "") -> nn.Module:
         weight = f"{prefix}{name}.weight"
         if stored.packed and isinstance(layer, BitLinear) and weight in stored.quantized:
             bias = None if layer.bias is None else stored.tensor(f"{prefix}{name}.bias")
-            module.set_submodule(name, PackedBitLinear.from_codes(*stored.codes(weight), bias, layer.scheme))
-    for name in _parameter_names(module):
+            module.set_submodule(name, PackedBitLinear(*stored.packed_codes(weight), bias, layer.scheme))
+    for name in [name for name, _ in module.named_parameters()]:
         if prefix + name in stored.tensors:
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(stored.tensor(prefix + name))
             setattr(module.get_submodule(owner), leaf, parameter)
     return module
-
-
-def _parameter_names(module: nn.Module) -> Iterator[str]:
-    for name, _ in list(module.named_parameters()):
-        yield name
 
 
 @dataclass

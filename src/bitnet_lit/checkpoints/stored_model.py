@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
-CODES_PER_BYTE = 4  # in a packed matrix of ternary codes; the layout is in quant/packing.py
 STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
 NOTED_STATISTICS = MapOf(ListOf(Number(-LARGEST_NUMBER, LARGEST_NUMBER), length=2))
 CHECKED_AT_ONCE = 2**18  # values: they stay in the processor's cache between the passes of a check
@@ -177,8 +176,7 @@ class StoredModel:
         for name in self.quantized & stored.keys():
             if f"{name}_scale" in stored:
                 rows, columns = self.tensors[name]
-                if self.quant.scheme.is_ternary:
-                    expected[name].add((rows // CODES_PER_BYTE, columns))
+                expected[name].add((rows // self.quant.scheme.codes_per_byte, columns))
                 scales = self.quant.scheme.granularity.scale_shape(rows, columns)
                 expected[f"{name}_scale"] = {scales} if scales else {(1,), ()}
         if self.config.tie_word_embeddings and HEAD in stored:
@@ -289,22 +287,55 @@ class StoredModel:
 
         from bitnet_lit.quant.packing import unpack_codes
 
-        scheme = self.quant.scheme
-        assert scheme.weights is not None, "a dense model has no codes"
+        rule = self.quant.scheme.weights
+        assert rule is not None, "a dense model has no codes"
         if not self.holds_codes(name):
-            codes, scale = scheme.weights.quantize(self.tensor(name))
+            codes, scale = rule.quantize(self.tensor(name))
             return codes.to(torch.int8), scale
-        stored, scale = torch.from_numpy(self.reader.read(name)), torch.as_tensor(self.scale(name))
+        stored = self._stored_codes(name)
+        is_packed = stored.shape[0] != self.tensors[name][0]
+        return unpack_codes(stored) if is_packed else stored.to(torch.int8), torch.as_tensor(self.scale(name))
+
+    def packed_codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """A quantized weight as `PackedBitLinear` keeps it: as it lies in the file, where it lies there packed.
+
+        Returns:
+            codes: uint8 (O / 4, I) of ternary schemes, otherwise int8 (O, I); quant/packing.py has the layout.
+            scale: float32, in the shape of the scheme's granularity.
+
+        Raises:
+            UserError: stored values that are no codes.
+        """
+        import torch
+
+        from bitnet_lit.quant.packing import stored_codes
+
+        rows, scheme = self.tensors[name][0], self.quant.scheme
+        if self.holds_codes(name) and (stored := self._stored_codes(name)).shape[0] == rows // scheme.codes_per_byte:
+            packed = stored if scheme.codes_per_byte > 1 else stored.to(torch.int8)
+            return packed, torch.as_tensor(self.scale(name))
+        codes, scale = self.codes(name)
+        return stored_codes(codes, scheme), scale
+
+    def _stored_codes(self, name: str) -> Tensor:
+        """Codes as they lie in the file, packed or one in a byte, each checked to be one."""
+        import torch
+
+        from bitnet_lit.quant.packing import are_packed_codes
+
+        scheme, stored = self.quant.scheme, torch.from_numpy(self.reader.read(name))
+        lowest, highest = (-1, 1) if scheme.is_ternary else (scheme.levels[0], scheme.levels[-1])
         if stored.shape[0] != self.tensors[name][0]:
             if stored.dtype != torch.uint8:
                 raise UserError(f"{self.path}: tensor {name} is {stored.dtype}, but packed codes are uint8")
-            stored = unpack_codes(stored)
-        lowest, highest = (-1, 1) if scheme.is_ternary else (scheme.levels[0], scheme.levels[-1])
-        if not bool(((stored >= lowest) & (stored <= highest)).all()):
+            are_codes = are_packed_codes(stored)
+        else:
+            are_codes = bool(((stored >= lowest) & (stored <= highest)).all())
+        if not are_codes:
             raise UserError(
                 f"{self.path}: tensor {name} holds codes that are not in {lowest}..{highest}: copy it again"
             )
-        return stored.to(torch.int8), scale
+        return stored
 
     def dequantized(self, name: str) -> Tensor:
         """A weight as plain float32 numbers: codes * scale, or what is stored."""

@@ -50,6 +50,11 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return pairs.to(torch.int8) - 1
 
 
+def are_packed_codes(packed: Tensor) -> bool:
+    """Whether every pair of bits holds a code: the fourth value of two bits, 3, is none."""
+    return not bool((packed & packed >> 1 & 0b01010101).any())
+
+
 def stored_codes(codes: Tensor, scheme: Scheme) -> Tensor:
     """Codes (O, I) as they are kept: uint8 (O / 4, I) where two bits hold them, else int8 (O, I).
 

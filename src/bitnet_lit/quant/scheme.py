@@ -107,6 +107,11 @@ class Scheme(ABC):
         return self.quantizes and set(self.levels) <= set(TERNARY)
 
     @property
+    def codes_per_byte(self) -> int:
+        """Codes of a packed matrix in one byte, one below the other: four where two bits hold a code, otherwise one."""
+        return 4 if self.is_ternary else 1
+
+    @property
     def is_plain(self) -> bool:
         """Whether a layer computes a product of activation codes and weight codes, with scales, and nothing else."""
         return self.layer is None

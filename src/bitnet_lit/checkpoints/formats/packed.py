@@ -39,7 +39,7 @@ class Packed(ModelFolder):
         found, scheme = [*scheme_problems(quant), *super().problems(config, quant)], quant.scheme
         if not scheme.quantizes:
             found.append(f"quant={scheme.name}: a dense model has no codes to pack: take quant=b158, or format=latent")
-        if scheme.is_ternary:
+        if scheme.codes_per_byte > 1:
             rows = {
                 "model.hidden_size": config.hidden_size,
                 "model.intermediate_size": config.intermediate_size,
@@ -47,7 +47,9 @@ class Packed(ModelFolder):
                 "num_key_value_heads * head_dim": config.kv_size,
             }
             found += [
-                f"{key}={size}: four rows share a byte: take a multiple of 4" for key, size in rows.items() if size % 4
+                f"{key}={size}: four rows share a byte: take a multiple of 4"
+                for key, size in rows.items()
+                if size % scheme.codes_per_byte
             ]
         if config.qkv_bias and scheme.quantizes:
             found.append(
@@ -80,11 +82,10 @@ class Packed(ModelFolder):
 
 
 def packed_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTensor]:
-    """Codes as `stored_codes` keeps them and scales as float32 (1,), (O, 1) or (O, G); everything else in `dtype`."""
+    """Codes as quant/packing.py keeps them, scales as float32 (1,), (O, 1) or (O, G), everything else in `dtype`."""
     import torch
 
     from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
-    from bitnet_lit.quant.packing import CODES_PER_BYTE, stored_codes
 
     scheme = stored.quant.scheme
     for name, shape in stored.tensors.items():
@@ -93,15 +94,13 @@ def packed_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTens
             continue
 
         def codes(name: str = name) -> Tensor:
-            return stored_codes(stored.codes(name)[0], scheme)
+            return stored.packed_codes(name)[0]
 
         scales = scheme.granularity.scale_shape(shape[0], shape[1]) or (1,)
 
         def scale(name: str = name, scales: tuple[int, ...] = scales) -> Tensor:
             return stored.codes(name)[1].reshape(scales)
 
-        if scheme.is_ternary:
-            yield LazyTensor(name, (shape[0] // CODES_PER_BYTE, shape[1]), torch.uint8, codes)
-        else:
-            yield LazyTensor(name, shape, torch.int8, codes)
+        dtype_of_codes = torch.uint8 if scheme.codes_per_byte > 1 else torch.int8
+        yield LazyTensor(name, (shape[0] // scheme.codes_per_byte, shape[1]), dtype_of_codes, codes)
         yield LazyTensor(f"{name}_scale", scales, torch.float32, scale)
