@@ -25,9 +25,9 @@ def _bench(config: BenchConfig) -> None:
         rows = data_rows(config.rounds)
     else:
         from bitnet_lit.inference.benchmark import cpu_rows
-        from bitnet_lit.inference.engines.cpu.cores import physical_cores
+        from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 
-        rows = cpu_rows(config.rounds, config.threads or physical_cores())
+        rows = cpu_rows(config.rounds, allowed_threads(config.threads))
     table = Table(title=f"suite={config.suite}, median of {config.rounds} interleaved rounds")
     for column in rows[0]:
         table.add_column(column)

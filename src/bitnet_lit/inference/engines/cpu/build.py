@@ -1,12 +1,13 @@
-"""Compile the native engine for this machine, once; later processes find it.
+"""Compiling the native engine for this machine: once, because later processes find the library.
 
-The library lies in a cache folder as engine-<key>-<content>.so. The key is a hash of the sources, the compiler and the
-processor, so another version or another machine that shares the home folder makes its own. The second part is the hash
-of the file itself: one that was cut off or has flipped bits is compiled again. It is not part of the wheel because it
-uses the vector instructions of the very processor it runs on.
+The library is kept in a cache folder as engine-<key>-<content>.so. The key is a hash of the sources, the compiler and
+the processor, so another version of the sources, or another machine that shares the home folder, compiles its own. The
+second part is a hash of the file: a library that was cut off or has flipped bits is compiled again. The wheel carries
+sources instead of a library, because the library uses the vector instructions of the very processor it runs on.
 
-Loading a library runs what is in it. So it is loaded only from a folder that is the user's alone (private_folder.py);
-where there is none, or the system executes nothing there, it is compiled for this process and removed at once.
+Loading a library runs the code in it. So it is loaded only from a folder in which nobody else can write
+(private_folder.py). Where there is no such folder, or the system executes nothing in it, the library is compiled for
+this process alone and removed when it is loaded.
 """
 
 from __future__ import annotations
@@ -35,20 +36,23 @@ FLAGS = [
     *("-O3", "-std=c++20", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),  # loops over floats become vector code
 ]
-VERSION_SECONDS, COMPILE_SECONDS = 20, 600  # a compiler that takes longer hangs
+VERSION_SECONDS, COMPILE_SECONDS = 20, 600
+"""After these a compiler is taken to hang, and is ended."""
 
 
 class NoCompilerError(RuntimeError):
-    """The engine cannot be compiled or loaded here; says why."""
+    """The engine cannot be compiled or loaded here; the message says why."""
 
 
 class _UnusableError(Exception):
-    """A folder that the library cannot be kept in; says why."""
+    """The library cannot be kept in a folder; the message says why."""
 
 
 def cache_folders() -> list[Path]:
-    """Where compiled engines may lie, the first choice first: $BITNET_LIT_CACHE, or bitnet_lit in the user's cache
-    folder; then in the home folder that the system knows, if it is another.
+    """Folders for the compiled library, the first choice first.
+
+    $BITNET_LIT_CACHE is the first, or where it is not set bitnet_lit in the user's cache folder. The second is the
+    cache folder in the home folder that the system has on record, if that is another one.
 
     A relative XDG_CACHE_HOME or HOME counts as none, as the XDG Base Directory Specification says.
     """
@@ -65,8 +69,8 @@ def cache_folders() -> list[Path]:
 
 
 def compiler() -> list[str]:
-    """The command of a C++ compiler: $CXX, which may hold options too, or the first of the usual names that is
-    installed.
+    """The command of a C++ compiler: $CXX, which may hold options too, or else the first installed one of c++, g++ and
+    clang++.
 
     Raises:
         NoCompilerError: there is none.
@@ -80,10 +84,10 @@ def compiler() -> list[str]:
 
 
 def _run(command: Sequence[str], seconds: int) -> subprocess.CompletedProcess[str]:
-    """Run a compiler with all that it starts; nothing of it outlives the call.
+    """Run a compiler. Neither it nor a process that it started outlives the call.
 
     Raises:
-        NoCompilerError: it does not start, or does not end.
+        NoCompilerError: it cannot be started, or does not end within `seconds`.
     """
     try:
         process = subprocess.Popen(
@@ -109,7 +113,7 @@ def _run(command: Sequence[str], seconds: int) -> subprocess.CompletedProcess[st
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The processor's features, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -121,7 +125,7 @@ class _Recipe:
     """How the library is compiled here.
 
     Attributes:
-        key: a hash of all that the result depends on.
+        key: a hash of everything that the compiled library depends on.
     """
 
     def __init__(self) -> None:
@@ -133,10 +137,10 @@ class _Recipe:
         self.key = hashlib.sha256(content + depends.encode()).hexdigest()[:16]
 
     def compile(self, library: Path) -> None:
-        """Write the library.
+        """Compile the engine to the file `library`.
 
         Raises:
-            NoCompilerError: the compiler says what is wrong, or does not end.
+            NoCompilerError: the compiler fails, or does not end.
         """
         result = _run([*self._command, str(SOURCES / "engine.cpp"), "-o", str(library)], COMPILE_SECONDS)
         if result.returncode or not library.is_file():
@@ -148,7 +152,7 @@ def _content(library: Path) -> str:
 
 
 def _kept(folder: Path, key: str) -> Path | None:
-    """The library of that key that lies in `folder`, as it was written."""
+    """The undamaged library of `key` in `folder`; None where there is none."""
     for library in sorted(folder.glob(f"engine-{key}-*.so")):
         if library.stem.endswith(f"-{_content(library)}"):
             return library
@@ -157,7 +161,7 @@ def _kept(folder: Path, key: str) -> Path | None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits while another process compiles here; some network file systems cannot tell, and then both do."""
+    """Waits while another process compiles in `folder`. Some network file systems have no locks; there both compile."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -168,10 +172,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _library_in(folder: Path, recipe: _Recipe) -> Path:
-    """The library in `folder`; compiles it if there is none.
+    """The library in `folder`, compiled if it is not there yet.
 
     Raises:
-        _UnusableError, OSError: it cannot be kept there.
+        _UnusableError, OSError: the library cannot be kept in `folder`.
         NoCompilerError: it cannot be compiled.
     """
     folder = make_private(folder)
@@ -200,7 +204,7 @@ def _library_in(folder: Path, recipe: _Recipe) -> Path:
 
 @cache
 def _loaded() -> ctypes.CDLL | NoCompilerError:
-    """`load_library`, or why it cannot be loaded: a compiler that hangs is not asked twice."""
+    """The result of `load_library`, or its exception: a compiler that fails is not run again in this process."""
     try:
         return load_library()
     except NoCompilerError as error:
@@ -208,10 +212,10 @@ def _loaded() -> ctypes.CDLL | NoCompilerError:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled engine, loaded once in a process.
+    """The compiled engine, which is loaded once in a process.
 
     Raises:
-        NoCompilerError: no compiler, it failed, or the system does not execute what it made.
+        NoCompilerError: there is no compiler, it fails, or the system does not execute the library.
     """
     loaded = _loaded()
     if isinstance(loaded, NoCompilerError):
@@ -220,7 +224,7 @@ def library() -> ctypes.CDLL:
 
 
 def load_library() -> ctypes.CDLL:
-    """Load the compiled engine; compiles it if this machine has none.
+    """Load the compiled engine, compiling it if this machine has none.
 
     Raises:
         NoCompilerError: as for `library`.

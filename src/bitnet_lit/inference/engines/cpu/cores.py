@@ -1,7 +1,7 @@
-"""How many threads are worth having: one on each core that this process may use.
+"""How many threads the engine takes: one on each physical core that this process may use.
 
-The system may allow a process less than the machine has: some processors only (`taskset`, a batch system), or a share
-of their time (a container's quota). A thread beyond that takes turns with the others.
+The system may allow a process less than the machine has: only some processors (`taskset`, a batch system), or a share
+of their time (a container's quota). More threads than that take turns, and each step waits for the last of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bitnet_lit.errors import UserError
 
 
 def _usable_cpus() -> set[int]:
-    """The logical processors that the system lets this process run on."""
+    """The numbers of the logical processors that this process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
@@ -32,7 +32,7 @@ def _at_most(processors: int) -> int:
 
 
 def physical_cores() -> int:
-    """Cores this process may use, hyper-threads counted once where the system says which they are."""
+    """The number of cores that this process may use; hyper-threads of a core count once, if the system names them."""
     usable = _usable_cpus()
     topology = Path("/sys/devices/system/cpu")
     siblings = {_read(topology / f"cpu{cpu}/topology/thread_siblings_list").strip() for cpu in usable}
@@ -40,10 +40,10 @@ def physical_cores() -> int:
 
 
 def allowed_threads(threads: int | None) -> int:
-    """The threads to take where `threads` are asked for: no more than processors that this process may use.
+    """How many threads the engine takes where `threads` are asked for: no more than this process may use processors.
 
     Raises:
-        UserError: no whole number from 1 on.
+        UserError: `threads` is neither None nor a whole number from 1 on.
     """
     if threads is None:
         return physical_cores()

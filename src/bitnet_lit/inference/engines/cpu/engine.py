@@ -20,7 +20,7 @@ from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.cores import physical_cores
 from bitnet_lit.inference.engines.cpu.weights import Weights
-from bitnet_lit.model.tensors import EMBEDDING, HEAD
+from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 HEAD_IN_CACHE = 16 * 2**20
 """Bytes of an int8 head. A smaller one may stay in the processor's caches, where 4 bits would be no faster than 8."""
@@ -59,7 +59,7 @@ class NativeModel:
         if head == "auto":
             head = "int4" if config.hidden_size * config.vocabulary > HEAD_IN_CACHE else "int8"
         head_name = HEAD if HEAD in stored.tensors else EMBEDDING
-        others = native.Weights(norm=weights.vector("model.norm.weight"))
+        others = native.Weights(norm=weights.vector(FINAL_NORM))
         if head == "float":
             others.head = weights.projection(head_name)
         else:

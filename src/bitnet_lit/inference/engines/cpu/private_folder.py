@@ -1,8 +1,9 @@
 """Whether a folder holds only what this user put there.
 
-Code that is loaded from a folder runs with the rights of who loads it. So the folder must belong to the user, nobody
-else may write there, and nobody else may put another folder in its place: each folder above belongs to the user or to
-root, and is written by its owner alone, or lets only owners rename what lies in it (the sticky bit of /tmp).
+Code that is loaded from a folder runs with the rights of the user who loads it. So the folder must belong to that user,
+and nobody else may write in it or put another folder in its place. The second holds if each folder above belongs to the
+user or to root, and either only its owner can write in it or only owners can rename its entries (the sticky bit, as
+in /tmp).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 
 
 def _users_own_group(gid: int) -> bool:
-    """Whether a group is the user's private one, which many systems make for each user: by its name, without other
-    members. Folders that its group can write are common there."""
+    """Whether a group is the user's private one: it has the user's name and no other members. Many systems make such a
+    group for each user, and folders that the group can write are common there."""
     try:
         name, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(gid)
     except KeyError:
@@ -25,13 +26,13 @@ def _users_own_group(gid: int) -> bool:
 
 
 def why_not_private(folder: Path) -> str | None:
-    """The reason why others can change what lies in `folder`; None where they cannot.
+    """The reason why other users can change what is in `folder`; None where they cannot.
 
     Args:
-        folder: exists, and holds no symbolic link: see `Path.resolve`.
+        folder: an existing folder, as a path without symbolic links: see `Path.resolve`.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the status of the folder, or of one above, cannot be read.
     """
     user = os.getuid()
     for place in (folder, *folder.parents):
@@ -46,7 +47,10 @@ def why_not_private(folder: Path) -> str | None:
 
 
 def make_private(folder: Path) -> Path:
-    """Make `folder`, and what is missing above it, for the user alone; returns its path without symbolic links.
+    """Make `folder`, and missing folders above it, with access for the user alone.
+
+    Returns:
+        The path of the folder without symbolic links.
 
     Raises:
         OSError: it cannot be made there.

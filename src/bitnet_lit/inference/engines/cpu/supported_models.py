@@ -1,14 +1,16 @@
 """Which models the native engine can run.
 
 The kernels multiply ternary codes with one scale for the matrix by 8-bit activations, and compute the network of
-model/transformer.py. The list of fields is an allow-list: a part of the network that was added since is refused by its
-name, and so is a scheme with any other property. Nothing here knows a scheme by its name.
+model/transformer.py. The lists of fields and of tensors are allow-lists: a part of the network that was added since is
+refused by its name, and so is a scheme with any other property. Nothing here knows a scheme by its name.
 """
 
 from __future__ import annotations
 
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, Only, refused_fields
+from bitnet_lit.inference.engines.cpu.native import NORMS, PROJECTIONS
+from bitnet_lit.model.tensors import AFTER_LAYERS, BEFORE_LAYERS, EMBEDDING, FINAL_NORM, HEAD, LAYER
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.weights import PerTensor
 
@@ -22,6 +24,7 @@ COMPUTED = {
     "qkv_bias": Only(False, "the native engine has no biases"),
     "qk_norm": Only(False, "the native engine has no norms of queries and keys"),
 }
+TENSORS = {EMBEDDING, *NORMS.values(), *PROJECTIONS.values(), FINAL_NORM, HEAD}
 ACTIVATIONS = ("silu", "relu2")
 DENSE_LAYERS = ["lm_head"]
 LONGEST_ROW = 2**18  # inputs of a matrix: 63 * 127 times as much fits the 32 bits in which products are added up
@@ -29,7 +32,9 @@ LONGEST_ROW = 2**18  # inputs of a matrix: 63 * 127 times as much fits the 32 bi
 
 def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
     """Why the native engine cannot run a model, naming the field or the scheme; None if it can."""
-    found = refused_fields(config, COMPUTED)
+    network = [spec.name for spec in (*BEFORE_LAYERS, *LAYER, *AFTER_LAYERS) if spec.present(config)]
+    unplaced = [f"tensor {name}: the native engine has no place for it" for name in network if name not in TENSORS]
+    found = refused_fields(config, COMPUTED) or unplaced  # a refused field explains the tensors that it adds
     if config.hidden_act not in ACTIVATIONS:
         found.append(f"model.hidden_act={config.hidden_act}: the native engine computes {' and '.join(ACTIVATIONS)}")
     longest = max(config.hidden_size, config.intermediate_size, config.attention_size)
