@@ -120,7 +120,7 @@ class ExportConfig(CheckpointConfig):
     formats: list[str] = field(default_factory=list)
     """Export formats of your own, <module>.<class>: subclasses of bitnet_lit.checkpoints.formats.format.Format."""
     out: str | None = None
-    """The folder to write, for a format that is one file the file. null: beside the model."""
+    """The folder to write; for a format that is one file (gguf), the file. null: beside the model."""
     type: str = "tq2_0"
     """gguf: tq2_0 (2.06 bits a projection weight), tq1_0 (1.69 bits, slower) or f16."""
     embeddings: str = "q8_0"
