@@ -7,7 +7,7 @@ interpreter that has finished its imports: what it does, leaves in memory or die
 ::
 
     with ForkServer() as server:
-        result = server.run(door, "prepare", ["source=demo", "out=data"], cwd=folder)
+        result = server.run(call_command, "prepare", ["source=demo", "out=data"], cwd=folder)
         assert result.status == 0, result.output
 
 A target is a function at the top level of a module of tests/ with JSON arguments. What it raises ends the child as it
@@ -66,7 +66,7 @@ class Result:
         return f"status {self.status} after {self.seconds:.1f} s:\n{said}"
 
 
-def door(name: str, arguments: Sequence[str]) -> None:
+def call_command(name: str, arguments: Sequence[str]) -> None:
     """`python -m bitnet_lit.<name> <arguments>`."""
     sys.argv = [name, *arguments]
     sys.modules.pop(f"bitnet_lit.{name}", None)  # runpy warns of a module that is there already
@@ -194,7 +194,7 @@ def _child(asked: dict[str, Any], output: int) -> None:
                 print(error.code, file=sys.stderr)
         except BaseException as error:
             unheard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            if isinstance(error, KeyboardInterrupt) and unheard:  # before the door was there to hear it
+            if isinstance(error, KeyboardInterrupt) and unheard:  # before the command was there to hear it
                 status = 128 + signal.SIGINT
             else:
                 traceback.print_exc()

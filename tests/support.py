@@ -1,4 +1,4 @@
-"""Small configs and models, and the doors as a user opens them."""
+"""Small configs and models, and the commands as a user types them."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def assert_close_but_for_borders(ours: torch.Tensor, expected: torch.Tensor) -> 
     assert (difference < 1e-4 * spread).float().mean() > 0.3
 
 
-def run_door(door: str, *arguments: str, cwd: Path, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """`python -m bitnet_lit.<door> <arguments>` in a process of its own, as a user types it."""
+def run_command(command: str, *arguments: str, cwd: Path, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """`python -m bitnet_lit.<command> <arguments>` in a process of its own, as a user types it."""
     result = subprocess.run(
-        [sys.executable, "-m", f"bitnet_lit.{door}", *arguments],
+        [sys.executable, "-m", f"bitnet_lit.{command}", *arguments],
         cwd=cwd,
         text=True,
         capture_output=True,

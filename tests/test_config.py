@@ -39,9 +39,9 @@ def test_prepare_names_its_folder_after_the_source(source, folder):
     assert compose("prepare", [f"source={source}"]).folder == Path(folder) == PrepareConfig(source=source).folder
 
 
-@pytest.mark.parametrize("door", sorted(set(SCHEMAS) - {"train"}))
-def test_every_door_composes(door):
-    assert isinstance(compose(door), SCHEMAS[door])
+@pytest.mark.parametrize("command", sorted(set(SCHEMAS) - {"train"}))
+def test_every_command_composes(command):
+    assert isinstance(compose(command), SCHEMAS[command])
 
 
 def test_a_group_selects_its_own_schema():

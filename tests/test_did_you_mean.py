@@ -7,9 +7,9 @@ from bitnet_lit.did_you_mean import nearest_key
 from bitnet_lit.errors import UserError
 
 
-def answer(override, door="train"):
+def answer(override, command="train"):
     with pytest.raises(UserError) as error:
-        compose(door, [*(["run_dir=unused"] if door == "train" else []), override])
+        compose(command, [*(["run_dir=unused"] if command == "train" else []), override])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -49,12 +49,12 @@ def test_words_of_other_trainers_are_answered_with_ours(override, word):
 
 
 @pytest.mark.parametrize(
-    ("override", "door"),
+    ("override", "command"),
     [("xyzzy=1", "train"), ("model.flux_capacitor=1", "train"), ("beam_width=3", "infer"), ("color=blue", "prepare")],
 )
-def test_what_is_like_nothing_is_sent_to_the_list(override, door):
-    text = answer(override, door)
-    assert f"bitnet-lit {door} --cfg job" in text and "did you mean" not in text
+def test_what_is_like_nothing_is_sent_to_the_list(override, command):
+    text = answer(override, command)
+    assert f"bitnet-lit {command} --cfg job" in text and "did you mean" not in text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import pytest
 
 from bitnet_lit.__main__ import COMMANDS
 from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
-from tests.forked import ForkServer, door
+from tests.forked import ForkServer, call_command
 from tests.support import REPOSITORY
 
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "examples/*/*.md") for path in REPOSITORY.glob(pattern))
@@ -191,7 +191,7 @@ def run_command(name: str, arguments: list[str]) -> None:
         small = [f"trainer.max_steps={steps}", f"schedule.total_steps={steps}"]
     if name == "prepare" and not any(word.startswith("tokenizer=") for word in arguments):
         small = [*small, "vocab_size=400" if "source=demo" in arguments else "vocab_size=300"]
-    door(name, [*arguments, *small])
+    call_command(name, [*arguments, *small])
 
 
 def run_python(code: str) -> None:

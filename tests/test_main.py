@@ -8,7 +8,7 @@ import pytest
 
 import bitnet_lit
 from bitnet_lit import __main__ as script
-from bitnet_lit import door
+from bitnet_lit import entry_point
 
 
 def typed(monkeypatch, *arguments):
@@ -57,7 +57,7 @@ def test_a_command_gets_its_arguments_and_is_the_main_module(monkeypatch, comman
     def leave(work):
         started.append((sys.modules["__main__"].__spec__.name, sys.argv[1:], Path(sys.argv[0]).name))
 
-    monkeypatch.setattr(door, "leave", leave)
+    monkeypatch.setattr(entry_point, "leave", leave)
     assert typed(monkeypatch, command, "seed=3", "prompt=a b") == 0
     assert started == [(f"bitnet_lit.{command}", ["seed=3", "prompt=a b"], f"{command}.py")]
 
@@ -65,7 +65,7 @@ def test_a_command_gets_its_arguments_and_is_the_main_module(monkeypatch, comman
 def test_modules_beside_the_data_are_found_as_python_m_finds_them(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["/somewhere/bin", *sys.path])  # a console script has its own folder there
-    monkeypatch.setattr(door, "leave", lambda work: None)
+    monkeypatch.setattr(entry_point, "leave", lambda work: None)
     assert typed(monkeypatch, "train") == 0
     assert sys.path[0] == str(tmp_path)
 

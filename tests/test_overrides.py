@@ -11,13 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from bitnet_lit import cli, door
+from bitnet_lit import cli, entry_point
 from bitnet_lit.cli import SCHEMAS, compose, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import as_typed, quoted, readable, text_keys
 from bitnet_lit.plain_yaml import dump_yaml
-from tests.support import run_door
+from tests.support import run_command
 
 # What people typed, and what Hydra or OmegaConf would read otherwise.
 PROMPTS = [
@@ -100,7 +100,7 @@ def test_a_text_arrives_from_python():
     assert compose("infer", ["prompt=a, b = ${x}"]).prompt == "a, b = ${x}"
 
 
-def test_every_text_key_of_every_door_takes_text():
+def test_every_text_key_of_every_command_takes_text():
     text = "a, b = ${x} \u00e9"
     for schema in SCHEMAS.values():
         keys = {key: how for key, how in text_keys(schema).items() if not key.startswith("hydra.")}
@@ -195,11 +195,11 @@ def test_a_rank_that_lightning_starts_has_the_run_folder_of_the_first():
 
 def test_ctrl_c_that_hydra_turns_into_another_exception(monkeypatch):
     def interrupted(*arguments, **keywords):
-        door.interruptions.append(2)
+        entry_point.interruptions.append(2)
         raise UnboundLocalError("cannot access local variable 'f'")
 
-    monkeypatch.setattr(door, "interruptions", [])
-    monkeypatch.setattr(cli, "interruptions", door.interruptions)
+    monkeypatch.setattr(entry_point, "interruptions", [])
+    monkeypatch.setattr(cli, "interruptions", entry_point.interruptions)
     monkeypatch.setattr(cli.hydra, "main", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cli.run("infer", print, [])
@@ -263,5 +263,5 @@ def test_the_command_line_is_as_it_was_afterwards(monkeypatch):
 def test_the_prompts_of_people_through_the_real_command(tmp_path):
     """Without a model the command ends after it has read its options, in which the prompt is repeated by none."""
     for prompt in ('He said, "hi" = {x}, [y] $z', "costs ${5} \u00e9"):
-        result = run_door("infer", f"prompt={prompt}", "checkpoint=no, model=${x}", cwd=tmp_path, check=False)
+        result = run_command("infer", f"prompt={prompt}", "checkpoint=no, model=${x}", cwd=tmp_path, check=False)
         assert result.returncode == 2 and result.stderr.startswith("error: checkpoint=no, model=${x}: ")

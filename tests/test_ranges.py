@@ -104,5 +104,5 @@ def test_a_range_says_what_is_wrong():
 
 
 def test_defaults_are_in_range():
-    for door in sorted(set(SCHEMAS) - {"train"}):
-        compose(door)
+    for command in sorted(set(SCHEMAS) - {"train"}):
+        compose(command)

@@ -58,7 +58,7 @@ def _refuse(command: str) -> None:
 
 def main() -> None:
     """Entry point of the console script `bitnet-lit` and of `python -m bitnet_lit`."""
-    from bitnet_lit.door import leave
+    from bitnet_lit.entry_point import leave
 
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:

@@ -7,7 +7,7 @@ import os
 import platform
 from typing import TYPE_CHECKING
 
-from bitnet_lit.door import run_door
+from bitnet_lit.entry_point import run_command
 
 if TYPE_CHECKING:
     from bitnet_lit.config import BenchConfig
@@ -40,7 +40,7 @@ def _bench(config: BenchConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_door("bench", _bench)
+    run_command("bench", _bench)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all doors share with Hydra: compose the config, say what is wrong with it in one line, call one function."""
+"""What all commands share with Hydra: compose the config, say what is wrong with it in one line, call one function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from bitnet_lit import config as schema
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
-from bitnet_lit.door import interruptions
+from bitnet_lit.entry_point import interruptions
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
 from bitnet_lit.overrides import as_typed, quoted
 from bitnet_lit.runs import own_folder  # noqa: F401  # its resolvers are named in conf/train.yaml
@@ -116,8 +116,8 @@ def to_object(cfg: DictConfig) -> Any:
     return build(cfg, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), "")
 
 
-def compose(door: str, overrides: Sequence[str] = ()) -> Any:
-    """The config of a door as a dataclass, from Python: `compose("train", ["model=15m", "seed=2"])`.
+def compose(command: str, overrides: Sequence[str] = ()) -> Any:
+    """The config of a command as a dataclass, from Python: `compose("train", ["model=15m", "seed=2"])`.
 
     Raises:
         UserError: an unknown key, a wrong type or a value that does not fit.
@@ -125,9 +125,9 @@ def compose(door: str, overrides: Sequence[str] = ()) -> Any:
     register_schemas()
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return to_object(hydra.compose(door, _with_custom(as_typed(SCHEMAS[door], overrides))))
+            return to_object(hydra.compose(command, _with_custom(as_typed(SCHEMAS[command], overrides))))
     except COMPOSITION_ERRORS as error:
-        raise UserError(explain(door, error, overrides, CONF_DIR)) from error
+        raise UserError(explain(command, error, overrides, CONF_DIR)) from error
 
 
 def _import_from(config_dir: str | None) -> None:
@@ -175,7 +175,7 @@ def _from_lightning(overrides: list[str]) -> list[str]:
 
 
 def run(
-    door: str,
+    command: str,
     task: Callable[[Any], Any],
     arguments: Sequence[str],
     defaults: Callable[[list[str], bool], list[str]] | None = None,
@@ -184,7 +184,7 @@ def run(
     """Run `task(config)` with the config that the arguments describe, or Hydra's own flags (--help, --cfg, ...).
 
     Args:
-        door: name of the root config in conf/ and of its schema.
+        command: name of the root config in conf/ and of its schema.
         task: called with the dataclass; what it returns is what a sweeper optimizes.
         arguments: the command line after the command's name.
         defaults: called with the overrides in Hydra's grammar and whether they are a sweep's; returns further ones,
@@ -209,12 +209,12 @@ def run(
                 _check_keys(cast(DictConfig, HydraConfig.instance().cfg))
                 config = configure(cfg)
             except COMPOSITION_ERRORS as error:
-                raise UserError(explain(door, error, overrides, CONF_DIR)) from None
+                raise UserError(explain(command, error, overrides, CONF_DIR)) from None
             return task(config)
 
         if hydra_config.mode == RunMode.MULTIRUN:
             folders = Path(hydra_config.runtime.output_dir), Path(hydra_config.sweep.dir)
-            with command_of_a_job(f"bitnet_lit.{door}", flags):
+            with command_of_a_job(f"bitnet_lit.{command}", flags):
                 result = run_job(work, *folders, os.getpid() == main_process)
             if result == float("inf"):
                 failures.append(TrainingStopped("jobs of the sweep failed"))
@@ -224,21 +224,21 @@ def run(
         except Exception as error:  # Hydra would print words of its own before it raises it again
             failures.append(error)
 
-    spelled = as_typed(SCHEMAS[door], _from_lightning(overrides), sweep)
+    spelled = as_typed(SCHEMAS[command], _from_lightning(overrides), sweep)
     spelled = _with_custom([*(defaults(spelled, sweep) if defaults else []), *spelled])
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=door)(job)()
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
     except Exception as error:  # not the task's: what a job raises is kept in `failures`
         if interruptions:
             raise KeyboardInterrupt from None
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
-            raise UserError(explain(door, error, overrides, CONF_DIR)) from None
+            raise UserError(explain(command, error, overrides, CONF_DIR)) from None
         if isinstance(error, OSError):  # of Hydra, which makes the run's folder and writes its record there
             with disk_errors("the run folder", refused="give another one (hydra.run.dir=..., hydra.sweep.dir=...)"):
                 raise
         if not isinstance(error, BrokenProcessPool):
-            raise UserError(explain(door, error, overrides, CONF_DIR)) from error
+            raise UserError(explain(command, error, overrides, CONF_DIR)) from error
         from bitnet_lit.runs.sweep_table import SweepTable
 
         SweepTable.end()

@@ -141,15 +141,15 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def known_keys(door: str, conf_dir: Path, groups: Sequence[str] = ()) -> list[str]:
+def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list[str]:
     """Every dotted key that a command reads, with the options of `groups`, and every group."""
     with hydra.initialize_config_dir(str(conf_dir), version_base="1.3"):
         try:
-            cfg = hydra.compose(door, list(groups))
+            cfg = hydra.compose(command, list(groups))
         except COMPOSITION_ERRORS:
-            cfg = hydra.compose(door)
+            cfg = hydra.compose(command)
     keys = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
-    if door == "train":
+    if command == "train":
         for option in sorted((conf_dir / "quant").glob("*.yaml")):  # settings that other schemes have
             keys += [f"quant.settings.{setting.name}" for setting in fields(SCHEMES.named(option.stem))]
         keys += [path.name for path in sorted(conf_dir.iterdir()) if path.is_dir()]
@@ -186,24 +186,24 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
     return found(nearest(leaf, siblings, 0.6)) or nearest(key, known, 0.85) or found(nearest(leaf, list(leaves), 0.75))
 
 
-def words_for(door: str, key: str) -> str | None:
+def words_for(command: str, key: str) -> str | None:
     """What is said about a key that other programs have and this one does not."""
     parts = key.split(".")
     for end in range(len(parts), 0, -1):
-        if words := WORDS.get(door, {}).get(".".join(parts[:end])):
+        if words := WORDS.get(command, {}).get(".".join(parts[:end])):
             return words
     return None
 
 
-def unknown_key(door: str, key: str, known: Sequence[str]) -> str:
+def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
     """The line for a key that nothing reads."""
-    if words := words_for(door, key):
+    if words := words_for(command, key):
         return f"unknown key '{key}': {words}"
     if near := nearest_key(key, known):
         return f"unknown key '{key}': did you mean '{near}'?"
-    if door == "train" and key.startswith("trainer.") and key.count(".") == 1:
+    if command == "train" and key.startswith("trainer.") and key.count(".") == 1:
         return f"unknown key '{key}': other flags of Lightning's Trainer are trainer.extra.<flag>=..."
-    return f"unknown key '{key}': bitnet-lit {door} --cfg job prints all keys"
+    return f"unknown key '{key}': bitnet-lit {command} --cfg job prints all keys"
 
 
 def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
@@ -217,7 +217,7 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
     return f"unknown {group}={name}: must be one of {', '.join(shown)}"
 
 
-def explain(door: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:
+def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:
     """Hydra's and OmegaConf's errors in one line.
 
     Args:
@@ -233,7 +233,7 @@ def explain(door: str, error: Exception, overrides: Sequence[str], conf_dir: Pat
         groups = [
             item for item in overrides if re.fullmatch(r"[a-z_]+=[\w.]+", item) and not item.startswith(key + "=")
         ]
-        return known_keys(door, conf_dir, groups)
+        return known_keys(command, conf_dir, groups)
 
     cause = " ".join(str(error.__cause__ or error).split())
     cause = re.sub(r" (full_key|object_type|reference_type): .*", "", cause)
@@ -245,7 +245,7 @@ def explain(door: str, error: Exception, overrides: Sequence[str], conf_dir: Pat
         keys = known(key)
         if key in keys:
             return f"{key} has no such entry: add one with +{key}.<name>=<value>"
-        return unknown_key(door, key, keys)
+        return unknown_key(command, key, keys)
     option = re.search(
         r"Could not find '([^']+?)/([^']*)' Available options in '[^']+': (.*?) Config search path", text
     )
@@ -254,12 +254,12 @@ def explain(door: str, error: Exception, overrides: Sequence[str], conf_dir: Pat
     if several := re.search(r"Ambiguous value for argument '(.*?)' 1\. To use it as a list", text):
         key, _, typed = several.group(1).lstrip("+").partition("=")
         if key not in (keys := known(key)):
-            return unknown_key(door, key, keys)
+            return unknown_key(command, key, keys)
         return f"{key}={typed}: {key} takes one value; a list is {key}=[{typed}], and a sweep over them needs -m"
     if "Could not override ''" in text:
         return "a value without a key: give key=value"
     if "Config group override must be" in text:
-        return f"a group needs the name of an option (bitnet-lit {door} --help lists them)"
+        return f"a group needs the name of an option (bitnet-lit {command} --help lists them)"
     if directory := re.search(r"Additional config directory '(.*?)' not found", text):
         return f"--config-dir {directory.group(1)}: no such folder"
     merging = re.search(r"Error merging override (\S+)", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitnet_lit.door import run_door
+from bitnet_lit.entry_point import run_command
 
 if TYPE_CHECKING:
     from bitnet_lit.config import EvaluateConfig
@@ -21,7 +21,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_door("evaluate", _evaluate)
+    run_command("evaluate", _evaluate)
 
 
 if __name__ == "__main__":

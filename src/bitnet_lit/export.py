@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from bitnet_lit.door import leave, run_door
+from bitnet_lit.entry_point import leave, run_command
 
 if TYPE_CHECKING:
     from bitnet_lit.config import ExportConfig
@@ -28,7 +28,7 @@ def main() -> None:
     if "--advise" in sys.argv:
         leave(lambda: _advise([argument for argument in sys.argv[1:] if argument != "--advise"]))
     else:
-        run_door("export", _export)
+        run_command("export", _export)
 
 
 if __name__ == "__main__":

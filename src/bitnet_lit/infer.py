@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitnet_lit.door import run_door
+from bitnet_lit.entry_point import run_command
 
 if TYPE_CHECKING:
     from bitnet_lit.config import InferConfig
@@ -18,7 +18,7 @@ def _infer(config: InferConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_door("infer", _infer)
+    run_command("infer", _infer)
 
 
 if __name__ == "__main__":

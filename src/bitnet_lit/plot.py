@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bitnet_lit.door import run_door
+from bitnet_lit.entry_point import run_command
 
 if TYPE_CHECKING:
     from bitnet_lit.config import PlotConfig
@@ -18,7 +18,7 @@ def _plot(config: PlotConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_door("plot", _plot)
+    run_command("plot", _plot)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bitnet_lit.door import run_door
+from bitnet_lit.entry_point import run_command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -71,7 +71,7 @@ def _place(overrides: list[str], is_sweep: bool) -> list[str]:
 
 def main() -> None:
     """Entry point."""
-    run_door("train", _train, defaults=_place, configure=_configure)
+    run_command("train", _train, defaults=_place, configure=_configure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Doors in: what `checkpoint=` may be, and what a training config hears about the doors out."""
+"""What `checkpoint=` may be, and what a training config hears about its export targets."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.language_model import load
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, run_door, tiny_model
+from tests.support import TINY_RUN, run_command, tiny_model
 
 
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, tokenizer):
@@ -180,12 +180,12 @@ def test_llama2cs_file_tells_a_story_with_a_given_tokenizer(tmp_path, tokenizer)
     save_model_folder(tmp_path / "plain", model, QuantConfig(name="none"), None)
     Llama2c().write(open_stored(tmp_path / "plain"), tmp_path)
     arguments = [f"checkpoint={tmp_path / 'model.bin'}", "max_new_tokens=5", "temperature=0"]
-    without = run_door("infer", *arguments, cwd=tmp_path, check=False)
+    without = run_command("infer", *arguments, cwd=tmp_path, check=False)
     assert without.returncode == 2 and "give tokenizer=" in without.stderr
-    given = run_door("infer", *arguments, f"tokenizer={tokenizer.path}", cwd=tmp_path)
+    given = run_command("infer", *arguments, f"tokenizer={tokenizer.path}", cwd=tmp_path)
     assert given.stdout.startswith("Once upon a time")
     shutil.copy(tokenizer.path, tmp_path / "tokenizer.model")
-    assert run_door("infer", *arguments, cwd=tmp_path).stdout == given.stdout
+    assert run_command("infer", *arguments, cwd=tmp_path).stdout == given.stdout
     ids = torch.tensor([[1, 5, 9]])
     # the same numbers in another order of rows; float32 sums differ in the last bits
     torch.testing.assert_close(load(tmp_path / "model.bin").logits(ids), load(tmp_path / "plain").logits(ids))
@@ -206,21 +206,21 @@ def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_read(tmp_
 
 
 def test_the_advice_names_every_target_and_remedy(tmp_path):
-    told = run_door("export", "--advise", "model=llama2c_15m", "model.sub_norm=false", cwd=tmp_path).stdout
+    told = run_command("export", "--advise", "model=llama2c_15m", "model.sub_norm=false", cwd=tmp_path).stdout
     for target in ("hf", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c"):
         assert target in told
     assert "take 256" in told and told.count("yes") >= 3
-    refused = run_door("export", "--advise", "modell=15m", cwd=tmp_path, check=False)
+    refused = run_command("export", "--advise", "modell=15m", cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "did you mean" in refused.stderr
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments"), [("infer", ["engine=torch"]), ("infer", ["engine=auto"]), ("export", ["format=packed"])]
+    ("command", "arguments"), [("infer", ["engine=torch"]), ("infer", ["engine=auto"]), ("export", ["format=packed"])]
 )
-def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, door, arguments):
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, command, arguments):
     model = tiny_model(vocab_size=tokenizer.vocab_size - 1)
     save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
-    result = run_door(door, "checkpoint=model", *arguments, cwd=tmp_path, check=False)
+    result = run_command(command, "checkpoint=model", *arguments, cwd=tmp_path, check=False)
     assert result.returncode == 2 and f"the tokenizer has {tokenizer.vocab_size} pieces" in result.stderr
     save_model_folder(tmp_path / "none", model, QuantConfig(), None)
     with pytest.raises(UserError, match="they are not of one model"):
@@ -229,7 +229,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer, door, argu
 
 def test_packed_codes_cannot_be_trained_further(tmp_path, shards, tokenizer):
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
-    run_door("export", "checkpoint=model", "format=packed", "verify=false", cwd=tmp_path)
+    run_command("export", "checkpoint=model", "format=packed", "verify=false", cwd=tmp_path)
     overrides = [f"run_dir={tmp_path / 'run'}", f"init_from={tmp_path / 'model-packed'}", f"data.dir={shards}"]
     with pytest.raises(UserError, match="packed codes cannot be trained"):
         train(compose("train", [*overrides, *TINY_RUN]))

@@ -1,4 +1,4 @@
-"""The numpy reader against the library's torch door, for every dtype; maps; sharded files."""
+"""The numpy reader against the library's torch reader, for every dtype; maps; sharded files."""
 
 import json
 import os

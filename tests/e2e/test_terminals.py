@@ -1,4 +1,4 @@
-"""What a door does with its terminal: none, a full one, one that shows ASCII only, and Ctrl-C at any time."""
+"""What a command does with its terminal: none, a full one, one that shows ASCII only, and Ctrl-C at any time."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
-from tests.support import needs_dev_full, run_door, tiny_model
+from tests.support import needs_dev_full, run_command, tiny_model
 
 
 def in_shell(command, cwd, **environment):
@@ -46,9 +46,9 @@ def test_a_terminal_that_shows_ascii_only(tmp_path, tokenizer):
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
     arguments = ["prompt=Caf\u00e9", "checkpoint=model", "max_new_tokens=2", "engine=torch"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = run_door("infer", *arguments, cwd=tmp_path, env=environment)
+    result = run_command("infer", *arguments, cwd=tmp_path, env=environment)
     assert result.stdout.startswith("Caf?") and result.stderr == ""
-    wrong = run_door("infer", "checkpoint=caf\u00e9", cwd=tmp_path, env=environment, check=False)
+    wrong = run_command("infer", "checkpoint=caf\u00e9", cwd=tmp_path, env=environment, check=False)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: checkpoint=caf\\xe9: ")
 
 
@@ -63,16 +63,16 @@ def test_an_import_that_is_interrupted_is_left_at_once(tmp_path, number):
         f"try:\n    os.kill(os.getpid(), signal.{number.name})\nexcept BaseException:\n    pass\n"
         "print('went on')\n"
     )
-    script = "from bitnet_lit.door import leave\nleave(lambda: __import__('heavy'))\n"
+    script = "from bitnet_lit.entry_point import leave\nleave(lambda: __import__('heavy'))\n"
     (tmp_path / "script.py").write_text(script)
     result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (128 + number, "", ENDS[number])
 
 
-def test_a_door_hears_ctrl_c_before_it_imports_anything_heavy():
+def test_a_command_hears_ctrl_c_before_it_imports_anything_heavy():
     heavy = "{'torch', 'hydra', 'omegaconf', 'numpy', 'rich'}"
-    doors = ("train", "prepare", "evaluate", "infer", "export", "plot", "bench")
-    imports = "; ".join(f"import bitnet_lit.{door}" for door in doors)
+    commands = ("train", "prepare", "evaluate", "infer", "export", "plot", "bench")
+    imports = "; ".join(f"import bitnet_lit.{command}" for command in commands)
     code = f"import sys; {imports}; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout == "[]\n"
@@ -104,7 +104,7 @@ def test_a_signal_while_it_starts(tmp_path, number, seconds):
 def test_a_forked_child_ends_by_the_signal_itself(tmp_path):
     """As a pool or a loader ends its workers: a line of each of them would say nothing."""
     script = (
-        "import os, signal, time\nfrom bitnet_lit.door import leave\n"
+        "import os, signal, time\nfrom bitnet_lit.entry_point import leave\n"
         "def work():\n"
         "    if not (child := os.fork()):\n        while True:\n            time.sleep(0.02)\n"
         "    os.kill(child, signal.SIGTERM)\n"

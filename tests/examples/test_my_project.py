@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from tests.support import REPOSITORY, run_door
+from tests.support import REPOSITORY, run_command
 
 EXAMPLE = REPOSITORY / "examples" / "my_project"
 
@@ -45,19 +45,19 @@ def test_a_run_with_everything_of_ones_own_is_killed_goes_on_and_is_evaluated(pr
         process.kill()
         process.wait()
     length = ["trainer.max_steps=60", "schedule.total_steps=60"]
-    refused = run_door("train", "resume=run", *length, cwd=project, check=False)
+    refused = run_command("train", "resume=run", *length, cwd=project, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     allow = re.search(r"(allow=\[\S+\])$", refused.stderr.strip())[1]  # what the line says is what is typed
-    run_door("train", "resume=run", *length, allow, cwd=project)
+    run_command("train", "resume=run", *length, allow, cwd=project)
     figures = json.loads((project / "run" / "metrics.json").read_text())
     assert figures["steps"] == 60 and figures["quant"] == "threshold"
     with (project / "run" / "metrics.csv").open() as file:
         tokens = [row["train/tokens"] for row in csv.DictReader(file) if row["train/tokens"]]
     assert float(tokens[-1]) == 60 * 8 * 32  # the callback went on counting
     assert list((project / "run" / "second_csv").rglob("metrics.csv"))
-    foreign = run_door("evaluate", "checkpoint=run", "schemes=[my_project.Threshold]", cwd=project, check=False)
+    foreign = run_command("evaluate", "checkpoint=run", "schemes=[my_project.Threshold]", cwd=project, check=False)
     assert foreign.returncode == 2 and "allow=[my_project.Sums]" in foreign.stderr
-    evaluated = run_door(
+    evaluated = run_command(
         "evaluate", "checkpoint=run", "schemes=[my_project.Threshold]", "allow=[my_project]", cwd=project
     )
     printed = dict(line.split(None, 1) for line in evaluated.stdout.splitlines())
@@ -67,13 +67,13 @@ def test_a_run_with_everything_of_ones_own_is_killed_goes_on_and_is_evaluated(pr
 
 def test_classes_are_found_beside_the_config_dir(project, tmp_path):
     """From another folder, which has nothing of the project in it."""
-    printed = run_door(
+    printed = run_command(
         "train", "--config-dir", str(project / "conf"), "experiment=sums", "--cfg", "job", cwd=tmp_path
     ).stdout
     config = yaml.safe_load(printed)
     assert config["data"] == {"_target_": "my_project.Sums", "batch_size": 8}
     assert config["optim"]["momentum"] == 0.9 and config["quant"]["_target_"] == "my_project.Threshold"
-    unknown = run_door(
+    unknown = run_command(
         "train", "--config-dir", str(project / "conf"), "experiment=sums", "data.largst=3", cwd=tmp_path, check=False
     )
     assert unknown.returncode == 2 and "did you mean largest?" in unknown.stderr

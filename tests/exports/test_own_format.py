@@ -14,7 +14,7 @@ from bitnet_lit.exports.targets import check_targets, print_advice, problems
 from bitnet_lit.exports.write import export
 from tests.exports.exporting import files_below, saved_model
 from tests.exports.toy_format import ARCHIVE, Npz
-from tests.support import run_door, tiny_config
+from tests.support import run_command, tiny_config
 
 NPZ = "tests.exports.toy_format.Npz"
 
@@ -110,5 +110,5 @@ def test_by_the_command_line_alone(tmp_path, model):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "archive.py").write_text((Path(__file__).parent / "toy_format.py").read_text())
     command = ["checkpoint=model", "format=npz", "settings.compressed=true", "verify=false"]
-    done = run_door("export", *command, "formats=[mine.archive.Npz]", cwd=tmp_path)
+    done = run_command("export", *command, "formats=[mine.archive.Npz]", cwd=tmp_path)
     assert "npz" in done.stdout and (tmp_path / "model-npz" / ARCHIVE).is_file()

@@ -22,7 +22,7 @@ from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.data.tokenizers import open_tokenizer
 from tests.faults.fault_layer import Fault, Faults, Operation
-from tests.forked import Result, door
+from tests.forked import Result, call_command
 from tests.support import TINY_RUN, tiny_model
 
 OLD_MODEL, MODEL = "old", "model"
@@ -35,7 +35,7 @@ class Scenario:
 
     Attributes:
         name: of the test.
-        door, arguments: the command.
+        command, arguments: the command line.
         resumes: a broken run goes on with resume=run; other commands are given again.
         older: the arguments of an export that was there before, of another model; the user has put a file into it.
         target: below the folder, what an older export wrote; "" without one.
@@ -43,7 +43,7 @@ class Scenario:
     """
 
     name: str
-    door: str
+    command: str
     arguments: tuple[str, ...]
     resumes: bool = False
     older: tuple[str, ...] = ()
@@ -86,14 +86,14 @@ def fill(folder: Path, scenario: Scenario, shards: Path, faults: Faults) -> None
     """What the command of a scenario finds."""
     folder.mkdir(parents=True)
     tokenizer = open_tokenizer(shards / "tokenizer.model")
-    if scenario.door == "train":
+    if scenario.command == "train":
         shutil.copytree(shards, folder / "data")
-    elif scenario.door == "prepare":
+    elif scenario.command == "prepare":
         (folder / "texts").mkdir()
         for name in "abc":
             stories = [f"Story {number} of {name}. Once upon a time there was a cat." for number in range(60)]
             (folder / "texts" / f"{name}.txt").write_text("\n<|endoftext|>\n".join(stories))
-    elif scenario.door == "plot":
+    elif scenario.command == "plot":
         (folder / "run").mkdir()
         (folder / "run" / "metrics.csv").write_text("step,val/loss\n1,3.5\n2,3.25\n")
         (folder / "run" / "config.yaml").write_text("quant:\n  name: b158\n")
@@ -103,7 +103,7 @@ def fill(folder: Path, scenario: Scenario, shards: Path, faults: Faults) -> None
             model = tiny_model(seed=seed, sub_norm=False, num_hidden_layers=1)
             save_model_folder(folder / name, model, QuantConfig(), tokenizer, {"step": seed})
         if scenario.older:
-            result = faults.server.run(door, scenario.door, scenario.older, cwd=folder)
+            result = faults.server.run(call_command, scenario.command, scenario.older, cwd=folder)
             assert result.status == 0, result
             if (folder / scenario.target).is_dir():
                 (folder / scenario.target / "NOTES.txt").write_text(NOTES)
@@ -121,9 +121,9 @@ def finish(faults: Faults, scenario: Scenario, folder: Path, fault: Fault | None
     results = []
     for arguments in commands:
         if fault is None:
-            result = faults.server.run(door, scenario.door, arguments, cwd=folder)
+            result = faults.server.run(call_command, scenario.command, arguments, cwd=folder)
         else:
-            result, _ = faults.run(fault, folder, door, scenario.door, arguments, cwd=folder)
+            result, _ = faults.run(fault, folder, call_command, scenario.command, arguments, cwd=folder)
         results.append(result)
         nothing_yet = arguments is not scenario.arguments and result.status == 2 and "start" in result.output
         if not nothing_yet:

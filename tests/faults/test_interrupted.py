@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tests.support import TINY_RUN, run_door
+from tests.support import TINY_RUN, run_command
 
 RUN = ["trainer.max_steps=60", "trainer.val_check_interval=10", "callbacks.checkpoint_every_n_steps=3"]
 
@@ -35,7 +35,7 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, shards):
     cwd = tmp_path_factory.mktemp("unbroken")
-    run_door("train", *arguments(shards, "run"), cwd=cwd)
+    run_command("train", *arguments(shards, "run"), cwd=cwd)
     return weights(cwd / "outputs" / "run")
 
 
@@ -52,7 +52,7 @@ def test_resumed_equals_unbroken(tmp_path, shards, unbroken, number):
         assert f"{number.name} at step" in output and f"resume={run}" in output
         assert "Traceback" not in output
     assert not list((run / "checkpoints").glob(".*tmp")) or number == signal.SIGKILL
-    run_door("train", "resume=outputs/run", cwd=tmp_path)
+    run_command("train", "resume=outputs/run", cwd=tmp_path)
     resumed = weights(run)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in unbroken.items())
     assert (run / "metrics.json").exists() and (run / "model" / "model.safetensors").exists()

@@ -23,7 +23,7 @@ import pytest
 
 from tests.faults.fault_layer import Fault, Faults, Operation, broken, full, kill, missing, read_only, tear
 from tests.faults.scenarios import NOTES, SCENARIOS, Scenario, differences, fill, finish, holds, not_flushed
-from tests.forked import Result, door
+from tests.forked import Result, call_command
 
 ALL = os.environ.get("FAULTS") == "all"
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
@@ -53,7 +53,9 @@ class Broken:
     def _start(self, fault: Fault) -> tuple[Result, list[Operation]]:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self.before, self.folder)
-        return self.faults.run(fault, self.folder, door, self.scenario.door, self.scenario.arguments, cwd=self.folder)
+        return self.faults.run(
+            fault, self.folder, call_command, self.scenario.command, self.scenario.arguments, cwd=self.folder
+        )
 
     def points(self, count: int, salt: str) -> list[int]:
         """Numbers of operations: a sample that the seed draws, or all of them.
@@ -130,7 +132,7 @@ def test_a_killed_command_is_finished_by_the_next(broken_up, name):
     judge(scene, [(point, scene.after_kills(point)) for point in points])
 
 
-@pytest.mark.parametrize("name", [s.name for s in SCENARIOS if s.resumes or s.older or s.door == "prepare"])
+@pytest.mark.parametrize("name", [s.name for s in SCENARIOS if s.resumes or s.older or s.command == "prepare"])
 def test_killed_twice(broken_up, name):
     scene = broken_up(name)
     draw = random.Random(f"{SEED} {name} twice")
@@ -185,7 +187,7 @@ def test_a_signal_at_any_moment(broken_up, faults, name, number):
         shutil.rmtree(scene.folder, ignore_errors=True)
         shutil.copytree(scene.before, scene.folder)
         result = faults.server.run(
-            door, name, scene.scenario.arguments, cwd=scene.folder, signals=[(moment, number)], seconds=60
+            call_command, name, scene.scenario.arguments, cwd=scene.folder, signals=[(moment, number)], seconds=60
         )
         lines = [f"after {moment:.3f} s: {result}"] if "Traceback" in result.output else []
         if result.status not in (0, 128 + number, -number):

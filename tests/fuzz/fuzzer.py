@@ -2,7 +2,7 @@
 
 A batch of inputs shares a process, because a fork costs as much as a damaged input. An input that kills the process is
 the first of the batch without a result. One that fails is tried again in a process of its own: only that counts, since
-a door runs one command a process.
+users run one command in a process.
 
 One input again, with its folder kept to look at:  python -m tests.fuzz.fuzzer <seed> <kind> <number>
 
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.forked import ForkServer, door
+from tests.forked import ForkServer, call_command
 from tests.fuzz.originals import make_originals
 from tests.fuzz.targets import MEMORY, SECONDS, TOO_LATE, batch
 
@@ -49,7 +49,8 @@ class Fuzzer:
         (root / "originals").mkdir(parents=True)
         make_originals(root / "originals", self.server)
         tell = ["checkpoint=originals/latent", "max_new_tokens=1"]
-        warm = self.server.run(door, "infer", tell, cwd=root, seconds=400)  # compiles the engine where it is not yet
+        # Compiles the engine where it is not yet.
+        warm = self.server.run(call_command, "infer", tell, cwd=root, seconds=400)
         assert warm.status == 0, warm
 
     def _run(self, names: list[str], folder: Path, until: float = float("inf")) -> Iterator[dict[str, Any]]:

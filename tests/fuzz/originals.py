@@ -1,4 +1,4 @@
-"""One small whole thing of each kind that a user can give to a door: what the fuzzer damages."""
+"""One small whole thing of each kind that a user can give to a command: what the fuzzer damages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from tests.data.tokenizers.test_tokenizer_json import byte_level, metaspace
 from tests.exports.exporting import export_to, leave_out_other_tools
-from tests.forked import ForkServer, door
+from tests.forked import ForkServer, call_command
 from tests.parity.test_imports import llama2c_weights, write_bin, write_pt
 from tests.support import TINY_RUN, tiny_model
 
@@ -75,7 +75,7 @@ def make_run(root: Path, server: ForkServer) -> None:
     (root / "run").mkdir()
     arguments = ["data.dir=data", *TRAIN, "trainer.max_steps=2", "schedule.total_steps=4", "hydra.run.dir=run"]
     shutil.copytree(root / "data", root / "run" / "data")
-    result = server.run(door, "train", arguments, cwd=root / "run")
+    result = server.run(call_command, "train", arguments, cwd=root / "run")
     assert result.status == 0, result
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from bitnet_lit.config import EvaluateConfig, ExportConfig, InferConfig, PrepareConfig, TrainConfig
 from bitnet_lit.errors import LONGEST_LINE
-from tests.forked import door
+from tests.forked import call_command
 from tests.fuzz.mutators import NUMBERS, TEXTS, damage, value
 from tests.fuzz.originals import TRAIN
 
@@ -37,8 +37,8 @@ Target = Callable[[str, Random], None]
 
 
 def _through(work: Callable[[], Any]) -> None:
-    """Do the work of a door, without Hydra, and end as a door ends."""
-    from bitnet_lit.door import leave
+    """Do the work of a command, without Hydra, and end as a command ends."""
+    from bitnet_lit.entry_point import leave
 
     leave(work)
 
@@ -95,7 +95,7 @@ def evaluate_on(path: str, draw: Random) -> None:
 
 
 def train_on(path: str, draw: Random) -> None:
-    door("train", [f"data.dir={path}", *TRAIN, "trainer.max_steps=1", "hydra.run.dir=trained"])
+    call_command("train", [f"data.dir={path}", *TRAIN, "trainer.max_steps=1", "hydra.run.dir=trained"])
 
 
 def prepare_again(path: str, draw: Random) -> None:
@@ -112,26 +112,26 @@ def prepare_from(path: str, draw: Random) -> None:
 
 
 def resume(path: str, draw: Random) -> None:
-    door("train", [f"resume={path}/run", "trainer.max_steps=4", "schedule.total_steps=4"])
+    call_command("train", [f"resume={path}/run", "trainer.max_steps=4", "schedule.total_steps=4"])
 
 
 def init_from(path: str, draw: Random) -> None:
     overrides = [*TRAIN, "trainer.max_steps=1", "hydra.run.dir=trained"]
-    door(
+    call_command(
         "train",
         ["data.dir=data", *overrides, f"init_from={path}", draw.choice(["init_optimizer=false", "compile=auto"])],
     )
 
 
 def plot(path: str, draw: Random) -> None:
-    door("plot", [f"runs={path}", "out=curves.png"])
+    call_command("plot", [f"runs={path}", "out=curves.png"])
 
 
 def infer_run(path: str, draw: Random) -> None:
     infer(f"{path}/run", draw)
 
 
-DOORS = {"infer": InferConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "prepare": PrepareConfig}
+COMMANDS = {"infer": InferConfig, "evaluate": EvaluateConfig, "export": ExportConfig, "prepare": PrepareConfig}
 UNENDING = (
     "max_steps",
     "max_tokens",
@@ -163,11 +163,11 @@ def _typed(draw: Random) -> str:
 
 
 def overrides(path: str, draw: Random) -> None:
-    """A command line of a door with garbage in it; what it would do is left out."""
-    from bitnet_lit.door import run_door
+    """A command line with garbage in it; what it would do is left out."""
+    from bitnet_lit.entry_point import run_command
 
-    name = draw.choice([*DOORS, "train", "train"])
-    keys = list(_keys(DOORS.get(name, TrainConfig)))
+    name = draw.choice([*COMMANDS, "train", "train"])
+    keys = list(_keys(COMMANDS.get(name, TrainConfig)))
     groups = [
         "model",
         "quant",
@@ -193,7 +193,7 @@ def overrides(path: str, draw: Random) -> None:
         )
     sys.argv = [name, *(argument.replace("\0", "") for argument in arguments)]
     print(sys.argv)
-    run_door(name, lambda config: print(config))
+    run_command(name, lambda config: print(config))
 
 
 def values(path: str, draw: Random) -> None:
@@ -202,7 +202,7 @@ def values(path: str, draw: Random) -> None:
     key = draw.choice([key for key in keys if key not in ("resume", "init_from")])
     typed = draw.choice([json.dumps(draw.choice(NUMBERS)), json.dumps(draw.choice(NUMBERS)), _typed(draw)])
     print(f"{key}={typed}")
-    door("train", ["data.dir=data", *TRAIN, "trainer.max_steps=1", "hydra.run.dir=trained", f"{key}={typed}"])
+    call_command("train", ["data.dir=data", *TRAIN, "trainer.max_steps=1", "hydra.run.dir=trained", f"{key}={typed}"])
 
 
 def prompts(path: str, draw: Random) -> None:
@@ -224,7 +224,7 @@ def prompts(path: str, draw: Random) -> None:
     if draw.random() < 0.3:
         arguments.append(f"stop={_typed(draw)}")
     print(arguments)
-    door("infer", arguments)
+    call_command("infer", arguments)
 
 
 @dataclass(frozen=True)

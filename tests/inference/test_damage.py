@@ -10,7 +10,7 @@ from bitnet_lit.config import EvaluateConfig, QuantConfig
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.damage import find_damage
 from bitnet_lit.inference.evaluation import evaluate
-from tests.support import run_door, tiny_model
+from tests.support import run_command, tiny_model
 
 # Every kind of tensor: a row of the embedding that no prompt here holds is met only through the tied head.
 NAMES = [
@@ -96,6 +96,6 @@ def test_a_file_that_was_written_over_since_is_named(tmp_path, tokenizer):
 def test_infer_says_it_in_one_line(tmp_path, tokenizer):
     damaged(tmp_path / "model", tokenizer, "model.norm.weight", float("nan"))
     for engine in ("cpu", "torch"):
-        result = run_door("infer", "checkpoint=model", f"engine={engine}", cwd=tmp_path, check=False)
+        result = run_command("infer", "checkpoint=model", f"engine={engine}", cwd=tmp_path, check=False)
         assert result.returncode == 2 and result.stderr.startswith("error: model: tensor model.norm.weight holds 1 of")
         assert result.stderr.count("\n") == 1 and "model.norm.weight" in result.stderr

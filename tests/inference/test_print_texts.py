@@ -26,7 +26,7 @@ def folder(tmp_path, tokenizer):
 
 
 def told(folder, capsys, *arguments):
-    """The texts that the door returns and those it wrote, which must be the same."""
+    """The texts that the command returns and those it wrote, which must be the same."""
     texts = infer(compose("infer", [f"checkpoint={folder}/model", *OPTIONS, *arguments]))
     assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
     return texts

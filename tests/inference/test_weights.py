@@ -20,7 +20,7 @@ from bitnet_lit.inference.engines.cpu.engine import NativeModel
 from bitnet_lit.inference.engines.cpu.weights import Arena, Weights, pack
 from tests.inference.test_cpu_engine import needs_compiler
 from tests.parity.test_imports import llama2c_weights, write_pt
-from tests.support import run_door, tiny_model
+from tests.support import run_command, tiny_model
 
 NAME = "model.layers.1.mlp.gate_proj.weight"
 QUANTS = {
@@ -124,14 +124,14 @@ def test_bytes_that_are_no_codes_are_refused(tmp_path, tokenizer):
     codes = torch.from_numpy(open_stored(tmp_path / "out").reader.read(NAME))
     codes[3, 5] |= 0b1100
     without_metadata(tmp_path / "out", tensors={NAME: codes})
-    result = run_door("infer", f"checkpoint={tmp_path}/out", cwd=tmp_path, check=False)
+    result = run_command("infer", f"checkpoint={tmp_path}/out", cwd=tmp_path, check=False)
     assert result.returncode == 2 and f"{NAME} holds no ternary codes" in result.stderr
 
 
 @needs_compiler
 @pytest.mark.parametrize("quant", ["b158", "b1", "none"])
 def test_infer_needs_no_torch(tmp_path, tokenizer, quant):
-    """The whole door in a process where torch cannot be imported."""
+    """The whole command in a process where torch cannot be imported."""
     save_model_folder(tmp_path / "model", tiny_model(quant), QuantConfig(name=quant), tokenizer)
     script = (
         "import sys\n"

@@ -90,7 +90,7 @@ def agree(folder, vocabulary=512, quantized=True):
 def bitnet_folder(folder, linear_class, mode, scale_dtype=torch.float32, dtype=torch.float32, **sizes):
     """A folder in one of transformers' spellings.
 
-    transformers saves what it has loaded, but has no door that quantizes latent weights: so it saves the dense
+    transformers saves what it has loaded, but does not quantize latent weights: so it saves the dense
     network, its own `pack_weights` packs the codes of its rule, and its own config class describes them.
     """
     torch.manual_seed(0)

@@ -100,16 +100,16 @@ def test_a_class_of_ones_own_is_named_by_its_user_alone():
         QuantConfig(settings={"activation_bits": 4})
 
 
-@pytest.mark.parametrize("door", ["train", "infer", "evaluate", "export"])
-def test_doors_that_open_a_model_import_what_their_user_names(door, monkeypatch):
+@pytest.mark.parametrize("command", ["train", "infer", "evaluate", "export"])
+def test_commands_that_open_a_model_import_what_their_user_names(command, monkeypatch):
     known = {name: cls for name, cls in SCHEMES.registered.items() if cls not in (Threshold, Quinary, Centered)}
     monkeypatch.setattr(SCHEMES, "registered", known)
-    options = ["run_dir=x"] if door == "train" else []
+    options = ["run_dir=x"] if command == "train" else []
     with pytest.raises(UserError, match=r"schemes=\[my.Missing\]: cannot be imported"):
-        compose(door, [*options, "schemes=[my.Missing]"])
+        compose(command, [*options, "schemes=[my.Missing]"])
     with pytest.raises(UserError, match="quant.name=threshold: must be one of"):
         scheme_named("threshold")
-    compose(door, [*options, "schemes=[tests.quant.toy_schemes.Threshold]"])
+    compose(command, [*options, "schemes=[tests.quant.toy_schemes.Threshold]"])
     assert scheme_named("threshold") == Threshold()
 
 

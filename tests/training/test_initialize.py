@@ -16,7 +16,7 @@ from bitnet_lit.training.module import warmup_strength
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, run_door, tiny_model
+from tests.support import TINY_RUN, run_command, tiny_model
 
 SMALL = [
     "model.hidden_size=64",
@@ -173,7 +173,7 @@ def test_a_typed_network_that_is_the_trained_one_is_taken(plain):
 
 
 def test_the_command_refuses_it_before_anything_is_trained(plain, shards):
-    tried = run_door(
+    tried = run_command(
         "train", f"init_from={plain}", f"data.dir={shards}", "model.hidden_size=96", cwd=plain.parent, check=False
     )
     assert tried.returncode == 2 and "model.hidden_size=96 with init_from" in tried.stderr

@@ -1,9 +1,9 @@
 """A model at rest, whatever wrote it: its tensors one at a time, by one set of names.
 
-Every door in opens to a `StoredModel`: our model folder, Hugging Face's folders, llama2.c's files. It gives sizes,
-quantization, tokenizer, and tensors by the names of `CausalLM.state_dict()`: a dense tensor in float32, a quantized
-projection as the codes and the scale that the forward pass uses, whether the file holds latent weights or packed
-codes. So an export streams, and what is compared in the end is always (codes, scale) against (codes, scale).
+Every format that is read opens to a `StoredModel`: our model folder, Hugging Face's folders, llama2.c's files. It
+gives sizes, quantization, tokenizer, and tensors by the names of `CausalLM.state_dict()`: a dense tensor in float32, a
+quantized projection as the codes and the scale that the forward pass uses, whether the file holds latent weights or
+packed codes. So an export streams, and what is compared in the end is always (codes, scale) against (codes, scale).
 
 Opening needs no torch, and neither do `array` and `statistics` where the file notes them, on which the native engine
 starts: importing torch takes longer than that engine's whole start. The methods that return tensors import it.

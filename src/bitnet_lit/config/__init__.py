@@ -2,13 +2,13 @@
 
 Hydra composes YAML from `conf/` onto these dataclasses, so an unknown key or a wrong type is refused before
 anything runs. YAML selects values, these classes validate them (`__post_init__`, with a remedy in the message), and
-the code below the doors sees only these objects, never a dictionary.
+the code below the commands sees only these objects, never a dictionary.
 
 Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyTorch and Lightning for training.
 """
 
+from bitnet_lit.config.commands import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
 from bitnet_lit.config.data import CustomData, DataConfig
-from bitnet_lit.config.doors import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig
 from bitnet_lit.config.optim import (

@@ -79,7 +79,7 @@ class TrainConfig(Checked):
     init_sub_norm: bool = False
     """Add sub-norms to a model of init_from that has none; their gains are measured on a batch."""
     run_dir: str = "outputs/manual"
-    """The run folder; the door sets it to Hydra's."""
+    """The run folder; the command sets it to Hydra's."""
 
     RANGES: ClassVar[dict[str, Range]] = {"seed": Range(0, 2**32 - 1)}
 

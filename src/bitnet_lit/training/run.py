@@ -1,4 +1,4 @@
-"""One run, from a config to a folder: what the door, the tests and notebooks call.
+"""One run, from a config to a folder: what the command, the tests and notebooks call.
 
 `runs/folder.py` says what lies in the folder and whose it is, `callbacks/checkpoints.py` how a run that was killed goes
 on.

@@ -1,4 +1,4 @@
-"""The doors, as a user opens them: each in a process of its own."""
+"""The commands, as a user types them: each in a process of its own."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import bitnet_lit
 from bitnet_lit.cli import CONF_DIR
-from tests.support import REPOSITORY, TINY_MODEL, TINY_RUN, run_door
+from tests.support import REPOSITORY, TINY_MODEL, TINY_RUN, run_command
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR, "experiment").glob("*.yaml"))
 
@@ -22,47 +22,47 @@ EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR, "experiment").glob("*.
 def trained(tmp_path_factory, shards):
     """A folder in which a run was made."""
     cwd = tmp_path_factory.mktemp("trained")
-    run_door("train", f"data.dir={shards}", *TINY_RUN, "hydra.run.dir=outputs/run", cwd=cwd)
+    run_command("train", f"data.dir={shards}", *TINY_RUN, "hydra.run.dir=outputs/run", cwd=cwd)
     return cwd
 
 
 def test_prepare_train_evaluate_infer(tmp_path):
-    run_door("prepare", "source=demo", "num_stories=200", "vocab_size=400", "out=data/demo", cwd=tmp_path)
-    result = run_door("train", *TINY_RUN, cwd=tmp_path)  # data/demo is the default
+    run_command("prepare", "source=demo", "num_stories=200", "vocab_size=400", "out=data/demo", cwd=tmp_path)
+    result = run_command("train", *TINY_RUN, cwd=tmp_path)  # data/demo is the default
     assert "parameters" in result.stderr and "tokens in all" not in result.stdout
-    evaluated = run_door("evaluate", cwd=tmp_path).stdout
+    evaluated = run_command("evaluate", cwd=tmp_path).stdout
     printed = dict(line.split(None, 1) for line in evaluated.splitlines())
     assert {"loss", "perplexity", "bits_per_byte", "accuracy"} <= printed.keys()
     metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
     assert float(printed["loss"]) == pytest.approx(metrics["val/best_loss"], rel=1e-3)
-    story = run_door("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
+    story = run_command("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
     assert story.stdout.startswith("Once upon a time") and story.stderr == ""
-    again = run_door("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
+    again = run_command("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
     assert again.stdout == story.stdout
 
 
 def test_a_plain_train_makes_its_own_corpus(tmp_path):
-    run_door("train", *TINY_RUN, "trainer.max_steps=2", cwd=tmp_path)
+    run_command("train", *TINY_RUN, "trainer.max_steps=2", cwd=tmp_path)
     assert (tmp_path / "data" / "demo" / "meta.json").exists()
     assert list((tmp_path / "outputs").rglob("model/config.json"))
 
 
 def test_several_samples_and_prompts_from_stdin(trained):
-    several = run_door("infer", "num_samples=2", "seed=1", "max_new_tokens=8", cwd=trained).stdout
-    one = run_door("infer", "seed=1", "max_new_tokens=8", cwd=trained).stdout
+    several = run_command("infer", "num_samples=2", "seed=1", "max_new_tokens=8", cwd=trained).stdout
+    one = run_command("infer", "seed=1", "max_new_tokens=8", cwd=trained).stdout
     assert several.startswith(one) and several.count("---") == 1
-    typed = run_door("infer", "interactive=true", "max_new_tokens=4", cwd=trained, input="Lily\nTom\n\nMax\n").stdout
+    typed = run_command("infer", "interactive=true", "max_new_tokens=4", cwd=trained, input="Lily\nTom\n\nMax\n").stdout
     assert "Lily" in typed and "Tom" in typed and "Max" not in typed
 
 
 def test_an_empty_and_a_too_long_prompt(trained):
-    assert run_door("infer", "prompt=", "seed=1", "max_new_tokens=8", cwd=trained).stdout.strip()
-    long = run_door("infer", "prompt=" + "Lily went home " * 40, "max_new_tokens=8", cwd=trained)
+    assert run_command("infer", "prompt=", "seed=1", "max_new_tokens=8", cwd=trained).stdout.strip()
+    long = run_command("infer", "prompt=" + "Lily went home " * 40, "max_new_tokens=8", cwd=trained)
     assert "note: the prompt has" in long.stderr and "kept the last 31" in long.stderr
 
 
 @pytest.mark.parametrize(
-    ("door", "arguments", "message"),
+    ("command", "arguments", "message"),
     [
         ("infer", ["checkpoint=nowhere"], "checkpoint=nowhere: no such file or folder"),
         ("infer", ["temprature=1"], "unknown key 'temprature': did you mean 'temperature'?"),
@@ -78,24 +78,24 @@ def test_an_empty_and_a_too_long_prompt(trained):
         ("plot", ["runs=[nowhere]"], "no metrics.csv below"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(tmp_path, door, arguments, message):
-    result = run_door(door, *arguments, cwd=tmp_path, check=False)
+def test_a_users_mistake_is_one_line_and_status_2(tmp_path, command, arguments, message):
+    result = run_command(command, *arguments, cwd=tmp_path, check=False)
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "Traceback" not in result.stdout + result.stderr
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("model"))
 
 
-@pytest.mark.parametrize("door", ["train", "prepare", "evaluate", "infer", "plot"])
-def test_help_tells_what_the_door_does(tmp_path, door):
-    result = run_door(door, "--help", cwd=tmp_path)
-    assert f"bitnet-lit {door}" in result.stdout
+@pytest.mark.parametrize("command", ["train", "prepare", "evaluate", "infer", "plot"])
+def test_help_tells_what_the_command_does(tmp_path, command):
+    result = run_command(command, "--help", cwd=tmp_path)
+    assert f"bitnet-lit {command}" in result.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_with_a_failing_job_keeps_the_others(tmp_path, shards):
     arguments = ["-m", f"data.dir={shards}", *TINY_RUN, "model.num_attention_heads=2,3", "seed=1,2"]
-    result = run_door("train", *arguments, "hydra.sweep.dir=outputs/s", cwd=tmp_path, check=False)
+    result = run_command("train", *arguments, "hydra.sweep.dir=outputs/s", cwd=tmp_path, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     with (tmp_path / "outputs" / "s" / "sweep.csv").open() as file:
@@ -111,11 +111,11 @@ def test_a_sweep_with_a_failing_job_keeps_the_others(tmp_path, shards):
 def test_every_kind_of_weights_in_one_sweep(tmp_path, shards):
     """Six run folders, six model folders, one table."""
     arguments = ["-m", f"data.dir={shards}", "quant=b158,b1,none", "seed=1,2", "mode=smoke", "trainer=cpu"]
-    result = run_door("train", *arguments, cwd=tmp_path)
+    result = run_command("train", *arguments, cwd=tmp_path)
     assert len(list(tmp_path.rglob("model/config.json"))) == 6
     assert len(list(tmp_path.rglob("metrics.json"))) == 6
     assert len(list(tmp_path.rglob("sweep.csv"))) == 1 and result.stdout.count("val loss") == 1
-    run_door("plot", "runs=outputs", "out=curves.png", cwd=tmp_path)
+    run_command("plot", "runs=outputs", "out=curves.png", cwd=tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -124,12 +124,12 @@ def test_a_scheme_of_ones_own_by_the_command_line_alone(tmp_path, shards):
     """A file beside the data: it trains, goes on, is saved by its name, and is imported only when its user says so."""
     shutil.copy(REPOSITORY / "tests" / "quant" / "toy_schemes.py", tmp_path / "my_schemes.py")
     own = ["quant._target_=my_schemes.Quinary", "quant.skip=[lm_head, down_proj]"]
-    run_door("train", f"data.dir={shards}", *TINY_RUN, *own, "hydra.run.dir=outputs/run", cwd=tmp_path)
+    run_command("train", f"data.dir={shards}", *TINY_RUN, *own, "hydra.run.dir=outputs/run", cwd=tmp_path)
     config = (tmp_path / "outputs" / "run" / "config.yaml").read_text()
     longer = ["resume=outputs/run", "trainer.max_steps=10", "schedule.total_steps=8"]
-    refused = run_door("train", *longer, cwd=tmp_path, check=False)
+    refused = run_command("train", *longer, cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "schemes=[my_schemes.Quinary]" in refused.stderr
-    run_door("train", *longer, "schemes=[my_schemes.Quinary]", cwd=tmp_path)
+    run_command("train", *longer, "schemes=[my_schemes.Quinary]", cwd=tmp_path)
     assert "_target_: my_schemes.Quinary" in config
     assert "_target_: my_schemes.Quinary" in (tmp_path / "outputs" / "run" / "config.yaml").read_text()
     metrics = json.loads((tmp_path / "outputs" / "run" / "metrics.json").read_text())
@@ -138,19 +138,19 @@ def test_a_scheme_of_ones_own_by_the_command_line_alone(tmp_path, shards):
     with (tmp_path / "outputs" / "run" / "ternary_health.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["layer"].split(".")[-1] for row in rows} == {f"{k}_proj" for k in ("q", "k", "v", "o", "gate", "up")}
-    refused = run_door("evaluate", cwd=tmp_path, check=False)
+    refused = run_command("evaluate", cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "quant.name=quinary: must be one of b158" in refused.stderr
     assert refused.stderr.count("\n") == 1
-    evaluated = run_door("evaluate", "schemes=[my_schemes.Quinary]", cwd=tmp_path).stdout
+    evaluated = run_command("evaluate", "schemes=[my_schemes.Quinary]", cwd=tmp_path).stdout
     printed = dict(line.split(None, 1) for line in evaluated.splitlines())
     assert float(printed["loss"]) == pytest.approx(metrics["val/best_loss"], rel=1e-3)
-    packed = run_door("export", "format=packed", "schemes=[my_schemes.Quinary]", "out=packed", cwd=tmp_path)
+    packed = run_command("export", "format=packed", "schemes=[my_schemes.Quinary]", "out=packed", cwd=tmp_path)
     assert "logits differ by 0.0e+00" in packed.stdout
 
 
 def test_the_learning_rate_grid_runs_side_by_side(tmp_path, shards):
     grid = ["-m", "sweep=lr", "launcher=joblib", "hydra.sweep.dir=grid", "mode=smoke"]
-    run_door("train", *grid, *TINY_MODEL, f"data.dir={shards}", "trainer.accelerator=cpu", cwd=tmp_path)
+    run_command("train", *grid, *TINY_MODEL, f"data.dir={shards}", "trainer.accelerator=cpu", cwd=tmp_path)
     runs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("grid/*/metrics.json"))]
     assert len(runs) == 6
     chosen = [OmegaConf.load(path) for path in tmp_path.glob("grid/*/config.yaml")]
@@ -163,9 +163,9 @@ def test_the_learning_rate_grid_runs_side_by_side(tmp_path, shards):
 def test_every_experiment_runs_with_tiny_limits(tmp_path, shards, experiment):
     arguments = [f"experiment={experiment}", f"data.dir={shards}", *TINY_RUN, "trainer.max_steps=2"]
     if experiment == "convert_dense":
-        run_door("train", "quant=none", f"data.dir={shards}", *TINY_RUN, "hydra.run.dir=outputs/dense", cwd=tmp_path)
+        run_command("train", "quant=none", f"data.dir={shards}", *TINY_RUN, "hydra.run.dir=outputs/dense", cwd=tmp_path)
         arguments += ["init_from=outputs/dense", "quant.lambda_warmup_steps=1"]
-    run_door("train", *arguments, cwd=tmp_path)
+    run_command("train", *arguments, cwd=tmp_path)
     assert list(tmp_path.rglob("model/model.safetensors"))
 
 
@@ -178,7 +178,7 @@ def test_two_processes_train_the_same_model_as_one(tmp_path, shards):
     losses = []
     for name, how in (("one", one), ("two", two)):
         run = f"hydra.run.dir=outputs/{name}"
-        run_door("train", f"data.dir={shards}", *tiny, *how, "optim=adamw", "quant=none", run, cwd=tmp_path)
+        run_command("train", f"data.dir={shards}", *tiny, *how, "optim=adamw", "quant=none", run, cwd=tmp_path)
         losses.append(json.loads((tmp_path / "outputs" / name / "metrics.json").read_text())["val/loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -212,12 +212,14 @@ def test_the_wheel_works_from_an_empty_directory(tmp_path):
         check=True,
     )
     assert where.stdout.strip() == str(site / "bitnet_lit" / "conf")
-    run_door("prepare", "source=demo", "num_stories=100", "vocab_size=400", "out=data/demo", cwd=empty, env=environment)
-    run_door("train", *TINY_RUN, "trainer.max_steps=2", cwd=empty, env=environment)
-    assert run_door("infer", "max_new_tokens=5", cwd=empty, env=environment).stdout.startswith("Once upon a time")
+    run_command(
+        "prepare", "source=demo", "num_stories=100", "vocab_size=400", "out=data/demo", cwd=empty, env=environment
+    )
+    run_command("train", *TINY_RUN, "trainer.max_steps=2", cwd=empty, env=environment)
+    assert run_command("infer", "max_new_tokens=5", cwd=empty, env=environment).stdout.startswith("Once upon a time")
 
 
 def test_evaluate_refuses_data_of_another_tokenizer(trained, tmp_path):
-    run_door("prepare", "source=demo", "num_stories=100", "vocab_size=420", "out=other", cwd=tmp_path)
-    result = run_door("evaluate", f"checkpoint={trained}/outputs/run", "data_dir=other", cwd=tmp_path, check=False)
+    run_command("prepare", "source=demo", "num_stories=100", "vocab_size=420", "out=other", cwd=tmp_path)
+    result = run_command("evaluate", f"checkpoint={trained}/outputs/run", "data_dir=other", cwd=tmp_path, check=False)
     assert result.returncode == 2 and "not the one that wrote" in result.stderr

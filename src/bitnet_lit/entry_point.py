@@ -1,6 +1,6 @@
-"""Signals, streams and the exit status of a process, for every `bitnet-lit <door>`.
+"""Signals, streams and the exit status of a process, for every `bitnet-lit <command>`.
 
-A door starts here, before anything heavy is imported, so that a Ctrl-C while PyTorch is being imported, a terminal
+A command starts here, before anything heavy is imported, so that a Ctrl-C while PyTorch is being imported, a terminal
 that shows ASCII only, or an output that is full end as they should: in one line.
 
 Exit status: 0 done, 1 failed, 2 the user's input was wrong, 128 + n ended by signal n.
@@ -110,11 +110,11 @@ def _status_of(work: Callable[[], object]) -> int:
     return status
 
 
-def run_door(door: str, task: Callable[[Any], Any], **options: Any) -> None:
+def run_command(command: str, task: Callable[[Any], Any], **options: Any) -> None:
     """Run `task(config)` with the config that the command line describes, and leave with its exit status.
 
     Args:
-        door: name of the root config in conf/ and of its schema.
+        command: name of the root config in conf/ and of its schema.
         task: called with the dataclass; what it returns is what a sweeper optimizes.
         options: of `cli.run`.
     """
@@ -122,13 +122,13 @@ def run_door(door: str, task: Callable[[Any], Any], **options: Any) -> None:
     def compose_and_run() -> None:
         from bitnet_lit.cli import run  # with Hydra
 
-        run(door, task, sys.argv[1:], **options)
+        run(command, task, sys.argv[1:], **options)
 
     leave(compose_and_run)
 
 
 def leave(work: Callable[[], object]) -> None:
-    """Do the work of a door and leave the process with the exit status that it comes to."""
+    """Do the work of a command and leave the process with the exit status that it comes to."""
     if sys.platform == "win32":
         sys.exit("error: bitnet-lit runs on Linux and macOS, not on Windows: use WSL, the Windows Subsystem for Linux")
     _prepare_streams()
