@@ -8,17 +8,20 @@ import torch
 
 import bitnet_lit
 from bitnet_lit.checkpoints.formats.format import all_targets
+from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.checkpoints.pretrained import from_pretrained
-from bitnet_lit.config import QuantConfig
+from bitnet_lit.config import MuonConfig, QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import problems
 from bitnet_lit.inference.engines.cpu.supported_models import why_unsupported
 from bitnet_lit.inference.engines.cpu.weights import Arena, Weights, pack
+from bitnet_lit.model.accounting import account
 from bitnet_lit.quant import PackedBitLinear, packing, register
-from tests.exports.exporting import export_to, leave_out_other_tools, saved_model
+from bitnet_lit.training.optimizers import build_optimizer
+from tests.exports.exporting import export_to, leave_out_other_tools, random_model, saved_model
 from tests.inference.test_cpu_engine import needs_compiler
-from tests.quant.toy_schemes import Centered, Quinary, Threshold
+from tests.quant.toy_schemes import Centered, Gained, Quinary, Threshold
 from tests.support import tiny_config
 
 SCHEMES = {
@@ -27,7 +30,7 @@ SCHEMES = {
     "group 256": QuantConfig(name="b158_group", settings={"group_size": 256}),
     "row, median, 4 bits": QuantConfig(name="b158_row", weight_scale="absmedian", activation_bits=4),
 }
-TOYS = {cls.name: cls for cls in (Threshold, Quinary, Centered)}
+TOYS = {cls.name: cls for cls in (Threshold, Quinary, Centered, Gained)}
 OWN_LAYER = "its layer computes more than codes and scales"
 # Target: what it says of the schemes it does not hold.
 REFUSED = {
@@ -35,14 +38,16 @@ REFUSED = {
     "packed": {
         **dict.fromkeys([*SCHEMES, "quinary"], "transformers knows ternary codes with one scale"),
         "centered": OWN_LAYER,
+        "gained": OWN_LAYER,
     },
     "gguf_tq2_0": {
         "group 64": r"a ternary block of 256 inputs has one: take quant=b158_row",
         "quinary": "its codes are -2, -1, 0, 1, 2",
         "centered": OWN_LAYER,
+        "gained": OWN_LAYER,
     },
-    "gguf_f16": {"quinary": "its codes are -2, -1, 0, 1, 2", "centered": OWN_LAYER},
-    "llama2c": {"centered": OWN_LAYER},
+    "gguf_f16": {"quinary": "its codes are -2, -1, 0, 1, 2", "centered": OWN_LAYER, "gained": OWN_LAYER},
+    "llama2c": {"centered": OWN_LAYER, "gained": OWN_LAYER},
 }
 REFUSED["gguf_tq1_0"] = REFUSED["gguf_tq2_0"]
 FORMATS = {
@@ -214,3 +219,27 @@ def test_the_native_engine_runs_a_ternary_rule_that_it_does_not_know(tmp_path, t
     ours, theirs = (engine.forward([ids], [engine.new_cache()]) for engine in (native, torch_engine))
     assert native.name.startswith("native")
     assert np.abs(ours - theirs).max() < 0.05 * theirs.std()  # the head is rounded to 8 bits, the cache to 16
+
+
+def test_what_a_layer_has_of_its_own_is_saved_read_back_and_counted(tmp_path, tokenizer):
+    quant = quant_of("gained")
+    model = random_model(quant)
+    gain = "model.layers.0.mlp.up_proj.gain"
+    with torch.no_grad():
+        model.get_parameter(gain).uniform_(0.5, 2)
+    save_model_folder(tmp_path / "m", model, quant, tokenizer)
+    opened = from_pretrained(tmp_path / "m")
+    assert torch.equal(opened.model.get_parameter(gain), model.get_parameter(gain))
+    ids = torch.randint(0, 512, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(opened.model(ids), model(ids))
+    stored = open_stored(tmp_path / "m")
+    assert stored.tensors[gain] == (256,) and stored.tensors["model.layers.0.mlp.up_proj.constant"] == (1,)
+    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(".constant"))
+    assert account(model.config, quant).parameters == sum(p.numel() for p in model.parameters()) + buffers
+    loss = opened.model.train()(ids).square().mean()
+    loss.backward()
+    assert opened.model.get_parameter(gain).grad.abs().sum() > 0
+    vectors = build_optimizer(opened.model, MuonConfig()).parts[1].param_groups[1]  # AdamW's, without weight decay
+    assert vectors["weight_decay"] == 0 and any(p is opened.model.get_parameter(gain) for p in vectors["params"])
+    assert "its layer computes more" in str(why_unsupported(model.config, quant))

@@ -62,6 +62,13 @@ def test_no_file_that_is_written_holds_a_path(tmp_path, tokenizer, monkeypatch):
         assert not re.search(rb"secret|somebody|/home/|/tmp/", path.read_bytes()), path
 
 
+def test_a_long_text_of_a_foreign_folder_takes_no_time():
+    """A search that goes back over the text at each of its characters would take hours here."""
+    for text in ("x /" + "a" * 2**20 + "/b", "x " + "/a" * 2**19, "/ " * 2**17):
+        assert len(public_info({"x": text})["x"]) <= len(text)
+    assert public_info({"x": "x /" + "a/" * 2**19 + "last"}) == {"x": "x last"}
+
+
 @pytest.mark.parametrize("text", ["a | b", "line\nline", "x" * 5000, "# no heading\n| x |"])
 def test_a_card_keeps_its_table_whatever_a_folder_says(tmp_path, tokenizer, text):
     info = {"recipe": {"optimizer": text, text: "muon"}, "metrics": {"val/loss": "no number"}}

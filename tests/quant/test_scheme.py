@@ -20,7 +20,7 @@ from bitnet_lit.quant.bit_linear import bit_linear_reference
 from bitnet_lit.quant.scheme import is_skipped
 from bitnet_lit.quant.schemes import B1, B158, SCHEMES, B158Group, B158Row, Dense
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, PerTensor, Sign, spread_scale
-from tests.quant.toy_schemes import Centered, CenteredLinear, Quinary, Threshold
+from tests.quant.toy_schemes import Centered, CenteredLinear, Gained, GainedLinear, Quinary, Threshold
 from tests.support import REPOSITORY, tiny_config
 
 OURS = [B158(), B158("absmedian", 4), B158Row(), B158Row("absmedian"), B158Group(group_size=8), B1(), Dense()]
@@ -252,18 +252,58 @@ def test_trained_and_packed_layers_agree_bit_for_bit_gradients_included(scheme):
         assert packed.weight.dtype == (torch.uint8 if scheme.is_ternary else torch.int8)
 
 
+def broken(x):
+    torch._dynamo.graph_break()
+    return x
+
+
 @pytest.mark.parametrize("scheme", [B158(), B158Row(), B158Group(group_size=16), Quinary(), Centered()], ids=str)
-def test_compiled_code_has_no_breaks(scheme):
+def test_compiled_code_has_no_breaks(scheme, monkeypatch):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(32, 16, bias=False))
     convert_linears(module, scheme)
     x = torch.randn(4, 32)
     expected = module(x)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    y = compiled(x)
-    y.sum().backward()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # as the other tests have it
+    with torch._dynamo.config.patch(disable=False):
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):  # so a break is seen
+            torch.compile(broken, fullgraph=True, backend="eager")(x)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        y = compiled(x)
+        y.sum().backward()
     torch.testing.assert_close(y, expected)
     assert module[0].weight.grad.abs().sum() > 0
+
+
+def test_a_layer_keeps_its_own_tensors_and_the_hooks_of_the_old_one():
+    linear = nn.Linear(16, 8)
+    seen = []
+    handle = linear.register_forward_hook(lambda *_: seen.append(1))
+    linear.register_buffer("kept", torch.tensor([3.0]))
+    module, x = nn.Sequential(linear), torch.randn(2, 16)
+    assert convert_linears(module, Gained()) == ["0"]
+    layer = module[0]
+    assert set(layer.state_dict()) == {"weight", "bias", "gain", "constant", "kept"}
+    plain = BitLinear.from_linear(linear, "b158")
+    assert torch.equal(module(x), plain(x) * 0.5) and seen == [1]
+    handle.remove()
+    module(x)
+    assert seen == [1]
+
+
+def test_a_tensor_that_a_layer_makes_on_the_meta_device_is_named():
+    class OnMeta(GainedLinear):
+        def __init__(self, *sizes, **options):
+            super().__init__(*sizes, **options)
+            self.gain = nn.Parameter(torch.ones(self.out_features, device=options["device"]))
+
+    @dataclass(frozen=True)
+    class Meta(Gained):
+        layer = OnMeta
+
+    with pytest.raises(UserError, match="^0: its layer makes gain on the meta device: make it without device="):
+        convert_linears(nn.Sequential(nn.Linear(16, 8)), Meta())
 
 
 def test_a_layer_of_ones_own_is_used_and_is_not_packed():

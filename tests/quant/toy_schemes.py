@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bitnet_lit.quant import BitLinear, Scheme
 from bitnet_lit.quant.weights import AbsMean, Granularity, PerRow, PerTensor, WeightRule, spread_scale
@@ -74,6 +75,34 @@ class CenteredLinear(BitLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input - input.mean(-1, keepdim=True))
+
+
+class GainedLinear(BitLinear):
+    """Multiplies its output by a gain that is learned, and by a constant that is not."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **options) -> None:
+        super().__init__(in_features, out_features, bias, **options)
+        self.gain = nn.Parameter(torch.ones(out_features))
+        self.register_buffer("constant", torch.tensor([0.5]))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.gain * self.constant
+
+
+@dataclass(frozen=True)
+class Gained(Scheme):
+    """Ternary weights in a layer with tensors of its own."""
+
+    name = "gained"
+    title = "ternary weights, a learned gain for each output"
+    layer = GainedLinear
+
+    @property
+    def weights(self) -> WeightRule:
+        return AbsMean()
+
+    def own_tensors(self, rows: int, inputs: int) -> dict[str, tuple[int, ...]]:
+        return {"gain": (rows,), "constant": (1,)}
 
 
 @dataclass(frozen=True)

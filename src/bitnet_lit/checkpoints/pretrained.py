@@ -34,6 +34,11 @@ def fill(module: nn.Module, stored: StoredModel, prefix: str = "") -> nn.Module:
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(stored.tensor(prefix + name))
             setattr(module.get_submodule(owner), leaf, parameter)
+    for name in [name for name, _ in module.named_buffers()]:
+        owner, _, leaf = name.rpartition(".")
+        layer = module.get_submodule(owner)
+        if prefix + name in stored.tensors and not isinstance(layer, PackedBitLinear):  # of a scheme's own layer
+            setattr(layer, leaf, stored.tensor(prefix + name))
     return module
 
 

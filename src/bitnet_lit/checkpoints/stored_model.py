@@ -28,12 +28,13 @@ from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import ListOf, MapOf, Mismatch, Number, parse_json
-from bitnet_lit.model.tensors import EMBEDDING, HEAD, quantized_names, tensor_shapes
+from bitnet_lit.model.tensors import EMBEDDING, HEAD, own_tensors, quantized_names, tensor_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
+LARGEST_TABLE = 2**26  # elements of such a table, positions times head_dim; those of real models have 2**24
 STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
 NOTED_STATISTICS = MapOf(ListOf(Number(-LARGEST_NUMBER, LARGEST_NUMBER), length=2))
 CHECKED_AT_ONCE = 2**18  # values: they stay in the processor's cache between the passes of a check
@@ -95,7 +96,12 @@ def _check_sizes(config: ModelConfig) -> None:
             raise UserError(f"{error}: copy it again") from None
     if config.max_position_embeddings < 2:
         raise UserError("max_position_embeddings=1: no room for a token and the one after it: copy it again")
-    if config.attention_size > LARGEST_SIZE or config.max_position_embeddings > LONGEST_CONTEXT:
+    table = config.head_size * config.max_position_embeddings
+    if (
+        config.attention_size > LARGEST_SIZE
+        or config.max_position_embeddings > LONGEST_CONTEXT
+        or table > LARGEST_TABLE
+    ):
         raise UserError(
             f"{config.num_attention_heads} heads of {config.head_size}, a context of "
             f"{config.max_position_embeddings}: beyond what a model has: copy it again"
@@ -114,7 +120,8 @@ class StoredModel:
         reader: the tensors as they are stored.
         tokenizer_sha256: of the tokenizer that it was trained with, in hex; None where the folder does not say.
         inverse_scales: packed weights whose stored scale divides (Hugging Face's `bitlinear`).
-        tensors: name to shape of everything that the network needs, in the network's order; a tied head is left out.
+        tensors: name to shape of everything that the network needs, in the network's order, what a scheme's layers have
+            of their own behind it; a tied head is left out.
         quantized: names of the weights that are codes and a scale in the forward pass.
     """
 
@@ -143,7 +150,7 @@ class StoredModel:
                 "they are not of one model"
             )
         self.check_tokenizer()
-        self.tensors = tensor_shapes(self.config)
+        self.tensors = {**tensor_shapes(self.config), **own_tensors(self.config, self.quant)}
         self.quantized = quantized_names(self.config, self.quant)
         try:
             for rows, inputs in {self.tensors[name] for name in self.quantized}:

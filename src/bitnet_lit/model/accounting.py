@@ -7,10 +7,11 @@ each matrix twice, once for the input's gradient and once for its own (PaLM, arX
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.model.tensors import Kind, layer_tensors, outer_tensors
+from bitnet_lit.model.tensors import Kind, layer_tensors, outer_tensors, own_tensors
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Accounting:
     Attributes:
         embedding: parameters of embed_tokens, plus lm_head when it is not tied.
         projections: parameters of the seven projections of all layers: what a scheme quantizes.
-        norms: parameters of all norms, and of the biases of q, k and v where there are any.
+        norms: parameters of all norms, of the biases of q, k and v where there are any, and what the layers of a scheme
+            have of their own.
         forward_flops_per_token: at a given sequence length, causal attention counted at its mean span.
         bits_per_weight: of a projection weight, mean over all: its code's information (log2(3) for b158) and its share
             of the scales; 32 for a dense model.
@@ -42,16 +44,6 @@ class Accounting:
         """Forward and backward."""
         return 3 * self.forward_flops_per_token
 
-    @property
-    def latent_bytes(self) -> int:
-        """The model folder as training writes it: float32."""
-        return 4 * self.parameters
-
-    @property
-    def ideal_bytes(self) -> float:
-        """Projections at their information content, everything else at 16 bits."""
-        return self.projections * self.bits_per_weight / 8 + 2 * (self.embedding + self.norms)
-
     def training_bytes(self, optimizer_states_per_parameter: float = 2.0) -> float:
         """Float32 weights, gradients and optimizer states; activations come on top."""
         return 4 * self.parameters * (2 + optimizer_states_per_parameter)
@@ -71,6 +63,7 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     in_a_layer = layer_tensors(config)
     matrices = [tensor for tensor in in_a_layer if tensor.kind is Kind.PROJECTION]
     weights = sum(tensor.size for tensor in matrices)
+    own = sum(math.prod(shape) for shape in own_tensors(config, quant).values())
     bits = sum(tensor.size * quant.scheme.bits_per_weight(*tensor.shape) for tensor in matrices)
     outer = outer_tensors(config)
     vectors = layers * (sum(tensor.size for tensor in in_a_layer) - weights)
@@ -80,7 +73,7 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     return Accounting(
         embedding=sum(tensor.size for tensor in outer if tensor.kind is Kind.EMBEDDING),
         projections=layers * weights,
-        norms=vectors + sum(tensor.size for tensor in outer if tensor.kind is not Kind.EMBEDDING),
+        norms=vectors + own + sum(tensor.size for tensor in outer if tensor.kind is not Kind.EMBEDDING),
         forward_flops_per_token=2 * (layers * weights + head) + attention_flops,
         bits_per_weight=bits / weights,
     )

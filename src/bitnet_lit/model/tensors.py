@@ -153,6 +153,16 @@ def quantized_names(config: ModelConfig, quant: QuantConfig) -> set[str]:
     return {name for name in linears if not is_skipped(name.removesuffix(".weight"), quant.skip)}
 
 
+def own_tensors(config: ModelConfig, quant: QuantConfig) -> dict[str, tuple[int, ...]]:
+    """What the layers of a scheme have beside weights and biases (`Scheme.own_tensors`): names and shapes."""
+    quantized, found = quantized_names(config, quant), {}
+    for tensor in network_tensors(config):
+        if tensor.name in quantized:
+            for name, shape in quant.scheme.own_tensors(*tensor.shape).items():
+                found[f"{tensor.name.removesuffix('weight')}{name}"] = shape
+    return found
+
+
 def unnamed_tensors(config: ModelConfig, names: Collection[str]) -> list[str]:
     """The tensors that a format or an engine has no name for, in the order of the table.
 

@@ -90,14 +90,36 @@ def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: 
             return None
         try:
             new = make.from_linear(layer, scheme)
+            _take_over(new, layer)
         except UserError as error:
             raise UserError(f"{name}: {error}, or leave it dense with skip=[{name!r}]") from None
-        vars(new).update(vars(layer))  # hooks, and whatever else its owner keeps on it
         return new
 
     changed = _replace(module, swap)
     _leave_fused_paths(module)
     return changed
+
+
+def _take_over(new: nn.Module, old: nn.Module) -> None:
+    """Keep hooks, and whatever else a layer's owner has put on it; what the new layer has of its own stays.
+
+    Raises:
+        UserError: a tensor of the new layer's own that has no values.
+    """
+    for key, value in vars(old).items():
+        if key in ("_parameters", "_buffers", "_modules"):
+            for name, item in value.items():
+                vars(new)[key].setdefault(name, item)
+        elif key == "_non_persistent_buffers_set":
+            new._non_persistent_buffers_set |= value
+        elif key not in vars(new) or "hook" in key:  # the very dictionaries of hooks: their handles remove from them
+            vars(new)[key] = value
+    weight = getattr(old, "weight")  # noqa: B009  # a tensor, whatever the module's type says
+    for name, tensor in [*new.named_parameters(), *new.named_buffers()]:
+        if tensor.is_meta and not weight.is_meta:
+            raise UserError(f"its layer makes {name} on the meta device: make it without device=")
+        if tensor.device != weight.device and not weight.is_meta:
+            tensor.data = tensor.data.to(weight.device)
 
 
 def _leave_fused_paths(module: nn.Module) -> None:

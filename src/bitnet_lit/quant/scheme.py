@@ -30,9 +30,9 @@ A scheme of your own, in a file of your own::
 
 and on the command line `quant._target_=my_project.Threshold`.
 
-A scheme whose layer computes something else than a product of codes (a Hadamard transform in front of it, a bias made
-from small weights) also names a `layer`, a subclass of BitLinear; a latent model folder holds it, and formats of codes
-refuse it.
+A scheme whose layer computes something else than a product of codes (a Hadamard transform in front of it, scales that
+are learned) also names a `layer`, a subclass of BitLinear, and in `own_tensors` what that layer has to be saved. A
+latent model folder holds it, and formats of codes refuse it.
 
 This module imports no torch: the native engine asks for a scheme before torch is imported, if it ever is.
 """
@@ -80,6 +80,13 @@ class Scheme(ABC):
     def activations(self) -> ActivationRule:
         """How activations are rounded."""
         return AbsMax(8)
+
+    def own_tensors(self, rows: int, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Parameters and buffers that `layer` has beside weight and bias: their names in it, with their shapes.
+
+        They are saved with the model, read back, and trained. `layer` makes them in its constructor, without `device=`.
+        """
+        return {}
 
     @property
     def quantizes(self) -> bool:

@@ -89,7 +89,8 @@ class MuonAdamW(Optimizer):
 
 # By name, not by ndim: under FSDP every parameter is a flat shard.
 def _is_vector(name: str) -> bool:
-    return name.endswith(("norm.weight", ".bias"))
+    """Norms, biases, and what a scheme's layer has of its own: all that is no weight of a linear layer."""
+    return name.endswith("norm.weight") or not name.endswith(".weight")
 
 
 def _is_hidden_matrix(name: str) -> bool:

@@ -151,7 +151,13 @@ def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConf
         raise UserError(f"{path}: {error}") from None
 
 
-PATH_IN_TEXT = re.compile(r"(?<![^\s'\"(=])(?:[A-Za-z]:[\\/]|~?/)[^\s'\"]*?([^\s'\"/\\]+)[/\\]?(?=[\s'\"),;]|$)")
+# A part that is matched in one pass: a text in a folder of somebody else's may be long.
+PATH_IN_TEXT = re.compile(r"(?<![^\s'\"(=])(?:[A-Za-z]:[\\/]|~?/)[^\s'\"),;]*")
+
+
+def _last_part(path: re.Match[str]) -> str:
+    name = re.split(r"[/\\]", path[0].rstrip("/\\"))[-1]
+    return path[0] if name in ("", "~") or name.endswith(":") else name
 
 
 def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
     def cleaned(value: Any) -> Any:
         if isinstance(value, str):
             whole = os.path.isabs(value) or value.startswith("~/")
-            return os.path.basename(value.rstrip("/")) if whole else PATH_IN_TEXT.sub(r"\1", value)
+            return os.path.basename(value.rstrip("/")) if whole else PATH_IN_TEXT.sub(_last_part, value)
         if isinstance(value, Mapping):
             return {str(key): cleaned(item) for key, item in value.items()}
         return [cleaned(item) for item in value] if isinstance(value, list | tuple) else value
