@@ -51,6 +51,7 @@ def register_schemas() -> None:
         ("optim", "muon_schema", schema.MuonConfig),
         ("schedule", "schedule_schema", schema.ScheduleConfig),
         ("data", "data_schema", schema.DataConfig),
+        ("model", "model_schema", schema.ModelConfig),
     ):
         node = OmegaConf.structured(cls)
         OmegaConf.set_struct(node, True)  # closes the group

@@ -50,13 +50,16 @@ def named_classes(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from named_classes(value, f"{key}[{number}]")
 
 
-def check_allowed(values: Mapping[str, Any], allowed: Sequence[str], where: str, typed: str) -> None:
+def check_allowed(
+    values: Mapping[str, Any], allowed: Sequence[str], where: str, typed: str, option: str = "allow"
+) -> None:
     """Refuse plain data of a folder that names a class which its user has not named.
 
     Args:
         allowed: modules, packages and classes that the user trusts.
         where: the file, for the error.
         typed: what the user typed, for the error: its remedy goes on from it.
+        option: the key by which the user names classes.
 
     Raises:
         UserError: with what to type, if the classes are trusted.
@@ -70,7 +73,7 @@ def check_allowed(values: Mapping[str, Any], allowed: Sequence[str], where: str,
         names = ",".join(dict.fromkeys([*allowed, *foreign]))
         raise UserError(
             f"{where}: names the class {foreign[0]}, and what a folder names is not imported by itself: if you trust "
-            f"it: {typed} allow=[{names}]"
+            f"it: {typed} {option}=[{names}]"
         )
 
 

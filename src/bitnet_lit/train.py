@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bitnet_lit.config import TrainConfig
 
 # While the overrides of a resumed run are composed, open groups take any key: its config.yaml says which there are.
-_OPENED = ["optim=custom", "schedule=custom", "data=custom"]
+_OPENED = ["optim=custom", "schedule=custom", "data=custom", "model=custom"]
 
 
 def _train(config: TrainConfig) -> float:

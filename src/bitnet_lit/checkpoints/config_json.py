@@ -39,6 +39,7 @@ LARGEST_SIZE = 2**24  # of any axis
 LARGEST_NUMBER = 2.0**100  # a float32
 SIZE = Integer(1, LARGEST_SIZE)
 FORMAT_VERSION = 1  # of what stands under "bitnet_lit"
+NETWORK = "network"  # under "bitnet_lit": a class of the user's own and its arguments
 
 REQUIRED = (  # the fields of a network that every config.json has
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
@@ -128,6 +129,13 @@ def _optional(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Fields that a config.json may leave out or set to null, as `transformers` does."""
     keys = ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings", "initializer_range")
     return {**{key: OrNull(shapes[key]) for key in keys}, "tokenizer_sha256": OrNull(Text())}
+
+
+def network_in(raw: dict[str, Any]) -> str | None:
+    """The class that a config.json names as its network, as text; None where the network is this project's."""
+    ours = raw.get("bitnet_lit")
+    network = ours.get(NETWORK) if isinstance(ours, dict) else None
+    return str(network.get("_target_")) if isinstance(network, dict) else None
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:

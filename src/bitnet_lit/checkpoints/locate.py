@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bitnet_lit.checkpoints.config_json import read_raw_config
+from bitnet_lit.checkpoints.config_json import network_in, read_raw_config
 from bitnet_lit.checkpoints.file_names import CONFIG_NAME, PICKLED_NAME, WEIGHTS_NAME, has_model
 from bitnet_lit.checkpoints.formats.format import Format, formats
 from bitnet_lit.checkpoints.formats.huggingface import open_hub_folder
@@ -161,6 +161,11 @@ def open_stored(path: Path) -> StoredModel:
                 raise UserError(f"{path}: {_no_model(path)}")
             return reader.open(path)
         raw = read_raw_config(path)
+        if (network := network_in(raw)) is not None:
+            raise UserError(
+                f"{path}: holds a network of its user's own ({network}): formats and engines describe that of this "
+                f"package; evaluate opens it: networks=[{network}]"
+            )
         return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
     except UserError as error:
         line = " ".join(str(error).split())  # a damaged file's own values stand in it

@@ -8,6 +8,7 @@ Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyT
 """
 
 from bitnet_lit.config.commands import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
+from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.data import CustomData, DataConfig
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig
@@ -28,6 +29,7 @@ __all__ = [
     "CallbacksConfig",
     "CheckpointConfig",
     "CustomData",
+    "CustomNetwork",
     "CustomOptim",
     "CustomSchedule",
     "DataConfig",

@@ -96,6 +96,8 @@ class EvaluateConfig(CheckpointConfig):
     """The folder of shards to evaluate on. null: the one that the model was trained on."""
     allow: list[str] = field(default_factory=list)
     """Modules and classes of one's own that the run's config.yaml may name: its data module (my_project)."""
+    networks: list[str] = field(default_factory=list)
+    """Networks of one's own that the model folder may name, <module>.<class>."""
     batch_size: int = 32
     """Sequences per forward pass. It changes the speed, and the result only by float rounding."""
     sequence_length: int | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bitnet_lit.config.checks import Checked, Range, one_of
+from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.data import CustomData, DataConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig, import_schemes
 from bitnet_lit.config.optim import CustomOptim, CustomSchedule, OptimConfig, ScheduleConfig, optim_schema
@@ -14,13 +15,15 @@ from bitnet_lit.config.trainer import CallbacksConfig, LoggerConfig, TrainerConf
 from bitnet_lit.errors import UserError
 
 if TYPE_CHECKING:
+    AnyModel = ModelConfig | CustomNetwork
     AnyData = DataConfig | CustomData
     AnyOptim = OptimConfig | CustomOptim
     AnySchedule = ScheduleConfig | CustomSchedule
 else:  # OmegaConf: whatever the group's file says
-    AnyData = AnyOptim = AnySchedule = Any
+    AnyModel = AnyData = AnyOptim = AnySchedule = Any
 
 GROUPS = {
+    "model": Group(lambda values: ModelConfig, CustomNetwork),
     "data": Group(lambda values: DataConfig, CustomData),
     "optim": Group(optim_schema, CustomOptim),
     "schedule": Group(lambda values: ScheduleConfig, CustomSchedule),
@@ -52,7 +55,7 @@ class ExportTargetsConfig:
 class TrainConfig(Checked):
     """`bitnet-lit train`: shards to a run folder with a model folder in it."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: AnyModel = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     data: AnyData = field(default_factory=DataConfig)
     optim: AnyOptim = field(default_factory=OptimConfig)
@@ -98,6 +101,19 @@ class TrainConfig(Checked):
             raise UserError(
                 "quant.lambda_warmup_steps needs a scheme that rounds: the dense twin has nothing to warm up"
             )
+        if isinstance(self.model, CustomNetwork):
+            if self.init_from is not None:
+                raise UserError(
+                    f"init_from={self.init_from} with model._target_={self.model._target_}: the weights of a trained "
+                    "model are of a network of this package: leave one of them out"
+                )
+            if self.trainer.strategy == "fsdp":
+                raise UserError("trainer.strategy=fsdp: cuts the layers of this package: take trainer=ddp")
+            if self.export.targets:
+                raise UserError(
+                    f"export.targets={list(self.export.targets)}: formats describe the network of this package: "
+                    f"{self.model.name} has its model folder alone"
+                )
         if self.init_from is None and (self.init_optimizer or self.init_sub_norm):
             raise UserError("init_optimizer and init_sub_norm need init_from=<a trained model>")
         if self.init_optimizer and (self.init_sub_norm or self.trainer.strategy == "fsdp"):

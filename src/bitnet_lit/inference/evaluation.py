@@ -11,20 +11,21 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitnet_lit.checkpoints.pretrained import from_pretrained
+from bitnet_lit.checkpoints.custom_folder import open_custom_folder
+from bitnet_lit.checkpoints.locate import find_model, open_stored
+from bitnet_lit.checkpoints.pretrained import build_pretrained
 from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.evaluation_data import validation_batches
 from bitnet_lit.inference.loss_sums import LossSums
-from bitnet_lit.model import CausalLM
 
 
 @torch.inference_mode()
 def evaluate_batches(
-    model: CausalLM, batches: Iterable[Tensor], tokenizer: Tokenizer | None, device: torch.device
+    model: nn.Module, batches: Iterable[Tensor], tokenizer: Tokenizer | None, device: torch.device
 ) -> LossSums:
     """Run the model on every batch once; batches are int64 (B, T + 1)."""
     sums = LossSums()
@@ -45,7 +46,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: no model, no data, or data of another tokenizer.
         ModelError: the loss is NaN or infinite.
     """
-    pretrained = from_pretrained(config.checkpoint)
+    path = find_model(config.checkpoint)
+    pretrained = open_custom_folder(path, config.networks) or build_pretrained(open_stored(path))
     context = pretrained.config.max_position_embeddings
     length = config.sequence_length or pretrained.info.get("sequence_length") or context
     if length > context:

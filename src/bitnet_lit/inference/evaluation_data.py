@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet_lit.checkpoints.custom_folder import CustomPretrained
 from bitnet_lit.checkpoints.pretrained import PretrainedModel
 from bitnet_lit.config import CustomData, EvaluateConfig
 from bitnet_lit.config.slots import TARGET, custom
@@ -27,7 +28,7 @@ from bitnet_lit.plain_yaml import read_yaml
 
 
 def validation_batches(
-    pretrained: PretrainedModel, config: EvaluateConfig, length: int
+    pretrained: PretrainedModel | CustomPretrained, config: EvaluateConfig, length: int
 ) -> tuple[str, Iterator[Tensor]]:
     """The validation split to evaluate on.
 
@@ -59,7 +60,7 @@ def _data_of_run(model: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _open_shards(pretrained: PretrainedModel, data_dir: str) -> ShardDirectory:
+def _open_shards(pretrained: PretrainedModel | CustomPretrained, data_dir: str) -> ShardDirectory:
     """A folder of shards of the model's tokenizer."""
     path, vocabulary = pretrained.path, pretrained.config.vocab_size or 0
     tokenizer = pretrained.tokenizer.path if pretrained.tokenizer else None
@@ -86,7 +87,7 @@ def _split_batches(split: TokenSplit, batch_size: int) -> Iterator[Tensor]:
 
 
 def _own_batches(
-    pretrained: PretrainedModel, data: dict[str, Any], length: int, config: EvaluateConfig
+    pretrained: PretrainedModel | CustomPretrained, data: dict[str, Any], length: int, config: EvaluateConfig
 ) -> Iterator[Tensor]:
     """The validation batches of the user's own data module that a run was trained with."""
     where = str(pretrained.path.parent / "config.yaml")

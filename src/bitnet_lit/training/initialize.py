@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
-from bitnet_lit.config import ModelConfig, TrainConfig
+from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
 from bitnet_lit.config.held import network_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
+from bitnet_lit.model.custom import build_custom_network
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS
 from bitnet_lit.training.checkpoint_file import read_checkpoint
@@ -38,7 +39,7 @@ from bitnet_lit.training.plan import check_memory
 CALIBRATION_SEQUENCES = 8
 
 
-def initial_model(config: TrainConfig, data: RunData) -> CausalLM:
+def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
     """The network with its first weights; fills in what `config.model` leaves to the data or to the trained model.
 
     Raises:
@@ -60,6 +61,9 @@ def initial_model(config: TrainConfig, data: RunData) -> CausalLM:
             f"init_from={config.init_from}: was trained with another tokenizer than the one of the data "
             f"({data.name}): its embedding means other tokens, unless the two are one vocabulary in two files"
         )
+    if isinstance(config.model, CustomNetwork):
+        L.seed_everything(config.seed, verbose=False)
+        return build_custom_network(config.model, config.quant)
     check_memory(config)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.quant)
@@ -78,6 +82,7 @@ def _trained(config: TrainConfig) -> PretrainedModel:
     if trained.packed:
         raise UserError(f"init_from={config.init_from}: packed codes cannot be trained: give the latent weights")
     sub_norm = trained.config.sub_norm or config.init_sub_norm
+    assert isinstance(config.model, ModelConfig)  # the schema refuses init_from beside a network of the user's own
     config.model = replace(trained.config.trained_as(config.model), sub_norm=sub_norm)
     check_targets(config.export.targets, config.model, config.quant)
     return trained
@@ -94,7 +99,7 @@ def check_typed_network(config: TrainConfig, keys: Collection[str]) -> None:
     Raises:
         UserError: the first key that asks for another network.
     """
-    assert config.init_from is not None
+    assert config.init_from is not None and isinstance(config.model, ModelConfig)
     trained = open_stored(find_model(config.init_from, "init_from")).config
     trained = replace(trained, sub_norm=trained.sub_norm or config.init_sub_norm)
     has = {"name": trained.name, **_resolved(trained)}

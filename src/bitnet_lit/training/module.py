@@ -12,14 +12,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import CustomNetwork, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import Diverged
 from bitnet_lit.inference.loss_sums import LossSums
-from bitnet_lit.model import CausalLM, next_token_loss
+from bitnet_lit.model import next_token_loss
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
@@ -40,7 +40,7 @@ def warmup_strength(shape: str, progress: float) -> float:
 
 
 class BitNetModule(L.LightningModule):
-    """Trains a `CausalLM` on batches of token ids.
+    """Trains a network of ids to logits on batches of token ids.
 
     Batches: int64 (B, T + 1) for training; (ids, number of valid rows) for validation.
 
@@ -50,7 +50,7 @@ class BitNetModule(L.LightningModule):
 
     def __init__(
         self,
-        model: CausalLM,
+        model: nn.Module,
         config: TrainConfig,
         plan: Plan,
         tokenizer: Tokenizer | None,
@@ -85,7 +85,7 @@ class BitNetModule(L.LightningModule):
             set_strength(self.model, self._strength)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        if self.config.model.dropout:
+        if isinstance(self.config.model, CustomNetwork) or self.config.model.dropout:
             counter = (batch_idx * self.trainer.world_size + self.global_rank) * 1_000_003 + self.config.seed
             torch.manual_seed(counter * _MIX % 2**63)
         if self._strength is not None:

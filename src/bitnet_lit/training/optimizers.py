@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW, Muon, Optimizer
 
 from bitnet_lit.config import CustomOptim, MuonConfig, OptimConfig
@@ -87,24 +88,37 @@ class MuonAdamW(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-# By name, not by ndim: under FSDP every parameter is a flat shard.
-def _is_vector(name: str) -> bool:
-    """Norms, biases, and what a scheme's layer has of its own: all that is no weight of a linear layer."""
-    return name.endswith("norm.weight") or not name.endswith(".weight")
+def _vectors(model: nn.Module) -> set[str]:
+    """Names of norms, biases, and what a scheme's layer has of its own: all that is no weight of a linear layer.
+
+    Under FSDP every parameter is a flat shard: there the name alone says it.
+    """
+    is_sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if name.endswith("norm.weight") or not name.endswith(".weight") or (parameter.ndim < 2 and not is_sharded)
+    }
 
 
-def _is_hidden_matrix(name: str) -> bool:
-    return not _is_vector(name) and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+def _outer(model: nn.Module) -> set[str]:
+    """Names of embeddings and of the head, which are no maps between hidden spaces."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) or id(parameter) in embeddings
+    }
 
 
 Named = list[tuple[str, nn.Parameter]]
 
 
-def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(named: Named, vectors: set[str], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: matrices, which decay, and vectors, which do not."""
     groups = [
-        {"params": [p for name, p in named if not _is_vector(name)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if _is_vector(name)], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name not in vectors], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name in vectors], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -116,18 +130,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig | CustomOptim) -> Opti
         UserError: a class of the user's own that cannot be made, or is no optimizer.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    vectors = _vectors(model)
     if isinstance(config, CustomOptim):
-        return _custom_optimizer(named, config)
+        return _custom_optimizer(_groups(named, vectors, config.weight_decay), config)
     fused = all(parameter.device.type in ("cpu", "cuda", "mps") for _, parameter in named)
 
     def adamw(parameters: Named, learning_rate: float) -> AdamW:
-        groups = _groups(parameters, config.weight_decay)
+        groups = _groups(parameters, vectors, config.weight_decay)
         return AdamW(groups, lr=learning_rate, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
 
     if not isinstance(config, MuonConfig):
         return adamw(named, config.learning_rate)
-    hidden = [p for name, p in named if _is_hidden_matrix(name)]
-    others = [(name, p) for name, p in named if not _is_hidden_matrix(name)]
+    no_maps = vectors | _outer(model)
+    hidden = [p for name, p in named if name not in no_maps]
+    others = [(name, p) for name, p in named if name in no_maps]
     on_cpu = all(parameter.device.type == "cpu" for parameter in hidden)
     muon = (Float32Muon if on_cpu else Muon)(
         hidden,
@@ -140,10 +156,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig | CustomOptim) -> Opti
     return MuonAdamW(muon, adamw(others, config.adamw_learning_rate))
 
 
-def _custom_optimizer(named: Named, config: CustomOptim) -> Optimizer:
+def _custom_optimizer(groups: list[dict[str, Any]], config: CustomOptim) -> Optimizer:
     if config.weight_decay and not takes(locate(config._target_, "optim"), "weight_decay"):
         raise UserError(f"optim.weight_decay={config.weight_decay}: {config._target_} has none: leave it out")
-    optimizer = instantiate(config.call, "optim", _groups(named, config.weight_decay), lr=config.learning_rate)
+    optimizer = instantiate(config.call, "optim", groups, lr=config.learning_rate)
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"optim._target_={config._target_}: is no optimizer: derive it from torch.optim.Optimizer")
     return optimizer

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments import (
 from rich.table import Table
 from rich.text import Text
 
-from bitnet_lit.config import TrainConfig, TrainerConfig
+from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig, TrainerConfig
 from bitnet_lit.control_groups import memory_limit
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import Accounting, account
@@ -122,12 +122,21 @@ class Plan:
         return self.steps * self.samples_per_step / self.train_sequences
 
 
-def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int | None) -> Plan:
+def _sizes(config: TrainConfig) -> ModelConfig:
+    """The sizes of the network of this package."""
+    assert isinstance(config.model, ModelConfig), "a network of the user's own is counted when it is built"
+    return config.model
+
+
+def make_plan(
+    config: TrainConfig, sequence_length: int, train_sequences: int | None, counted: Accounting | None = None
+) -> Plan:
     """Fill in every length that the config leaves open.
 
     Args:
         sequence_length: tokens a sequence predicts.
         train_sequences: sequences in the training split; None where the data does not say.
+        counted: the counts of a network of the user's own; None: those of `config.model`.
 
     Raises:
         UserError: lengths that do not fit, or that need to know the length of an epoch.
@@ -168,7 +177,7 @@ def make_plan(config: TrainConfig, sequence_length: int, train_sequences: int | 
         samples_per_step=samples_per_step,
         sequence_length=sequence_length,
         train_sequences=train_sequences,
-        accounting=account(config.model, config.quant, sequence_length),
+        accounting=counted or account(_sizes(config), config.quant, sequence_length),
     )
 
 
@@ -185,7 +194,8 @@ def check_memory(config: TrainConfig) -> None:
     Raises:
         UserError: with both sizes.
     """
-    count = account(config.model, config.quant)
+    model = _sizes(config)
+    count = account(model, config.quant)
     on_cpu = _trains_on_cpu(config.trainer) and config.trainer.strategy != "fsdp"
     needed = count.training_bytes(1.0) if on_cpu else 4.0 * count.parameters
     has = _machine_memory_bytes()
@@ -193,8 +203,8 @@ def check_memory(config: TrainConfig) -> None:
         raise UserError(
             f"the model has {count.parameters:,} parameters, and {'training it' if on_cpu else 'holding it'} takes "
             f"{needed / 2**30:,.0f} GiB at least; this machine has {has / 2**30:,.1f}: take smaller sizes "
-            f"(model.hidden_size={config.model.hidden_size}, "
-            f"model.num_hidden_layers={config.model.num_hidden_layers}, model.vocab_size={config.model.vocab_size})"
+            f"(model.hidden_size={model.hidden_size}, model.num_hidden_layers={model.num_hidden_layers}, "
+            f"model.vocab_size={model.vocab_size})"
         )
 
 
@@ -205,15 +215,17 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
     codes, rotated heads, gate and up); with gradient checkpointing only the layer's input. Logits count three times
     (values, their float32 copy, their gradient). Measured peaks lie within a factor of 1.5.
     """
-    model = config.model
+    tokens = config.data.batch_size * plan.sequence_length
+    states, model = plan.accounting.training_bytes(config.optim.STATES), config.model
+    if isinstance(model, CustomNetwork):  # what it keeps for the backward pass is not known
+        return states + tokens * 12 * model.vocabulary
     assert model.vocab_size is not None
     per_token_layer = 14 * model.hidden_size + 8 * model.intermediate_size
     if model.gradient_checkpointing:
         per_token_layer = 2 * model.hidden_size
-    tokens = config.data.batch_size * plan.sequence_length
     element = 4 if config.trainer.precision == "32-true" else 2
     activations = tokens * (model.num_hidden_layers * per_token_layer * element + 12 * model.vocab_size)
-    return plan.accounting.training_bytes(config.optim.STATES) + activations
+    return states + activations
 
 
 def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:

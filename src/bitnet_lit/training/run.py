@@ -20,11 +20,12 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
 from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import TrainingStopped, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
+from bitnet_lit.model.custom import count
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
@@ -116,7 +117,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         if is_owner:
             holding.enter_context(locked(run_dir))
         start = read_start(config.resume)
-    elif config.init_from is None:
+    elif config.init_from is None and isinstance(config.model, ModelConfig):
         check_targets(config.export.targets, config.model, config.quant)
     data = open_data(config)
     tokenizer = data.tokenizer
@@ -125,7 +126,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         start.check_identity(identity)
     model = initial_model(config, data)  # fills in the sizes
     length = sequence_length(config)
-    plan = make_plan(config, length, data.num_train_sequences(length))
+    counted = count(model, config.quant) if isinstance(config.model, CustomNetwork) else None
+    plan = make_plan(config, length, data.num_train_sequences(length), counted)
     max_time = time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)

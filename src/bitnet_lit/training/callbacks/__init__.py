@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import instantiate
@@ -71,7 +71,8 @@ def build_callbacks(
         callbacks.append(TernaryHealth(run_dir))
     if wanted.throughput:
         callbacks.append(Throughput(plan, config.trainer.precision))
-    if wanted.sample_prompts and tokenizer is not None:
+    # Generation needs the cache of our own network.
+    if wanted.sample_prompts and tokenizer is not None and isinstance(config.model, ModelConfig):
         callbacks.append(SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens))
     if wanted.profile_steps:
         callbacks.append(Profile(run_dir, wanted.profile_steps))

@@ -15,10 +15,12 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from bitnet_lit.checkpoints.config_json import CONFIG_NAME
+from bitnet_lit.checkpoints.custom_folder import save_custom_folder
 from bitnet_lit.checkpoints.formats.model_folder import trained_step, written_names
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import CustomNetwork, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.model import CausalLM
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST, MODEL, MODEL_LAST
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
@@ -72,6 +74,10 @@ class ExportModelFolder(Callback):
         figures = content["callbacks"]["Checkpoints"].get("figures", {})
         metrics = {name: value for name, value in figures.items() if name.startswith("val/")}
         info = {**self.facts, "step": content["global_step"], "metrics": metrics}
+        if isinstance(self.config.model, CustomNetwork):
+            save_custom_folder(folder, self.config.model, self.config.quant, self.tokenizer, info, state)
+            return
+        assert isinstance(pl_module.model, CausalLM)
         save_model_folder(folder, pl_module.model, self.config.quant, self.tokenizer, info, state)
 
 

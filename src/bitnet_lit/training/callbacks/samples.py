@@ -14,6 +14,7 @@ from bitnet_lit.config import GenerationConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
+from bitnet_lit.model import CausalLM
 from bitnet_lit.runs.folder import SAMPLES_NAME
 from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.appended import AppendedFile
@@ -32,6 +33,7 @@ class SampleStories(Callback):
         if not trainer.is_global_zero or not trainer.callback_metrics["val/loss"].isfinite():
             return  # a model that computes no numbers writes nothing; `Checkpoints` ends the run
         assert isinstance(pl_module, BitNetModule)
+        assert isinstance(pl_module.model, CausalLM)  # what else there is has no cache to generate with
         generator = Generator(TorchEngine(pl_module.model, pack=False), self.tokenizer)
         stories = generator.generate_batch(self.prompts, self.options)
         self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))
