@@ -18,7 +18,7 @@ from bitnet_lit.overrides import as_typed
 from bitnet_lit.runs import sweep
 from bitnet_lit.runs.own_folder import make_own, record_name
 from bitnet_lit.runs.sweep_table import SweepTable, read_jobs
-from tests.support import REPOSITORY, TINY_RUN
+from tests.support import REPOSITORY, TINY_RUN, run_command
 
 ODD = "[/b] [red] :smile: \x1b[31m \u2028 \udcff 'a, b' ${x}"
 
@@ -246,3 +246,34 @@ def test_sigterm_ends_a_sweep(tmp_path, shards, launcher):
     assert "not started" in errors[-1] and (tmp_path / "sweep" / "sweep.csv").exists()
     if "SIGTERM at step" in errors[0]:
         assert (tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "seeds"), [([], [1, 2]), (["launcher=joblib"], [2])], ids=["in this process", "in a process of joblib"]
+)
+def test_a_sweep_over_two_processes_a_job(tmp_path, shards, launcher, seeds):
+    """The second rank of each job gets the job's overrides and its folder, and the next job ranks of its own."""
+    tiny = [item for item in TINY_RUN if not item.startswith("trainer.accelerator")]
+    arguments = [*tiny, f"data.dir={shards}", "trainer=ddp_sim", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    sweep_folder = "hydra.sweep.dir=a sweep, of two"
+    odd = "callbacks.sample_prompts=['a, b']"
+    result = run_command(
+        "train",
+        "-m",
+        *arguments,
+        odd,
+        f"seed={','.join(map(str, seeds))}",
+        sweep_folder,
+        *launcher,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for job, seed in enumerate(seeds):
+        folder = tmp_path / "a sweep, of two" / str(job)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        # Ranks of different seeds would have drawn different weights, and one of them would have waited for ever.
+        assert metrics["seed"] == seed and metrics["tokens"] == 2 * 2 * 4 * 32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a sweep, of two"]
+    assert not list(tmp_path.rglob(".hydra_resume"))

@@ -4,6 +4,7 @@ import re
 from datetime import timedelta
 
 import pytest
+import torch
 
 from bitnet_lit.config import (
     DataConfig,
@@ -16,7 +17,15 @@ from bitnet_lit.config import (
 )
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import build_model
-from bitnet_lit.training.plan import make_plan, memory_estimate_bytes, print_plan, time_limit
+from bitnet_lit.training import plan as plan_module
+from bitnet_lit.training.plan import (
+    check_memory,
+    make_plan,
+    memory_estimate_bytes,
+    print_plan,
+    time_limit,
+    world_size,
+)
 
 SEQUENCE_LENGTH, TRAIN_SEQUENCES = 64, 1000
 
@@ -40,6 +49,27 @@ def test_a_step_counts_every_device_node_and_accumulated_batch(monkeypatch):
     assert plan(trainer={"devices": 2, "accumulate_grad_batches": 3}).tokens_per_step == 2 * 3 * 8 * 64
     monkeypatch.setenv("MASTER_ADDR", "first-node")
     assert plan(trainer={"devices": 2, "num_nodes": 4}).tokens_per_step == 2 * 4 * 8 * 64
+
+
+def test_one_node_asks_no_environment_for_others(monkeypatch):
+    """Asking for MPI's starts it, where mpi4py is installed."""
+    monkeypatch.setattr(plan_module.MPIEnvironment, "detect", lambda: pytest.fail("it was asked"))
+    assert world_size(TrainerConfig(accelerator="cpu", devices=2)) == 2
+
+
+def test_gradients_and_moments_count_wherever_the_cpu_trains(monkeypatch):
+    """accelerator=auto on a machine without a GPU trains on the CPU too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    tiny = config()
+    parameters = sum(parameter.numel() for parameter in build_model(tiny.model, tiny.quant).parameters())
+    monkeypatch.setattr(plan_module, "_machine_memory_bytes", lambda: 5.0 * parameters)  # the weights take 4
+    for accelerator in ("cpu", "auto"):
+        tiny.trainer.accelerator = accelerator
+        with pytest.raises(UserError, match="training it takes"):
+            check_memory(tiny)
+    tiny.trainer.accelerator = "gpu"
+    check_memory(tiny)
 
 
 def test_tokens_take_the_place_of_steps_and_the_last_step_is_a_whole_one():

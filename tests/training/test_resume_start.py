@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,7 +202,10 @@ def test_no_class_that_a_folder_names_is_imported(run, tmp_path, monkeypatch, ke
         saved["quant"] |= {"_target_": "hostile.Scheme", "name": "hostile"}
     (run / "config.yaml").write_text(yaml.safe_dump(saved))
     if key == "schemes":
+        before = (run / "config.yaml").read_text()
         save_config(resume_config(str(run)), tmp_path)
+        after = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        assert after == yaml.safe_load(before) | {"run_dir": str(run)}  # it keeps the name
     else:
         with pytest.raises(UserError, match=r"names the class hostile\.Scheme"):
             resume_config(str(run))
@@ -276,6 +280,28 @@ def test_a_stop_where_a_validation_is_due_is_made_up_for(tmp_path, made, monkeyp
         assert steps[0] == steps[1]
         for name in ("ternary_health.csv", "samples.txt"):
             assert (folder / name).read_bytes() == (made / "run" / name).read_bytes()
+
+
+def test_a_run_that_lost_its_best_model_takes_the_last_one(run, capsys):
+    """best.ckpt is damaged and model/ is gone; model_last/ has a file of the user's own."""
+    flip(run / "checkpoints" / "best.ckpt")
+    shutil.rmtree(run / "model")
+    (run / "model_last" / "notes.md").write_text("mine")
+    metrics = train(resume_config(str(run)))
+    assert "the best model, of step 2, is lost" in capsys.readouterr().out
+    assert metrics["val/best_loss"] == metrics["val/loss"] and metrics["steps"] == 4
+    assert read_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 4
+    assert (run / "model" / "model.safetensors").is_file()
+    assert [path.name for path in (run / "model_last").iterdir()] == ["notes.md"]
+
+
+def test_a_resumed_run_holds_no_old_checkpoint(run):
+    """It would stay on the disk, whole and without a name, for as long as the run goes on."""
+    start = read_start(str(run))
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux tells which files a process maps")
+    assert start.step == 4 and str(run / "checkpoints") not in maps.read_text()
 
 
 def test_no_path_of_this_machine_in_a_model_folder(made):

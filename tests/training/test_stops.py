@@ -15,6 +15,7 @@ import torch
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import DataError, TrainingStopped, UserError
+from bitnet_lit.runs.signals import STOP_SIGNALS, StopSignals
 from bitnet_lit.training import run as run_module
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
@@ -22,7 +23,6 @@ from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.plan import time_limit
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from bitnet_lit.training.signals import STOP_SIGNALS, StopSignals
 from tests.support import TINY_RUN, run_command
 
 

@@ -1,7 +1,7 @@
 """The jobs of a sweep (`-m`), in one process after the other or side by side (launcher=joblib).
 
 A job that fails notes its reason and lets the others run. A signal that asks to stop ends the sweep: jobs that run save
-and end (`training/signals.py`), no other one begins. What the processes of a sweep tell each other lies in its folder:
+and end (`runs/signals.py`), no other one begins. What the processes of a sweep tell each other lies in its folder:
 
     <sweep folder>/.stop        the number of the signal that ended the sweep
     <sweep folder>/.refused     jobs whose folder holds another run, where nothing may be written: a line each
@@ -25,7 +25,7 @@ from typing import Any
 from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, is_out_of_memory, one_line
 from bitnet_lit.runs.folder import ERROR_NAME, is_taken
 from bitnet_lit.runs.ranks import rank
-from bitnet_lit.training.signals import STOP_SIGNALS
+from bitnet_lit.runs.signals import STOP_SIGNALS
 
 STOP_NAME, REFUSED_NAME = ".stop", ".refused"
 _POLL_SECONDS, _GRACE_SECONDS = 0.5, 2.0

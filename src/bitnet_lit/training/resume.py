@@ -43,7 +43,7 @@ def save_config(config: TrainConfig, run_dir: Path) -> None:
 
     It does not say whether the run was resumed: the folder of a run that was is that of one that was not.
     """
-    values = as_values(replace(config, resume=None, allow=[]))
+    values = as_values(config) | {"resume": None, "allow": []}
     for key in ("dir", "tokenizer"):
         if values["data"].get(key) is not None:
             values["data"][key] = str(Path(values["data"][key]).absolute())
@@ -66,6 +66,7 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     path = folder / CONFIG_NAME
     saved = read_yaml(path, f"put the {CONFIG_NAME} there that the run began with")
     typed = [parsed(override) for override in overrides]
+    schemes = saved.get("schemes", [])
     target = _check_classes(saved, path, resume, typed)
     try:
         cfg = OmegaConf.structured(TrainConfig)
@@ -91,9 +92,12 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
             f"resume={resume} with another length than trainer.max_steps={before[0]}: it would move the learning "
             f"rate's curve: add schedule.total_steps={before[0]} to keep the curve, or the new length to stretch it"
         )
-    config.quant._target_ = config.quant._target_ or target  # config.yaml keeps it
     same = Path(config.run_dir).absolute() == folder.absolute()  # as it was written: it stands in metrics.json
-    return replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
+    config = replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
+    # config.yaml keeps the names that it has. They are set last: a new TrainConfig imports what it names.
+    config.quant._target_ = config.quant._target_ or target
+    config.schemes = schemes if isinstance(schemes, list) else []
+    return config
 
 
 def _length(trainer: Any) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
 from bitnet_lit.model.custom import count
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
+from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import link_checkpoint
@@ -40,7 +41,7 @@ from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit
 from bitnet_lit.training.resume import Start, read_start, save_config
 from bitnet_lit.training.schedule import build_schedule
-from bitnet_lit.training.signals import StopSignals
+from bitnet_lit.training.started_ranks import left_as_found
 from bitnet_lit.training.trainer import build_trainer
 
 
@@ -176,7 +177,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         print_plan(config, plan, rows)
     with in_one_line(lambda: checkpoints.folder.parent, trainer.world_size, trainer.global_rank):
         try:
-            trainer.fit(module, datamodule=datamodule, ckpt_path=start.path if start else None)
+            with left_as_found(trainer):
+                trainer.fit(module, datamodule=datamodule, ckpt_path=start.path if start else None)
         finally:
             if config.logger.wandb:
                 import wandb

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.model import build_model
+from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.callbacks import ternary_health
 from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
 
@@ -24,6 +27,9 @@ class Module(torch.nn.Module):
         self.model = build_model(config, QuantConfig(name=quant))
         self.logged = {}
 
+    def forward(self, ids):
+        return self.model(ids)
+
     def log_dict(self, figures):
         self.logged = figures
 
@@ -35,7 +41,8 @@ def module(monkeypatch):
 
 
 def validate(callback, module, step=0, is_global_zero=True):
-    callback.on_validation_epoch_end(SimpleNamespace(global_step=step, is_global_zero=is_global_zero), module)
+    trainer = SimpleNamespace(global_step=step, is_global_zero=is_global_zero, strategy=SimpleNamespace(model=module))
+    callback.on_validation_epoch_end(trainer, module)
 
 
 def rows(folder):
@@ -92,3 +99,32 @@ def test_other_ranks_and_dense_models_write_nothing(tmp_path, module):
     validate(TernaryHealth(tmp_path), module, is_global_zero=False)
     validate(TernaryHealth(tmp_path), Module("none"))
     assert not list(tmp_path.iterdir())
+
+
+def _on_a_rank(rank, folder):
+    """One of two processes that FSDP has given a part of each matrix."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ternary_health.BitNetModule = Module
+    module = Module("b158")
+    sharded = FullyShardedDataParallel(
+        module, auto_wrap_policy=ModuleWrapPolicy({DecoderLayer}), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with torch.no_grad():
+        sharded(torch.zeros(1, 4, dtype=torch.int64))  # the callback comes behind a forward pass
+    trainer = SimpleNamespace(global_step=10, is_global_zero=rank == 0, strategy=SimpleNamespace(model=sharded))
+    callback = TernaryHealth(folder)
+    callback.on_validation_epoch_end(trainer, module)
+    callback.on_validation_epoch_end(trainer, module)
+    assert module.logged["ternary/flip_rate"] == 0
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_matrices_are_counted_whole(tmp_path, module):
+    torch.multiprocessing.spawn(_on_a_rank, (tmp_path,), nprocs=2)
+    sharded = rows(tmp_path)
+    (tmp_path / "ternary_health.csv").unlink()
+    callback = TernaryHealth(tmp_path)
+    validate(callback, module, step=10)
+    validate(callback, module, step=10)
+    assert sharded == rows(tmp_path)

@@ -30,9 +30,9 @@ from lightning.pytorch.callbacks import Callback
 from bitnet_lit.checkpoints.formats.model_folder import trained_step
 from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError
 from bitnet_lit.runs.folder import BEST, LAST, MODEL
+from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, read_checkpoint
 from bitnet_lit.training.loggers import CsvLogger
-from bitnet_lit.training.signals import StopSignals
 
 FIGURES = ("val/", "train/loss", "perf/", "ternary/")
 _TIME_IS_UP = 1  # reasons to stop, as one number that the ranks agree on: 0 none, a signal's number + 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.packing import CODES_PER_BYTE, pack_codes, unpack_codes
@@ -34,8 +36,6 @@ def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
     if not scheme.is_ternary:
         return codes
     flat = codes.flatten()
-    if not len(flat):  # of a rank that holds no part of a sharded matrix
-        return flat.to(torch.uint8)
     return pack_codes(F.pad(flat, (0, -len(flat) % CODES_PER_BYTE))[:, None]).flatten()
 
 
@@ -44,6 +44,32 @@ def _unpack(packed: Tensor, like: Tensor) -> Tensor:
     if packed.dtype == torch.int8:
         return packed.to(like.device)
     return unpack_codes(packed.to(like.device)[:, None]).flatten()[: like.numel()].view(like.shape)
+
+
+def _quantized_layers(trained: nn.Module | None, model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """Every quantized layer of `model` and its name, each with its whole matrix as long as it is the current one.
+
+    FSDP leaves each rank a part of each matrix, as a flat vector. Here the matrices of one FSDP module (a decoder
+    layer) are put together at a time, on every rank; so all ranks must take all layers.
+
+    Args:
+        trained: what the strategy trains: the LightningModule, or a wrapper around it.
+    """
+    layers: dict[BitLinear, str] = {
+        layer: name.replace("_fsdp_wrapped_module.", "")
+        for name, layer in model.named_modules()
+        if isinstance(layer, BitLinear)
+    }
+    units = [] if trained is None else FullyShardedDataParallel.fsdp_modules(trained)
+    for unit in units:
+        inside = {module for other in FullyShardedDataParallel.fsdp_modules(unit)[1:] for module in other.modules()}
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            for layer in unit.modules():
+                if isinstance(layer, BitLinear) and layer in layers and layer not in inside:
+                    yield layers[layer], layer
+    if not units:
+        for layer, name in layers.items():
+            yield name, layer
 
 
 class TernaryHealth(Callback):
@@ -60,18 +86,16 @@ class TernaryHealth(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, BitNetModule)
-        rows = []
-        for name, layer in pl_module.model.named_modules():
-            if not isinstance(layer, BitLinear):
-                continue
+        rows: list[tuple[Any, ...]] = []
+        for name, layer in _quantized_layers(trainer.strategy.model, pl_module.model):
             codes, weight_scale = layer.quantized_weight()
             codes = codes.to(torch.int8)
             signs = codes.sign()  # of schemes with more levels: below zero, zero, above zero
             shares = [(signs == sign).float().mean().item() for sign in (-1, 0, 1)]
             previous = self._packed.get(name)
             self._packed[name] = packed = _pack(codes, layer.scheme)
-            flip_rate = float("nan")  # at the first validation, and where a sharded matrix was cut otherwise before
-            if previous is not None and len(packed) and previous.shape == packed.shape:
+            flip_rate = float("nan")  # at the first validation, or behind a checkpoint of a version that took parts
+            if previous is not None and previous.shape == packed.shape:
                 flip_rate = (codes != _unpack(previous, codes)).float().mean().item()
             rows.append((trainer.global_step, name, *shares, flip_rate, weight_scale.mean().item()))
         if not rows:
