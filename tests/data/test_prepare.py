@@ -73,10 +73,14 @@ def test_meta_says_what_is_there(tmp_path):
     assert tokens[0] == meta["bos_id"] and (tokens == meta["bos_id"]).sum() == 98
 
 
-def test_again_does_nothing_and_a_lost_shard_is_written_again(tmp_path):
+def test_again_does_nothing_and_says_so_and_a_lost_shard_is_written_again(tmp_path, capsys):
     prepare(demo(tmp_path))
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
+    [first] = capsys.readouterr().err.splitlines()
     prepare(demo(tmp_path))
+    [second] = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{tmp_path}: 2 shards, 100 stories, ") and first.endswith(" MB/s")
+    assert second == first[: first.index(" bytes a token, ")] + " bytes a token, complete already"
     assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
     (tmp_path / "data00.bin").unlink()
     prepare(demo(tmp_path))

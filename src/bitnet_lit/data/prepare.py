@@ -72,8 +72,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         "seconds": seconds,
         "megabytes_per_s": encoded_bytes / 1e6 / seconds,
     }
-    if todo:
-        _say_what_was_done(config, summary)
+    _say_what_was_done(config, summary, was_complete=not todo)
     return summary
 
 
@@ -215,7 +214,7 @@ def _sums(entries: dict[str, dict[str, int]]) -> dict[str, Any]:
     return sums
 
 
-def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any]) -> None:
+def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any], was_complete: bool) -> None:
     if summary["files"]:
         read = f"read {summary['files']:,} files, {summary['documents']:,} documents, {summary['bytes_in']:,} bytes"
         if summary["empty"]:
@@ -223,10 +222,11 @@ def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any]) -> None:
         if summary["carriage_returns"]:
             read += f"; {summary['carriage_returns']:,} stories of .json with carriage returns, kept as llama2.c does"
         _say(f"source={config.source}: {read}")
+    speed = f"{summary['seconds']:.1f} s, {summary['megabytes_per_s']:.1f} MB/s"
     _say(
         f"{config.folder}: {summary['shards']} shards, {summary['stories']:,} stories, {summary['tokens']:,} tokens of "
         f"{summary['vocab_size']:,}, {summary['bytes_per_token']:.3f} bytes a token, "
-        f"{summary['seconds']:.1f} s, {summary['megabytes_per_s']:.1f} MB/s"
+        + ("complete already" if was_complete else speed)
     )
 
 
