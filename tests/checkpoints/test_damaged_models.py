@@ -234,3 +234,14 @@ def test_a_pt_that_asks_for_more_than_it_holds(tmp_path):
     for name, says in {"expanded": "the file holds a part", "bomb": "it is compressed"}.items():
         with pytest.raises(UserError, match=says):
             open_pt(tmp_path / f"{name}.pt")
+
+
+def test_tables_of_positions_beyond_any_models_are_refused(tmp_path):
+    """The weights may be small, and the tables that are computed from the config not."""
+    sizes = {"hidden_size": 2, "head_dim": 4096, "num_attention_heads": 1, "intermediate_size": 4, "vocab_size": 8}
+    save_model_folder(tmp_path / "m", tiny_model("none", sub_norm=False, **sizes), QuantConfig(name="none"), None)
+    path = tmp_path / "m" / "config.json"
+    open_stored(tmp_path / "m")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 2**17}))
+    with pytest.raises(UserError, match="1 heads of 4096, a context of 131072: beyond what a model has"):
+        open_stored(tmp_path / "m")

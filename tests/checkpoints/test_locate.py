@@ -201,13 +201,13 @@ def test_llama2cs_file_tells_a_story_with_a_given_tokenizer(tmp_path, tokenizer)
 def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_read(tmp_path, overrides, remedy):
     with pytest.raises(UserError, match=remedy):
         train(compose("train", [f"run_dir={tmp_path}", "data.dir=nowhere", "export.targets=[gguf_tq2_0]", *overrides]))
-    with pytest.raises(UserError, match="must be one of hf, packed"):
+    with pytest.raises(UserError, match="must be one of latent, packed"):
         compose("train", ["run_dir=x", "export.targets=[floppy]"])
 
 
 def test_the_advice_names_every_target_and_remedy(tmp_path):
     told = run_command("export", "--advise", "model=llama2c_15m", "model.sub_norm=false", cwd=tmp_path).stdout
-    for target in ("hf", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c"):
+    for target in ("latent", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c"):
         assert target in told
     assert "take 256" in told and told.count("yes") >= 3
     refused = run_command("export", "--advise", "modell=15m", cwd=tmp_path, check=False)

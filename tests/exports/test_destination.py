@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -126,6 +127,19 @@ def test_the_home_folder_and_the_cache_of_the_hub(model, monkeypatch):
     model.rename(cached)
     report = export(ExportConfig(checkpoint=str(cached), format="packed", verify=False))
     assert report["out"] == "story-packed" and os.listdir(cached.parent) == ["abc"]
+
+
+def test_a_dot_in_the_name_of_a_folder_is_part_of_it(model):
+    """The exports of two models must not be one folder, of which the second replaces the first."""
+    for number in ("1", "2"):
+        shutil.copytree(model, f"tales.{number}")
+        export(ExportConfig(checkpoint=f"tales.{number}", format="packed", verify=False))
+    assert sorted(path.name for path in Path(".").glob("tales*")) == [
+        "tales.1",
+        "tales.1-packed",
+        "tales.2",
+        "tales.2-packed",
+    ]
 
 
 def test_links_are_followed(model):

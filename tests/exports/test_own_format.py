@@ -69,9 +69,15 @@ def test_a_tensor_that_it_has_no_name_for_is_refused_by_name(monkeypatch):
     assert found == "self_attn.q_norm.weight: a tensor that numpy's archive has no name for"
 
 
+def test_hf_is_another_name_for_latent(tmp_path, model):
+    assert target_named("hf") == target_named("latent")
+    report = export(ExportConfig(checkpoint=str(model), format="hf", dtype="bfloat16", verify=False))
+    assert (report["format"], report["target"]) == ("latent", "latent") and (tmp_path / "model-bfloat16").is_dir()
+
+
 def test_targets_and_advice_list_it(capsys):
     compose("train", ["run_dir=x", "export.targets=[hf,packed]"])
-    with pytest.raises(UserError, match="export.targets=npz: must be one of hf, packed, gguf_tq2_0"):
+    with pytest.raises(UserError, match="export.targets=npz: must be one of latent, packed, gguf_tq2_0"):
         compose("train", ["run_dir=x", "export.targets=[npz]"])
     compose("train", ["run_dir=x", f"export.formats=[{NPZ}]", "export.targets=[npz,packed]"])
     assert [choice.target for choice in all_targets()][-1] == "npz" and target_named("npz") == Npz()

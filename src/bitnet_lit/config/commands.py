@@ -149,11 +149,15 @@ class ExportConfig(CheckpointConfig):
         Raises:
             UserError: an unknown name, an option that it does not have, or a value that does not fit.
         """
-        from bitnet_lit.checkpoints.formats.format import formats, make_format  # these modules read configs
+        from bitnet_lit.checkpoints.formats.format import (  # these modules read configs
+            format_class,
+            formats,
+            make_format,
+        )
 
         for target in self.formats:
             formats().imported(target, f"formats=[{target}]")
-        has = {option.name for option in fields(formats().named(self.format))}
+        has = {option.name for option in fields(format_class(self.format))}
         options = dict(self.settings)
         for key in self.FORMAT_OPTIONS:
             if key in options:

@@ -36,8 +36,8 @@ class ExportTargetsConfig:
     """What the model is trained for: asked before the first step."""
 
     targets: list[str] = field(default_factory=list)
-    """hf, packed, gguf_tq2_0, gguf_tq1_0, gguf_f16, llama2c, or one of your own. A model that cannot be exported to one
-    of them is refused."""
+    """latent (or hf), packed, gguf_tq2_0, gguf_tq1_0, gguf_f16, llama2c, or a format of your own. A model that cannot
+    be exported to one of them, or that the tool it is for would not run, is refused."""
 
     formats: list[str] = field(default_factory=list)
     """Export formats of your own that `targets` may name, <module>.<class>."""

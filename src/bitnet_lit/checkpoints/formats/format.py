@@ -90,6 +90,7 @@ class Format(ABC):
     Attributes:
         name: what `format=` calls it.
         title: what it is, in a few words.
+        aliases: further names that `format=` and export.targets take.
         held: the fields of a network that it can hold, with their values.
         tensor_names: its name for each tensor, by ours within a layer (`self_attn.q_proj.weight`) or outside of all;
             None where it takes our names.
@@ -102,6 +103,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     held: ClassVar[Held] = MappingProxyType({})
     tensor_names: ClassVar[Mapping[str, str] | None] = None
     is_file: ClassVar[bool] = False
@@ -233,13 +235,24 @@ def formats() -> Registry[Format]:
     return FORMATS
 
 
+def format_class(name: str) -> type[Format]:
+    """The class of a format, by its name or another name that it has.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    registry = formats()
+    others = {alias: cls for cls in registry.registered.values() for alias in cls.aliases}
+    return others.get(name) or registry.named(name)
+
+
 def make_format(name: str, options: Mapping[str, Any]) -> Format:
     """A format by its name and options.
 
     Raises:
         UserError: an unknown format, an option that it does not have, or a value that does not fit.
     """
-    return with_settings(formats().named(name), options, f"format={name}")
+    return with_settings(format_class(name), options, f"format={name}")
 
 
 def all_targets() -> list[Format]:
@@ -255,6 +268,8 @@ def target_named(name: str) -> Format:
         UserError: there is none.
     """
     targets = {choice.target: choice for choice in all_targets()}
-    if name not in targets:
+    others = {alias: choice for choice in targets.values() for alias in choice.aliases}
+    found = targets.get(name) or others.get(name)
+    if found is None:
         raise UserError(f"export.targets={name}: must be one of {', '.join(targets)}")
-    return targets[name]
+    return found

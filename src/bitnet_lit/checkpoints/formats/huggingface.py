@@ -108,7 +108,7 @@ TRANSFORMERS = Tool("transformers", ("transformers", "accelerate"), _transformer
 
 
 def _refuse(raw: dict[str, Any]) -> None:
-    """Parts of a network that are not here.
+    """Refuse parts of a network that this one does not have.
 
     Raises:
         UserError: the first of them.
@@ -181,8 +181,11 @@ def open_hub_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
     check_config(path, raw, their_shape())
     try:
         _refuse(raw)
-        config = _sizes(folder, raw)
         quant, inverse_scales = _quant(raw)
+    except UserError as error:
+        raise UserError(f"{path}: {error}: take another model") from None
+    try:
+        config = _sizes(folder, raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     reader = SafetensorsReader(safetensors_files(folder))

@@ -35,11 +35,7 @@ class Latent(ModelFolder):
 
     name = "latent"
     title = "the model folder, full precision"
-
-    @property
-    def target(self) -> str:
-        """hf: stock `transformers` runs the folder that training writes."""
-        return "hf"
+    aliases = ("hf",)  # what stock `transformers` runs: export.targets had this name for it
 
     @property
     def suffix(self) -> str:
