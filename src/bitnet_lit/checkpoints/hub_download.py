@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
 
 HUB_SECONDS = 10  # for the first answer: a network that swallows packets gives none
-FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+FILES = ["*.json", "*.safetensors", *SentencePieceTokenizer.file_names]
 
 
 def download_model(repository: str) -> Path:

@@ -31,7 +31,7 @@ from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
+from bitnet_lit.data.tokenizers.train_sentencepiece import TRAINED_NAME, train_tokenizer
 from bitnet_lit.extras import installed
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu import native
@@ -212,7 +212,7 @@ def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = train_tokenizer(demo_stories(2000), 1024, Path(scratch) / "tokenizer.model")
+        tokenizer = train_tokenizer(demo_stories(2000), 1024, Path(scratch) / TRAINED_NAME)
         for shape in SHAPES:
             stored = random_model(Path(scratch) / "model", shape, tokenizer)
             name = stored.config.name

@@ -1,4 +1,7 @@
-"""Imports run one way: no circle of modules, and inside data/ from tokenizers to the shard folder to sources."""
+"""Rules that hold for the whole package: imports run one way, and each thing has one place that knows it.
+
+Inside data/ imports run from tokenizers to the shard folder to sources.
+"""
 
 import ast
 from graphlib import TopologicalSorter
@@ -59,3 +62,22 @@ def test_nobody_asks_which_kind_a_tokenizer_is():
                 kinds = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
                 asked += [f"{module}: {kind}" for kind in kinds if kind in ("SentencePieceTokenizer", "JsonTokenizer")]
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [
+        ("meta.json", "bitnet_lit.data.shard_folder"),
+        ("tokenizer.model", "bitnet_lit.data.tokenizers.sentencepiece"),
+        ("tokenizer.json", "bitnet_lit.data.tokenizers.tokenizer_json"),
+        ("tokenizer_config.json", "bitnet_lit.data.tokenizers.tokenizer_json"),
+    ],
+)
+def test_the_name_of_a_file_stands_in_one_place(name, owner):
+    knowing = [
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == name
+    ]
+    assert knowing == [owner]
