@@ -39,13 +39,13 @@ class DataConfig(Checked):
 class CustomData(Custom):
     """A LightningDataModule of the user's own (data/custom.py says what it must have).
 
-    It gets further keys, and `batch_size`, `sequence_length` and `seed` where it has arguments of these names.
+    It gets the other keys, and `batch_size`, `sequence_length` and `seed` if it has arguments of these names.
     """
 
     sequence_length: int | None = None
     """Tokens a sequence predicts. null: the model's context."""
     batch_size: int = 32
-    """Sequences of a batch of its loaders."""
+    """Sequences in a batch of its loaders."""
 
     OWNER: ClassVar[str] = "data."
     RANGES: ClassVar[dict[str, Range]] = {"sequence_length": SIZE, "batch_size": SIZE}

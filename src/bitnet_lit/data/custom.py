@@ -1,20 +1,20 @@
-"""A data module of the user's own, as a run needs it: without end, and at the same batch again after a resume.
+"""A data module of the user's own, as a run needs it: batches without end, and the same ones again after a resume.
 
 A LightningDataModule serves if it has
 
-    vocab_size          int: ids lie below it
+    vocab_size          int: all token ids are below it
     tokenizer           a `bitnet_lit.data.tokenizers.Tokenizer`, or tokenizer_path: a SentencePiece model or a
                         tokenizer.json, which the model folder keeps; without them, no samples and no bits per byte
     train_dataloader()  an iterable of int64 (B, T + 1): B is data.batch_size, T the length of a sequence; one epoch
     val_dataloader()    the same, for validation; a batch may be smaller
 
-They may be made in `__init__`, in `prepare_data` (called by the first process alone) or in `setup`. The constructor is
-given `batch_size`, `sequence_length` and `seed` where it has arguments of these names, and the further keys of the
-group. It needs to know nothing of devices: of W processes, number r trains on the batches r, r + W, r + 2 W, ...
+It may make them in `__init__`, in `prepare_data` (which the first process alone calls) or in `setup`. Its constructor
+gets `batch_size`, `sequence_length` and `seed` if it has arguments of these names, and the other keys of the group. It
+need not know about devices: of W processes, process r trains on the batches r, r + W, r + 2 W and so on.
 
-Batches are drawn with PyTorch's random numbers set anew for each, from (seed, epoch, batch). So a shuffling
-`DataLoader` gives the same order again, and a resumed run passes over what was consumed. A module that has
-`state_dict` and `load_state_dict` is asked for its state instead, and goes on from there.
+PyTorch's random numbers are seeded for each batch, from (seed, epoch, batch). So a shuffling `DataLoader` gives the
+same order again, and a resumed run passes over the batches that were consumed. If the module has `state_dict` and
+`load_state_dict`, its state is saved and restored instead.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _KEPT_STATES = 64  # a trainer reads ahead by less
 
 
 def open_custom(config: CustomData, sequence_length: int, seed: int, is_first: bool = True) -> Any:
-    """The data module of `config`, ready to give batches.
+    """Make the data module of `config` and set it up, so that it gives batches.
 
     Args:
         is_first: whether this process prepares the data.
 
     Raises:
-        UserError: it cannot be made, or lacks what a run needs.
+        UserError: the module cannot be made, or lacks what a run needs.
     """
     target = locate(config._target_, "data")
     given = {"batch_size": config.batch_size, "sequence_length": sequence_length, "seed": seed}
@@ -84,7 +84,7 @@ def own_tokenizer(own: Any) -> Tokenizer | None:
 
 
 def length_of(loader: Any) -> int | None:
-    """Batches of an epoch; None where the loader does not say."""
+    """Return the number of batches of an epoch; None where the loader does not say."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -92,10 +92,10 @@ def length_of(loader: Any) -> int | None:
 
 
 def checked(ids: Any, sequence_length: int, vocab_size: int, batch_size: int | None = None) -> Tensor:
-    """A batch of the user's own.
+    """Return a batch of the user's own, int64 (B, T + 1), after checking it.
 
     Raises:
-        UserError: it has another type or shape, or ids that the vocabulary does not have.
+        UserError: the batch has another type or shape, or ids that the vocabulary does not have.
     """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.ndim != 2:
         what = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -115,7 +115,7 @@ def checked(ids: Any, sequence_length: int, vocab_size: int, batch_size: int | N
 
 
 class _Epochs:
-    """The batches of a data module, epoch after epoch, each drawn with random numbers of its own."""
+    """Yields the batches of a data module, epoch after epoch, with PyTorch's generator seeded for each batch."""
 
     def __init__(self, own: Any, seed: int, epoch: int = 0, batch: int = 0) -> None:
         self.own, self.seed, self.epoch, self.batch = own, seed, epoch, batch
@@ -142,7 +142,7 @@ class _Epochs:
 
 
 class _Train(IterableDataset):
-    """This process's share of the batches, behind those that were consumed."""
+    """Yields this process's share of the batches that have not been consumed."""
 
     def __init__(self, module: CustomDataModule) -> None:
         self.module = module
@@ -160,7 +160,7 @@ class _Train(IterableDataset):
 
 
 class _Validation(IterableDataset):
-    """(ids, number of rows that count): every process gives the same number of batches."""
+    """Yields batches and how many of their rows count; all processes get the same number of batches."""
 
     def __init__(self, module: CustomDataModule) -> None:
         self.module = module
@@ -184,14 +184,15 @@ class _Validation(IterableDataset):
 
 
 class CustomDataModule(L.LightningDataModule):
-    """Loaders over a data module of the user's own.
+    """Batches of a data module of the user's own.
 
     Args:
-        own: what `open_custom` gave.
-        sequence_length: tokens a sequence predicts (T).
-        samples_per_step: sequences that all ranks consume in an optimizer step.
-        limit_val_batches: batches of a validation inside the run, or a share of them; None: all.
-        seed: of the order.
+        own: the module that `open_custom` returned.
+        sequence_length: T, the tokens that a sequence predicts.
+        samples_per_step: sequences that all ranks together consume in an optimizer step.
+        limit_val_batches: batches of a validation before the end of the run, or, as a float, a share of them. None:
+            all.
+        seed: decides the order of the batches.
     """
 
     def __init__(
@@ -214,26 +215,26 @@ class CustomDataModule(L.LightningDataModule):
 
     @property
     def consumed(self) -> int:
-        """Batches that the run had consumed when it began, or was resumed."""
+        """Return how many batches had been consumed when the run began, or was resumed."""
         return int(self.resumed["batches"])
 
     def setup(self, stage: str) -> None:
-        """Let the user's module know its trainer; it was set up when it was opened."""
+        """Give the user's module its trainer; `open_custom` has called its `setup`."""
         self.own.trainer = self.trainer
 
     def train_dataloader(self) -> DataLoader:
-        """Batches without end, from the first that was not consumed."""
+        """Return batches without end, from the first one on that was not consumed: int64 (B, T + 1)."""
         return DataLoader(_Train(self), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        """The validation split, or a part of it inside the run."""
+        """Return batches of the validation split, int64 (B, T + 1), and how many of their rows count."""
         return DataLoader(_Validation(self), batch_size=None)
 
     def validation_limit(self, loader: Any, world_size: int) -> int | None:
-        """Batches of this process in a validation inside the run; None: all.
+        """Return how many batches this process takes in a validation before the end of the run; None: all.
 
         Raises:
-            UserError: a share of a loader that does not say its length.
+            UserError: the limit is a share, and the loader does not say its length.
         """
         if not isinstance(self.limit_val_batches, float):
             return self.limit_val_batches
@@ -245,7 +246,7 @@ class CustomDataModule(L.LightningDataModule):
         return max(1, int(self.limit_val_batches * length / world_size))
 
     def position(self) -> tuple[int, _Epochs]:
-        """Where to begin: how many batches lie before it, and the epochs from there."""
+        """Return how many batches come before the place to begin at, and the epochs from there."""
         if "own" in self.resumed:
             self.own.load_state_dict(self.resumed["own"])
             number = int(self.resumed["number"])
@@ -255,13 +256,13 @@ class CustomDataModule(L.LightningDataModule):
         return epoch * (length or 0), _Epochs(self.own, self.seed, epoch)
 
     def note(self, number: int, epochs: _Epochs) -> None:
-        """Keep the state behind a batch: the trainer reads ahead, and saves what was consumed."""
+        """Keep the state after a batch: the trainer reads ahead, but saves the state of what was consumed."""
         if self._has_state:
             place = {"number": number, "epoch": epochs.epoch, "batch": epochs.batch}
             self._states.append({**place, "own": self.own.state_dict()})
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches the run has consumed, and the state of the user's module at that place or before it."""
+        """Return how many batches the run has consumed, and the state of the user's module there or before."""
         assert self.trainer is not None
         steps = self.trainer.global_step - self.resumed["step"]
         batches = self.consumed + steps * self.batches_per_step
@@ -272,5 +273,5 @@ class CustomDataModule(L.LightningDataModule):
         return {key: value for key, value in self.resumed.items() if key not in ("batches", "step")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the last consumed batch."""
+        """Continue behind the last consumed batch."""
         self.resumed = dict(state_dict)
