@@ -1,8 +1,8 @@
 """The blocks of code in README.md and docs/ run: commands with sizes that take a second, Python as it stands.
 
-Each page has a folder of its own, as a reader of the page has it: a few texts, shards, a trained run, and the files that
-the blocks of any page show. The first line of such a block is the name of its file: `# my_data.py`. A comment behind
-print(...) is what it must print.
+Each page has a folder of its own, as a reader of the page has it: a few texts, shards, a trained run, and the files
+that the blocks of any page show. The first line of such a block is the name of its file: `# my_data.py`. A comment
+behind print(...) is what it must print.
 """
 
 import json
