@@ -20,11 +20,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install ## Train a dense, a binary and a 1.58-bit model on the demo corpus, compare them, tell a story (4 minutes)
 	rm -rf outputs/demo
-	$(BIN)/bitnet-lit prepare source=demo
-	$(BIN)/bitnet-lit train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
-	$(BIN)/bitnet-lit plot runs=outputs/demo out=outputs/demo/curves.png
-	$(BIN)/bitnet-lit evaluate checkpoint=outputs/demo/2
-	$(BIN)/bitnet-lit infer checkpoint=outputs/demo/2 prompt="Once upon a time" temperature=0.5 seed=1
+	$(BIN)/python -m bitnet_lit.prepare source=demo
+	$(BIN)/python -m bitnet_lit.train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
+	$(BIN)/python -m bitnet_lit.plot runs=outputs/demo out=outputs/demo/curves.png
+	$(BIN)/python -m bitnet_lit.evaluate checkpoint=outputs/demo/2
+	$(BIN)/python -m bitnet_lit.infer checkpoint=outputs/demo/2 prompt="Once upon a time" temperature=0.5 seed=1
 
 test: install lint ## Run make lint and the whole test suite, as CI does
 	$(BIN)/pytest

@@ -32,7 +32,7 @@ def answer(override, command="train"):
         ("callbacks.early_stopping.patience=3", "callbacks.extra.early._target_"),
         ("callbacks.model_checkpoint.save_top_k=3", "callbacks.checkpoint_every_n_steps"),
         ("logger=mlflow", "logger.extra.mlflow._target_=lightning.pytorch.loggers.MLFlowLogger"),
-        ("test=false", "bitnet-lit evaluate"),
+        ("test=false", "python -m bitnet_lit.evaluate"),
         ("lr=1", "'optim.learning_rate'"),
         ("wd=1", "'optim.weight_decay'"),
         ("epochs=3", "'trainer.max_epochs'"),
@@ -54,7 +54,7 @@ def test_words_of_other_trainers_are_answered_with_ours(override, word):
 )
 def test_what_is_like_nothing_is_sent_to_the_list(override, command):
     text = answer(override, command)
-    assert f"bitnet-lit {command} --cfg job" in text and "did you mean" not in text
+    assert f"python -m bitnet_lit.{command} --cfg job" in text and "did you mean" not in text
 
 
 @pytest.mark.parametrize(

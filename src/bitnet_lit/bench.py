@@ -1,4 +1,4 @@
-"""bitnet-lit bench: a table of speeds, and the same as JSON in the last line."""
+"""python -m bitnet_lit.bench: a table of speeds, and the same as JSON in the last line."""
 
 from __future__ import annotations
 

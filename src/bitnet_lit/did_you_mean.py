@@ -94,7 +94,7 @@ WORDS = {
         "trainer.overfit_batches": _SMOKE,
         "trainer.limit_train_batches": "trainer.max_steps=<steps> ends a run, data.max_train_sequences=<n> trains on a "
         "part of the corpus",
-        "trainer.limit_test_batches": "bitnet-lit evaluate measures the whole validation split",
+        "trainer.limit_test_batches": "python -m bitnet_lit.evaluate measures the whole validation split",
         "trainer.check_val_every_n_epoch": "trainer.val_check_interval=1.0 validates once an epoch",
         "trainer.default_root_dir": "hydra.run.dir=<folder> is the run folder",
         "paths.data_dir": "it is data.dir=<folder of shards>",
@@ -103,7 +103,7 @@ WORDS = {
         "name": _NAME,
         "tags": f"{_NAME}; logger.wandb_group=<name> groups runs",
         "hparams_search": "a sweep is -m key=a,b,c, or a file of your own: sweep=<name>",
-        "test": "bitnet-lit evaluate checkpoint=<run folder> measures the whole validation split",
+        "test": "python -m bitnet_lit.evaluate checkpoint=<run folder> measures the whole validation split",
         "optimized_metric": "a sweep optimizes the last val/loss",
         "extras": "--cfg job prints the config",
         "callbacks.early_stopping": _EARLY,
@@ -203,7 +203,7 @@ def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
         return f"unknown key '{key}': did you mean '{near}'?"
     if command == "train" and key.startswith("trainer.") and key.count(".") == 1:
         return f"unknown key '{key}': other flags of Lightning's Trainer are trainer.extra.<flag>=..."
-    return f"unknown key '{key}': bitnet-lit {command} --cfg job prints all keys"
+    return f"unknown key '{key}': python -m bitnet_lit.{command} --cfg job prints all keys"
 
 
 def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
@@ -259,7 +259,7 @@ def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: 
     if "Could not override ''" in text:
         return "a value without a key: give key=value"
     if "Config group override must be" in text:
-        return f"a group needs the name of an option (bitnet-lit {command} --help lists them)"
+        return f"a group needs the name of an option (python -m bitnet_lit.{command} --help lists them)"
     if directory := re.search(r"Additional config directory '(.*?)' not found", text):
         return f"--config-dir {directory.group(1)}: no such folder"
     merging = re.search(r"Error merging override (\S+)", text)

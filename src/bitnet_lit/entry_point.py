@@ -1,4 +1,4 @@
-"""Signals, streams and the exit status of a process, for every `bitnet-lit <command>`.
+"""Signals, streams and the exit status of a process, for every `python -m bitnet_lit.<command>`.
 
 A command starts here, before anything heavy is imported, so that a Ctrl-C while PyTorch is being imported, a terminal
 that shows ASCII only, or an output that is full end as they should: in one line.

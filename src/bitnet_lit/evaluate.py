@@ -1,4 +1,4 @@
-"""bitnet-lit evaluate: loss, perplexity, bits per byte and accuracy on a validation split."""
+"""python -m bitnet_lit.evaluate: loss, perplexity, bits per byte and accuracy on a validation split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitnet-lit export: a model for other tools, compared with the original before it is called done."""
+"""python -m bitnet_lit.export: a model for other tools, compared with the original before it is called done."""
 
 from __future__ import annotations
 

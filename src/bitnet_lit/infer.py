@@ -1,4 +1,4 @@
-"""bitnet-lit infer: a model folder tells a story."""
+"""python -m bitnet_lit.infer: a model folder tells a story."""
 
 from __future__ import annotations
 

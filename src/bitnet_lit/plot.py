@@ -1,4 +1,4 @@
-"""bitnet-lit plot: curves of runs, as a PNG."""
+"""python -m bitnet_lit.plot: curves of runs, as a PNG."""
 
 from __future__ import annotations
 

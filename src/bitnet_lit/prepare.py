@@ -1,4 +1,4 @@
-"""bitnet-lit prepare: text to llama2.c shards."""
+"""python -m bitnet_lit.prepare: text to llama2.c shards."""
 
 from __future__ import annotations
 

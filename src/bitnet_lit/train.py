@@ -1,4 +1,4 @@
-"""bitnet-lit train: shards to a run folder with a model folder in it.
+"""python -m bitnet_lit.train: shards to a run folder with a model folder in it.
 
 A sweep (`-m`) gives the final validation loss to Hydra's sweeper, so an optimizing one can use it.
 """

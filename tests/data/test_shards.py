@@ -83,9 +83,9 @@ def one_line(error):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: f.rmdir(), "no such folder.*bitnet-lit prepare"),
-        (lambda f: (f.rmdir(), f.write_bytes(b"")), "not a folder.*bitnet-lit prepare"),
-        (lambda f: None, "no .bin shards.*bitnet-lit prepare"),
+        (lambda f: f.rmdir(), "no such folder.*python -m bitnet_lit.prepare"),
+        (lambda f: (f.rmdir(), f.write_bytes(b"")), "not a folder.*python -m bitnet_lit.prepare"),
+        (lambda f: None, "no .bin shards.*python -m bitnet_lit.prepare"),
         (lambda f: (f / "data00.bin").write_bytes(b"123"), "3 bytes are not a whole number of uint16"),
         (lambda f: (f / "data00.bin").write_bytes(b""), "0 bytes"),
         (lambda f: (f / "data00.bin").mkdir(), "cannot be read"),

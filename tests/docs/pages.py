@@ -47,6 +47,13 @@ class Block:
         return found
 
 
+def command_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """Name and arguments, where the words are a command of ours: in its long form, or in its short one."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("bitnet_lit."):
+        return words[2].removeprefix("bitnet_lit."), words[3:]
+    return (words[1], words[2:]) if words[0] == "bitnet-lit" else None
+
+
 def blocks(path: Path) -> list[Block]:
     """The blocks of a page, in order."""
     found = []

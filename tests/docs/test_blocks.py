@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import BLOCKS
+from tests.docs.pages import BLOCKS, command_of
 from tests.forked import ForkServer, call_command
 from tests.support import REPOSITORY
 
@@ -79,7 +79,8 @@ def prepare_reader(folder: Path, server: ForkServer) -> None:
 
 def problems_of(page: str, folder: Path, server: ForkServer) -> list[str]:
     """What goes wrong when the blocks of a page are run in order; the first failure ends it."""
-    for made in re.findall(r"^bitnet-lit prepare .*\bout=(\S+)", (REPOSITORY / page).read_text("utf-8"), re.M):
+    prepared = r"^python -m bitnet_lit.prepare .*\bout=(\S+)"
+    for made in re.findall(prepared, (REPOSITORY / page).read_text(encoding="utf-8"), re.M):
         shutil.rmtree(folder / made, ignore_errors=True)  # the reader of this page does not have it yet
     for block in BLOCKS:
         if block.page != page or block.not_run:
@@ -90,12 +91,10 @@ def problems_of(page: str, folder: Path, server: ForkServer) -> list[str]:
             if result.status or not all(f"{line}\n" in result.output for line in expected):
                 return [f"{block}: {result}"]
         elif block.language == "sh":
-            for program, *words in block.commands:
-                if program != "bitnet-lit":
-                    continue
-                result = server.run(run_small, words[0], words[1:], cwd=folder)
+            for name, arguments in filter(None, map(command_of, block.commands)):
+                result = server.run(run_small, name, arguments, cwd=folder)
                 if result.status:
-                    return [f"{block}: bitnet-lit {' '.join(words)}: {result}"]
+                    return [f"{block}: {name} {' '.join(arguments)}: {result}"]
     return []
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from bitnet_lit.__main__ import COMMANDS
 from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
-from tests.docs.pages import BLOCKS, PAGES, prose
+from tests.docs.pages import BLOCKS, PAGES, command_of, prose
 from tests.support import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "bitnet_lit"
@@ -80,8 +80,8 @@ def test_commands_and_flags_of_a_block_exist(block):
     """Of blocks that are not run too: a command composes, and another program is one that is known."""
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     for words in block.commands:
-        if words[0] == "bitnet-lit":
-            name, arguments = words[1], words[2:]
+        if command := command_of(words):
+            name, arguments = command
             assert name in COMMANDS, f"{block}: {words}"
             if block.not_run:
                 composed_config(name, [word.partition(",")[0] for word in arguments if "=" in word])

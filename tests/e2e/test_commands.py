@@ -89,7 +89,7 @@ def test_a_users_mistake_is_one_line_and_status_2(tmp_path, command, arguments, 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate", "infer", "plot"])
 def test_help_tells_what_the_command_does(tmp_path, command):
     result = run_command(command, "--help", cwd=tmp_path)
-    assert f"bitnet-lit {command}" in result.stdout
+    assert f"python -m bitnet_lit.{command}" in result.stdout
     assert not list(tmp_path.iterdir())
 
 

@@ -66,7 +66,7 @@ def saved_model(folder: Path, quant: QuantConfig, tokenizer: Tokenizer | None, s
 
 
 def export_to(out: Path, checkpoint: Path, **options: Any) -> dict[str, Any]:
-    """`bitnet-lit export checkpoint=... out=...`; out may be left to the default with None."""
+    """`python -m bitnet_lit.export checkpoint=... out=...`; out may be left to the default with None."""
     return export(ExportConfig(checkpoint=str(checkpoint), out=None if out is None else str(out), **options))
 
 

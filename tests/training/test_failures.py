@@ -25,7 +25,7 @@ def test_what_is_kept_is_said(tmp_path, kind):
     assert str(ended_by(kind("why"), tmp_path)) == "why; there is no checkpoint yet: start again"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").write_text("x")
-    end = f"the last checkpoint is kept: go on with bitnet-lit train resume={tmp_path}"
+    end = f"the last checkpoint is kept: go on with python -m bitnet_lit.train resume={tmp_path}"
     assert str(ended_by(kind("why"), tmp_path)) == f"why; {end}"
 
 

@@ -52,7 +52,7 @@ def _newest() -> Path:
         runs = sorted(path.parent for path in OUTPUTS.rglob("config.yaml")) if OUTPUTS.is_dir() else []
         begun = f" (runs without a model yet: {', '.join(map(str, runs[-SHOWN_RUNS:]))})" if runs else ""
         raise UserError(
-            f"no trained model below {OUTPUTS.absolute()}{begun}: train one (bitnet-lit train) or give "
+            f"no trained model below {OUTPUTS.absolute()}{begun}: train one (python -m bitnet_lit.train) or give "
             "checkpoint=<run or model folder>"
         )
     return max(models)[1]

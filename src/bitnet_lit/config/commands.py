@@ -1,4 +1,4 @@
-"""The commands beside training: one dataclass for each `bitnet-lit <command>`."""
+"""The commands beside training: one dataclass for each `python -m bitnet_lit.<command>`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANY_SEED = Range(-(2**64), 2**64)
 
 @dataclass
 class PrepareConfig(Checked):
-    """`bitnet-lit prepare`: text to shards of token ids, in llama2.c's format."""
+    """`python -m bitnet_lit.prepare`: text to shards of token ids, in llama2.c's format."""
 
     source: str = "demo"
     """demo, tinystories, or a file, folder or glob of .json, .jsonl or .txt files."""
@@ -65,7 +65,7 @@ class PrepareConfig(Checked):
 
 @dataclass
 class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
-    """`bitnet-lit infer`: a model goes on from a prompt, or from several."""
+    """`python -m bitnet_lit.infer`: a model goes on from a prompt, or from several."""
 
     prompt: str = "Once upon a time"
     """The text to go on from. Empty: the model begins by itself."""
@@ -90,7 +90,7 @@ class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
 
 @dataclass
 class EvaluateConfig(CheckpointConfig):
-    """`bitnet-lit evaluate`: one deterministic pass over a validation split."""
+    """`python -m bitnet_lit.evaluate`: one deterministic pass over a validation split."""
 
     data_dir: str | None = None
     """The folder of shards to evaluate on. null: the one that the model was trained on."""
@@ -114,7 +114,7 @@ class EvaluateConfig(CheckpointConfig):
 
 @dataclass
 class ExportConfig(CheckpointConfig):
-    """`bitnet-lit export`: a model for other tools, compared with the original before it is called done."""
+    """`python -m bitnet_lit.export`: a model for other tools, compared with the original before it is called done."""
 
     format: str = "packed"
     """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp), llama2c (run.c), or the name of
@@ -176,7 +176,7 @@ class ExportConfig(CheckpointConfig):
 
 @dataclass
 class PlotConfig:
-    """`bitnet-lit plot`: the curves of runs, as a PNG."""
+    """`python -m bitnet_lit.plot`: the curves of runs, as a PNG."""
 
     runs: list[str] = field(default_factory=lambda: ["outputs"])
     """A run folder, a folder with runs somewhere below it, or a list of such folders: [a,b]."""
@@ -190,7 +190,7 @@ class PlotConfig:
 
 @dataclass
 class BenchConfig(Checked):
-    """`bitnet-lit bench`: speed, beside other software's; the last line is JSON."""
+    """`python -m bitnet_lit.bench`: speed, beside other software's; the last line is JSON."""
 
     suite: str = "data"
     """data: encoding text, and loading batches. cpu: decode and prefill of the native engine."""

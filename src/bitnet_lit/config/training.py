@@ -53,7 +53,7 @@ class ExportTargetsConfig:
 
 @dataclass
 class TrainConfig(Checked):
-    """`bitnet-lit train`: shards to a run folder with a model folder in it."""
+    """`python -m bitnet_lit.train`: shards to a run folder with a model folder in it."""
 
     model: AnyModel = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)

@@ -1,4 +1,4 @@
-"""Text to llama2.c's shards: what `bitnet-lit prepare` does.
+"""Text to llama2.c's shards: what `python -m bitnet_lit.prepare` does.
 
 The bytes are those of llama2.c's `tinystories.py pretokenize`: for each story a BOS and its tokens. A shard appears
 under its name when it is whole, and meta.json lists it then. An interrupted call therefore leaves whole shards, and the

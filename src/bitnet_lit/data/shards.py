@@ -36,7 +36,7 @@ FULL_CHECK_BYTES = 256 * 2**20
 CHECK_BLOCKS, CHECK_BLOCK_TOKENS = 16, 2**15
 CHECK_AT_ONCE_TOKENS = 2**22
 DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 16, 2**16
-_WRITE = "write shards with bitnet-lit prepare source=<text> out=<folder>"
+_WRITE = "write shards with python -m bitnet_lit.prepare source=<text> out=<folder>"
 
 
 @dataclass
@@ -156,7 +156,7 @@ def _shard_paths(folder: Path, meta: dict[str, Any]) -> list[Path]:
     if "shards" in meta:
         names = {path.name for path in paths}
         if lost := set(meta["shards"]) - names:
-            raise UserError(f"{folder}: {min(lost)} is missing: run the same bitnet-lit prepare again")
+            raise UserError(f"{folder}: {min(lost)} is missing: run the same python -m bitnet_lit.prepare again")
         if unknown := names - set(meta["shards"]):
             raise UserError(f"{folder}: {META_NAME} knows no {min(unknown)}: take that file away")
     return paths
@@ -215,7 +215,7 @@ def open_shards(folder: Path, tokenizer: Path | None = None) -> ShardDirectory:
         raise UserError(f"data.dir={folder}: {what}: {_WRITE}")
     meta = read_meta(folder)
     if not meta.get("complete", True):
-        raise UserError(f"{folder}: not finished: run the same bitnet-lit prepare again")
+        raise UserError(f"{folder}: not finished: run the same python -m bitnet_lit.prepare again")
     paths = _shard_paths(folder, meta)
     tokenizer_path = tokenizer or find_shard_tokenizer(folder)
     opened = open_tokenizer(tokenizer_path) if tokenizer_path else None

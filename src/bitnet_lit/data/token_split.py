@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bitnet_lit.errors import DataError
 
 MAX_OPEN_FILES = 4096
-_WRITE_AGAIN = "write the shards again (bitnet-lit prepare)"
+_WRITE_AGAIN = "write the shards again (python -m bitnet_lit.prepare)"
 
 
 class _Descriptors:

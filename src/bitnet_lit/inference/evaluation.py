@@ -36,7 +36,7 @@ def evaluate_batches(
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """What `bitnet-lit evaluate` does.
+    """What `python -m bitnet_lit.evaluate` does.
 
     Returns:
         The figures of `LossSums.metrics`, and what they were measured on: `tokens`, `sequence_length`, `data_dir` and

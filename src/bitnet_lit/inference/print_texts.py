@@ -1,4 +1,4 @@
-"""What `bitnet-lit infer` does: prompts in, texts to stdout.
+"""What `python -m bitnet_lit.infer` does: prompts in, texts to stdout.
 
 The prompts come from the command line, from a file, or from the keyboard. Stdout gets the texts and nothing else. On a
 terminal the prompt is dimmed, and the model and a line of statistics go to stderr, unless quiet=true. Warnings always

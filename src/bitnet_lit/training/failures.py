@@ -19,7 +19,7 @@ _CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pi
 def what_is_kept(run_dir: Path) -> str:
     """Say what a run that stops leaves, and how to go on."""
     if (run_dir / CHECKPOINTS / LAST).exists():
-        return f"the last checkpoint is kept: go on with bitnet-lit train resume={run_dir}"
+        return f"the last checkpoint is kept: go on with python -m bitnet_lit.train resume={run_dir}"
     return "there is no checkpoint yet: start again"
 
 

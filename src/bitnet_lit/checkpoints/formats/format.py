@@ -200,7 +200,7 @@ class Format(ABC):
         """
         checkpoint = f"<downloaded>/{self.weights}" if self.weights else repository
         yield (
-            f'```sh\nbitnet-lit infer checkpoint={checkpoint} prompt="Once upon a time"\n```\n\n'
+            f'```sh\npython -m bitnet_lit.infer checkpoint={checkpoint} prompt="Once upon a time"\n```\n\n'
             f'```python\nimport bitnet_lit\n\nprint(bitnet_lit.load("{checkpoint}").generate("Once upon a time"))\n```'
         )
 

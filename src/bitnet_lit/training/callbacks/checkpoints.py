@@ -182,7 +182,7 @@ class Checkpoints(Callback):
             number = reason - 1
             raise TrainingStopped(
                 f"{signal.Signals(number).name} at step {step} of {self.steps}: saved; go on with "
-                f"bitnet-lit train resume={self.folder.parent}",
+                f"python -m bitnet_lit.train resume={self.folder.parent}",
                 status=128 + number,
             )
         if step >= self.steps or reason == _TIME_IS_UP:
