@@ -50,7 +50,9 @@ def runs(tmp_path, monkeypatch):
         Path(name, "checkpoints/last.ckpt").touch()
     os.utime("outputs/sweep/0/model/config.json", (1, 1))
     Path("outputs/begun/checkpoints").mkdir(parents=True)
-    Path("outputs/begun/config.yaml").touch()
+    Path("outputs/begun/config.yaml").write_text("seed: 1\nrun_dir: outputs/begun\n")
+    Path("outputs/begun/.hydra").mkdir()
+    Path("outputs/begun/.hydra/config.yaml").write_text("seed: 1\n")  # Hydra's record is no run
     Path("outputs/half/model").mkdir(parents=True)
     shutil.copy("outputs/sweep/1/model/config.json", "outputs/half/model")
     Path("outputs/half/.model.4711.tmp/new").mkdir(parents=True)

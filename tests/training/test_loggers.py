@@ -5,7 +5,8 @@ import csv
 import pytest
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.training.loggers import CsvLogger, read_metrics
+from bitnet_lit.runs.metrics_csv import read_metrics
+from bitnet_lit.training.loggers import CsvLogger
 
 
 def rows(folder):

@@ -21,10 +21,11 @@ from bitnet_lit.checkpoints.formats.model_folder import open_model_folder
 from bitnet_lit.checkpoints.hub_download import download_model
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.errors import UserError
+from bitnet_lit.runs.folder import CHECKPOINTS, MODEL, is_run
+from bitnet_lit.runs.folder import CONFIG_NAME as RUN_CONFIG_NAME
 
 OUTPUTS = Path("outputs")
 RUN_FOLDERS = ("outputs", "multirun", "data")  # never an owner on the hub
-MODEL = "model"
 SHOWN_RUNS = 2
 # What is no model, by the end of its name, and what to give in its place.
 REMEDIES = {
@@ -49,7 +50,7 @@ def _models_below(folder: Path) -> Iterator[tuple[float, Path]]:
 def _newest() -> Path:
     models = list(_models_below(OUTPUTS))
     if not models:
-        runs = sorted(path.parent for path in OUTPUTS.rglob("config.yaml")) if OUTPUTS.is_dir() else []
+        runs = [path.parent for path in sorted(OUTPUTS.rglob(RUN_CONFIG_NAME)) if is_run(path.parent)]
         begun = f" (runs without a model yet: {', '.join(map(str, runs[-SHOWN_RUNS:]))})" if runs else ""
         raise UserError(
             f"no trained model below {OUTPUTS.absolute()}{begun}: train one (python -m bitnet_lit.train) or give "
@@ -92,11 +93,11 @@ def _no_model(path: Path) -> str:
     if runs := sorted(_models_below(path)):
         parents = [str(model.parent) for _, model in runs]
         return f"it holds {len(runs)} runs with a model: give one of them, such as {parents[-1]}"
-    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+    if is_run(path):
         return "a run writes its first model after its first validation"
-    if path.name == "checkpoints" and has_model(path.parent / MODEL):
+    if path.name == CHECKPOINTS and has_model(path.parent / MODEL):
         return f"give the run folder: {path.parent}"
-    return "a run that was stopped before its first export has none"
+    return "give a run folder, a model folder, or leave it out for the newest run"
 
 
 def find_model(checkpoint: str | Path | None, key: str = "checkpoint") -> Path:

@@ -25,6 +25,7 @@ from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import check_allowed
 from bitnet_lit.plain_yaml import read_yaml
+from bitnet_lit.runs.folder import CONFIG_NAME
 
 
 def validation_batches(
@@ -53,7 +54,7 @@ def validation_batches(
 
 def _data_of_run(model: Path) -> dict[str, Any]:
     """The keys of `data` in the config of the run that a model folder lies in; none where it lies in no run."""
-    config = model.parent / "config.yaml"
+    config = model.parent / CONFIG_NAME
     if not config.is_file():
         return {}
     data = read_yaml(config, "give data_dir=<folder of shards>").get("data")
@@ -90,7 +91,7 @@ def _own_batches(
     pretrained: PretrainedModel | CustomPretrained, data: dict[str, Any], length: int, config: EvaluateConfig
 ) -> Iterator[Tensor]:
     """The validation batches of the user's own data module that a run was trained with."""
-    where = str(pretrained.path.parent / "config.yaml")
+    where = str(pretrained.path.parent / CONFIG_NAME)
     check_allowed({"data": data}, config.allow, where, f"checkpoint={config.checkpoint or pretrained.path}")
     opened = custom(CustomData, data)
     own = open_custom(replace(opened, sequence_length=length), length, seed=0)

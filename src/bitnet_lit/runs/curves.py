@@ -11,8 +11,8 @@ from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError, disk_errors
 from bitnet_lit.extras import needs
 from bitnet_lit.plain_yaml import read_yaml
-from bitnet_lit.runs.folder import CONFIG_NAME
-from bitnet_lit.training.loggers import CSV_NAME, read_metrics
+from bitnet_lit.runs.folder import CONFIG_NAME, CSV_NAME
+from bitnet_lit.runs.metrics_csv import read_metrics
 
 
 def _run_folders(runs: list[str]) -> list[Path]:

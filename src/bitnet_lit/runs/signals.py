@@ -6,9 +6,11 @@ optimizer step it is in, with a checkpoint (`callbacks/checkpoints.py`). The sec
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bitnet_lit.errors import TrainingStopped
@@ -17,8 +19,35 @@ from bitnet_lit.errors import TrainingStopped
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
+@contextlib.contextmanager
+def handling(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[Callable[[], None]]:
+    """Let `handler` have the signals of `STOP_SIGNALS`; one that the caller ignores (nohup) stays ignored.
+
+    Only the main thread can set handlers: in another one nothing happens, and signals are somebody else's business.
+
+    Returns:
+        A function that sets the handlers again, for when somebody has set others.
+    """
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def take() -> None:
+        for number, before in previous.items():
+            if before is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+    take()
+    try:
+        yield take
+    finally:
+        for number, before in previous.items():
+            if before is not None:  # None: set by C code, which Python cannot put back
+                signal.signal(number, before)
+
+
 class StopSignals:
-    """Catches the signals while it is entered; a signal that the caller ignores (nohup) stays ignored.
+    """Notes the signals that come while it is entered.
 
     Attributes:
         number: the signal that came; None so far.
@@ -28,25 +57,19 @@ class StopSignals:
     def __init__(self) -> None:
         self.number: int | None = None
         self.is_running = False
-        self._previous: dict[int, Any] = {}
+        self._handling = contextlib.ExitStack()
+        self._take: Callable[[], None] = lambda: None
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere signals are somebody else's business
-            self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        self.take()
+        self._take = self._handling.enter_context(handling(self._request))
         return self
 
     def take(self) -> None:
         """Catch the signals (again: Lightning sets its own handlers)."""
-        for number, previous in self._previous.items():
-            if previous is not signal.SIG_IGN:
-                signal.signal(number, self._request)
+        self._take()
 
     def __exit__(self, *exception: object) -> None:
-        for number, previous in self._previous.items():
-            if previous is not None:  # None: set by C code, which Python cannot put back
-                signal.signal(number, previous)
-        self._previous = {}
+        self._handling.close()
 
     def _request(self, number: int, frame: types.FrameType | None) -> None:
         name, status = signal.Signals(number).name, 128 + number

@@ -25,7 +25,7 @@ from typing import Any
 from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, is_out_of_memory, one_line
 from bitnet_lit.runs.folder import ERROR_NAME, is_taken
 from bitnet_lit.runs.ranks import rank
-from bitnet_lit.runs.signals import STOP_SIGNALS
+from bitnet_lit.runs.signals import handling
 
 STOP_NAME, REFUSED_NAME = ".stop", ".refused"
 _POLL_SECONDS, _GRACE_SECONDS = 0.5, 2.0
@@ -52,17 +52,13 @@ class StopHandlers:
 
     def __init__(self, sweep_dir: Path) -> None:
         self.sweep_dir = sweep_dir
-        self._previous: dict[int, Any] = {}
+        self._handling = contextlib.ExitStack()
 
     def install(self) -> None:
-        for number in STOP_SIGNALS:
-            if (previous := signal.getsignal(number)) is not signal.SIG_IGN:
-                self._previous[number] = previous
-                signal.signal(number, self._request)
+        self._handling.enter_context(handling(self._request))
 
     def remove(self) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._handling.close()
 
     def _request(self, number: int, frame: types.FrameType | None) -> None:
         if stop_number(self.sweep_dir) is not None:
