@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 import sentencepiece
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bitnet_lit.quant import Scheme
@@ -79,6 +79,28 @@ class Sums(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.parts[1], batch_size=self.batch_size)
+
+
+class Mixer(nn.Module):
+    """A network: each token sees the mean of those before it. Its two hidden layers are rounded, `lm_head` is not.
+
+    Args:
+        vocab_size: given by the run.
+        width: size of the hidden vectors.
+    """
+
+    def __init__(self, vocab_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of ids, int64 (B, T)."""
+        x = self.embed_tokens(ids)
+        x = x + x.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)[:, None]
+        return self.lm_head(x + self.down(self.up(self.norm(x)).relu()))
 
 
 def inverse_sqrt(step: int, warmup_steps: int) -> float:

@@ -55,14 +55,26 @@ def test_a_run_with_everything_of_ones_own_is_killed_goes_on_and_is_evaluated(pr
         tokens = [row["train/tokens"] for row in csv.DictReader(file) if row["train/tokens"]]
     assert float(tokens[-1]) == 60 * 8 * 32  # the callback went on counting
     assert list((project / "run" / "second_csv").rglob("metrics.csv"))
-    foreign = run_command("evaluate", "checkpoint=run", "schemes=[my_project.Threshold]", cwd=project, check=False)
-    assert foreign.returncode == 2 and "allow=[my_project.Sums]" in foreign.stderr
     evaluated = run_command(
         "evaluate", "checkpoint=run", "schemes=[my_project.Threshold]", "allow=[my_project]", cwd=project
     )
     printed = dict(line.split(None, 1) for line in evaluated.stdout.splitlines())
     assert float(printed["loss"]) == pytest.approx(figures["val/best_loss"], rel=1e-3)
+    named = ["formats=[my_format.Npy]", "schemes=[my_project.Threshold]"]
+    run_command("export", "checkpoint=run", "format=npy", "out=arrays", *named, cwd=project)
+    assert (project / "arrays" / "model.norm.weight.npy").is_file()
     assert (project / "run" / "samples.txt").read_text().startswith("--- step 20\n12 + 7 =")
+
+
+@pytest.mark.slow
+def test_a_network_of_ones_own_is_trained_and_evaluated(project):
+    options = ["data=sums", "model=mixer", "trainer.max_steps=20", "trainer.accelerator=cpu", "hydra.run.dir=mixer"]
+    run_command("train", "--config-dir", "conf", *options, cwd=project)
+    named = ["networks=[my_project.Mixer]", "allow=[my_project]"]
+    evaluated = run_command("evaluate", "checkpoint=mixer", *named, cwd=project).stdout
+    figures = json.loads((project / "mixer" / "metrics.json").read_text())
+    printed = dict(line.split(None, 1) for line in evaluated.splitlines())
+    assert float(printed["loss"]) == pytest.approx(figures["val/best_loss"], rel=1e-3)
 
 
 def test_classes_are_found_beside_the_config_dir(project, tmp_path):
@@ -82,5 +94,5 @@ def test_classes_are_found_beside_the_config_dir(project, tmp_path):
 
 def test_the_readme_names_what_there_is():
     text = (EXAMPLE / "README.md").read_text()
-    for group, option in re.findall(r"`(callbacks|optim|schedule|data|quant|experiment)=(\w+)`", text):
+    for group, option in re.findall(r"`(callbacks|optim|schedule|data|model|quant|experiment)=(\w+)`", text):
         assert (EXAMPLE / "conf" / group / f"{option}.yaml").is_file(), (group, option)
