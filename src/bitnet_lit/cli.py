@@ -235,7 +235,9 @@ def run(
             raise KeyboardInterrupt from None
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
             raise UserError(explain(command, error, overrides, CONF_DIR)) from None
-        if isinstance(error, OSError):  # of Hydra, which makes the run's folder and writes its record there
+        if isinstance(error, OSError) and error.filename is None:  # of what Hydra prints (--help)
+            raise
+        if isinstance(error, OSError):  # of the run's folder, which Hydra makes, or of its record there
             with disk_errors("the run folder", refused="give another one (hydra.run.dir=..., hydra.sweep.dir=...)"):
                 raise
         if not isinstance(error, BrokenProcessPool):
