@@ -100,7 +100,8 @@ class GenerationConfig(Checked):
     repeat_last_n: int = 64
     """How many of the last tokens repeat_penalty counts as recent."""
     seed: int | None = None
-    """The seed of the sampling: the same seed gives the same text. null: another text each time."""
+    """The seed of the sampling: the same seed gives the same text. null: another text each time. Any whole number of
+    128 bits is one, negative too; the seed of a training is Lightning's, from 0 to 2**32 - 1."""
     stop: list[str] = field(default_factory=list)
     """Texts that end the generated text; they are left out of it."""
 
