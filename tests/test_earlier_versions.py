@@ -1,7 +1,9 @@
-"""What the first version wrote opens: a run folder with a checkpoint, its model folder, and a packed export of it.
+"""What earlier versions wrote opens: run folders with checkpoints, their model folders, and a packed export.
 
-`first_version/` was made by that version: four steps of a model of 7,776 parameters on 120 demo stories, its loss as
+`first_version/` was made by the first: four steps of a model of 7,776 parameters on 120 demo stories, its loss as
 it printed it. It says what config.yaml and config.json looked like, the warm-up of the quantization among them.
+`second_version/` is a run of the same sizes and data by the version before classes of users' own: one scale per row,
+and the first checkpoints that note what the run is.
 """
 
 import json
@@ -13,14 +15,17 @@ import torch
 
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.config import EvaluateConfig, QuantConfig
+from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.quant.schemes import B158
 from bitnet_lit.runs.folder import MODEL_LAST
+from bitnet_lit.runs.metrics_csv import read_metrics
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 
 FOLDER = Path(__file__).with_name("first_version")
 LOSS = 5.672786
+SECOND, SECOND_LOSS = Path(__file__).with_name("second_version") / "run", 5.689489
 
 
 @pytest.mark.parametrize("kind", ["run", "packed"])
@@ -47,3 +52,32 @@ def test_its_run_goes_on(tmp_path):
     assert train(config)["steps"] == 6
     saved = json.loads((tmp_path / "run" / MODEL_LAST / "config.json").read_text())["bitnet_lit"]["quant"]
     assert saved == {"name": "b158", "weight_scale": "absmedian", "activation_bits": 8, "skip": ["lm_head"]}
+
+
+def test_a_run_that_noted_what_it_is_goes_on(tmp_path):
+    """Its checkpoint holds the identity of the run: each key of it must mean today what it meant then."""
+    run = tmp_path / "run"
+    shutil.copytree(SECOND, run)
+    before, health = read_metrics(run / "metrics.csv"), (run / "ternary_health.csv").read_bytes()
+    overrides = [f"data.dir={FOLDER / 'data'}", "trainer.max_steps=6", "schedule.total_steps=4"]
+    metrics = train(resume_config(str(run), overrides))
+    assert metrics["steps"] == 6 and metrics["quant"] == "b158_row"
+    assert read_metrics(run / "metrics.csv")[: len(before)] == before
+    assert (run / "ternary_health.csv").read_bytes().startswith(health)
+    assert metrics["val/loss"] == pytest.approx(SECOND_LOSS, abs=1e-4)  # the curve ended at 0: no weight has moved
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 2), ("model.qk_norm", "true"), ("quant.activation_bits", 4)])
+def test_what_such_a_run_is_cannot_change(tmp_path, key, value):
+    shutil.copytree(SECOND, tmp_path / "run")
+    config = resume_config(
+        str(tmp_path / "run"),
+        [f"data.dir={FOLDER / 'data'}", "trainer.max_steps=6", "schedule.total_steps=4", f"{key}={value}"],
+    )
+    with pytest.raises(UserError, match=f"{key} was .* when the run began"):
+        train(config)
+
+
+def test_its_model_computes_the_loss_that_it_printed():
+    config = EvaluateConfig(checkpoint=str(SECOND), data_dir=str(FOLDER / "data"), accelerator="cpu")
+    assert evaluate(config)["loss"] == pytest.approx(SECOND_LOSS, abs=1e-4)
