@@ -217,6 +217,8 @@ def test_a_run_with_a_tokenizer_of_the_users_own(tmp_path):
     figures = train(compose("train", [f"run_dir={tmp_path}/run", *options]))
     # Each target token is one byte of text.
     assert figures["val/bits_per_byte"] == pytest.approx(figures["val/loss"] / math.log(2))
+    evaluated = evaluate(EvaluateConfig(checkpoint=f"{tmp_path}/run", allow=[HERE], accelerator="cpu"))
+    assert evaluated["bits_per_byte"] == pytest.approx(figures["val/bits_per_byte"])
     assert "Once upon a time" in (tmp_path / "run" / "samples.txt").read_text()
     with pytest.raises(UserError, match="give tokenizer="):
         load(tmp_path / "run").generate("a")

@@ -55,8 +55,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"sequence_length={length}: is beyond the model's context of {context} tokens: give {context} or less"
         )
     device = torch.device(_device(config.accelerator))
-    data, batches = validation_batches(pretrained, config, length)
-    sums = evaluate_batches(pretrained.model.to(device), batches, pretrained.tokenizer, device)
+    data, batches, tokenizer = validation_batches(pretrained, config, length)
+    sums = evaluate_batches(pretrained.model.to(device), batches, tokenizer, device)
     if not sums.tokens:
         raise UserError(f"{data}: its validation split is empty: give data_dir=<folder of shards>")
     if not math.isfinite(sums.nats):

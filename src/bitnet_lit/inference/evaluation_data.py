@@ -19,9 +19,10 @@ from bitnet_lit.checkpoints.custom_folder import CustomPretrained
 from bitnet_lit.checkpoints.pretrained import PretrainedModel
 from bitnet_lit.config import CustomData, EvaluateConfig
 from bitnet_lit.config.slots import TARGET, custom
-from bitnet_lit.data.custom import checked, open_custom
+from bitnet_lit.data.custom import checked, open_custom, own_tokenizer
 from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.data.token_split import TokenSplit
+from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import check_allowed
 from bitnet_lit.plain_yaml import read_yaml
@@ -30,26 +31,29 @@ from bitnet_lit.runs.folder import CONFIG_NAME
 
 def validation_batches(
     pretrained: PretrainedModel | CustomPretrained, config: EvaluateConfig, length: int
-) -> tuple[str, Iterator[Tensor]]:
+) -> tuple[str, Iterator[Tensor], Tokenizer | None]:
     """The validation split to evaluate on.
 
     Args:
         length: tokens that a sequence predicts.
 
     Returns:
-        The folder of the shards, or the class of the data module; and batches, int64 (B, length + 1).
+        The folder of the shards, or the class of the data module; batches, int64 (B, length + 1); and the tokenizer
+        of the text, the model's or else the data's.
 
     Raises:
         UserError: no data, data of another tokenizer, or a data module that the user has not named.
     """
     data = {} if config.data_dir else _data_of_run(pretrained.path)
     if TARGET in data:
-        return str(data[TARGET]), _own_batches(pretrained, data, length, config)
+        batches, tokenizer = _own_batches(pretrained, data, length, config)
+        return str(data[TARGET]), batches, pretrained.tokenizer or tokenizer
     data_dir = config.data_dir or pretrained.info.get("data_dir") or data.get("dir")
     if not isinstance(data_dir, str):
         raise UserError(f"{pretrained.path}: does not say what it was trained on: give data_dir=<folder of shards>")
     shards = _open_shards(pretrained, data_dir)
-    return data_dir, _split_batches(shards.validation(length), config.batch_size)
+    batches = _split_batches(shards.validation(length), config.batch_size)
+    return data_dir, batches, pretrained.tokenizer or shards.tokenizer
 
 
 def _data_of_run(model: Path) -> dict[str, Any]:
@@ -89,8 +93,8 @@ def _split_batches(split: TokenSplit, batch_size: int) -> Iterator[Tensor]:
 
 def _own_batches(
     pretrained: PretrainedModel | CustomPretrained, data: dict[str, Any], length: int, config: EvaluateConfig
-) -> Iterator[Tensor]:
-    """The validation batches of the user's own data module that a run was trained with."""
+) -> tuple[Iterator[Tensor], Tokenizer | None]:
+    """The validation batches of the user's own data module that a run was trained with, and its tokenizer."""
     where = str(pretrained.path.parent / CONFIG_NAME)
     check_allowed({"data": data}, config.allow, where, f"checkpoint={config.checkpoint or pretrained.path}")
     opened = custom(CustomData, data)
@@ -101,4 +105,4 @@ def _own_batches(
             f"{opened.name}: has a vocabulary of {own.vocab_size} tokens, and the model one of {vocabulary}: give "
             "data_dir=<folder of shards>"
         )
-    return (checked(ids, length, own.vocab_size) for ids in own.val_dataloader())
+    return (checked(ids, length, own.vocab_size) for ids in own.val_dataloader()), own_tokenizer(own)
