@@ -1,4 +1,4 @@
-"""A model on disk as a network in memory."""
+"""From a stored model to a network in memory, as `from_pretrained` of `transformers` does it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bitnet_lit.quant import BitLinear, PackedBitLinear
 
 
 def fill(module: nn.Module, stored: StoredModel, prefix: str = "") -> nn.Module:
-    """Give a module made on the meta device its weights.
+    """Give a module that was made on the meta device its weights, and return it.
 
     Args:
         module: part of the network of `stored`, or the whole; latent projections stay trainable, packed ones become
@@ -63,7 +63,7 @@ class PretrainedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """The sizes."""
+        """The config of its network."""
         return self.model.config
 
 

@@ -59,7 +59,7 @@ class PerTensor(Granularity):
     """One scale for the matrix."""
 
     def scale_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """()."""
+        """The shape (): one number."""
         return ()
 
     def mean(self, magnitude: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class PerRow(Granularity):
     """One scale for each row of the matrix, that is, for each output."""
 
     def scale_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """(O, 1)."""
+        """The shape (O, 1)."""
         return rows, 1
 
     def mean(self, magnitude: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class PerGroup(Granularity):
     group_size: int
 
     def scale_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """(O, I / group_size)."""
+        """The shape (O, I / group_size)."""
         if inputs % self.group_size:
             raise UserError(
                 f"rows of {inputs} inputs do not divide into groups of {self.group_size}: take a group_size that "
