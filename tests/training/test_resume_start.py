@@ -212,6 +212,19 @@ def test_no_class_that_a_folder_names_is_imported(run, tmp_path, monkeypatch, ke
     assert not (tmp_path / "was_run").exists()
 
 
+def test_the_class_beside_a_scheme_that_is_known_is_not_imported_while_the_run_goes_on(run, tmp_path, monkeypatch):
+    """The scheme is looked up by its name; its class stays in config.yaml as text."""
+    (tmp_path / "hostile.py").write_text("open('was_run', 'w').close()\nclass Scheme: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    saved["quant"]["_target_"] = "hostile.Scheme"
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    assert train(resume_config(str(run), LONGER))["steps"] == 5
+    assert not (tmp_path / "was_run").exists()
+    assert yaml.safe_load((run / "config.yaml").read_text())["quant"]["_target_"] == "hostile.Scheme"
+
+
 @pytest.mark.parametrize("devices", ["null", "[]", "{a: 1}"])
 def test_devices_that_are_none_are_one_line(run, devices):
     config = resume_config(str(run), [f"trainer.devices={devices}"])

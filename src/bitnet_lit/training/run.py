@@ -111,7 +111,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
     run_dir, is_owner = Path(config.run_dir), rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    for key, target in named_classes(as_values(config)):  # what cannot be imported is found before anything is read
+    # What cannot be imported is found before anything is read. The scheme's class is left out: of a resumed run the
+    # folder alone may have named it, where its scheme is known by name.
+    slots = {name: values for name, values in as_values(config).items() if name != "quant"}
+    for key, target in named_classes(slots):
         locate(target, key)
     start, identity = None, {}
     if config.resume is not None:
