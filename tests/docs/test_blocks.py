@@ -46,6 +46,8 @@ def run_small(name: str, arguments: list[str]) -> None:
         run = next(folder for folder in [resumed[0], *resumed[0].parents] if (folder / "metrics.json").exists())
         steps = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["steps"] + 1
         small = [f"trainer.max_steps={steps}", f"schedule.total_steps={steps}"]
+    if any(word.startswith("model._target_=") for word in arguments):  # it has no sizes of ours
+        small = [word for word in small if not word.startswith("model.") or "max_position" in word]
     if name == "prepare" and not any(word.startswith("tokenizer=") for word in arguments):
         small = [*small, "vocab_size=400" if "source=demo" in arguments else "vocab_size=300"]
     call_command(name, [*arguments, *small])
