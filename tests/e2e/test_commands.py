@@ -197,7 +197,10 @@ def test_the_wheel_works_from_an_empty_directory(tmp_path):
     shutil.unpack_archive(wheel, site, "zip")
     assert (site / "bitnet_lit" / "conf" / "model" / "demo.yaml").exists()
     assert (site / "bitnet_lit" / "py.typed").exists()
-    assert (site / "bitnet_lit" / "inference" / "engines" / "cpu" / "csrc" / "engine.cpp").exists()
+    sources = Path("bitnet_lit") / "inference" / "engines" / "cpu" / "csrc"
+    assert {path.name for path in (site / sources).iterdir()} == {
+        path.name for path in (REPOSITORY / "src" / sources).iterdir()
+    }
     described = next(site.glob("*.dist-info"))
     assert "bitnet-lit = bitnet_lit.__main__:main" in (described / "entry_points.txt").read_text()
     assert f"\nVersion: {bitnet_lit.__version__}\n" in (described / "METADATA").read_text()

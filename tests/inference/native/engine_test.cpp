@@ -425,19 +425,19 @@ void damaged_head(int vocab, int inputs) {
         CHECK(std::isnan(rows[r / HEAD_PANEL_ROWS].scale[r % HEAD_PANEL_ROWS]) == (r == vocab / 2), "row %d", r);
 }
 
-// A piece of work is done once, by however many helpers; what one throws arrives, once; work may follow at once or
+// A chunk is done once, by however many workers; what one throws arrives, once; a loop may follow at once or
 // after a rest.
 void pools() {
     for (int threads : {1, 2, 5, 40}) {  // more than there are processors, too
         ThreadPool pool(threads);
         for (int round = 0; round < 300; round++) {
-            const int pieces = round % 40;
-            std::vector<int> done(pieces);
-            pool.parallel_for(pieces, [&](int, auto& next) {
-                for (int piece; (piece = next()) >= 0;) done[piece]++;
+            const int chunks = round % 40;
+            std::vector<int> done(chunks);
+            pool.parallel_for(chunks, [&](int, auto& next_chunk) {
+                for (int chunk; (chunk = next_chunk()) >= 0;) done[chunk]++;
             });
             CHECK(std::all_of(done.begin(), done.end(), [](int n) { return n == 1; }), "threads %d", threads);
-            if (round % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // helpers fall asleep
+            if (round % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // workers fall asleep
         }
         for (int round = 0; round < 20; round++) {
             bool thrown = false;
@@ -449,7 +449,7 @@ void pools() {
                 thrown = true;
             }
             std::atomic<int> done{0};
-            pool.parallel_for(50, [counts = &done](int, auto& next) {  // throws nothing, whatever helpers threw before
+            pool.parallel_for(50, [counts = &done](int, auto& next) {  // throws nothing, whatever workers threw before
                 while (next() >= 0) ++*counts;
             });
             CHECK(thrown && done == 50, "threads %d", threads);
