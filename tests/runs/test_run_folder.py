@@ -149,6 +149,9 @@ def test_a_mount_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with locked(tmp_path) as is_locked:
         assert not is_locked
+    assert not is_taken(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
+    assert is_taken(tmp_path)  # whoever began it may be alive
 
 
 def test_leftovers_of_killed_processes_go(tmp_path):

@@ -61,14 +61,14 @@ def is_run(folder: Path) -> bool:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a folder is another run's: it holds results, or a process trains in it now."""
+    """Whether a folder is another run's, as `claim` sees it: it holds results, or a process may train in it now."""
     if results(folder):
         return True
     if not is_run(folder):
         return False
     try:
-        with locked(folder):
-            return False
+        with locked(folder) as is_locked:
+            return not is_locked
     except UserError:
         return True
 
