@@ -48,6 +48,33 @@ def test_a_folder_that_is_none_of_a_run_is_refused(tmp_path, monkeypatch, argume
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_variable_in_the_name_of_a_folder_is_not_read(tmp_path, monkeypatch):
+    """The folder may be somebody else's."""
+    monkeypatch.setenv("SECRET", "swordfish")
+    run_folder = tmp_path / "${oc.env:SECRET}" / "run"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "config.yaml").write_text("seed: 1\nrun_dir: run\n")
+    (run_folder / "checkpoints" / "last.ckpt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["resume=${oc.env:SECRET}/run"], ["run_dir=${oc.env:SECRET}/run"]):
+        with pytest.raises(UserError, match=r"Hydra would read the \$\{ in this path as its own") as refused:
+            run(*arguments)
+        assert "swordfish" not in str(refused.value)
+    monkeypatch.chdir(run_folder)
+    for arguments in (["resume=."], []):
+        with pytest.raises(UserError, match="Hydra would read"):
+            run(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["${oc.env:SECRET}"]
+
+
+def test_run_dir_is_hydras_folder_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    cli.run("train", lambda config: seen.append(config.run_dir), ["run_dir=my, run"], defaults=_place)
+    assert seen == ["my, run"] and (tmp_path / "my, run" / ".hydra" / "config.yaml").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["my, run"]
+
+
 def test_hydras_own_config_is_printed(tmp_path):
     """It holds an interpolation of ours."""
     command = [sys.executable, "-m", "bitnet_lit.train", "--cfg", "all", "--resolve"]

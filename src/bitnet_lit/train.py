@@ -5,6 +5,7 @@ A sweep (`-m`) gives the final validation loss to Hydra's sweeper, so an optimiz
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from bitnet_lit.entry_point import run_command
@@ -46,7 +47,11 @@ def _configure(cfg: DictConfig) -> TrainConfig:
 
 
 def _place(overrides: list[str], is_sweep: bool) -> list[str]:
-    """A run that is resumed goes on in its folder; Hydra's own record of this call goes beside the first one's.
+    """Hydra's folder is the run's: one that was typed as run_dir, or that of the run that is resumed.
+
+    Hydra's own record of a resume goes beside the first one's. Hydra reads `${...}` in the path of the folder as its
+    own, and would put the content of a variable there; so such a path, which may be of somebody else's making, is
+    refused.
 
     Raises:
         UserError: a folder that cannot be a run's.
@@ -60,8 +65,13 @@ def _place(overrides: list[str], is_sweep: bool) -> list[str]:
         if not typed.get(key, key):
             raise UserError(f"{key}= is empty: give a folder, or leave it out")
     given = typed.get("resume", "null")
-    if given.lower() == "null":
-        return []
+    is_resumed = given.lower() != "null"
+    for path in {os.path.abspath(typed.get("run_dir", "")), os.path.abspath(given if is_resumed else "")}:
+        if "${" in path:
+            raise UserError(f"{path}: Hydra would read the ${{ in this path as its own: rename the folder")
+    if not is_resumed:
+        is_own = "run_dir" in typed and "hydra.run.dir" not in typed and not is_sweep
+        return [f"hydra.run.dir={quoted(typed['run_dir'])}"] if is_own else []
     if is_sweep:
         raise UserError(f"resume={given} in a sweep (-m): go on with one run at a time, without -m")
     folder, _ = find_run(given)

@@ -78,6 +78,21 @@ def test_a_damaged_last_checkpoint_offers_the_best_one(run):
         read_start(str(run))
 
 
+def test_a_damaged_last_checkpoint_of_a_complete_run_is_made_again_from_the_best(made, tmp_path):
+    run = tmp_path / "run"
+    good = [item for item in WORSE if "learning_rate" not in item]
+    train(compose("train", [f"run_dir={run}", f"data.dir={made}/data", *TINY_RUN, *good]))
+    best = run / "checkpoints" / "best.ckpt"
+    assert read_checkpoint(best)["global_step"] == 4
+    with pytest.raises(UserError, match="complete at step 4"):
+        train(resume_config(str(best)))
+    flip(run / "checkpoints" / "last.ckpt")
+    train(resume_config(str(best)))
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    with pytest.raises(UserError, match="complete at step 4"):
+        train(resume_config(str(run)))
+
+
 def test_what_the_best_model_was_is_exported_again(run):
     expected = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
     shutil.rmtree(run / "model")

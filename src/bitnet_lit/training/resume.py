@@ -30,7 +30,7 @@ from bitnet_lit.instantiate import check_allowed, named_classes
 from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.schemes import SCHEMES
-from bitnet_lit.runs.folder import BEST, CHECKPOINTS, CONFIG_NAME, METRICS_NAME, MODEL, MODEL_LAST, find_run
+from bitnet_lit.runs.folder import BEST, CHECKPOINTS, CONFIG_NAME, LAST, METRICS_NAME, MODEL, MODEL_LAST, find_run
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.identity import check_identity
 
@@ -255,6 +255,11 @@ class Start:
         except UserError:
             return False
         best = self.state.get("best_step", trained_step(folder / MODEL))  # earlier versions did not note it
+        if self.path.name != LAST:  # it may have been typed because last.ckpt is damaged: then that is made again
+            try:
+                read_checkpoint(folder / CHECKPOINTS / LAST)
+            except UserError:
+                return False
         return (
             reported == self.step == self.state.get("validated_step", self.step)
             and trained_step(folder / MODEL) == best
