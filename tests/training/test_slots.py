@@ -21,6 +21,7 @@ from tests.support import TINY_RUN
 
 HERE = "tests.training.test_slots"
 QUICK = ["callbacks.sample_prompts=[]", "callbacks.throughput=false", "callbacks.progress_bar=false"]
+BAR = ["callbacks.progress_bar=true"]
 EARLY = [
     "callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping",
     "callbacks.extra.early.monitor=val/loss",
@@ -251,6 +252,11 @@ def test_a_callback_that_stops_within_a_step_ends_behind_it(tmp_path, shards):
         (["callbacks.extra.a.b=1"], r"callbacks.extra.a=.*: names no class: give callbacks.extra.a._target_="),
         (["callbacks.extra.a._target_=nowhere.B"], r"extra.a._target_=nowhere.B: cannot be imported .*No module"),
         ([*EARLY, "callbacks.extra.early.patence=1"], r"callbacks.extra.early: .* did you mean patience\?"),
+        (
+            [EARLY[0], "callbacks.extra.early.monitor=val_loss"],
+            r"monitor=val_loss is not logged: give one of .*val/loss",
+        ),
+        (["callbacks.extra.a._target_=lightning.pytorch.callbacks.RichProgressBar", *BAR], "progress_bar=false"),
         (["callbacks.extra.a._target_=builtins.dict"], "callbacks.extra.a: dict is no callback"),
         (["callbacks.extra.a._target_=lightning.pytorch.callbacks.ModelCheckpoint"], "would write checkpoints"),
         ([f"callbacks.extra.a._target_={HERE}.Keeps"], r"state_dict of Keeps holds a pathlib"),

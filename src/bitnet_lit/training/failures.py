@@ -13,6 +13,9 @@ from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError, d
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
+_NO_METRIC = re.compile(
+    r"Early stopping conditioned on metric `(.*?)` which is not available.*any of the following: (.*)"
+)
 _CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket|TCPStore", re.I)
 
 
@@ -52,6 +55,11 @@ def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iter
             raise TrainingStopped(
                 f"rank {rank} of {world_size} lost the others (was one killed, or out of memory?); "
                 f"{what_is_kept(run_dir())}"
+            ) from error
+        if unknown := _NO_METRIC.search(text):
+            raise UserError(
+                f"callbacks.extra: EarlyStopping's monitor={unknown[1]} is not logged: give one of "
+                f"{unknown[2].replace('`', '')}; {what_is_kept(run_dir())}"
             ) from error
         raise
     except Exception as error:

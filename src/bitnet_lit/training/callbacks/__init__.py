@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -38,6 +38,8 @@ def extra_callbacks(config: TrainConfig) -> list[Callback]:
                 f"{key}: {type(callback).__name__} would write checkpoints beside ours: last.ckpt and best.ckpt are "
                 "always written, callbacks.checkpoint_every_n_steps=<steps> writes more often"
             )
+        if isinstance(callback, ProgressBar) and config.callbacks.progress_bar:
+            raise UserError(f"{key}: a run has one progress bar: leave ours out: callbacks.progress_bar=false")
         if not isinstance(callback, Callback):
             raise UserError(f"{key}: {type(callback).__name__} is no callback: derive it from lightning's Callback")
         for other, present in made.items():
