@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed
 from bitnet_lit.runs import sweep
+from bitnet_lit.runs.folder import claim
 from bitnet_lit.runs.own_folder import make_own, record_name
 from bitnet_lit.runs.sweep_table import SweepTable, read_jobs
 from tests.support import REPOSITORY, TINY_RUN, run_command
@@ -148,6 +150,24 @@ def test_a_run_that_died_before_its_first_checkpoint_is_typed_again_as_another(t
     sweep.run_job(fail, tmp_path / "0", tmp_path, True)
     assert (tmp_path / "0" / "error.txt").read_text() == "UserError: no data\n"
     assert not (tmp_path / ".refused").exists()
+
+
+def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys):
+    job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
+    job_folder(tmp_path / "1", ["seed=2"], error="TrainingStopped: SIGTERM at step 3: saved")
+    (tmp_path / "1" / "checkpoints").mkdir()
+    (tmp_path / "1" / "checkpoints" / "last.ckpt").write_text("x")
+    job_folder(tmp_path / "2", as_typed(TrainConfig, ["seed=3", "data.dir=a b"]), error="not started")
+    sweep.request_stop(tmp_path, signal.SIGTERM)
+    SweepTable.handlers = sweep.StopHandlers(tmp_path)
+    assert SweepTable.end() == 128 + signal.SIGTERM
+    commands = [line.strip() for line in capsys.readouterr().out.splitlines() if "bitnet_lit.train" in line]
+    words = [shlex.split(command)[3:] for command in commands]
+    assert words[0] == [f"resume={tmp_path / '1'}"]
+    assert words[1] == ["seed=3", "data.dir='a b'", f"hydra.run.dir={tmp_path / '2'}"]
+    assert as_typed(TrainConfig, words[1][:2]) == words[1][:2]  # it means the same when it is typed
+    claim(tmp_path / "2", True)  # and its folder is free
+    assert len(words) == 2
 
 
 @pytest.mark.parametrize(

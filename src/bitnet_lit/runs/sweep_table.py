@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import one_line
 from bitnet_lit.foreign_json import Number, Record, read_json
 from bitnet_lit.overrides import readable
-from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD
+from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.sweep import REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
 from bitnet_lit.terminal import wide_console
@@ -75,6 +76,25 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
             name, _, error = line.partition("\t")
             rows[name] = {"job": name, "error": error}
     return [rows[name] for name in sorted(rows, key=_natural)]
+
+
+def commands_to_go_on(sweep_dir: Path) -> list[str]:
+    """For each job that is not complete: the command that goes on with it, or does it, in the job's own folder."""
+    commands = []
+    folders = [record.parents[1] for record in sweep_dir.rglob(f"{RECORD}/{_OVERRIDES_NAME}")]
+    for folder in sorted(folders, key=lambda folder: _natural(folder.as_posix())):
+        if (folder / METRICS_NAME).exists():
+            continue
+        if can_be_resumed(folder):
+            arguments = [f"resume={folder}"]
+        else:
+            try:
+                overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / _OVERRIDES_NAME))
+            except Exception:  # its row says that it cannot be read
+                continue
+            arguments = [*overrides, f"hydra.run.dir={folder}"]
+        commands.append(shlex.join(["python", "-m", "bitnet_lit.train", *arguments]))
+    return commands
 
 
 def write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
@@ -135,6 +155,10 @@ class SweepTable(Callback):
             status = 1 if any("error" in row for row in rows) or not rows else 0
             if rows:
                 write_table(sweep_dir, rows)
+            if number is not None and (commands := commands_to_go_on(sweep_dir)):
+                print(
+                    "The sweep was stopped. Each of its jobs that is not complete goes on with:", *commands, sep="\n  "
+                )
         except Exception as error:  # Hydra would turn it into a warning, and the status into 0
             print(f"error: the table of {sweep_dir}: {one_line(error)}", file=sys.stderr)
             status = 1
