@@ -257,23 +257,48 @@ def broken(x):
     return x
 
 
-@pytest.mark.parametrize("scheme", [B158(), B158Row(), B158Group(group_size=16), Quinary(), Centered()], ids=str)
-def test_compiled_code_has_no_breaks(scheme, monkeypatch):
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(32, 16, bias=False))
-    convert_linears(module, scheme)
-    x = torch.randn(4, 32)
-    expected = module(x)
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # as the other tests have it
+@pytest.fixture
+def dynamo(monkeypatch):
+    """torch.compile compiles here; the other tests have it switched off."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
     with torch._dynamo.config.patch(disable=False):
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported):  # so a break is seen
-            torch.compile(broken, fullgraph=True, backend="eager")(x)
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        y = compiled(x)
-        y.sum().backward()
-    torch.testing.assert_close(y, expected)
-    assert module[0].weight.grad.abs().sum() > 0
+            torch.compile(broken, fullgraph=True, backend="eager")(torch.zeros(()))
+        yield
+
+
+def output_and_gradients(module, dtype):
+    """What a module computes of fixed inputs, and the gradients of the inputs and of its parameters."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = module(x)
+    return [y, *torch.autograd.grad(y.float().square().sum(), [x, *parameters])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", [B158(), B158Row(), B158Group(group_size=16), Quinary(), Centered()], ids=str)
+def test_compiled_code_has_no_breaks_and_the_same_gradients(scheme, dtype, dynamo):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 16, bias=False))
+    convert_linears(module, scheme)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(output_and_gradients(compiled, dtype), output_and_gradients(module, dtype), strict=True):
+        assert expected.abs().sum() > 0
+        torch.testing.assert_close(found, expected)
+
+
+def test_gradients_pass_through_packed_layers_in_compiled_code(dynamo):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 16, bias=False))
+    convert_linears(module, "b158", skip=["0"])
+    pack_linears(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    pairs = zip(output_and_gradients(compiled, None), output_and_gradients(module, None), strict=True)
+    for found, expected in pairs:
+        assert expected.abs().sum() > 0
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_layer_keeps_its_own_tensors_and_the_hooks_of_the_old_one():

@@ -119,6 +119,15 @@ def input_gradient(grad_y: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
     return (grad_y * factor).to(grad_y.dtype) @ matrix
 
 
+def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y` in `dtype`, for the result of an autograd function.
+
+    Not `y.to(dtype)` where nothing is to be converted: under `torch.compile` the gradients of such a result are zeros,
+    without a word (torch 2.11, every backend; 2.13 is right).
+    """
+    return y if y.dtype == dtype else y.to(dtype)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
@@ -138,7 +147,7 @@ class BitLinearFunction(torch.autograd.Function):
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         matrix, factor = factors(weight_codes, weight_scale)
         accumulator = F.linear(x_codes.to(dtype), matrix.to(dtype))
-        return (accumulator * (x_scale * factor)).to(dtype)
+        return in_dtype(accumulator * (x_scale * factor), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

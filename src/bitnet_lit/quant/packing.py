@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.activations import ActivationRule
-from bitnet_lit.quant.bit_linear import BitLinear, factors, input_gradient
+from bitnet_lit.quant.bit_linear import BitLinear, factors, in_dtype, input_gradient
 from bitnet_lit.quant.scheme import Scheme
 
 CODES_PER_BYTE = 4
@@ -83,7 +83,7 @@ class PackedProductFunction(torch.autograd.Function):
 
 def _packed_product(x: Tensor, matrix: Tensor, factor: Tensor, activations: ActivationRule) -> Tensor:
     x_codes, x_scale = activations.quantize(x)
-    return (F.linear(x_codes, matrix) * (x_scale * factor)).to(x.dtype)
+    return in_dtype(F.linear(x_codes, matrix) * (x_scale * factor), x.dtype)
 
 
 class PackedBitLinear(nn.Module):
