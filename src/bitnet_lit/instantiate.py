@@ -26,7 +26,7 @@ from bitnet_lit.errors import UserError
 HARMLESS = re.compile(
     r"torch\.optim\.[A-Z]\w+|torch\.optim\.lr_scheduler\.[A-Z]\w+|"
     r"(lightning\.pytorch|pytorch_lightning)\.callbacks\."
-    r"(EarlyStopping|LearningRateMonitor|DeviceStatsMonitor|StochasticWeightAveraging|Timer)"
+    r"(EarlyStopping|LearningRateMonitor|DeviceStatsMonitor|Timer)"
 )
 """Classes that read and write no file and call nothing that an argument names."""
 

@@ -128,7 +128,7 @@ def test_a_scheme_of_ones_own_by_the_command_line_alone(tmp_path, shards):
     config = (tmp_path / "outputs" / "run" / "config.yaml").read_text()
     longer = ["resume=outputs/run", "trainer.max_steps=10", "schedule.total_steps=8"]
     refused = run_command("train", *longer, cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "schemes=[my_schemes.Quinary]" in refused.stderr
+    assert refused.returncode == 2 and "allow=[my_schemes.Quinary]" in refused.stderr
     run_command("train", *longer, "schemes=[my_schemes.Quinary]", cwd=tmp_path)
     assert "_target_: my_schemes.Quinary" in config
     assert "_target_: my_schemes.Quinary" in (tmp_path / "outputs" / "run" / "config.yaml").read_text()

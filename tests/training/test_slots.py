@@ -258,6 +258,13 @@ def test_a_callback_that_stops_within_a_step_ends_behind_it(tmp_path, shards):
         ),
         (["callbacks.extra.a._target_=lightning.pytorch.callbacks.RichProgressBar", *BAR], "progress_bar=false"),
         (["callbacks.extra.a._target_=builtins.dict"], "callbacks.extra.a: dict is no callback"),
+        (
+            [
+                "callbacks.extra.a._target_=lightning.pytorch.callbacks.StochasticWeightAveraging",
+                "callbacks.extra.a.swa_lrs=0.01",
+            ],
+            "averages latent weights",
+        ),
         (["callbacks.extra.a._target_=lightning.pytorch.callbacks.ModelCheckpoint"], "would write checkpoints"),
         ([f"callbacks.extra.a._target_={HERE}.Keeps"], r"state_dict of Keeps holds a pathlib"),
         (["logger.extra.a._target_=lightning.pytorch.loggers.MLFlowLogger"], "logger.extra.a: .*install -U 'mlflow"),

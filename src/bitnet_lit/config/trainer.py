@@ -8,7 +8,18 @@ from typing import Any, ClassVar
 from bitnet_lit.config.checks import COUNT, FACTOR, LENGTH, POSITIVE, SIZE, Checked, Range, one_of
 from bitnet_lit.errors import UserError
 
-WHOLE_OR_SHARE = Range(0, 1, open_left=True, must="be a whole number, or a share in (0, 1]")
+
+class CountOrShare(Range):
+    """A whole number of steps or batches, or as a float a share of all of them."""
+
+    def check(self, key: str, value: Any) -> None:
+        if isinstance(value, float):
+            super().check(key, value)
+        else:
+            LENGTH.check(key, value)
+
+
+COUNT_OR_SHARE = CountOrShare(0, 1, open_left=True, must="be a whole number, or a share in (0, 1]")
 
 
 @dataclass
@@ -58,6 +69,8 @@ class TrainerConfig(Checked):
         "max_steps": LENGTH,
         "max_tokens": LENGTH,
         "max_epochs": POSITIVE,
+        "val_check_interval": COUNT_OR_SHARE,
+        "limit_val_batches": COUNT_OR_SHARE,
         "accumulate_grad_batches": SIZE,
         "gradient_clip_val": FACTOR,
         "log_every_n_steps": LENGTH,
@@ -65,12 +78,6 @@ class TrainerConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("val_check_interval", "limit_val_batches"):
-            value = getattr(self, key)
-            if isinstance(value, float):
-                WHOLE_OR_SHARE.check(f"trainer.{key}", value)
-            elif value is not None:
-                LENGTH.check(f"trainer.{key}", value)
         if self.max_tokens is not None and self.max_epochs is not None:
             raise UserError(
                 f"trainer.max_tokens={self.max_tokens} and trainer.max_epochs={self.max_epochs}: give one of them"

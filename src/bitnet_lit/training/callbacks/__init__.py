@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 
 from bitnet_lit.config import ModelConfig, TrainConfig
@@ -20,12 +21,19 @@ from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
 from bitnet_lit.training.callbacks.throughput import Throughput
 from bitnet_lit.training.plan import Plan
 
+# Lightning before 2.6 has the first alone.
+AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(lightning_callbacks, name)
+)
+
 
 def extra_callbacks(config: TrainConfig) -> list[Callback]:
     """The callbacks of `callbacks.extra`; an entry that is null was taken out.
 
     Raises:
-        UserError: one that cannot be made, is no callback, or writes checkpoints beside ours.
+        UserError: one that cannot be made, is no callback, writes checkpoints beside ours, or averages latent weights.
     """
     made: dict[str, Callback] = {}
     for name, values in config.callbacks.extra.items():
@@ -37,6 +45,11 @@ def extra_callbacks(config: TrainConfig) -> list[Callback]:
             raise UserError(
                 f"{key}: {type(callback).__name__} would write checkpoints beside ours: last.ckpt and best.ckpt are "
                 "always written, callbacks.checkpoint_every_n_steps=<steps> writes more often"
+            )
+        if isinstance(callback, AVERAGING) and config.quant.scheme.quantizes:
+            raise UserError(
+                f"{key}: {type(callback).__name__} averages latent weights, and the average of weights rounds to codes "
+                "that nobody trained: leave it out, or take quant=none"
             )
         if isinstance(callback, ProgressBar) and config.callbacks.progress_bar:
             raise UserError(f"{key}: a run has one progress bar: leave ours out: callbacks.progress_bar=false")
