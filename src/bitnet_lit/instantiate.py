@@ -21,7 +21,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from bitnet_lit.config.slots import TARGET
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 
 HARMLESS = re.compile(
     r"torch\.optim\.[A-Z]\w+|torch\.optim\.lr_scheduler\.[A-Z]\w+|"
@@ -165,6 +165,6 @@ def instantiate(values: Mapping[str, Any], key: str, *arguments: Any, **options:
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(cause)):
             near = difflib.get_close_matches(unknown[1], list(inspect.signature(found).parameters), n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-        text = " ".join(str(cause).split())
+        text = one_line(cause)
         why = f"{type(cause).__name__}: {text}{_place(cause)}"
         raise UserError(f"{key}: {values[TARGET]} cannot be made ({why}){hint}") from error

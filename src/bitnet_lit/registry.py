@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -95,7 +95,7 @@ class Registry(Generic[T]):
         try:
             found = point.load()
         except Exception as error:  # a package of somebody else: whatever its import raises
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UserError(
                 f"{self._key}={name}: the package {package} names {point.value} for it, which cannot be imported "
                 f"({type(error).__name__}: {reason}): mend or remove that package"

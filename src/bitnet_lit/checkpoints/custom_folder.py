@@ -31,7 +31,7 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.slots import as_values, custom
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.instantiate import check_allowed
 from bitnet_lit.model.custom import build_custom_network
 
@@ -108,7 +108,7 @@ def open_custom_folder(folder: Path, networks: Sequence[str]) -> CustomPretraine
     try:
         network.load_state_dict(load_file(folder / WEIGHTS_NAME))
     except (SafetensorError, RuntimeError, OSError) as error:
-        text = " ".join(str(error).split())[:300]
+        text = one_line(error, 300)
         raise UserError(f"{folder / WEIGHTS_NAME}: does not fit {target} ({text}): copy it again") from None
     if not all(tensor.isfinite().all() for tensor in network.state_dict().values() if tensor.is_floating_point()):
         raise UserError(f"{folder / WEIGHTS_NAME}: holds a weight that is not finite: copy it again")

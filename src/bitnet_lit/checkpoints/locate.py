@@ -20,7 +20,7 @@ from bitnet_lit.checkpoints.formats.huggingface import open_hub_folder
 from bitnet_lit.checkpoints.formats.model_folder import open_model_folder
 from bitnet_lit.checkpoints.hub_download import download_model
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.runs.folder import CHECKPOINTS, MODEL, is_run
 from bitnet_lit.runs.folder import CONFIG_NAME as RUN_CONFIG_NAME
 
@@ -169,7 +169,6 @@ def open_stored(path: Path) -> StoredModel:
             )
         return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
     except UserError as error:
-        line = " ".join(str(error).split())  # a damaged file's own values stand in it
-        raise type(error)(line if len(line) <= 500 else f"{line[:400]} ... {line[-100:]}") from None
+        raise type(error)(one_line(error, 500)) from None  # a damaged file's own values stand in it
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): check its permissions") from None

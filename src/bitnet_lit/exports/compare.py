@@ -24,7 +24,7 @@ from bitnet_lit.checkpoints.formats.format import Tool, WrittenTensor
 from bitnet_lit.checkpoints.pretrained import fill
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.data.sources.demo import demo_stories
-from bitnet_lit.errors import ParityError
+from bitnet_lit.errors import ParityError, one_line
 from bitnet_lit.extras import installed
 from bitnet_lit.model import next_token_loss
 from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
@@ -178,7 +178,7 @@ def _run_tool(tool: Tool, stored: StoredModel, artefact: StoredModel) -> Tensor 
     except ImportError as error:  # a part of it is missing
         return f"not installed ({error.name or type(error).__name__})"  # its message can hold paths
     except Exception as error:  # whatever it raises: a file that it cannot run is none for it
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ParityError(f"{tool.name} cannot run it: {type(error).__name__}: {reason}") from None
 
 

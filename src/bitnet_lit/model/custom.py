@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.network import QuantConfig
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.instantiate import instantiate, locate, takes
 from bitnet_lit.model.accounting import Accounting
 from bitnet_lit.quant import BitLinear, convert_linears
@@ -48,7 +48,7 @@ def _check_logits(network: nn.Module, config: CustomNetwork) -> None:
     try:
         logits = network.eval()(torch.zeros(1, 2, dtype=torch.int64))
     except Exception as error:  # whatever the user's network raises
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise UserError(
             f"model._target_={config._target_}: fails on ids of shape (1, 2) ({type(error).__name__}: {text})"
         ) from error

@@ -29,7 +29,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 
 SEALED = "sealed"  # a key of the content: this file was written with the line behind it
 _SEAL = re.compile(rb"\nbitnet_lit sha256 ([0-9a-f]{64})\n")
@@ -141,7 +141,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # torch and zipfile raise a different type for each way a file can be broken
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error, 200)
         raise UserError(f"{path}: damaged, or no checkpoint of a run ({type(error).__name__}: {what})") from None
     return content
 

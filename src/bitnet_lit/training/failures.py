@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError, disk_errors
+from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError, disk_errors, one_line
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
@@ -45,7 +45,7 @@ def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iter
     except TrainingStopped:  # a RuntimeError too, and the run folder's name stands in it
         raise
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if died := _WORKER_DIED.search(text):
             raise TrainingStopped(
                 f"a process that reads the data {died[1]} (out of memory, or a shard changed while it was read?); "

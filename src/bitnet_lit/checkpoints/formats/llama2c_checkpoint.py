@@ -18,7 +18,7 @@ from bitnet_lit.checkpoints.formats.llama2c import (
 )
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import QuantConfig
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 
 
 def _check_archive(path: Path) -> None:
@@ -81,7 +81,7 @@ def open_pt(path: Path) -> StoredModel:
     except UserError as error:
         raise UserError(f"{not_one} ({error}): copy it again") from None
     except Exception as error:  # torch raises a different type for each way a file can be broken
-        reason = " ".join(str(error).split())[:80]
+        reason = one_line(error, 80)
         raise UserError(f"{not_one} ({type(error).__name__}: {reason}): give stories*.pt or a model folder") from None
     reader = Llama2cReader(config, shapes, lambda name: state[names[name]])
     return StoredModel(path, config, QuantConfig(name="none"), tokenizer_beside(path), {}, reader)
