@@ -46,16 +46,16 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     for name, cls in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=open_groups(cls))
-    for group, name, cls in (
-        ("optim", "adamw_schema", schema.AdamWConfig),
-        ("optim", "muon_schema", schema.MuonConfig),
-        ("schedule", "schedule_schema", schema.ScheduleConfig),
-        ("data", "data_schema", schema.DataConfig),
-        ("model", "model_schema", schema.ModelConfig),
-    ):
+    for name, cls in {
+        "adamw": schema.AdamWConfig,
+        "muon": schema.MuonConfig,
+        "schedule": schema.ScheduleConfig,
+        "data": schema.DataConfig,
+        "model": schema.ModelConfig,
+    }.items():
         node = OmegaConf.structured(cls)
         OmegaConf.set_struct(node, True)  # closes the group
-        store.store(group=group, name=name, node=node)
+        store.store(group="hydra/schema", name=name, node=node)  # groups below hydra/ are not listed as options
 
 
 def open_groups(cls: type) -> DictConfig:

@@ -210,11 +210,9 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
     """The line for an option that a group does not have."""
     if words := OPTION_WORDS.get(f"{group}={name}"):
         return f"unknown {group}={name}: {words}"
-    shown = [each for each in available if not each.endswith("_schema")]
-    near = nearest(name, shown, 0.6)
-    if near:
-        return f"unknown {group}={name}: did you mean '{near}'? ({', '.join(shown)})"
-    return f"unknown {group}={name}: must be one of {', '.join(shown)}"
+    if near := nearest(name, available, 0.6):
+        return f"unknown {group}={name}: did you mean '{near}'? ({', '.join(available)})"
+    return f"unknown {group}={name}: must be one of {', '.join(available)}"
 
 
 def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:

@@ -47,6 +47,13 @@ def test_a_plain_train_makes_its_own_corpus(tmp_path):
     assert list((tmp_path / "outputs").rglob("model/config.json"))
 
 
+def test_help_lists_the_options_of_each_group_and_no_schema(tmp_path):
+    (tmp_path / "conf" / "optim").mkdir(parents=True)
+    (tmp_path / "conf" / "optim" / "sgd.yaml").write_text("_target_: torch.optim.SGD\n")
+    text = run_command("train", "--help", "--config-dir", "conf", cwd=tmp_path).stdout
+    assert "\noptim: adamw, custom, muon, sgd\n" in text and "schema" not in text
+
+
 def test_several_samples_and_prompts_from_stdin(trained):
     several = run_command("infer", "num_samples=2", "seed=1", "max_new_tokens=8", cwd=trained).stdout
     one = run_command("infer", "seed=1", "max_new_tokens=8", cwd=trained).stdout

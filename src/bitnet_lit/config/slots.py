@@ -10,8 +10,9 @@ holds what comes on top. A group (`optim`, `schedule`, `data`) is one of ours, w
     momentum: 0.9               # passed to the class, like every key that is not read here
 
 While a config is composed, a group is open until one of our files names its schema in its defaults list
-(`muon_schema`): that closes it again, and unknown keys are refused. What is still open when the config is complete is
-a class of the user's own (`Custom`), or a file of the user's own that sets keys of ours, which are checked then.
+(`/hydra/schema/muon@_here_`): that closes it again, and unknown keys are refused. What is still open when the config
+is complete is a class of the user's own (`Custom`), or a file of the user's own that sets keys of ours, which are
+checked then.
 """
 
 from __future__ import annotations
