@@ -1,7 +1,7 @@
-"""`bitnet-lit <command> [key=value ...]`, which is `python -m bitnet_lit.<command> [key=value ...]`.
+"""`bitnet-lit <command> [key=value ...]` does the same as `python -m bitnet_lit.<command> [key=value ...]`.
 
-The command runs under the name `__main__`, as `python -m` runs it: Lightning starts the other ranks of a distributed
-run with the module that it finds under that name.
+The module of the command runs under the name `__main__`, as with `python -m`. Lightning needs that: it starts the other
+ranks of a distributed run with the module that it finds under that name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ bitnet-lit <command> --help lists the keys of a command. python -m bitnet_lit.<c
 
 
 def _import_from_here() -> None:
-    """Let modules of the current folder be imported, as `python -m` does and a console script does not."""
+    """Make modules of the current folder importable. `python -m` does that by itself, a console script does not."""
     if os.getcwd() not in sys.path and not getattr(sys.flags, "safe_path", False):  # safe_path: Python 3.11's -P
         sys.path.insert(0, os.getcwd())
 
@@ -57,7 +57,7 @@ def _refuse(command: str) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script `bitnet-lit` and of `python -m bitnet_lit`."""
+    """Run the command that was typed. The console script `bitnet-lit` and `python -m bitnet_lit` call this function."""
     from bitnet_lit.entry_point import leave
 
     command, *arguments = sys.argv[1:] or ["--help"]

@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.bench: a table of speeds, and the same as JSON in the last line."""
+"""`python -m bitnet_lit.bench` measures speeds. It prints a table, and the same figures as JSON in the last line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _bench(config: BenchConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command with the arguments in `sys.argv`."""
     run_command("bench", _bench)
 
 

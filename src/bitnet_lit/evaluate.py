@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.evaluate: loss, perplexity, bits per byte and accuracy on a validation split."""
+"""`python -m bitnet_lit.evaluate` prints loss, perplexity, bits per byte and accuracy on a validation split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command with the arguments in `sys.argv`."""
     run_command("evaluate", _evaluate)
 
 

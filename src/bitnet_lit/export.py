@@ -1,4 +1,7 @@
-"""python -m bitnet_lit.export: a model for other tools, compared with the original before it is called done."""
+"""`python -m bitnet_lit.export` writes a model in formats of other tools, and compares each export with the model.
+
+With `--advise` it prints which formats a training config can be exported to, and what to change for the others.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def _advise(overrides: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command with the arguments in `sys.argv`."""
     if "--advise" in sys.argv:
         leave(lambda: _advise([argument for argument in sys.argv[1:] if argument != "--advise"]))
     else:

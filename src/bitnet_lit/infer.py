@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.infer: a model folder tells a story."""
+"""`python -m bitnet_lit.infer` lets a model continue prompts, and prints the texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _infer(config: InferConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command with the arguments in `sys.argv`."""
     run_command("infer", _infer)
 
 

@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.plot: curves of runs, as a PNG."""
+"""`python -m bitnet_lit.plot` draws a metric of several runs as a picture, a PNG by default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _plot(config: PlotConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command with the arguments in `sys.argv`."""
     run_command("plot", _plot)
 
 

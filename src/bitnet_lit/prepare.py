@@ -1,4 +1,4 @@
-"""python -m bitnet_lit.prepare: text to llama2.c shards."""
+"""`python -m bitnet_lit.prepare` writes a text corpus as llama2.c shards of token ids, with their tokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _prepare(config: PrepareConfig) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command with the arguments in `sys.argv`."""
     run_command("prepare", _prepare)
 
 

@@ -1,6 +1,6 @@
-"""python -m bitnet_lit.train: shards to a run folder with a model folder in it.
+"""`python -m bitnet_lit.train` trains a model on shards, and writes a run folder with a model folder in it.
 
-A sweep (`-m`) gives the final validation loss to Hydra's sweeper, so an optimizing one can use it.
+In a sweep (`-m`) each job returns its final validation loss to Hydra's sweeper, so a sweeper that optimizes can use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from bitnet_lit.config import TrainConfig
 
-# While the overrides of a resumed run are composed, open groups take any key: its config.yaml says which there are.
+# Hydra composes the overrides of a resume before the run's config.yaml is read. These open groups accept any key, and
+# `resume_config` then checks the keys against that config.yaml.
 _OPENED = ["optim=custom", "schedule=custom", "data=custom", "model=custom"]
 
 
@@ -26,7 +27,7 @@ def _train(config: TrainConfig) -> float:
 
 
 def _configure(cfg: DictConfig) -> TrainConfig:
-    """The config of a new run, or the one that a resumed run began with, with what was typed on top."""
+    """Return the config of a new run, or the config that a resumed run began with, changed by what was typed."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -47,14 +48,16 @@ def _configure(cfg: DictConfig) -> TrainConfig:
 
 
 def _place(overrides: list[str], is_sweep: bool) -> list[str]:
-    """Hydra's folder is the run's: one that was typed as run_dir, or that of the run that is resumed.
+    """Return overrides that set Hydra's folder to the run folder: a typed `run_dir`, or that of the resumed run.
 
-    Hydra's own record of a resume goes beside the first one's. Hydra reads `${...}` in the path of the folder as its
-    own, and would put the content of a variable there; so such a path, which may be of somebody else's making, is
-    refused.
+    Hydra's record of a resume goes to its own folder, `.hydra_resume`. A path with `${` is refused, because Hydra would
+    replace `${...}` by the content of a variable, and the path may come from somebody else.
+
+    Args:
+        overrides: what the user typed.
 
     Raises:
-        UserError: a folder that cannot be a run's.
+        UserError: the folder cannot be a run folder.
     """
     from bitnet_lit.errors import UserError
     from bitnet_lit.overrides import quoted, readable
@@ -80,7 +83,7 @@ def _place(overrides: list[str], is_sweep: bool) -> list[str]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command with the arguments in `sys.argv`."""
     run_command("train", _train, defaults=_place, configure=_configure)
 
 

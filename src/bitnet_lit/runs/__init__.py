@@ -1,4 +1,4 @@
-"""Runs on the disk: the folder of one run, sweeps of several, and pictures of what they measured.
+"""This package handles runs on the disk: the folder of a run, sweeps of several runs, and plots of their metrics.
 
-`folder.py` owns the run folder. It imports neither PyTorch nor Hydra, so every other room may ask it.
+`folder.py` owns the run folder. It imports neither PyTorch nor Hydra, so every other package may import it.
 """

@@ -1,4 +1,4 @@
-"""Curves of runs from their metrics.csv."""
+"""`plot_curves` draws a metric of several runs over their optimizer steps, read from each metrics.csv."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ def _run_folders(runs: list[str]) -> list[Path]:
 
 
 def _label(folder: Path, key: str) -> str:
-    """The words of the legend for a run: a value of its config, or the folder's name where it has no config."""
+    """Return the legend's text for a run: a value of its config, or the folder's name where it has no config.
+
+    Args:
+        key: the key of that value in the config, such as "optim.learning_rate". A group stands for its name.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
         return folder.name
     value: Any = read_yaml(path, "move it away to label the run by its folder's name")
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, dict):  # a group: its name
+    if isinstance(value, dict):  # the key names a group
         value = value.get("name")
     return f"{key}={value}"
 
 
 def _points(folder: Path, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric in a run's metrics.csv."""
+    """Return the optimizer steps and the values of a metric in a run's metrics.csv."""
     steps, values = [], []
     for row in read_metrics(folder / CSV_NAME):
         if metric in row:
@@ -50,20 +54,22 @@ def _points(folder: Path, metric: str) -> tuple[list[int], list[float]]:
 
 
 def _drawn(text: str) -> str:
-    """Text as matplotlib draws it: a dollar would begin a formula, an underscore in front hides a label."""
+    """Escape a text for matplotlib, where a dollar begins a formula and a leading underscore hides a label."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
 def plot_curves(config: PlotConfig) -> Path:
-    """Draw `metric` over optimizer steps, one line per run; returns the path of the picture.
+    """Draw a metric over optimizer steps, one line per run, and return the path of the picture.
 
     Raises:
-        UserError: no runs, no such metric, or matplotlib is not installed.
+        UserError: there are no runs, none has the metric, `out` names no kind of picture, or matplotlib is not
+            installed.
+        DiskError: the disk is full.
     """
     with needs("matplotlib", "plot"):
         from matplotlib.figure import Figure
-    without: list[str] = []  # a run that has no validation yet has no curve
+    without: list[str] = []  # runs without the metric, such as those that have no validation yet
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for folder in _run_folders(config.runs):

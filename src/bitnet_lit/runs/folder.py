@@ -1,24 +1,24 @@
-"""The run folder: the names in it, what it holds, whose it is, and that two runs never share one.
+"""This module knows the files of a run folder and which run owns it. Two runs never share a folder.
 
 ::
 
     outputs/<date>/<time>/
       config.yaml          the whole config; the first file that a run writes
       metrics.csv          one row per logged step
-      ternary_health.csv   codes, flips and scale of each matrix at each validation
-      samples.txt          stories on the way
-      metrics.json         the figures at the end: they say that the run is complete
+      ternary_health.csv   shares of codes, flips and scale of each matrix at each validation
+      samples.txt          sample texts at each validation
+      metrics.json         the figures at the end; the file exists when the run is complete
       error.txt            why a job of a sweep failed
       checkpoints/         last.ckpt and best.ckpt, for resume
-      model/               the best model so far (model_last/ too, when the run ends with another)
-      .hydra/              the command, as Hydra records it (.hydra_resume/: of the last resume)
+      model/               the best model so far
+      model_last/          the last model, if it is not the best one
+      .hydra/              the command, as Hydra records it (.hydra_resume/ for the last resume)
 
-A process that trains in a folder holds a lock on it, which ends with the process, however it ends. A new run takes a
-folder only where no run left anything that could be resumed or used. Files of a run that died before its first
-checkpoint make room: they cannot be gone on with, and the same command may be typed again. Files that no run wrote stay
-as they are.
+A process that trains in a folder holds a lock on it, which the system releases when the process ends. A new run does
+not take a folder in which another run left anything that can be resumed or used. If a run died before its first
+checkpoint, a new run removes its files, so the same command can be given again. Files that no run wrote are kept.
 
-Every other room asks this module; so it imports neither PyTorch nor Hydra, and knows nothing of what the files hold.
+Every other package asks this module. So it imports neither PyTorch nor Hydra, and does not read what the files hold.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _RESULTS = (f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}", MODEL, MODEL_LAST,
 
 
 def results(folder: Path) -> list[str]:
-    """What a run left in a folder that can be resumed or used, and that another run must not touch."""
+    """Return the names of what a run left that can be resumed or used. Another run must not touch these."""
     return [name for name in _RESULTS if (folder / name).exists()]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run began in a folder: its config.yaml is one that a run wrote."""
+    """Return whether a run began in a folder, so whether its config.yaml was written by a run."""
     try:
         return "\nrun_dir:" in (folder / CONFIG_NAME).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -61,7 +61,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a folder is another run's, as `claim` sees it: it holds results, or a process may train in it now."""
+    """Return whether a folder belongs to another run: it holds results, or a process may be training in it now."""
     if results(folder):
         return True
     if not is_run(folder):
@@ -74,28 +74,28 @@ def is_taken(folder: Path) -> bool:
 
 
 def can_be_resumed(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of a run."""
+    """Return whether a folder holds a checkpoint of a run."""
     return any((folder / CHECKPOINTS / name).is_file() for name in (LAST, BEST))
 
 
 def find_run(typed: str) -> tuple[Path, Path]:
-    """The run that `resume=` means, and its checkpoint.
+    """Find the run that `resume=` names, and its checkpoint.
 
     Args:
         typed: a run folder, or a checkpoint in one: `<run folder>/checkpoints/best.ckpt`.
 
     Returns:
-        The run folder and the checkpoint to go on from, last.ckpt where none was typed.
+        The run folder, and the checkpoint to go on from: last.ckpt where `typed` is a run folder.
 
     Raises:
-        UserError: no run is there, or none that can be resumed.
+        UserError: there is no run, or it cannot be resumed.
     """
     if not typed:
         raise UserError("resume= is empty: give a run folder, or leave it out to start a new run")
     folder = Path(typed)
     checkpoint = folder / CHECKPOINTS / LAST
     if folder.suffix == ".ckpt" and not folder.is_dir():
-        # It may be typed in checkpoints/, without the folder's name.
+        # A user in checkpoints/ may type the file's name alone.
         checkpoint = folder if folder.parent.name == CHECKPOINTS else Path(os.path.abspath(folder))
         if checkpoint.parent.name != CHECKPOINTS:
             raise UserError(
@@ -118,12 +118,15 @@ def find_run(typed: str) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold a run folder while the block runs; gives False where the file system knows no locks (network mounts).
+    """Hold a lock on a run folder while the block runs.
+
+    Yields:
+        Whether the lock is held; False where the file system has no locks, as on some network mounts.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
-    descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
+    descriptor = os.open(folder, os.O_RDONLY)  # the folder itself is locked, so no lock file is left behind
     try:
         taken = lock(descriptor)
         if taken is False:
@@ -137,13 +140,14 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def claim(folder: Path, is_locked: bool) -> None:
-    """Make sure that an existing `folder`, which this process holds, is free for a new run.
+    """Make a folder free for a new run, or refuse it. This process must have called `locked` for it.
 
     Args:
-        is_locked: whether the lock is real; without one, a run that has no checkpoint yet may still be alive.
+        is_locked: whether this process really holds the lock. Without it, a run that has no checkpoint yet may still be
+            alive.
 
     Raises:
-        UserError: it holds a run, or files under a run's names that no run wrote.
+        UserError: the folder holds a run, or a file that no run wrote and that a run would overwrite.
     """
     held, of_a_run, config = results(folder), is_run(folder), folder / CONFIG_NAME
     if of_a_run and (held or not is_locked):
@@ -160,12 +164,12 @@ def claim(folder: Path, is_locked: bool) -> None:
         )
     for path in begun:
         path.unlink()
-    config.unlink(missing_ok=True)  # last: after a kill in between it still says whose the others are
+    config.unlink(missing_ok=True)  # last, because it shows that a run wrote the other files
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed processes had begun to write in a run folder that this process holds."""
+    """Remove the temporary files of killed processes from a run folder that this process has locked."""
     for inside in (folder, folder / CHECKPOINTS):
         remove_leftovers(inside)
     for name in (LAST, BEST):
-        (folder / CHECKPOINTS / f".{name}.tmp").unlink(missing_ok=True)  # an earlier version's
+        (folder / CHECKPOINTS / f".{name}.tmp").unlink(missing_ok=True)  # written by an earlier version

@@ -1,4 +1,7 @@
-"""Reading the metrics.csv of a run: its first column is the optimizer step, the others are what was logged at it."""
+"""`read_metrics` reads the metrics.csv of a run.
+
+The first column is the optimizer step. Each other column is a metric, and its cell is empty where it was not logged.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from bitnet_lit.runs.folder import CSV_NAME
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; empty cells are left out, and so is a last line that is only half there.
+    """Return the rows of a metrics.csv as text by column. Empty cells and an incomplete last line are left out.
 
     Raises:
-        UserError: it is no such file, or damaged.
+        UserError: the file cannot be read, is damaged, or is no metrics.csv.
     """
     remedy = "put a copy of it there, or move it away"
     try:

@@ -1,11 +1,12 @@
-"""A run's folder is its own from the first moment, before Hydra writes into it.
+"""Every run gets a folder of its own before Hydra writes into it.
 
-The default names hold the second at which a run began, and two runs may begin in one: the first takes the folder, the
-second another (`12-00-00-1`). Into a folder that is another run's nothing is recorded (`record_name`): the run is
-refused later (`folder.claim`), or it is a resume.
+The default name of a folder is the second at which the run began, and two runs may begin in the same second. Then the
+first run takes that folder, and the second takes another (`12-00-00-1`). If a folder that was typed belongs to another
+run, Hydra's record is not written into it (`record_name`), and the run is refused later (`folder.claim`) unless it is a
+resume.
 
-Where torchrun or srun started every rank, only the first one takes a folder. The others write nothing; Hydra makes a
-folder for them all the same, among temporary files, which goes when they end.
+Where torchrun or srun started every rank, only rank 0 takes a folder. The others write nothing, but Hydra needs a
+folder for each process. They get a temporary one, which is removed when they end.
 """
 
 from __future__ import annotations
@@ -26,16 +27,23 @@ from bitnet_lit.runs.ranks import rank
 
 
 def record_name(folder: str | None) -> str | None:
-    """The folder in a run's folder for Hydra's record; None where another run lies there, and on other ranks.
+    """Return the name of Hydra's record in the run folder, or None where it must not be written.
+
+    It must not be written into another run's folder, and only rank 0 writes it.
 
     Args:
-        folder: the run's; None where Hydra only prints its config (`--cfg all`).
+        folder: the run folder; None where Hydra only prints its config (`--cfg all`).
     """
     return None if rank() or (folder is not None and is_taken(Path(folder))) else RECORD
 
 
 def run_dir(folder: str | None, configured: str) -> str:
-    """The run folder; where Hydra only prints its config, what it would be called."""
+    """Return the run folder.
+
+    Args:
+        folder: the folder that Hydra made; None where it only prints its config (`--cfg all`).
+        configured: the folder in the config, which is returned where Hydra made none.
+    """
     return folder or configured
 
 
@@ -44,7 +52,7 @@ OmegaConf.register_new_resolver("bitnet.run_dir", run_dir, replace=True)
 
 
 def make_own(folder: Path) -> Path:
-    """Make a folder that nobody made before: `folder` itself, or the first of `folder-1`, `folder-2`, ..."""
+    """Make a new folder and return it: `folder`, or the first of `folder-1`, `folder-2`, ... that does not exist."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count():
         own = folder.with_name(f"{folder.name}-{number}") if number else folder
@@ -53,7 +61,7 @@ def make_own(folder: Path) -> Path:
         except FileExistsError:
             continue
         return own
-    raise AssertionError  # count() has no end
+    raise AssertionError  # unreachable: count() has no end
 
 
 def _make_temporary() -> Path:
@@ -63,7 +71,7 @@ def _make_temporary() -> Path:
 
 
 class OwnFolder(Callback):
-    """Takes the folder of a run or of a sweep whose name was not typed."""
+    """Makes the folder of a run or of a sweep, unless the user has typed one."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         _take(config, "hydra.run.dir")
@@ -84,4 +92,4 @@ def _take(config: DictConfig, key: str) -> None:
     if own != folder:
         override = f"{key}={quoted(str(own))}"
         OmegaConf.update(config, key, str(own))
-        config.hydra.overrides.hydra.append(override)  # the jobs of a sweep are composed anew
+        config.hydra.overrides.hydra.append(override)  # each job of a sweep composes its config again

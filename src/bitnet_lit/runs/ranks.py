@@ -1,8 +1,8 @@
-"""Ranks, the processes of one distributed run: which one this is, and how Lightning starts the others of it.
+"""A distributed run has several processes, called ranks. This module says which one this is.
 
-torchrun and srun start every rank with the user's command. Otherwise Lightning starts them from the first one, with the
-first one's command (`sys.argv` and the module that runs as `__main__`), and appends the run folder. A job of a sweep
-has no command of its own: it gets one here.
+torchrun and srun start every rank with the user's command. Otherwise Lightning starts the other ranks from rank 0: it
+repeats the command of rank 0 (`sys.argv` and the module that runs as `__main__`) and appends the run folder. A job of a
+sweep has no command of its own, so `command_of_a_job` makes one for Lightning.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-# Where launchers say which process this is, in Lightning's order.
+# Environment variables in which launchers give the rank, in the order in which Lightning reads them.
 _NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-# Hydra's settings that belong to a sweep, or that Lightning gives anew.
+# Hydra's settings that belong to a sweep, or that Lightning sets for the new rank.
 _NOT_OF_A_JOB = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher", "hydra/sweeper", "hydra/launcher")
 
 
 def rank() -> int:
-    """The number of this process among those of its run; number 0 owns the run folder."""
+    """Return the rank of this process. Rank 0 owns the run folder."""
     return next((int(os.environ[name]) for name in _NAMES if name in os.environ), 0)
 
 
 @contextlib.contextmanager
 def command_of_a_job(module: str, flags: Sequence[str]) -> Iterator[None]:
-    """Around a job of a sweep: let Lightning start its other ranks with what this job is.
+    """Wrap a job of a sweep: set the command with which Lightning starts the job's other ranks.
 
     Args:
-        module: the command's, as `python -m` takes it.
-        flags: Hydra's flags that were typed.
+        module: the module of the command, as `python -m` takes it.
+        flags: the flags of Hydra that the user typed.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import read_write
@@ -48,7 +48,7 @@ def command_of_a_job(module: str, flags: Sequence[str]) -> Iterator[None]:
         *[override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(_NOT_OF_A_JOB)],
         "hydra.mode=RUN",
     ]
-    __main__.__spec__ = importlib.util.find_spec(module)  # joblib's processes run a module of joblib's
+    __main__.__spec__ = importlib.util.find_spec(module)  # in joblib's processes it is a module of joblib
     try:
         yield
     finally:

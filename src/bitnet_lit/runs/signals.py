@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop: Ctrl-C, the end of a terminal, and what schedulers send before they kill.
+"""Signals ask a run to stop: Ctrl-C, a terminal that closes, and the signals of schedulers before they kill a job.
 
-Before the first step nothing is lost by stopping at once. Later the signal is only noted, and the run ends behind the
-optimizer step it is in, with a checkpoint (`callbacks/checkpoints.py`). The second signal stops it at once.
+Before the first step a signal stops the run at once, because nothing is lost. Later the run finishes its optimizer
+step, writes a checkpoint and ends (`callbacks/checkpoints.py`). A second signal stops it at once.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from typing import Any
 
 from bitnet_lit.errors import TrainingStopped
 
-# SIGUSR1, SIGUSR2 and SIGXCPU: what SLURM (--signal), Grid Engine and LSF send when the time is nearly up.
+# SLURM (--signal), Grid Engine and LSF send SIGUSR1, SIGUSR2 or SIGXCPU when the time of a job is nearly up.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Let `handler` have the signals of `STOP_SIGNALS`; one that the caller ignores (nohup) stays ignored.
+    """Handle the signals of `STOP_SIGNALS` with `handler` while the block runs.
 
-    Only the main thread can set handlers: in another one nothing happens, and signals are somebody else's business.
+    A signal that the process ignores (nohup) stays ignored. Python sets handlers only in the main thread, so in another
+    thread nothing is changed.
 
-    Returns:
-        A function that sets the handlers again, for when somebody has set others.
+    Yields:
+        A function that sets the handlers again, for use after other code has replaced them.
     """
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -42,16 +43,16 @@ def handling(handler: Callable[[int, types.FrameType | None], None]) -> Iterator
         yield take
     finally:
         for number, before in previous.items():
-            if before is not None:  # None: set by C code, which Python cannot put back
+            if before is not None:  # None: C code set it, and Python cannot restore it
                 signal.signal(number, before)
 
 
 class StopSignals:
-    """Notes the signals that come while it is entered.
+    """Records the signals that arrive inside its `with` block.
 
     Attributes:
-        number: the signal that came; None so far.
-        is_running: whether steps are done, so that stopping must wait for the end of one.
+        number: the signal that arrived; None before.
+        is_running: whether the run does optimizer steps, so that it must finish one before it stops.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class StopSignals:
         return self
 
     def take(self) -> None:
-        """Catch the signals (again: Lightning sets its own handlers)."""
+        """Set the signal handlers again, because Lightning has replaced them."""
         self._take()
 
     def __exit__(self, *exception: object) -> None:

@@ -1,10 +1,10 @@
-"""The jobs of a sweep (`-m`), in one process after the other or side by side (launcher=joblib).
+"""A sweep (`-m`) runs several jobs, one after the other or in parallel processes (launcher=joblib).
 
-A job that fails notes its reason and lets the others run. A signal that asks to stop ends the sweep: jobs that run save
-and end (`runs/signals.py`), no other one begins. What the processes of a sweep tell each other lies in its folder:
+A job that fails writes its error to a file, and the other jobs go on. A signal ends the sweep: running jobs save and
+end (`runs/signals.py`), and no other job begins. The processes of a sweep communicate through files in its folder:
 
     <sweep folder>/.stop        the number of the signal that ended the sweep
-    <sweep folder>/.refused     jobs whose folder holds another run, where nothing may be written: a line each
+    <sweep folder>/.refused     one line for each job whose folder holds another run, where nothing may be written
     <job folder>/error.txt      why a job failed
 """
 
@@ -32,7 +32,7 @@ _POLL_SECONDS, _GRACE_SECONDS = 0.5, 2.0
 
 
 def stop_number(sweep_dir: Path) -> int | None:
-    """The signal that ended a sweep; None where none did."""
+    """Return the number of the signal that ended a sweep, or None."""
     try:
         return int((sweep_dir / STOP_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -40,15 +40,15 @@ def stop_number(sweep_dir: Path) -> int | None:
 
 
 def request_stop(sweep_dir: Path, number: int) -> None:
-    """Let no other job of a sweep begin, and those in other processes end."""
+    """Ask a sweep to stop: no other job begins, and jobs in other processes end."""
     sweep_dir.mkdir(parents=True, exist_ok=True)
     (sweep_dir / STOP_NAME).write_text(str(number), encoding="utf-8")
 
 
 class StopHandlers:
-    """Signal handlers of the process that a sweep was started in, for the time between and beside its jobs."""
+    """Handles signals in the process that the sweep was started in, whenever no job of that process handles them."""
 
-    in_job = False  # a job runs in this process and does not hear signals itself yet
+    in_job = False  # whether a job runs in this process; signals come here until the job sets its own handlers
 
     def __init__(self, sweep_dir: Path) -> None:
         self.sweep_dir = sweep_dir
@@ -62,7 +62,7 @@ class StopHandlers:
 
     def _request(self, number: int, frame: types.FrameType | None) -> None:
         if stop_number(self.sweep_dir) is not None:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # the second signal stops the sweep at once
         request_stop(self.sweep_dir, number)
         if StopHandlers.in_job:
             name = signal.Signals(number).name
@@ -71,10 +71,10 @@ class StopHandlers:
 
 @contextlib.contextmanager
 def _signalled_by(sweep_dir: Path) -> Iterator[None]:
-    """Pass the signal of the process that started the sweep on to the job that runs in this one.
+    """Wrap a job in a process of joblib: send it the signal that the sweep's first process received.
 
-    A terminal and most schedulers send a signal to every process themselves. A second one would stop the job at once,
-    without saving; so it is passed on only where none has come by itself.
+    A terminal and most schedulers send a signal to every process. A second signal would stop the job at once, without
+    saving. So the signal is sent only if this process has not received one within `_GRACE_SECONDS`.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -102,17 +102,17 @@ def _signalled_by(sweep_dir: Path) -> Iterator[None]:
 
 
 def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_process: bool) -> Any:
-    """One job of a sweep; a failure is noted, not raised, so that the others go on.
+    """Run one job of a sweep. An error is written to a file and not raised, so that the other jobs go on.
 
     Args:
-        work: composes the job's config and runs it.
-        folder: the job's.
-        is_main_process: whether this is the process that the sweep was started in, which has the signals.
+        work: composes the config of the job and runs it.
+        folder: the folder of the job.
+        is_main_process: whether this is the process that the sweep was started in, which handles the signals.
 
     Returns:
         What the job returns; infinity where it failed.
     """
-    is_foreign = is_taken(folder)  # then the job is refused, and so is everything that would be written there
+    is_foreign = is_taken(folder)  # the folder is another run's: the job will be refused and must not write there
     try:
         if (number := stop_number(sweep_dir)) is not None:
             raise TrainingStopped(f"not started: {signal.Signals(number).name} ended the sweep")
@@ -127,7 +127,7 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
             traceback.print_exc()
         line = f"{type(error).__name__}: {one_line(error)}"
         print(f"error: {folder}: {line}", file=sys.stderr)
-        if rank():  # the first one notes it
+        if rank():  # only rank 0 writes the error
             return float("inf")
         folder.mkdir(parents=True, exist_ok=True)
         if is_foreign:

@@ -1,7 +1,7 @@
-"""One table for a whole sweep: what each job was, and what came out of it.
+"""At the end of a sweep one table shows the overrides and the results of every job.
 
-A Hydra callback. It reads what the jobs left in their folders, so it does not matter which process ran them, and a
-sweep whose table got lost can be read again.
+`SweepTable` is a Hydra callback. It reads the files in the job folders, so it does not matter which process ran a job,
+and the table of an old sweep can be made again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _OVERRIDES_NAME = "overrides.yaml"  # Hydra's
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts 2 before 10."""
+    """Return a sort key that puts 2 before 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    """The figures of a job, or its error."""
+    """Return the figures of a job, or its error."""
     if (folder / METRICS_NAME).exists():
         metrics = read_json(folder / METRICS_NAME, _METRICS, "run the job again in another folder")
         return {label: metrics[name] for name, label in FIGURES.items() if name in metrics}
@@ -54,19 +54,22 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def _row(sweep_dir: Path, folder: Path) -> dict[str, Any]:
-    """What a job was and what came out of it; what cannot be read of it is its error."""
+    """Return the row of a job: its name, its overrides, and its figures or its error.
+
+    A file that cannot be read is an error of the job.
+    """
     row: dict[str, Any] = {"job": folder.relative_to(sweep_dir).as_posix()}
     try:
         overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / _OVERRIDES_NAME))
         row |= dict(map(readable, overrides))
         row |= _result(folder)
-    except Exception as error:  # a process that was killed may leave anything
+    except Exception as error:  # a process that was killed may leave damaged files
         row["error"] = f"cannot be read: {one_line(error)}"
     return row
 
 
 def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
-    """One row per job folder below a sweep's: its name, its overrides, its figures or its error."""
+    """Return one row per job of a sweep, sorted by name: its name, its overrides, and its figures or its error."""
     rows = {}
     for record in sweep_dir.rglob(f"{RECORD}/{_OVERRIDES_NAME}"):
         row = _row(sweep_dir, record.parents[1])
@@ -79,7 +82,7 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
 
 
 def commands_to_go_on(sweep_dir: Path) -> list[str]:
-    """For each job that is not complete: the command that goes on with it, or does it, in the job's own folder."""
+    """Return a shell command for each job that is not complete. It resumes the job, or starts it in its own folder."""
     commands = []
     folders = [record.parents[1] for record in sweep_dir.rglob(f"{RECORD}/{_OVERRIDES_NAME}")]
     for folder in sorted(folders, key=lambda folder: _natural(folder.as_posix())):
@@ -108,10 +111,10 @@ def write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     table = Table(title=str(sweep_dir))
-    # What is the same for all jobs is in sweep.csv; here it would only take room.
+    # Columns with the same value in all jobs are only in sweep.csv, because the terminal is narrow.
     columns = [c for c in columns if c == "job" or len({str(row.get(c, "")) for row in rows}) > 1 or len(rows) == 1]
     if any("error" in row for row in rows) and "error" not in columns:
-        columns.append("error")  # all failed for one reason
+        columns.append("error")  # all jobs failed with the same error
     for column in columns:
         table.add_column(column)
     for row in rows:
@@ -121,21 +124,21 @@ def write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class SweepTable(Callback):
-    """Hears signals while a sweep runs; at its end prints the table and writes it to sweep.csv.
+    """Handles signals while a sweep runs. At the end it prints the table and writes it to sweep.csv.
 
-    The sweep's exit status is 128 + n when signal n ended it, and 1 when a job failed.
+    The exit status of the sweep is 128 + n if signal n ended it, and 1 if a job failed.
     """
 
     handlers: StopHandlers | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if rank():  # the first one writes the table, and hears signals for all
+        if rank():  # only rank 0 writes the table and handles signals
             return
         sweep_dir = Path(config.hydra.sweep.dir)
-        with contextlib.suppress(NotADirectoryError):  # a file lies there: Hydra's error, when it makes the folder
-            for name in (STOP_NAME, REFUSED_NAME):  # of an earlier sweep that was killed
+        with contextlib.suppress(NotADirectoryError):  # a file is in the way: Hydra reports it when it makes the folder
+            for name in (STOP_NAME, REFUSED_NAME):  # left by an earlier sweep that was killed
                 (sweep_dir / name).unlink(missing_ok=True)
-        SweepTable.handlers = StopHandlers(sweep_dir.absolute())  # of the class: it is not sent to other processes
+        SweepTable.handlers = StopHandlers(sweep_dir.absolute())  # on the class, so joblib does not pickle it
         SweepTable.handlers.install()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -144,7 +147,7 @@ class SweepTable(Callback):
 
     @classmethod
     def end(cls) -> int:
-        """Write the table of the sweep that runs; returns the exit status."""
+        """Write the table of the running sweep, and return the exit status."""
         if cls.handlers is None:
             return 0
         sweep_dir, number = cls.handlers.sweep_dir, stop_number(cls.handlers.sweep_dir)

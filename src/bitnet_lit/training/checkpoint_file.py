@@ -1,16 +1,15 @@
-"""Checkpoint files: written whole or not at all, and read only when every byte is the one that was written.
+"""A checkpoint file is written whole or not at all, and it is refused when one of its bytes has changed.
 
-A checkpoint is what `torch.save` writes, with one line behind it::
+A checkpoint is what `torch.save` writes, with one line after it::
 
     <zip archive of torch.save>\\nbitnet_lit sha256 <64 hex digits>\\n
 
-The hash is of all bytes before that line. PyTorch finds the end of the archive by itself, so `torch.load` opens the
-file as it is. The file is written under a temporary name in its own folder, flushed to the disk and renamed: nothing
-goes through the temporary directory, and a kill at any moment leaves the old file or the new one. Checkpoints of
-earlier versions end without that line; of those the checksums of the archive's records are compared (CRC-32), which
-`torch.load` does not do when it maps a file.
+The hash covers all bytes before that line. PyTorch finds the end of the archive by itself, so `torch.load` opens the
+file as it is. The file is written under a temporary name in its own folder, flushed to the disk and renamed, so a kill
+at any moment leaves the old file or the new one. Checkpoints of earlier versions end without that line. For them the
+CRC-32 of each record of the archive is compared, which `torch.load` does not do when it maps a file.
 
-Reading never unpickles anything but tensors and plain containers (`weights_only=True`).
+Reading unpickles only tensors and plain containers (`weights_only=True`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError, one_line
 
-SEALED = "sealed"  # a key of the content: this file was written with the line behind it
+SEALED = "sealed"  # a key of the content: the file was written with a hash line, so a missing line means damage
 _SEAL = re.compile(rb"\nbitnet_lit sha256 ([0-9a-f]{64})\n")
 _SEAL_BYTES = len(b"\nbitnet_lit sha256 ") + 64 + 1
 _BLOCK_BYTES = 2**20
@@ -47,9 +46,9 @@ _KEYS: dict[str, type] = {
 
 
 class _HashingFile:
-    """A file for `torch.save` that hashes what goes through and keeps the error that a full disk raises.
+    """Passes what `torch.save` writes to a file, hashes it, and keeps the OSError that a full disk raises.
 
-    `torch.save` turns such an error into a RuntimeError about positions in the archive.
+    `torch.save` turns that error into a RuntimeError about positions in the archive.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -78,7 +77,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         hashing = _HashingFile(file)
         try:
-            torch.save({**content, SEALED: True}, hashing)  # type: ignore[arg-type]  # all that it uses is there
+            torch.save({**content, SEALED: True}, hashing)  # type: ignore[arg-type]  # it calls write and flush only
         except RuntimeError:
             if hashing.error is not None:
                 raise hashing.error from None
@@ -87,10 +86,10 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 def _is_sealed(path: Path) -> bool:
-    """Whether the file ends in its hash; reads the whole file to compare it.
+    """Return whether the file ends with a hash line, and compare the hash with the content.
 
     Raises:
-        ValueError: a byte is not the one that was written.
+        ValueError: the content has changed since it was written.
     """
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
@@ -110,17 +109,21 @@ def _is_sealed(path: Path) -> bool:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the CRC-32 of each record of a checkpoint without a hash."""
+    """Check a checkpoint that has no hash line by the CRC-32 of each record.
+
+    Raises:
+        ValueError: a record has another checksum than was written.
+    """
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"the record {damaged} has another checksum than was written")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, checked against its hash; tensors stay on the disk until they are used.
+    """Read a checkpoint and check it against its hash. Its tensors are mapped: they are read when they are used.
 
     Raises:
-        UserError: missing, damaged, or no checkpoint of a run.
+        UserError: the file is missing or damaged, or it is no checkpoint of a run.
     """
     try:
         sealed = _is_sealed(path)
@@ -147,9 +150,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def link_checkpoint(source: Path, target: Path) -> None:
-    """Let `target` be the same bytes as `source`: a second name, or a copy where the file system knows no links.
+    """Make `target` a hard link to `source`, or a copy where the file system has no hard links.
 
-    A checkpoint is replaced and never changed, so the second name keeps what it names.
+    A checkpoint file is replaced and never changed in place, so `target` keeps its content when `source` is replaced.
     """
     with atomic_file(target) as temporary:
         temporary.unlink()
@@ -163,13 +166,13 @@ _PLAIN = (dict, OrderedDict, list, tuple, set, str, bytes, bool, int, float, typ
 
 
 def check_plain(content: Any, what: str) -> None:
-    """Refuse what `torch.load(weights_only=True)` would not read: other things than tensors and plain data.
+    """Refuse a state that `torch.load(weights_only=True)` could not read: anything but tensors and plain data.
 
     Args:
-        what: whose state it is, for the error.
+        what: whose state it is, for the error text.
 
     Raises:
-        UserError: with the type.
+        UserError: the state holds an object of another type, which the text names.
     """
     if type(content) not in _PLAIN and not isinstance(content, torch.device | torch.dtype | torch.Size):
         raise UserError(
@@ -186,13 +189,14 @@ def check_plain(content: Any, what: str) -> None:
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Lets Lightning's Trainer write and read these files."""
+    """Lets Lightning's Trainer write and read the checkpoint files of this module."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """See `write_checkpoint`.
+        """Write a checkpoint as `write_checkpoint` does.
 
         Raises:
-            UserError: a state of the user's own that could not be read again.
+            UserError: a callback, a schedule or a data module of the user's own has a state that could not be read
+                again.
         """
         for part, what in (
             ("callbacks", "a callback's state_dict"),
@@ -203,5 +207,5 @@ class CheckpointIO(TorchCheckpointIO):
         write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """The content; `read_checkpoint` has checked it before."""
+        """Load the content of a checkpoint that `read_checkpoint` has checked before."""
         return dict(torch.load(path, map_location="cpu", weights_only=True))

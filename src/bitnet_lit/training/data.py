@@ -1,4 +1,7 @@
-"""The data of a run as training asks for it, whatever it comes from: our shards, or a data module of the user's own."""
+"""Training asks for its data here, and gets the same interface for our shards and for a data module of the user's own.
+
+`open_data` returns a `RunData`: `ShardData` for a folder of shards, `OwnData` for a class named by `data._target_`.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ DEMO_DIR = Path("data/demo")
 
 
 class RunData(Protocol):
-    """Opened data.
+    """Describes what training needs to know about opened data.
 
     Attributes:
-        name: what the plan calls it.
-        vocab_size: ids lie below it.
-        tokenizer: None where there is none.
+        name: the name that the printed plan shows.
+        vocab_size: number of token ids; every id is below it.
+        tokenizer: the tokenizer of the data; None where the data has none.
     """
 
     name: str
@@ -37,26 +40,38 @@ class RunData(Protocol):
     tokenizer: Tokenizer | None
 
     def num_train_sequences(self, sequence_length: int) -> int | None:
-        """Sequences of an epoch; None where that is not known."""
+        """Return the number of training sequences in an epoch, or None where it is not known.
+
+        Args:
+            sequence_length: tokens that a sequence predicts, T; the same in every method.
+        """
 
     def rows(self, count: int, sequence_length: int) -> Tensor:
-        """The first sequences to train on, int64 (at most `count`, T + 1)."""
+        """Return the first training sequences, int64 (at most `count`, T + 1)."""
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when the run is resumed (see `identity.py`)."""
+        """Return the facts about the data that must not change when the run is resumed (see `identity.py`)."""
 
     def datamodule(self, config: TrainConfig, sequence_length: int, samples_per_step: int) -> L.LightningDataModule:
-        """What the trainer is given."""
+        """Return the LightningDataModule for the Trainer.
+
+        Args:
+            samples_per_step: sequences of an optimizer step, over all devices and accumulated batches.
+        """
 
 
 class ShardData:
-    """A folder of llama2.c shards."""
+    """Reads the data from a folder of llama2.c shards."""
 
     def __init__(self, config: DataConfig) -> None:
-        """Open the shards of `data.dir`; without one, those in data/demo, written first if there are none."""
+        """Open the shards of `data.dir`. Without it, open those in data/demo, and write them first if they are missing.
+
+        Raises:
+            UserError: the folder holds no complete shards, or they cannot be read.
+        """
         if config.dir is None:
             config.dir = str(DEMO_DIR)
-            if not is_complete(DEMO_DIR):  # two ranks may come here: `prepare` lets one write and the other wait
+            if not is_complete(DEMO_DIR):  # several ranks may come here: `prepare` lets one write and the others wait
                 prepare(PrepareConfig(source="demo", out=config.dir))
         self.config = config
         self.shards = open_shards(Path(config.dir), None if config.tokenizer is None else Path(config.tokenizer))
@@ -84,7 +99,7 @@ class ShardData:
 
 
 class OwnData:
-    """A data module of the user's own (data/custom.py says what it must have)."""
+    """Reads the data from a data module of the user's own (data/custom.py says what it must have)."""
 
     def __init__(self, config: CustomData, sequence_length: int, seed: int) -> None:
         is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
@@ -109,13 +124,13 @@ class OwnData:
         return None if length is None else length * self.config.batch_size
 
     def rows(self, count: int, sequence_length: int) -> Tensor:
-        """See `RunData`: of the first batch."""
+        """See `RunData`. The sequences are those of the first batch."""
         self._check_length(sequence_length)
         return checked(next(iter(self.own.train_dataloader())), sequence_length, self.vocab_size)[:count]
 
     def identity(self) -> dict[str, Any]:
-        """See `RunData`: the class and what it was made with."""
-        free = ("num_workers",)  # changes the speed alone
+        """See `RunData`. The facts are the class and its arguments."""
+        free = ("num_workers",)  # changes only the speed
         call = {f"data.{key}": value for key, value in self.config.call.items() if key not in free}
         return {**call, "data.batch_size": self.config.batch_size, "vocab_size of data": self.vocab_size}
 
@@ -126,10 +141,10 @@ class OwnData:
 
 
 def sequence_length(config: TrainConfig) -> int:
-    """Tokens that a sequence predicts.
+    """Return the number of tokens that a sequence predicts, T.
 
     Raises:
-        UserError: more than the model's context.
+        UserError: `data.sequence_length` is longer than the model's context.
     """
     context = config.model.max_position_embeddings
     length = config.data.sequence_length or context
@@ -141,10 +156,10 @@ def sequence_length(config: TrainConfig) -> int:
 
 
 def open_data(config: TrainConfig) -> RunData:
-    """The data of `config.data`.
+    """Open the data of `config.data`.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no data, or it cannot be read.
     """
     if isinstance(config.data, CustomData):
         return OwnData(config.data, sequence_length(config), config.seed)

@@ -1,4 +1,4 @@
-"""Where a number stopped being one: the first layer whose output, or whose gradient, is not finite."""
+"""When a loss or a gradient is no longer finite, these functions find the layer where that happened first."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 
 def first_nonfinite_output(model: nn.Module, ids: Tensor) -> str | None:
-    """Name of the first leaf module, in the order of the forward pass, whose output holds an inf or a NaN.
+    """Return the name of the first leaf module whose output holds an inf or a NaN, or None if there is none.
+
+    Modules are compared in the order of the forward pass.
 
     Args:
-        ids: int64 (B, T), the batch that went wrong; it is run once more, without gradients.
+        ids: int64 (B, T), the batch that went wrong. It is run once more, without gradients.
     """
     found: list[str] = []
     handles = []
@@ -32,15 +34,15 @@ def first_nonfinite_output(model: nn.Module, ids: Tensor) -> str | None:
 
 
 def last_nonfinite_gradient(model: nn.Module) -> str | None:
-    """Name of the last parameter, in definition order, whose gradient is not finite.
+    """Return the name of the last parameter, in definition order, whose gradient is not finite, or None.
 
-    The backward pass runs from the end to the start, so the last one is where it went wrong first.
+    The backward pass runs from the last layer to the first, so this gradient went wrong first.
     """
     names = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all().item()]
     return names[-1] if names else None
 
 
 def largest_gradient(model: nn.Module) -> str | None:
-    """Name of the parameter with the largest element in its gradient; None where there is no gradient."""
+    """Return the name of the parameter with the largest element in its gradient, or None where no gradient exists."""
     sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
     return max(sizes, key=sizes.__getitem__, default=None)

@@ -1,4 +1,7 @@
-"""Failures that end a run from outside, in one line: a full disk, data that is gone, a process of the run that died."""
+"""Failures from outside end a run with one line that says what happened and how to go on.
+
+Such failures are a full disk, data that cannot be read any more, and a process of the run that died.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pi
 
 
 def what_is_kept(run_dir: Path) -> str:
-    """Say what a run that stops leaves, and how to go on."""
+    """Return the end of an error text: which checkpoint is kept, and how to go on."""
     if (run_dir / CHECKPOINTS / LAST).exists():
         return f"the last checkpoint is kept: go on with python -m bitnet_lit.train resume={run_dir}"
     return "there is no checkpoint yet: start again"
@@ -28,13 +31,14 @@ def what_is_kept(run_dir: Path) -> str:
 
 @contextlib.contextmanager
 def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iterator[None]:
-    """Around the training of a run: what ends it says what is kept of it.
+    """Wrap the training of a run: turn failures into errors of one line, with what is kept at the end of the line.
 
     Args:
-        run_dir: gives the run folder, which the ranks agree on after they have found each other.
+        run_dir: returns the run folder. It is a function because the ranks agree on the folder only after they have
+            connected.
 
     Raises:
-        UserError: the disk is full, or the data cannot be read any more (the kinds of it keep theirs).
+        UserError: the disk is full, or the data cannot be read any more. A subclass of UserError stays that subclass.
         TrainingStopped: a process of the run died.
     """
     try:
@@ -42,7 +46,7 @@ def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iter
             yield
     except (UserError, DataError, Diverged) as error:
         raise type(error)(f"{error}; {what_is_kept(run_dir())}") from error
-    except TrainingStopped:  # a RuntimeError too, and the run folder's name stands in it
+    except TrainingStopped:  # It is a RuntimeError too, and its text is complete.
         raise
     except RuntimeError as error:
         text = one_line(error)
@@ -64,5 +68,7 @@ def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iter
         raise
     except Exception as error:
         if type(error).__module__.partition(".")[0] == "wandb":
-            raise UserError(f"logger=wandb: {error}: wandb login, or WANDB_MODE=offline, or another logger=") from error
+            raise UserError(
+                f"logger=wandb: {error}: run wandb login, set WANDB_MODE=offline, or choose another logger="
+            ) from error
         raise

@@ -1,11 +1,11 @@
-"""The identity of a run: what must not change between the part before a resume and the part behind it.
+"""The identity of a run is what must stay the same when the run is resumed.
 
-The network's sizes and rules, the seed and the length of a sequence decide what the weights mean and which tokens come
-next; so do the shards and their tokenizer. All of it stands in each checkpoint, as one flat mapping of plain values,
-and is compared when a run is resumed: a config.yaml that was edited, shards that were prepared again.
+The network's sizes and rules, the seed, the length of a sequence, the shards and their tokenizer decide what the
+weights mean and which tokens come next. Each checkpoint holds all of them as one flat mapping of plain values. A resume
+compares the mapping, and so finds a config.yaml that was edited and shards that were prepared again.
 
-Of the shards it notes sizes and a hash of a few blocks of each, which finds another text or another tokenizer and
-reads a megabyte per shard.
+For each shard the mapping holds the size and a hash of a few blocks. That finds another text or another tokenizer, and
+reads only about a megabyte per shard.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 
-# These do not change what the weights mean: they may be given anew.
+# These do not change what the weights mean, so a resume may change them.
 _FREE = {
     "model.name",
     *(f"model.{key}" for key in ModelConfig.TRAINING),
     "quant.lambda_warmup_steps",
     "quant.lambda_warmup_shape",
-    "quant._target_",  # where a scheme's class lies; its name and its settings are compared
+    "quant._target_",  # only where a scheme's class is defined; its name and its settings are compared
 }
 
 
 def run_identity(
     config: TrainConfig, data: dict[str, Any], tokenizer: Tokenizer | None, sequence_length: int
 ) -> dict[str, Any]:
-    """The mapping.
+    """Return the identity of a run: a flat mapping from keys to plain values.
 
     Args:
-        config: with every value filled in.
-        data: what the data says of itself (`RunData.identity`).
+        config: the config with every value filled in.
+        data: the facts about the data (`RunData.identity`).
+        sequence_length: tokens that a sequence predicts.
     """
     identity: dict[str, Any] = {"seed": config.seed, "optim.name": config.optim.name}
     for section in ("model", "quant"):
@@ -47,12 +48,12 @@ def run_identity(
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str) -> None:
-    """Compare the mapping of a checkpoint with the one of the run that goes on from it.
+    """Compare the identity in a checkpoint with the identity of the run that goes on from it.
 
     Raises:
-        UserError: they differ; it names what changed.
+        UserError: they differ. The text names what changed.
     """
-    # A key that the checkpoint does not have came with a later version; a shard that it does not have is another shard.
+    # A key that the checkpoint lacks was added by a later version, unless it is a shard: then the data has changed.
     compared = [*saved, *(key for key in now if key not in saved and key.startswith("the shard"))]
     changed = [key for key in compared if saved.get(key) != now.get(key)]
     if not changed:

@@ -1,13 +1,15 @@
-"""Where a run's weights come from: drawn, or from a trained model (`init_from`), dense or BitNet.
+"""A run starts from random weights, or from the weights of a trained model, dense or BitNet (`init_from`).
 
-A dense model becomes a BitNet by training on with its projections rounded; lambda of `quant.lambda_warmup_steps` leads
-over from the one to the other, because switching at once throws most of what was learned away. Two things can come
-along: the optimizer's state, where the trained model is a run of ours (its moments fit the weights, and beginning them
-anew costs the first steps), and sub-norms that the dense model does not have. A new sub-norm divides by the size of its
-input, so its gain starts at that size, measured on a batch: the network then computes nearly what it did.
+A dense model becomes a BitNet by further training with quantized projections. Lambda rises from 0 (full precision) to 1
+(fully quantized) over `quant.lambda_warmup_steps`, because switching at once loses most of what was learned.
 
-The trained model says what the network is; how it is trained (dropout, gradient checkpointing) is the run's own. Keys
-of the network that were typed and say something else are refused.
+Two things may be added. If the trained model belongs to a run of ours, the optimizer's state is taken over too: its
+moments fit the weights, and new moments would cost the first steps. If the dense model has no sub-norms, they can be
+inserted. A sub-norm divides its input by the input's RMS, so its gain starts at that RMS, measured on a batch. The
+network then computes nearly what it did before.
+
+The trained model decides what the network is. The run decides how it is trained (dropout, gradient checkpointing). A
+key of the network that was typed and contradicts the trained model is refused.
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ CALIBRATION_SEQUENCES = 8
 
 
 def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
-    """The network with its first weights; fills in what `config.model` leaves to the data or to the trained model.
+    """Return the network with its first weights, and fill in what `config.model` leaves open.
+
+    The vocabulary size then comes from the data, and with `init_from` the sizes come from the trained model.
 
     Raises:
-        UserError: a vocabulary that is too small, or a model that cannot be trained further.
+        UserError: the vocabulary is too small for the data, or the trained model cannot be trained further.
     """
-    # The weights of a resumed run come from its checkpoint, and the sizes stand in its config.
+    # The weights of a resumed run come from its checkpoint, and its sizes come from its config.
     trained = None if config.init_from is None or config.resume is not None else _trained(config)
     if config.model.vocab_size is None:
         config.model.vocab_size = data.vocab_size
@@ -77,7 +81,7 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
 
 
 def _trained(config: TrainConfig) -> PretrainedModel:
-    """The model of `init_from`; its network becomes the run's, which keeps its own way to train it."""
+    """Load the model of `init_from` and make its network the run's, except for how the run trains it."""
     trained = from_pretrained(config.init_from, "init_from")
     if trained.packed:
         raise UserError(f"init_from={config.init_from}: packed codes cannot be trained: give the latent weights")
@@ -89,15 +93,15 @@ def _trained(config: TrainConfig) -> PretrainedModel:
 
 
 def check_typed_network(config: TrainConfig, keys: Collection[str]) -> None:
-    """Refuse a network that was typed beside `init_from` and is not the one of the trained model.
+    """Refuse a key of the network that was typed beside `init_from` and contradicts the trained model.
 
-    Without this, what was typed would be replaced without a word.
+    Without this check the typed value would be replaced silently.
 
     Args:
         keys: the keys and groups that were typed.
 
     Raises:
-        UserError: the first key that asks for another network.
+        UserError: a key asks for another network. The text names the first such key.
     """
     assert config.init_from is not None and isinstance(config.model, ModelConfig)
     trained = open_stored(find_model(config.init_from, "init_from")).config
@@ -118,24 +122,24 @@ def check_typed_network(config: TrainConfig, keys: Collection[str]) -> None:
 
 
 def _resolved(config: ModelConfig) -> dict[str, Any]:
-    """What a network is, with the sizes filled in that follow from others."""
+    """Return the values that define a network, with the sizes that follow from others filled in."""
     sizes = {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size}
     return {**network_values(config), **sizes}
 
 
 @torch.no_grad()
 def calibrate_sub_norms(model: CausalLM, ids: Tensor) -> None:
-    """Set each sub-norm's gain to the RMS of what enters it, so that on average it changes nothing.
+    """Set each sub-norm's gain to the RMS of its input, so that the norm changes nothing on average.
 
     Args:
-        model: with dense weights; run unrounded here.
-        ids: int64 (B, T), real text.
+        model: a network with dense weights. It runs here without quantization.
+        ids: int64 (B, T), token ids of real text.
     """
 
     def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         norm.weight.fill_(inputs[0].float().square().mean(-1).sqrt().mean())  # type: ignore[operator]
 
-    # Before each norm runs, so that the layers behind it see it calibrated.
+    # A pre-hook sets the gain before the norm runs, so that the layers after it get calibrated input.
     hooks = [
         module.register_forward_pre_hook(measure)
         for name, module in model.named_modules()
@@ -151,7 +155,11 @@ def calibrate_sub_norms(model: CausalLM, ids: Tensor) -> None:
 
 
 def optimizer_state(init_from: str) -> dict[str, Any] | None:
-    """The optimizer's state beside the model folder of a run of ours; None where there is none."""
+    """Return the state of the optimizer from the run that `init_from` names, or None where it has no best.ckpt.
+
+    Args:
+        init_from: a run folder, or the model folder in one.
+    """
     folder = Path(init_from)
     for run in (folder, folder.parent):
         path = run / CHECKPOINTS / BEST  # model/ is the best model, so this is its state

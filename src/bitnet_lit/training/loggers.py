@@ -1,8 +1,7 @@
-"""Loggers: metrics.csv always; TensorBoard, Weights & Biases and those of `logger.extra` on request.
+"""Every run logs to metrics.csv. TensorBoard, Weights & Biases and the loggers of `logger.extra` are added on request.
 
-The CSV is our own because Lightning's deletes the file when a run is resumed. Here a resumed run keeps the rows that
-its checkpoint counted and goes on behind them: metrics.csv of a run that was killed five times reads like that of one
-that was not.
+`CsvLogger` replaces Lightning's CSVLogger, which deletes the file when a run is resumed. A resumed run keeps the rows
+that its checkpoint counted and appends the next ones. So metrics.csv is the same whether or not the run was killed.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from bitnet_lit.runs.metrics_csv import read_metrics
 
 
 class CsvLogger(Logger):
-    """One row per logged step; a new column rewrites the file (it happens a few times, at the start).
+    """Writes one row per logged step. A new column rewrites the file, which happens a few times at the start.
 
     Args:
-        resume_step: the step that the run goes on from; 0 for a new run.
-        num_rows: rows that its checkpoint counted; None: those up to that step.
+        resume_step: the optimizer step that the run goes on from; 0 for a new run.
+        num_rows: number of rows that the checkpoint counted; None keeps every row up to `resume_step`.
     """
 
     def __init__(self, run_dir: Path, resume_step: int = 0, num_rows: int | None = None) -> None:
@@ -47,7 +46,7 @@ class CsvLogger(Logger):
             for row in read_metrics(self.path)[:num_rows]:
                 if int(row["step"]) <= resume_step:
                     self._add(row)
-            self.save()  # without what was written behind the checkpoint
+            self.save()  # without the rows that were written after the checkpoint
 
     name = "csv"
     version = 0
@@ -61,24 +60,24 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml holds them."""
+        """Do nothing: config.yaml holds the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add a row; `step` is Lightning's, which counts from 0: the file says how many steps are done."""
+        """Add a row. Lightning counts `step` from 0; the file says how many optimizer steps are done."""
         row = {
             "step": str((step or 0) + 1),
             **{name: f"{value:.9g}" for name, value in metrics.items() if name != "epoch"},
         }
         is_there = bool(self._rows) and self._rows[-1]["step"] == row["step"] and self._rows[-1].keys() == row.keys()
-        if len(row) == 1 or is_there:  # a checkpoint has the row of its step written before Lightning does
+        if len(row) == 1 or is_there:  # `Checkpoints` may have written the row of this step before Lightning does
             return
         self._add(row)
         self.save()
 
     @property
     def num_rows(self) -> int:
-        """Rows so far."""
+        """Number of rows so far."""
         return len(self._rows)
 
     @rank_zero_only
@@ -89,11 +88,11 @@ class CsvLogger(Logger):
                 os.fsync(file.fileno())
 
     def finalize(self, status: str) -> None:
-        """Nothing: rows are written as they come. (Lightning's would write again after a write has failed.)"""
+        """Do nothing: every row is already written. Lightning's own method would write again after a failed write."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what is new."""
+        """Append the new rows, or rewrite the file if there is a new column."""
         if self._rewrite_needed:
             with (
                 atomic_file(self.path) as temporary,
@@ -110,7 +109,7 @@ class CsvLogger(Logger):
 
 
 def _wandb_logged_in() -> bool:
-    """Whether wandb would find a key: asked here, because wandb itself asks the user, or fails, where it finds none."""
+    """Return whether wandb would find an API key. Without one, wandb itself would ask the user or fail."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -121,18 +120,21 @@ def _wandb_logged_in() -> bool:
 
 
 def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, resume_step: int) -> list[Logger]:
-    """The loggers of `config`; files go below `run_dir`.
+    """Return the loggers of `config`. Their files are written below `run_dir`.
+
+    Args:
+        resume_step: the optimizer step that the run goes on from; 0 for a new run.
 
     Raises:
-        UserError: a logger's package is missing, or one of `logger.extra` cannot be made.
+        UserError: a logger's package is not installed, or a logger of `logger.extra` cannot be made.
     """
     loggers: list[Logger] = [csv_logger]
     if config.logger.tensorboard:
         with needs("tensorboard", "logger=tensorboard"):
             loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resume_step or None))
     if config.logger.wandb:
-        # A WANDB_MODE that is set is the user's own word. The logger's `offline` would set another, in words that newer
-        # versions of wandb take for online.
+        # If the user has set WANDB_MODE, it decides. WandbLogger's own `offline` would set a mode that newer versions
+        # of wandb read as online.
         mode = None if os.environ.get("WANDB_MODE") or _wandb_logged_in() else "offline"
         with needs("wandb", "logger=wandb"):
             import wandb  # noqa: F401  Lightning imports it only when the first row is logged
@@ -144,7 +146,7 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
                 save_dir=run_dir,
                 mode=mode,
                 # One run per folder: a resumed run goes on in the same one.
-                id=re.sub(r"[:;,#?/'\\]", "-", f"{run_dir.parent.name}-{run_dir.name}"),  # wandb refuses these signs
+                id=re.sub(r"[:;,#?/'\\]", "-", f"{run_dir.parent.name}-{run_dir.name}"),  # wandb refuses these
                 resume="allow",
             )
         )

@@ -1,7 +1,7 @@
-"""The LightningModule: how a batch becomes a loss, a gradient and a step. The network itself is plain PyTorch.
+"""The LightningModule turns a batch into a loss, a gradient and an optimizer step. The network itself is plain PyTorch.
 
-Everything that would make a resumed run differ from an unbroken one is a function of the step: the learning rate,
-the warm-up of the quantization, and the random numbers of dropout, which are seeded anew for every batch.
+A resumed run must not differ from an uninterrupted one. So the learning rate, the warm-up of the quantization and the
+random numbers of dropout depend only on the step; dropout is seeded again for every batch.
 """
 
 from __future__ import annotations
@@ -26,26 +26,33 @@ from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.schedule import build_schedule
 
-# An odd multiplier spreads (seed, batch, rank) over 63 bits; any would do (this one: splitmix64's, Steele 2014).
+# An odd multiplier spreads (seed, batch, rank) over 63 bits. This one is splitmix64's (Steele 2014); any would do.
 _MIX = 0x9E3779B97F4A7C15
 
 
 def warmup_strength(shape: str, progress: float) -> float:
-    """Lambda of the warm-up after `progress` (0 to 1) of it: 0 is full precision, 1 fully quantized."""
+    """Return lambda, from 0 (full precision) to 1 (fully quantized).
+
+    Args:
+        shape: "linear", "cosine" or "exponential" (`quant.lambda_warmup_shape`).
+        progress: the share of the warm-up that is done, in [0, 1].
+    """
     if shape == "cosine":
         return (1 - math.cos(math.pi * progress)) / 2
-    if shape == "exponential":  # most of the way early, the rest slowly
+    if shape == "exponential":  # It rises fast at first, then slowly.
         return (1 - math.exp(-5 * progress)) / (1 - math.exp(-5))
     return progress
 
 
 class BitNetModule(L.LightningModule):
-    """Trains a network of ids to logits on batches of token ids.
+    """Trains a network that maps token ids to logits.
 
-    Batches: int64 (B, T + 1) for training; (ids, number of valid rows) for validation.
+    A training batch is int64 (B, T + 1). A validation batch is a pair: int64 (B, T + 1), and the number of valid rows.
 
     Args:
-        moments: state of the optimizer that trained the weights this run starts from.
+        model: takes int64 ids (B, T) and returns logits (B, T, V).
+        tokenizer: measures bits per byte; None where the data has no tokenizer.
+        moments: state of the optimizer that trained the weights of `init_from`; None starts with a new state.
     """
 
     def __init__(
@@ -67,11 +74,11 @@ class BitNetModule(L.LightningModule):
         self._strength: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of int64 ids (B, T)."""
+        """Return the logits (B, T, V) of int64 ids (B, T)."""
         return self.model(ids)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer, and its schedule stepped once per optimizer step."""
+        """Return the optimizer and its schedule, which is stepped once per optimizer step."""
         optimizer = build_optimizer(self.model, self.config.optim)
         if self._moments is not None:
             restore_optimizer(optimizer, self._moments)
@@ -97,13 +104,13 @@ class BitNetModule(L.LightningModule):
                 set_strength(self.model, None)
 
     def on_validation_start(self) -> None:
-        set_strength(self.model, None)  # what is measured is what is shipped: fully quantized
+        set_strength(self.model, None)  # validation measures the model that is shipped, which is fully quantized
 
     def on_validation_end(self) -> None:
         set_strength(self.model, self._strength)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean next-token loss of the batch, in nats."""
+        """Return the mean next-token loss of the batch, in nats per token."""
         loss = next_token_loss(self.model(batch[:, :-1]), batch[:, 1:])
         self._batch = batch
         self._step_loss = self._step_loss.to(self.device) + loss.detach() / self.trainer.accumulate_grad_batches
@@ -115,17 +122,21 @@ class BitNetModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip, log, and stop at the first number that is none; runs once per optimizer step."""
+        """Clip the gradient and log it. Lightning calls this once per optimizer step.
+
+        Raises:
+            Diverged: the norm of the gradient is not finite.
+        """
         limit = self.config.trainer.gradient_clip_val or float("inf")
         wrapped = self.trainer.strategy.model
-        if isinstance(wrapped, FullyShardedDataParallel):  # a norm over shards
+        if isinstance(wrapped, FullyShardedDataParallel):  # FSDP sums the norm over the shards, and clips at once
             norm = wrapped.clip_grad_norm_(limit)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
             self._stop_diverged(norm)
         if not isinstance(wrapped, FullyShardedDataParallel):
-            # Behind the check: dividing by a norm that is no number would make every gradient none.
+            # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         self.log("train/loss", self._step_loss, sync_dist=True)
         self.log("train/grad_norm", norm)
@@ -137,7 +148,7 @@ class BitNetModule(L.LightningModule):
             what = f"the output of {layer} is not finite"
         elif parameter := last_nonfinite_gradient(self.model):
             what = f"the gradient of {parameter} is not finite"
-        else:  # every gradient is a number, and their squares are beyond the largest one
+        else:  # every gradient is finite, but the sum of their squares overflows
             what = f"the norm of the gradient is not finite (the largest is that of {largest_gradient(self.model)})"
         raise Diverged(
             f"step {self.global_step}: {what} (loss {float(self._step_loss):.4g}, gradient norm {float(norm):.4g}): "
@@ -148,7 +159,7 @@ class BitNetModule(L.LightningModule):
         self.validation_sums = LossSums()
 
     def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
-        """Add a batch to the sums; rows beyond the valid ones only keep the ranks in step."""
+        """Add the valid rows of a batch to the sums. The other rows only give every rank the same number of batches."""
         ids, num_valid = batch
         logits = self.model(ids[:, :-1])
         self.validation_sums.add(logits[:num_valid], ids[:num_valid], self.tokenizer)

@@ -1,9 +1,10 @@
-"""Optimizers: AdamW, Muon with AdamW beside it, and classes of the user's own.
+"""A run trains with AdamW, with Muon for hidden matrices and AdamW for the rest, or with a class of the user's own.
 
-Weight decay acts on matrices only. Muon replaces each hidden matrix's momentum by the nearest orthogonal matrix
-(Newton-Schulz; Jordan et al. 2024), so every direction of the matrix moves at the same rate; embeddings, head and
-norms are no maps between hidden spaces and stay with AdamW. For ternary weights a step of equal size everywhere is
-what moves codes: at small scale it gains more than any other choice in the recipe (docs/results.md).
+Weight decay acts on matrices only. Muon replaces the momentum of each hidden matrix by the nearest (semi-)orthogonal
+matrix, computed by Newton-Schulz iterations (Jordan et al. 2024), so every direction of the matrix moves at the same
+rate. Embeddings, the head and norms do not map one hidden space to another, and stay with AdamW. A step of the same
+size in all directions flips more ternary codes: at small scale Muon gains more than any other choice in the recipe
+(docs/results.md).
 """
 
 from __future__ import annotations
@@ -23,9 +24,19 @@ from bitnet_lit.instantiate import instantiate, locate, takes
 
 
 def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Newton-Schulz in the dtype of `matrix` (M, N): its singular values come near to 1, its directions stay."""
+    """Bring the singular values of a matrix near to 1 by Newton-Schulz iterations, and keep its singular vectors.
+
+    Args:
+        matrix: (M, N); its dtype is the dtype of the computation and of the result.
+        coefficients: of the polynomial a x + b x^3 + c x^5 that each iteration applies to the singular values.
+        steps: number of iterations.
+        eps: smallest norm to divide by.
+
+    Returns:
+        (M, N).
+    """
     a, b, c = coefficients
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller Gram matrix
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # so that the Gram matrix is the smaller one
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
@@ -34,15 +45,16 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 class Float32Muon(Muon):
-    """`torch.optim.Muon` with Newton-Schulz in float32 instead of bfloat16, for CPUs.
+    """Runs `torch.optim.Muon` on CPUs, with Newton-Schulz in float32 instead of bfloat16.
 
-    Most CPUs have no bfloat16 arithmetic, and PyTorch's products of it are then plain loops: on AVX2 a step of a small
-    model took ten times as long. State and results are Muon's up to that rounding: checkpoints serve both.
+    Most CPUs have no bfloat16 arithmetic, and PyTorch then multiplies bfloat16 matrices in plain loops: on AVX2 a step
+    of a small model took ten times as long. The results differ from Muon's only by rounding. The state is the same, so
+    a checkpoint fits both classes.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step. `MuonAdamW` has called the closure."""
+        """Do one optimizer step. `closure` must be None, because `MuonAdamW` has already called it."""
         assert closure is None
         for group in self.param_groups:
             lr, momentum = float(group["lr"]), group["momentum"]
@@ -60,15 +72,15 @@ class Float32Muon(Muon):
 
 
 class MuonAdamW(Optimizer):
-    """Muon and AdamW behind one `Optimizer`, so that a training loop, a schedule and a checkpoint see one."""
+    """Combines Muon and AdamW, so that a training loop, a schedule and a checkpoint see one optimizer."""
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self.parts: tuple[Optimizer, ...] = (muon, adamw)
-        # The very group dictionaries of the parts: a schedule that writes a rate here writes it there.
+        # These are the same dictionaries as in the parts, so a learning rate that a schedule sets here is set there.
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both; `closure` recomputes the loss once."""
+        """Do one step of both optimizers. `closure` is called once, and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,20 +90,20 @@ class MuonAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both parts."""
+        """Return the states of both optimizers."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both parts."""
+        """Restore the states of both optimizers."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def _vectors(model: nn.Module) -> set[str]:
-    """Names of norms, biases, and what a scheme's layer has of its own: all that is no weight of a linear layer.
+    """Return the names of norms, biases and a scheme's own parameters: all but the weight matrices.
 
-    Under FSDP every parameter is a flat shard: there the name alone says it.
+    Under FSDP every parameter is a flat shard, so only the name decides.
     """
     is_sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     return {
@@ -102,7 +114,7 @@ def _vectors(model: nn.Module) -> set[str]:
 
 
 def _outer(model: nn.Module) -> set[str]:
-    """Names of embeddings and of the head, which are no maps between hidden spaces."""
+    """Return the names of embeddings and of the head, which do not map one hidden space to another."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name
@@ -115,7 +127,7 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def _groups(named: Named, vectors: set[str], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices, which decay, and vectors, which do not."""
+    """Return the parameter groups: matrices with weight decay, and vectors without it."""
     groups = [
         {"params": [p for name, p in named if name not in vectors], "weight_decay": weight_decay},
         {"params": [p for name, p in named if name in vectors], "weight_decay": 0.0},
@@ -124,10 +136,10 @@ def _groups(named: Named, vectors: set[str], weight_decay: float) -> list[dict[s
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig | CustomOptim) -> Optimizer:
-    """The optimizer of `config` over all parameters of `model`; matrices decay, vectors do not.
+    """Return the optimizer of `config` for all trainable parameters of `model`. Weight decay acts on matrices only.
 
     Raises:
-        UserError: a class of the user's own that cannot be made, or is no optimizer.
+        UserError: a class of the user's own cannot be made, or is no optimizer.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     vectors = _vectors(model)
@@ -166,7 +178,7 @@ def _custom_optimizer(groups: list[dict[str, Any]], config: CustomOptim) -> Opti
 
 
 def _check_shapes(part: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
-    """Refuse moments of other shapes than the parameters': `load_state_dict` takes them, and the first step fails."""
+    """Refuse moments with other shapes than the parameters: `load_state_dict` accepts them, but a step would fail."""
     parameters = [parameter for group in part.param_groups for parameter in group["params"]]
     for number, parameter in enumerate(parameters):
         for name, value in saved.get(number, {}).items():
@@ -178,10 +190,13 @@ def _check_shapes(part: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
 
 
 def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Give a new optimizer the moments of `saved`; rates and decay stay its own.
+    """Load the moments of `saved` into a new optimizer, which keeps its own learning rates and weight decay.
+
+    Args:
+        saved: the `state_dict` of the optimizer of another run.
 
     Raises:
-        UserError: another optimizer, or one of other parameters.
+        UserError: `saved` comes from another optimizer, or from one with other parameters.
     """
     parts: list[Any] = [*optimizer.parts] if isinstance(optimizer, MuonAdamW) else [optimizer]
     states = saved.get("parts", [saved])

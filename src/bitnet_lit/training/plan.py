@@ -1,4 +1,8 @@
-"""The plan of a run: what the lengths and sizes in the config come to, printed before the first step."""
+"""The plan of a run is computed from the lengths and sizes in the config, and printed before the first step.
+
+It turns tokens and epochs into optimizer steps, checks that the model fits into memory, and estimates compute and
+memory.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +31,9 @@ from bitnet_lit.terminal import console
 
 
 def _check_nodes(num_nodes: int) -> None:
-    """Refuse several nodes where nothing says which: the first one would wait for the others for ever."""
+    """Refuse several nodes when nothing says where they are: the first one would wait for the others for ever."""
     if num_nodes == 1:
-        return  # asking the environments starts MPI, where mpi4py is installed
+        return  # `detect` below starts MPI where mpi4py is installed
     known = "MASTER_ADDR" in os.environ or any(
         environment.detect()
         for environment in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
@@ -42,16 +46,16 @@ def _check_nodes(num_nodes: int) -> None:
 
 
 def _trains_on_cpu(trainer: TrainerConfig) -> bool:
-    """Whether the network's weights are trained in the machine's own memory."""
+    """Return whether the run trains on the CPU, so in the machine's main memory."""
     no_gpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     return trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and no_gpu)
 
 
 def world_size(trainer: TrainerConfig) -> int:
-    """Processes that `trainer` asks for: devices of a node times nodes.
+    """Return the number of processes that `trainer` asks for: devices of a node times nodes.
 
     Raises:
-        UserError: devices that are none, or nodes that cannot find each other.
+        UserError: `trainer.devices` names no device, or the nodes cannot find each other.
     """
     _check_nodes(trainer.num_nodes)
     devices = trainer.devices
@@ -74,10 +78,10 @@ def world_size(trainer: TrainerConfig) -> int:
 
 
 def time_limit(max_time: str | None) -> timedelta | None:
-    """trainer.max_time, DD:HH:MM:SS, as a length of time; it counts from the first step of each process.
+    """Convert `trainer.max_time` (DD:HH:MM:SS) to a length of time. It counts from the first step of each process.
 
     Raises:
-        UserError: written otherwise.
+        UserError: `max_time` is not written as DD:HH:MM:SS.
     """
     if max_time is None:
         return None
@@ -90,28 +94,32 @@ def time_limit(max_time: str | None) -> timedelta | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths in optimizer steps and tokens."""
+    """Holds the lengths of a run, in optimizer steps and tokens."""
 
     steps: int
+    """Optimizer steps of the run."""
     warmup_steps: int
+    """Optimizer steps of the learning rate's warm-up."""
     schedule_steps: int
-    """The length the learning rate's curve is drawn for."""
+    """Optimizer steps over which the learning rate follows its curve; `schedule.total_steps`, or `steps`."""
     validation_steps: int
     """Optimizer steps between validations."""
     samples_per_step: int
+    """Sequences of an optimizer step, over all devices and accumulated batches."""
     sequence_length: int
+    """Tokens that a sequence predicts."""
     train_sequences: int | None
-    """Of an epoch; None where the data does not say."""
+    """Sequences of an epoch; None where the data does not say."""
     accounting: Accounting
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all devices."""
+        """Tokens of an optimizer step, over all devices and accumulated batches."""
         return self.samples_per_step * self.sequence_length
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Tokens of the whole run."""
         return self.steps * self.tokens_per_step
 
     @property
@@ -123,7 +131,7 @@ class Plan:
 
 
 def _sizes(config: TrainConfig) -> ModelConfig:
-    """The sizes of the network of this package."""
+    """Return `config.model`, which must be a network of this package."""
     assert isinstance(config.model, ModelConfig), "a network of the user's own is counted when it is built"
     return config.model
 
@@ -131,15 +139,15 @@ def _sizes(config: TrainConfig) -> ModelConfig:
 def make_plan(
     config: TrainConfig, sequence_length: int, train_sequences: int | None, counted: Accounting | None = None
 ) -> Plan:
-    """Fill in every length that the config leaves open.
+    """Compute the plan of a run, with every length that the config leaves open filled in.
 
     Args:
-        sequence_length: tokens a sequence predicts.
+        sequence_length: tokens that a sequence predicts.
         train_sequences: sequences in the training split; None where the data does not say.
-        counted: the counts of a network of the user's own; None: those of `config.model`.
+        counted: the parameter counts of a network of the user's own; None computes those of `config.model`.
 
     Raises:
-        UserError: lengths that do not fit, or that need to know the length of an epoch.
+        UserError: the lengths contradict each other, or they need the length of an epoch, which is not known.
     """
     trainer, schedule = config.trainer, config.schedule
     samples_per_step = config.data.batch_size * trainer.accumulate_grad_batches * world_size(trainer)
@@ -182,17 +190,18 @@ def make_plan(
 
 
 def _machine_memory_bytes() -> float:
-    """The most bytes that this process may have: the machine's memory, or its control groups' limit."""
+    """Return the bytes that this process may use: the machine's memory, or the lower limit of its control groups."""
     return min(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), memory_limit())
 
 
 def check_memory(config: TrainConfig) -> None:
-    """Refuse a model whose weights this machine cannot hold, before it tries to.
+    """Refuse a model that does not fit into this machine's memory, before it is built.
 
-    The weights are made on the CPU, wherever they go then; on a CPU gradients and optimizer states join them.
+    The weights are always made in main memory, and move to the device later. A run on the CPU also keeps gradients and
+    optimizer states there.
 
     Raises:
-        UserError: with both sizes.
+        UserError: the model needs more than this machine has. The text gives both sizes.
     """
     model = _sizes(config)
     count = account(model, config.quant)
@@ -209,15 +218,15 @@ def check_memory(config: TrainConfig) -> None:
 
 
 def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
-    """Peak bytes of one device, roughly: parameters with optimizer states, activations, logits.
+    """Estimate the peak memory of one device, in bytes: parameters, gradients, optimizer states, activations, logits.
 
-    Activations per token and layer: about 14 hidden and 8 feed-forward vectors in float32 (inputs of norms, int8
-    codes, rotated heads, gate and up); with gradient checkpointing only the layer's input. Logits count three times
-    (values, their float32 copy, their gradient). Measured peaks lie within a factor of 1.5.
+    Each token keeps about 14 vectors of the hidden size and 8 of the feed-forward size per layer: inputs of norms, int8
+    codes, rotated heads, gate and up. With gradient checkpointing it keeps only the input of the layer. Logits count
+    three times: the values, their float32 copy, and their gradient. Measured peaks lie within a factor of 1.5.
     """
     tokens = config.data.batch_size * plan.sequence_length
     states, model = plan.accounting.training_bytes(config.optim.STATES), config.model
-    if isinstance(model, CustomNetwork):  # what it keeps for the backward pass is not known
+    if isinstance(model, CustomNetwork):  # the activations that it keeps for the backward pass are not known
         return states + tokens * 12 * model.vocabulary
     assert model.vocab_size is not None
     per_token_layer = 14 * model.hidden_size + 8 * model.intermediate_size
@@ -229,7 +238,7 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
 
 
 def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
-    """A table of the run on the terminal; `facts` are rows to put first (data, device, folder)."""
+    """Print a table of the run on the terminal. `facts` are the first rows: run folder, data, device."""
     count = plan.accounting
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows: dict[str, Any] = {

@@ -1,8 +1,9 @@
-"""Going on with a run: its config.yaml, and the checkpoint it starts from.
+"""A resumed run goes on from a checkpoint, with the config in its config.yaml.
 
-A run is resumed with the config it began with, not with today's defaults; overrides on the command line go on top.
-config.yaml is read as plain data: a run folder may be somebody else's. A class that it names (a `_target_`) is not
-imported unless the user names it too (`allow=`), or it is harmless (see `instantiate.py`).
+That is the config the run began with, not today's defaults. Overrides on the command line change it.
+
+A run folder may come from somebody else, so config.yaml is read as plain data. A class that it names (a `_target_`) is
+imported only if the user names it too (`allow=`), or if it is known to be harmless (see `instantiate.py`).
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write the whole config, every default filled in, with paths that hold from everywhere.
+    """Write config.yaml: the whole config with every default filled in, and with absolute paths for the data.
 
-    It does not say whether the run was resumed: the folder of a run that was is that of one that was not.
+    `resume` is not written, so the folder of a resumed run is the same as that of an uninterrupted one.
     """
     values = as_values(config) | {"resume": None, "allow": []}
     for key in ("dir", "tokenizer"):
@@ -52,15 +53,15 @@ def save_config(config: TrainConfig, run_dir: Path) -> None:
 
 
 def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The config to go on with.
+    """Return the config that a resumed run goes on with.
 
     Args:
         resume: a run folder, or a checkpoint in one: `<run folder>/checkpoints/best.ckpt`.
-        overrides: `key=value` to change, in Hydra's grammar (`as_typed` gives it); keys of values only, a group
-            (optim=muon) would be another run.
+        overrides: changes of single values, `key=value` in Hydra's grammar (`as_typed` writes it). A group such as
+            optim=muon is refused, because it would make another run.
 
     Raises:
-        UserError: no run folder, nothing to resume from, or an override that cannot be.
+        UserError: there is no run folder, it holds nothing to resume from, or an override is not possible.
     """
     folder, _ = find_run(resume)
     path = folder / CONFIG_NAME
@@ -86,37 +87,43 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     except (TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}): put the run's own there") from None
+        raise UserError(
+            f"{path}: damaged ({' '.join(str(error).split())}): put the {CONFIG_NAME} of the run there"
+        ) from None
     if before != _length(config.trainer) and config.schedule.total_steps is None:
         raise UserError(
             f"resume={resume} with another length than trainer.max_steps={before[0]}: it would move the learning "
             f"rate's curve: add schedule.total_steps={before[0]} to keep the curve, or the new length to stretch it"
         )
-    same = Path(config.run_dir).absolute() == folder.absolute()  # as it was written: it stands in metrics.json
+    same = Path(config.run_dir).absolute() == folder.absolute()  # then run_dir stays as it was typed at first
     config = replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
-    # config.yaml keeps the names that it has. They are set last: a new TrainConfig imports what it names.
+    # config.yaml keeps these names. They are set last, because making a TrainConfig imports the classes that it names.
     config.quant._target_ = config.quant._target_ or target
     config.schemes = schemes if isinstance(schemes, list) else []
     return config
 
 
 def _length(trainer: Any) -> tuple[Any, ...]:
-    """What says how long a run is."""
+    """Return the three values that say how long a run is."""
     return trainer.max_steps, trainer.max_tokens, trainer.max_epochs
 
 
 def _check_classes(saved: dict[str, Any], path: Path, resume: str, typed: Sequence[tuple[str, Any]]) -> str | None:
-    """Make sure that the user has named the classes that a saved config names, and import schemes that were typed.
+    """Make sure that the user has named the classes that a saved config names, and import the schemes that were typed.
 
-    A scheme that is known already (built in, registered, installed) needs no import: it is looked up by its name.
+    A scheme that is already known (built in, registered, installed) is looked up by its name and not imported.
+
+    Args:
+        saved: the content of config.yaml. `schemes`, `allow` and `quant._target_` are removed from it.
+        typed: keys and values that the user typed.
 
     Returns:
-        quant._target_ of the saved config, which is taken out of it.
+        `quant._target_` of the saved config.
 
     Raises:
-        UserError: a class that nobody but the folder has named.
+        UserError: only the folder names a class, and the user does not.
     """
-    saved.pop("schemes", None)  # of the model that the run began with
+    saved.pop("schemes", None)  # they belong to the model that the run began with
     saved.pop("allow", None)
     allowed: list[str] = []
     for key, value in typed:
@@ -139,7 +146,7 @@ def _check_classes(saved: dict[str, Any], path: Path, resume: str, typed: Sequen
 
 
 def _apply(cfg: Any, override: str, resume: str) -> None:
-    """Change one value of a saved config; in an open slot any key may be added, and null takes an entry out."""
+    """Change one value of a saved config. In an open slot any key may be added, and null removes an entry."""
     key, value = parsed(override)
     present = OmegaConf.select(cfg, key, default=None)
     is_entry = OmegaConf.is_dict(present) and OmegaConf.get_type(present) is dict and key.count(".") > 1
@@ -157,8 +164,8 @@ def _apply(cfg: Any, override: str, resume: str) -> None:
         raise UserError(f"resume={resume}: {unknown_key('train', key, known)}") from None
 
 
-# OmegaConf takes `${...}` for a reference and `???` for a value that is missing. A NUL, which neither YAML nor a
-# command line can hold, keeps text the text that it is.
+# OmegaConf reads `${...}` as a reference and `???` as a missing value. A NUL character inside makes it leave such text
+# alone. Neither YAML nor a command line can hold a NUL, so every NUL is one of these and can be removed again.
 def _guarded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _guarded(item) for key, item in value.items()}
@@ -183,15 +190,15 @@ def _unguarded(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run goes on from; its tensors stay in the file.
+    """Describes the checkpoint that a run goes on from. Its tensors stay in the file.
 
     Attributes:
-        folder: the run's.
-        path: the checkpoint.
-        step: optimizer steps that it has behind it.
-        shapes: of the network's tensors, by name.
-        state: of the callback `Checkpoints`: the best loss so far, what was written, what the run is; empty where the
-            checkpoint has none.
+        folder: the run folder.
+        path: the checkpoint file.
+        step: optimizer steps that are done.
+        shapes: shapes of the network's tensors, by name.
+        state: `state_dict` of the callback `Checkpoints`: the best loss so far, what was written, and the run's
+            identity; empty where the checkpoint has none.
     """
 
     folder: Path
@@ -201,17 +208,17 @@ class Start:
     state: dict[str, Any]
 
     def check_identity(self, now: dict[str, Any]) -> None:
-        """Compare what the run was with what it is now (see `identity.py`).
+        """Compare the run's identity in the checkpoint with the one it has now (see `identity.py`).
 
         Raises:
             UserError: they differ.
         """
         saved = self.state.get("identity")
-        if isinstance(saved, dict):  # earlier versions noted none
+        if isinstance(saved, dict):  # checkpoints of earlier versions hold no identity
             check_identity(saved, now, str(self.folder))
 
     def check_weights(self, model: nn.Module) -> None:
-        """Compare names and shapes of its weights with the network that config.yaml describes.
+        """Compare the names and shapes of the checkpoint's weights with those of the network.
 
         Raises:
             UserError: they differ.
@@ -227,13 +234,13 @@ class Start:
             )
 
     def check_incomplete(self, steps: int, others: dict[str, Any]) -> None:
-        """Make sure that something is left to do in a run of `steps` optimizer steps.
+        """Make sure that a run of `steps` optimizer steps is not complete yet.
 
         Args:
-            others: `callbacks.extra`, one of which may have ended the run.
+            others: `callbacks.extra` of the config. One of these callbacks may have ended the run.
 
         Raises:
-            UserError: nothing is.
+            UserError: the run is complete.
         """
         was_stopped = self.state.get("stopped_by") is not None and self.state["stopped_by"] == others
         if (self.step < steps and not was_stopped) or not self._is_complete():
@@ -248,14 +255,14 @@ class Start:
         raise UserError(f"resume={self.folder}: complete at step {self.step}: give a larger trainer.max_steps to go on")
 
     def _is_complete(self) -> bool:
-        """Whether everything is there that follows from this checkpoint as a run's last one."""
+        """Return whether every file that a run writes at its end exists and belongs to this checkpoint."""
         folder = self.folder
         try:
             reported = read_json(folder / METRICS_NAME, _METRICS, "remove it")["steps"]
         except UserError:
             return False
-        best = self.state.get("best_step", trained_step(folder / MODEL))  # earlier versions did not note it
-        if self.path.name != LAST:  # it may have been typed because last.ckpt is damaged: then that is made again
+        best = self.state.get("best_step", trained_step(folder / MODEL))  # checkpoints of earlier versions lack it
+        if self.path.name != LAST:  # if last.ckpt is damaged, a resume makes it again
             try:
                 read_checkpoint(folder / CHECKPOINTS / LAST)
             except UserError:
@@ -269,10 +276,10 @@ class Start:
 
 
 def read_start(resume: str) -> Start:
-    """The checkpoint that `resume=` names, or the last one of the run folder.
+    """Read the checkpoint that `resume=` names: a checkpoint file, or last.ckpt of a run folder.
 
     Raises:
-        UserError: it is missing or damaged; where best.ckpt is whole, it is offered.
+        UserError: the checkpoint is missing or damaged. If best.ckpt can be read, the text offers it.
     """
     folder, path = find_run(resume)
     try:

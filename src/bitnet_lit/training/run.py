@@ -1,7 +1,7 @@
-"""One run, from a config to a folder: what the command, the tests and notebooks call.
+"""`train` does one run, from a config to a run folder. The command, the tests and notebooks call it.
 
-`runs/folder.py` says what lies in the folder and whose it is, `callbacks/checkpoints.py` how a run that was killed goes
-on.
+`runs/folder.py` says what the folder holds and which run owns it. `callbacks/checkpoints.py` explains how a run that
+was killed goes on.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from bitnet_lit.training.trainer import build_trainer
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of giving them back to the system after every tensor.
+    """Let glibc reuse large blocks of memory instead of giving them back to the system after every tensor.
 
-    Each step allocates the same sizes again; fresh pages must be zeroed at every fault, which cost 13 % of a BitNet
-    step (192 hidden, 4 layers, 8 x 256 tokens) on two CPU cores. Other C libraries do not know the call.
+    Each step allocates the same sizes again. The system zeroes every fresh page at its first use, which cost 13 % of a
+    BitNet step (192 hidden, 4 layers, 8 x 256 tokens) on two CPU cores. Other C libraries do not have mallopt.
     """
     library = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(library, "mallopt"):
@@ -59,7 +59,7 @@ def _keep_freed_memory() -> None:
 
 
 def _quieten() -> None:
-    """Lightning's hints that do not fit: our loader needs no workers, our logger needs no hint."""
+    """Silence Lightning's hints that do not apply here, such as the advice to use more DataLoader workers."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
@@ -76,34 +76,35 @@ def _quieten() -> None:
 
 
 def recipe(config: TrainConfig, plan: Plan) -> dict[str, str]:
-    """How a model was trained, in a few lines of plain text: what its model card says."""
+    """Return how a model was trained, as lines of plain text for its model card."""
     optim = config.optim
     rates = f"{optim.name}, peak {optim.learning_rate:g}, weight decay {optim.weight_decay:g}"
     return {
         "training": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all",
         "optimizer": f"{rates}, {config.schedule.name}, seed {config.seed}",
-        # Stands in the model folder, which goes to others: no path of this machine.
+        # The model folder may be given to others, so it must not hold a path of this machine.
         "started from": Path(config.init_from).name if config.init_from else "random weights",
     }
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train a model; everything it leaves lies in `config.run_dir`.
+    """Train a model. Every file of the run is written to `config.run_dir`.
 
     Returns:
-        The figures at the end: val/loss and its kin over the whole validation split, val/best_loss, train/loss,
-        steps, tokens, parameters, run_dir.
+        The figures at the end of the run: val/loss and the other val/ metrics over the whole validation split,
+        val/best_loss, train/loss, steps, tokens, parameters, run_dir. Losses are in nats per token.
 
     Raises:
-        UserError: a config or data that cannot be trained on, before the first step; data that cannot be read later.
-        TrainingStopped: it diverged, or a signal asked it to stop; the folder can be resumed.
+        UserError: the config or the data cannot be trained on, or the data cannot be read any more.
+        TrainingStopped: the run diverged, or a signal asked it to stop. The run can be resumed from its last
+            checkpoint.
         DiskError: the disk is full.
     """
     _quieten()
     _keep_freed_memory()
     with StopSignals() as signals, contextlib.ExitStack() as holding:
         metrics = _train(config, signals, holding)
-    if signals.number is not None:  # it came too late to stop anything, but whoever started the run waits for its end
+    if signals.number is not None:  # it came too late to stop the run, but its sender expects this exit status
         name = signal.Signals(signals.number).name
         raise TrainingStopped(f"{name}: {config.run_dir} is complete", status=128 + signals.number)
     return metrics
@@ -111,8 +112,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
     run_dir, is_owner = Path(config.run_dir), rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    # What cannot be imported is found before anything is read. The scheme's class is left out: of a resumed run the
-    # folder alone may have named it, where its scheme is known by name.
+    # A class that cannot be imported is reported before any data is read. The class of the scheme is left out: in a
+    # resumed run the folder may be the only one to name it, and then the scheme is looked up by its name.
     slots = {name: values for name, values in as_values(config).items() if name != "quant"}
     for key, target in named_classes(slots):
         locate(target, key)
@@ -141,7 +142,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     if config.init_from and config.init_optimizer and start is None:
         moments = optimizer_state(config.init_from)
     module = BitNetModule(model, config, plan, tokenizer, moments)
-    build_schedule(  # on trial: a class of the user's own that cannot be made is found before the folder is taken
+    build_schedule(  # as a trial, so that a class of the user's own that fails is reported before the folder is taken
         build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps
     )
     if is_owner:
@@ -191,7 +192,12 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
 
 
 def _take_folder(config: TrainConfig, run_dir: Path, start: Start | None, holding: contextlib.ExitStack) -> None:
-    """Make the run folder this run's, free of what killed processes left, with its config in it."""
+    """Take the run folder for this run: remove what killed processes left in it, and write config.yaml.
+
+    Args:
+        start: the checkpoint of a resumed run; None for a new run.
+        holding: keeps the lock on a new run's folder until the run ends.
+    """
     with disk_errors(f"run_dir={run_dir}", refused="give another folder (hydra.run.dir=...)"):
         if start is None:
             run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,19 @@
-"""Learning rate and weight decay as pure functions of the step.
+"""The learning rate and the weight decay are pure functions of the optimizer step.
 
-`cosine`      warm up, then half a cosine to `final_factor`: llama2.c's.
-`two_stage`   BitNet's: linear decay; at `switch_at` the rate drops at once to `second_stage_factor` of where the
-              first stage was heading and goes on falling, and weight decay ends. Large latent weights let codes
-              flip early; small steps without decay let them settle (Training Tips, section 2). The loss falls again
-              after the switch: do not stop early.
-`wsd`         warm up, stay, decay linearly over the last `decay_share`.
+All three schedules begin with a linear warm-up of the learning rate.
 
-Because the curve is a function of (step, total_steps), a resumed run follows the same curve, and a run that is
-resumed with another length would move its switch: the run says so instead.
+`cosine`      The rate falls along half a cosine to `final_factor` of the peak, as in llama2.c.
+`two_stage`   The rate falls linearly. At `switch_at` it drops to `second_stage_factor` of its value and goes on
+              falling, and weight decay ends. A large rate lets ternary codes flip early; small steps without decay let
+              them settle (BitNet's Training Tips, section 2). The loss falls again after the switch, so do not stop
+              before it.
+`wsd`         The rate stays at its peak and falls linearly over the last `decay_share` of the run.
 
-A schedule of the user's own (`schedule._target_`) is such a function, or a scheduler of PyTorch, whose state is kept
-in the checkpoint.
+The curve depends only on (step, total_steps), so a resumed run follows the same curve. A run that is resumed with
+another length would change its curve, so `resume.py` refuses that unless `schedule.total_steps` is given.
+
+A schedule of the user's own (`schedule._target_`) is such a function, or a PyTorch scheduler, whose state is kept in
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,11 +32,17 @@ from bitnet_lit.instantiate import instantiate, locate, takes
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig, warmup_steps: int, total_steps: int) -> float:
-    """Share of the peak learning rate at optimizer step `step` (0 is the first), in [0, 1]."""
+    """Return the learning rate at an optimizer step as a share of its peak, in [0, 1].
+
+    Args:
+        step: the optimizer step; 0 is the first.
+        warmup_steps: steps over which the rate rises linearly to its peak.
+        total_steps: steps of the whole curve, warm-up included.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     final = schedule.final_factor
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # of what follows the warm-up
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))  # 0 after the warm-up, 1 at the end
     if schedule.name == "cosine":
         return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
     if schedule.name == "two_stage":
@@ -46,16 +54,19 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig, warmup_steps: int,
 
 
 def weight_decay_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
-    """Share of the configured weight decay at optimizer step `step`: 1, or 0 in the second stage of two_stage."""
+    """Return the weight decay at an optimizer step as a share of the configured one.
+
+    The share is 0 in the second stage of `two_stage`, and 1 everywhere else.
+    """
     return 0.0 if schedule.name == "two_stage" and step >= schedule.switch_at * total_steps else 1.0
 
 
 class Schedule(LambdaLR):
-    """Applies both factors to every parameter group after each optimizer step.
+    """Sets the learning rate and the weight decay of every parameter group after each optimizer step.
 
     Args:
-        rate: the factor of the peak learning rate at an optimizer step.
-        decay: the factor of the weight decay at an optimizer step.
+        rate: maps an optimizer step to a factor of the peak learning rate.
+        decay: maps an optimizer step to a factor of the configured weight decay.
     """
 
     def __init__(self, optimizer: Optimizer, rate: Callable[[int], float], decay: Callable[[int], float]) -> None:
@@ -71,11 +82,11 @@ class Schedule(LambdaLR):
             group["weight_decay"] = weight_decay * factor
 
     def state_dict(self) -> dict:
-        """The step alone: everything else comes from the config."""
+        """Return only the step; everything else comes from the config."""
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from a saved step; the optimizer's own state already holds the rates that belong to it."""
+        """Go on from a saved step. The state of the optimizer already holds the learning rates of that step."""
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = self.last_epoch + 1
 
@@ -83,10 +94,14 @@ class Schedule(LambdaLR):
 def build_schedule(
     optimizer: Optimizer, config: ScheduleConfig | CustomSchedule, warmup_steps: int, total_steps: int
 ) -> LRScheduler:
-    """The schedule of `config`, which is stepped once per optimizer step.
+    """Return the schedule of `config`, which must be stepped once per optimizer step.
+
+    Args:
+        warmup_steps: optimizer steps of the warm-up.
+        total_steps: optimizer steps of the whole curve, warm-up included.
 
     Raises:
-        UserError: a class of the user's own that cannot be made, or is no schedule.
+        UserError: a class of the user's own cannot be made, or is no schedule.
     """
     if isinstance(config, CustomSchedule):
         return _custom_schedule(optimizer, config, warmup_steps, total_steps)
@@ -107,8 +122,8 @@ def _custom_schedule(optimizer: Optimizer, config: CustomSchedule, warmup_steps:
     if inspect.isclass(target) and issubclass(target, LRScheduler):
         if issubclass(target, ReduceLROnPlateau):
             raise UserError(
-                f"schedule._target_={config._target_}: follows a validation, which a resumed run would not "
-                "repeat: take a schedule that follows the step"
+                f"schedule._target_={config._target_}: depends on validations, and a resumed run does not "
+                "repeat them: take a schedule that follows the step"
             )
         return instantiate(config.call, "schedule", optimizer, **lengths)
     if inspect.isclass(target):

@@ -1,4 +1,7 @@
-"""Lightning's Trainer for a run: the flags of `trainer`, those that a run decides by itself, and `trainer.extra`."""
+"""`build_trainer` makes Lightning's Trainer for a run.
+
+Its flags come from three places: the keys of `trainer`, what every run here decides by itself, and `trainer.extra`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.checkpoint_file import CheckpointIO
 from bitnet_lit.training.plan import Plan
 
-# Flags of Lightning that have a key of their own, or that a run of ours decides by itself.
+# Flags of Lightning's Trainer that `trainer.extra` must not set, and what to do instead.
 _OWN_KEY = "has a key of its own: trainer.{flag}="
 DECIDED = {
     **dict.fromkeys(
@@ -65,10 +68,10 @@ DECIDED = {
 
 
 def extra_flags(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Further flags of Lightning's Trainer; a `_target_` in one becomes an object.
+    """Return the flags of `trainer.extra` for Lightning's Trainer. A value with a `_target_` becomes an object.
 
     Raises:
-        UserError: a flag that Lightning does not have, or that a run decides by itself.
+        UserError: Lightning has no such flag, or the flag is one of `DECIDED`.
     """
     known = list(inspect.signature(L.Trainer.__init__).parameters)[1:]
     flags: dict[str, Any] = {}
@@ -102,7 +105,7 @@ def _plugins(given: Any) -> list[Any]:
 
 def _strategy(config: TrainConfig) -> str | Strategy:
     if config.trainer.strategy == "ddp":
-        # The only buffers are constant tables: no need to send them round before each forward pass.
+        # The only buffers are constant tables, so they need not be broadcast before each forward pass.
         return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.trainer.strategy == "fsdp":
         return FSDPStrategy(auto_wrap_policy={DecoderLayer}, state_dict_type="full")
@@ -110,13 +113,13 @@ def _strategy(config: TrainConfig) -> str | Strategy:
 
 
 def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) -> L.Trainer:
-    """The Trainer of a run.
+    """Return Lightning's Trainer for a run.
 
     Args:
-        parts: its callbacks and loggers.
+        parts: further arguments of the Trainer: its callbacks and loggers.
 
     Raises:
-        UserError: a device that is not there, or flags that do not go together.
+        UserError: the device does not exist, or flags contradict each other.
     """
     options = config.trainer
     extra = extra_flags(options.extra)
@@ -132,8 +135,8 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
             num_nodes=options.num_nodes,
             strategy=_strategy(config),
             precision=options.precision,  # type: ignore[arg-type]  # checked by the schema
-            max_epochs=-1,  # the data has no end: steps count
-            max_steps=-1,  # `Checkpoints` ends the run, so that a resumed one can do what its end still owes
+            max_epochs=-1,  # the data repeats without end, so steps are counted
+            max_steps=-1,  # `Checkpoints` ends the run, so a resumed run can still do the work of the end
             check_val_every_n_epoch=None,
             val_check_interval=plan.validation_steps * options.accumulate_grad_batches,
             accumulate_grad_batches=options.accumulate_grad_batches,
@@ -143,14 +146,14 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
             detect_anomaly=options.detect_anomaly,
             default_root_dir=run_dir,
             num_sanity_val_steps=0,
-            use_distributed_sampler=False,  # the order is ours
-            enable_checkpointing=False,  # so are the checkpoints
+            use_distributed_sampler=False,  # our data module splits the data over the ranks
+            enable_checkpointing=False,  # `Checkpoints` writes them
             enable_progress_bar=config.callbacks.progress_bar,
             **flags,
             **parts,
         )
     except MisconfigurationException as error:
-        # Lightning names no flag. Without extra ones it is the device that is not there.
+        # Lightning's text names no flag. If there are no extra flags, the cause is a device that does not exist.
         where = "trainer.extra" if extra else f"trainer.accelerator={options.accelerator}"
         raise UserError(f"{where}: {error}") from None
     except (TypeError, ValueError) as error:

@@ -1,4 +1,7 @@
-"""What watches a run, one idea a file; `build_callbacks` puts together those that the config asks for."""
+"""Callbacks measure, save and export a run. Each one has its own module.
+
+`build_callbacks` makes those that the config asks for, and puts them into the order in which Lightning must call them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
 from bitnet_lit.training.callbacks.throughput import Throughput
 from bitnet_lit.training.plan import Plan
 
-# Lightning before 2.6 has the first alone.
+# Lightning before 2.6 has only the first.
 AVERAGING = tuple(
     getattr(lightning_callbacks, name)
     for name in ("StochasticWeightAveraging", "WeightAveraging")
@@ -30,10 +33,11 @@ AVERAGING = tuple(
 
 
 def extra_callbacks(config: TrainConfig) -> list[Callback]:
-    """The callbacks of `callbacks.extra`; an entry that is null was taken out.
+    """Return the callbacks of `callbacks.extra`. An entry that is null was removed by the user.
 
     Raises:
-        UserError: one that cannot be made, is no callback, writes checkpoints beside ours, or averages latent weights.
+        UserError: an entry cannot be made, is no callback, writes checkpoints beside ours, averages latent weights, or
+            is a second progress bar; or two entries keep their state under one name.
     """
     made: dict[str, Callback] = {}
     for name, values in config.callbacks.extra.items():
@@ -73,12 +77,13 @@ def build_callbacks(
     facts: dict[str, Any],
     checkpoints: Checkpoints,
 ) -> list[Callback]:
-    """The callbacks of a run, in the order they are called: what writes rows, then what saves, then what exports.
+    """Return the callbacks of a run in the order in which they are called.
 
-    The user's own come before what saves, so that a checkpoint holds what they were after the same step.
+    First come those that measure and the user's own, then `Checkpoints`, then the export of the model folder. So a
+    checkpoint holds the state that the earlier callbacks have after the same step.
 
     Args:
-        facts: plain data that the model folder keeps (see `ExportModelFolder`).
+        facts: plain data for config.json of the model folder (see `ExportModelFolder`).
     """
     wanted = config.callbacks
     callbacks: list[Callback] = []
@@ -86,7 +91,7 @@ def build_callbacks(
         callbacks.append(TernaryHealth(run_dir))
     if wanted.throughput:
         callbacks.append(Throughput(plan, config.trainer.precision))
-    # Generation needs the cache of our own network.
+    # Generation needs the key-value cache, which a network of the user's own does not have.
     if wanted.sample_prompts and tokenizer is not None and isinstance(config.model, ModelConfig):
         callbacks.append(SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens))
     if wanted.profile_steps:

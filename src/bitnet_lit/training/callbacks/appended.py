@@ -1,4 +1,4 @@
-"""Text files that a run appends to at each validation, and that a resumed run cuts where its checkpoint was."""
+"""A run appends to text files at each validation, and a resumed run cuts them where its checkpoint was written."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from pathlib import Path
 
 
 class AppendedFile:
-    """A file of which each checkpoint notes the length, so that nothing stands in it twice after a resume."""
+    """Appends to a file whose length is kept in each checkpoint, so that a resumed run writes nothing twice."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @property
     def num_bytes(self) -> int:
-        """Its length; 0 where it does not exist."""
+        """Length of the file in bytes; 0 where it does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def append(self, text: str) -> None:
-        """Write `text` behind what is there, through to the disk: the checkpoint that follows counts on it."""
+        """Append `text` and flush it to the disk, because the next checkpoint counts its bytes."""
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
 
     def cut(self, num_bytes: int | None) -> None:
-        """Drop what was written behind a checkpoint that noted `num_bytes` (None: it noted nothing)."""
+        """Drop what was written after a checkpoint.
+
+        Args:
+            num_bytes: length of the file in the checkpoint; None where the checkpoint has none, and nothing is dropped.
+        """
         if num_bytes is not None and self.num_bytes > num_bytes:
             os.truncate(self.path, num_bytes)

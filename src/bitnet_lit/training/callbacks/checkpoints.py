@@ -1,16 +1,15 @@
-"""When a run saves, and when it ends.
+"""`Checkpoints` decides when a run saves and when it ends.
 
-A checkpoint is the point behind which nothing is lost: everything that the step before it wrote (rows, samples) is on
-the disk by then, and everything that follows from it (best.ckpt, the model folders, metrics.json) can be made from it
-again. So a run that was killed anywhere goes on like this: what was written behind the checkpoint is dropped, what the
-checkpoint still owed is made, and training goes on.
+Before a checkpoint is written, all rows and samples up to its step are on the disk. What depends on the checkpoint
+(best.ckpt, the model folders, metrics.json) can be made from it again. So a run that was killed at any moment goes on
+in three steps: it drops what was written after the checkpoint, makes the files that are still missing, and trains on.
 
-A run ends at its last step, when its time is up, or when a callback of the user's own sets `trainer.should_stop`
-(EarlyStopping). Whatever ends it, the last validation takes the whole split.
+A run ends at its last step, when its time is up, or when a callback of the user's own sets `trainer.should_stop`, as
+EarlyStopping does. The last validation always covers the whole validation split.
 
-Checkpoints are written at the end of a validation, every `every_n_steps`, and when the run is asked to stop (a signal,
-or data that can no longer be read). One that was written where a validation was due and had not run yet says so; the
-resumed run validates first.
+A checkpoint is written after each validation, every `every_n_steps` optimizer steps, and when the run must stop because
+of a signal or because its data cannot be read any more. If a validation was due at that step and has not run yet, the
+resumed run starts with it.
 """
 
 from __future__ import annotations
@@ -35,24 +34,30 @@ from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, re
 from bitnet_lit.training.loggers import CsvLogger
 
 FIGURES = ("val/", "train/loss", "perf/", "ternary/")
-_TIME_IS_UP = 1  # reasons to stop, as one number that the ranks agree on: 0 none, a signal's number + 1
+# The reason to stop is one number, so that the ranks can agree on the largest: 0 for none, 1 when the time is up, and a
+# signal's number + 1.
+_TIME_IS_UP = 1
 
 
 class Checkpoints(Callback):
-    """Keeps the last state and the one with the lowest validation loss; ends the run.
+    """Writes last.ckpt and best.ckpt (the lowest validation loss), and ends the run.
 
     Args:
+        folder: the folder of the checkpoints.
+        every_n_steps: optimizer steps between checkpoints; None saves only after validations.
         steps: optimizer steps of the run.
-        max_time: after which the run validates, saves and ends; None: no limit.
-        identity: what makes the run what it is, kept in each checkpoint (see `identity.py`).
-        validates_part: whether validations inside the run take a part of the split.
-        others: `callbacks.extra`: a run that one of them ended goes on only when they were changed.
+        max_time: the time after which the run validates, saves and ends; None sets no limit.
+        signals: the signals that ask the run to stop.
+        csv: the logger of metrics.csv, whose rows are flushed to the disk before a checkpoint.
+        identity: the identity of the run, which each checkpoint holds (see `identity.py`).
+        validates_part: whether validations before the last one cover only a part of the validation split.
+        others: `callbacks.extra` of the config. A run that one of these callbacks ended goes on only if they changed.
 
     Attributes:
-        best_loss: lowest val/loss so far, in nats; inf before the first validation.
-        best_step: the step it was measured at; None before the first validation.
+        best_loss: lowest val/loss so far, in nats per token; inf before the first validation.
+        best_step: the optimizer step of `best_loss`; None before the first validation.
         improved: whether the last validation was the best so far.
-        figures: what the last validation and the last step measured.
+        figures: metrics of the last validation and of the last optimizer step.
     """
 
     def __init__(
@@ -76,13 +81,13 @@ class Checkpoints(Callback):
         self.saved_step: int | None = None
         self.validates_part, self.others = validates_part, others
         self._validated_all = False
-        self._stopped_by: dict[str, Any] | None = None  # `others`, where one of them has ended the run
+        self._stopped_by: dict[str, Any] | None = None  # `others`, if one of them has ended the run
         self._ends, self._stops_behind_step = False, False
         self._was_restored = False
         self._deadline = math.inf
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.folder = trainer.strategy.broadcast(self.folder)  # torchrun's ranks do not know the first one's yet
+        self.folder = trainer.strategy.broadcast(self.folder)  # under torchrun only rank 0 knows the folder so far
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -106,8 +111,8 @@ class Checkpoints(Callback):
         ):
             self._validate(trainer)
         elif self.validated_step == trainer.global_step and not self._validates(trainer):
-            # A validation between two regular ones: Lightning has saved its count of steps before adding this one, and
-            # passes the place where it does that only where a validation is due.
+            # The checkpoint was written after a validation outside the regular interval. Lightning had not counted its
+            # step yet, and on resume it counts a step only where a regular validation is due. So the count is set here.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     @staticmethod
@@ -115,25 +120,26 @@ class Checkpoints(Callback):
         return trainer.callbacks  # type: ignore[attr-defined]
 
     def _end(self, trainer: L.Trainer) -> None:
-        """Let the run end behind this step; Lightning then validates once more, wherever the interval stands."""
+        """End the run after this step. Lightning then validates once more, even if no validation is due."""
         self._ends = trainer.should_stop = True
 
     def _owes_whole_validation(self, trainer: L.Trainer) -> bool:
-        """Whether the run ends here, and the whole split was not measured at this step."""
+        """Return whether the run ends here and the whole validation split has not been measured at this step."""
         return trainer.should_stop and not (self._validated_all and self.validated_step == trainer.global_step)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The end of the run: a callback may have asked for it in a validation that took a part of the split."""
+        """Validate on the whole split at the end, if a callback ended the run in a validation on a part of it."""
         if self._owes_whole_validation(trainer):
             loop = trainer.fit_loop.epoch_loop
-            loop._batches_that_stepped -= 1  # which loggers take for the step, and has been counted by now
+            loop._batches_that_stepped -= 1  # loggers read it as the step, and Lightning has already counted this one
             self._validate(trainer)
             loop._batches_that_stepped += 1
 
     def _validate(self, trainer: L.Trainer) -> None:
-        """Run a validation that is owed, between two batches."""
+        """Run a missing validation between two batches."""
         loop, done = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.batch_progress
-        # Saved behind a batch, before Lightning counted it as completed; it does so when it goes on with the next one.
+        # The checkpoint may have been written before Lightning counted the last batch as completed. It is counted for
+        # the validation, and taken back afterwards, because Lightning counts it when it goes on with the next batch.
         is_uncounted = done.current.completed < done.current.processed  # type: ignore[attr-defined]
         if is_uncounted:
             done.increment_completed()
@@ -146,12 +152,12 @@ class Checkpoints(Callback):
             done.total.completed -= 1
 
     def _validates(self, trainer: L.Trainer) -> bool:
-        """Whether a validation is due behind the batch that was last."""
+        """Return whether a validation is due after the last batch."""
         batches, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
         return interval is not None and batches > 0 and batches % interval == 0
 
     def _restore_best(self, step: int) -> None:
-        """Make best.ckpt what the restored state says that it is; where it is lost, begin the search anew."""
+        """Make best.ckpt agree with the restored state. If the best weights are lost, count the best from here."""
         found, why = None, "it is another step's"
         try:
             found = int(read_checkpoint(self.folder / BEST)["global_step"])
@@ -159,7 +165,7 @@ class Checkpoints(Callback):
             why = str(error)
         if found == self.best_step or (step != self.best_step == trained_step(self.folder.parent / MODEL)):
             return
-        if self.best_step != step:  # neither the checkpoint nor the model that was made of it is left
+        if self.best_step != step:  # neither best.ckpt nor the model folder made from it is left
             print(f"note: the best model, of step {self.best_step}, is lost ({why}): this one is taken instead")
             self.best_loss, self.best_step = math.inf, None
             if self.validated_step == step:
@@ -171,7 +177,7 @@ class Checkpoints(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            if trainer.should_stop:  # a callback asks for the end in the middle of a step: it is finished first
+            if trainer.should_stop:  # a callback ends the run in the middle of a step, which is finished first
                 self._stops_behind_step, trainer.should_stop = True, False
             return
         if self._stops_behind_step:
@@ -191,7 +197,7 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def _reason_to_stop(self, trainer: L.Trainer) -> int:
-        """The same number on every rank: a signal may reach them at different steps."""
+        """Return the reason to stop. The ranks agree on it, because a signal may reach them at different steps."""
         reason = _TIME_IS_UP if time.monotonic() >= self._deadline else 0
         if self.signals.number is not None:
             reason = self.signals.number + 1
@@ -201,7 +207,7 @@ class Checkpoints(Callback):
         return reason
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validated_all = trainer.should_stop or not self.validates_part  # as `ValidationOrder` sees it
+        self._validated_all = trainer.should_stop or not self.validates_part  # the same rule as in `ValidationOrder`
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])
@@ -221,25 +227,26 @@ class Checkpoints(Callback):
         self.figures |= {name: float(metrics[name]) for name in metrics if name.startswith(FIGURES)}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what was reached when the data can no longer be read; the weights are those of the last step."""
+        """Save the state of the last optimizer step when the data cannot be read any more."""
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         between_steps = progress.ready == progress.completed and not progress.ready % trainer.accumulate_grad_batches
         if (
             isinstance(exception, DataError)
             and between_steps
-            and trainer.world_size == 1  # one rank alone cannot save
+            and trainer.world_size == 1  # saving needs every rank
             and trainer.training
             and trainer.global_step > (self.saved_step or 0)
         ):
-            with contextlib.suppress(OSError):  # what ended the run is what is told
+            with contextlib.suppress(OSError):  # the user must see the error that ended the run, not this one
                 self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Write last.ckpt; every rank calls it."""
-        self._note_figures(trainer)  # of the last step: a resumed run whose steps are done has no others
+        """Write last.ckpt. Every rank must call this method."""
+        self._note_figures(trainer)  # a resumed run with no steps left takes its figures from the checkpoint
         is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if trainer.training and (is_logged or trainer.global_step >= self.steps):
-            # The row of this step comes now: Lightning writes it (again, to no effect) after the callbacks.
+            # The row of this step must be on the disk now. Lightning logs it again after the callbacks, and `CsvLogger`
+            # ignores the second one.
             names = ("train/", "perf/") if is_logged else ("train/",)  # speeds are measured at logged steps only
             metrics = trainer.logged_metrics
             row = {name: float(metrics[name]) for name in metrics if name.startswith(names)}
@@ -266,17 +273,17 @@ class Checkpoints(Callback):
         self.best_step = state.get("best_step")
         self.figures = state.get("figures", {})
         self.validated_step = state.get("validated_step")
-        self._validated_all = state.get("validated_all", True)  # earlier versions could only end by themselves
+        self._validated_all = state.get("validated_all", True)  # in earlier versions no callback could end a run
         self._stopped_by = state.get("stopped_by")
         self._was_restored = True
         if "validated_step" not in state:
             self._restore_earlier_version(checkpoint, step)
 
     def _restore_earlier_version(self, checkpoint: dict[str, Any], step: int) -> None:
-        """Earlier versions noted the best loss alone: the rest follows from the two files."""
+        """Restore the state from a checkpoint of an earlier version, which held only the best loss."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         if progress["completed"] == progress["processed"] and step < self.steps:
-            self.validated_step = step  # else it is validated (again), for the figures
+            self.validated_step = step  # otherwise the resumed run validates again
         if math.isfinite(self.best_loss):
             try:
                 best = read_checkpoint(self.folder / BEST)

@@ -1,8 +1,8 @@
-"""The model folders of a run: `model/` is the best model so far.
+"""A run writes its best model so far to the model folder `model/`.
 
-At each improvement of the validation loss `model/` is written from best.ckpt. When the run ends with other than its
-best weights, those of the end go to `model_last/`. Both are made from the checkpoints alone, so a run that was killed
-before they were complete makes them when it is resumed.
+When the validation loss improves, `model/` is written from best.ckpt. If the last weights of the run are not the best
+ones, they go to `model_last/`. Both folders are made only from the checkpoints, so a run that was killed before they
+were complete makes them when it is resumed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from bitnet_lit.training.module import BitNetModule
 
 
 class ExportModelFolder(Callback):
-    """Writes the model folders; runs after `Checkpoints`, which knows what an improvement is.
+    """Writes the model folders. It must run after `Checkpoints`, which finds out whether the loss has improved.
 
     Args:
-        facts: plain data for config.json (the length of a sequence, how it was trained).
+        tokenizer: is written into the model folder; None where the data has no tokenizer.
+        facts: plain data for config.json: the length of a sequence, the seed, and how the model was trained.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class ExportModelFolder(Callback):
         last = self.run_dir / MODEL_LAST
         if self.checkpoints.best_step != trainer.global_step:
             self._write(pl_module, LAST, last, trainer.global_step)
-        elif trained_step(last) is not None:  # of an earlier end, before the run was made longer
+        elif trained_step(last) is not None:  # from an earlier end, before the run was made longer
             _remove_model(last)
 
     def _keep_best(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -65,7 +66,7 @@ class ExportModelFolder(Callback):
             self._write(pl_module, BEST, self.run_dir / MODEL, self.checkpoints.best_step)
 
     def _write(self, pl_module: L.LightningModule, checkpoint: str, folder: Path, step: int) -> None:
-        """Make `folder` hold the weights of the checkpoint of `step`, unless it does."""
+        """Write the weights of a checkpoint to `folder`, unless it already holds those of `step`."""
         if trained_step(folder) == step:
             return
         assert isinstance(pl_module, BitNetModule)
@@ -82,9 +83,9 @@ class ExportModelFolder(Callback):
 
 
 def _remove_model(folder: Path) -> None:
-    """Remove what was written into a model folder, and the folder where nothing else lies in it."""
+    """Remove the files that were written into a model folder, and the folder itself if it is then empty."""
     names = written_names(folder)
-    for name in sorted(names, key=CONFIG_NAME.__eq__):  # config.json is last: it says that the folder is a run's
+    for name in sorted(names, key=CONFIG_NAME.__eq__):  # config.json goes last: it marks the folder as a model's
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # a user's own files stay
         folder.rmdir()

@@ -1,4 +1,7 @@
-"""Where the time goes: a Chrome trace and a table of the slowest operations (mode=profile)."""
+"""A run can be profiled (mode=profile): PyTorch's profiler writes a Chrome trace and a table of the slowest operations.
+
+The trace shows every operation on a time line. The table sums the time of each kind of operation.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 
 class Profile(Callback):
-    """Traces `steps` batches after three of warm-up into profile/trace.json and profile/table.txt."""
+    """Traces `steps` batches, after three that are left out, and writes profile/trace.json and profile/table.txt."""
 
     def __init__(self, run_dir: Path, steps: int) -> None:
         self.folder = run_dir / "profile"

@@ -1,4 +1,7 @@
-"""The progress bar: step, loss, learning rate, tokens/s and the time left; plain lines where there is no terminal."""
+"""The progress bar shows the step, the loss, the learning rate, tokens/s and the time left.
+
+Where stderr is not a terminal, such as in a log file, plain lines are printed instead.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from bitnet_lit.terminal import console
 from bitnet_lit.training.plan import Plan
 
-LINE_SECONDS = 10.0  # between lines of a log file
+LINE_SECONDS = 10.0  # least time between two lines in a log file
 
 
 class RichBar(ProgressBar):
-    """One bar for the whole run, counted in optimizer steps."""
+    """Shows one bar for the whole run, counted in optimizer steps."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Stories while a run goes on: what the loss looks like as text."""
+"""A run writes sample texts at each validation, so that its progress can be read as text beside the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from bitnet_lit.training.module import BitNetModule
 
 
 class SampleStories(Callback):
-    """Goes on from each prompt at every validation, greedily, so that two moments compare; appends to samples.txt."""
+    """Continues each prompt at every validation, and appends the texts to samples.txt.
+
+    Tokens are chosen greedily, so texts of different steps differ only by the weights.
+    """
 
     def __init__(self, run_dir: Path, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int) -> None:
         self.file = AppendedFile(run_dir / SAMPLES_NAME)
@@ -31,9 +34,9 @@ class SampleStories(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or not trainer.callback_metrics["val/loss"].isfinite():
-            return  # a model that computes no numbers writes nothing; `Checkpoints` ends the run
+            return  # a model with a loss that is not finite generates nothing useful; `Checkpoints` ends the run
         assert isinstance(pl_module, BitNetModule)
-        assert isinstance(pl_module.model, CausalLM)  # what else there is has no cache to generate with
+        assert isinstance(pl_module.model, CausalLM)  # other networks have no key-value cache to generate with
         generator = Generator(TorchEngine(pl_module.model, pack=False), self.tokenizer)
         stories = generator.generate_batch(self.prompts, self.options)
         self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))

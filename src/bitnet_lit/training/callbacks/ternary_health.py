@@ -1,9 +1,9 @@
-"""Do the ternary weights learn? Shares of the codes, flips between validations, scales.
+"""These figures show whether the ternary weights learn: the shares of the codes, the flips, and the weight scales.
 
-Latent weights move all the time; what the network computes with changes only when one crosses a rounding border and
-its code flips. A healthy run flips much early and less and less towards the end; a matrix with nearly no zeros, or
-nearly only zeros, has lost what the third value is for. Where rows or groups have scales of their own, their mean is
-noted.
+Latent weights move at every step, but the quantized weights change only when a latent weight crosses a rounding
+threshold and its code flips. In a healthy run many codes flip early, and fewer and fewer towards the end. A matrix with
+almost no zeros, or almost only zeros, makes little use of ternary codes. Where rows or groups have their own weight
+scales, the mean of the scales is written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = ("step", "layer", "minus", "zero", "plus", "flip_rate", "weight_scale"
 
 
 def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
-    """int8 codes of any shape -> uint8, four a byte; those that two bits do not hold stay as they are."""
+    """Pack int8 codes of any shape into uint8, four codes per byte. Codes that need more than two bits stay int8."""
     if not scheme.is_ternary:
         return codes
     flat = codes.flatten()
@@ -40,20 +40,21 @@ def _pack(codes: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _unpack(packed: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_pack`, in the shape and on the device of `like`."""
+    """Undo `_pack`; the codes get the shape and the device of `like`."""
     if packed.dtype == torch.int8:
         return packed.to(like.device)
     return unpack_codes(packed.to(like.device)[:, None]).flatten()[: like.numel()].view(like.shape)
 
 
 def _quantized_layers(trained: nn.Module | None, model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
-    """Every quantized layer of `model` and its name, each with its whole matrix as long as it is the current one.
+    """Yield the name of every quantized layer of `model`, and the layer with its whole weight matrix.
 
-    FSDP leaves each rank a part of each matrix, as a flat vector. Here the matrices of one FSDP module (a decoder
-    layer) are put together at a time, on every rank; so all ranks must take all layers.
+    The matrix is whole only until the next layer is taken. Under FSDP each rank holds a part of each matrix, as a flat
+    vector. The matrices of one FSDP module (a decoder layer) at a time are gathered on every rank, so every rank must
+    take all layers.
 
     Args:
-        trained: what the strategy trains: the LightningModule, or a wrapper around it.
+        trained: the module that the strategy trains: the LightningModule, or a wrapper around it.
     """
     layers: dict[BitLinear, str] = {
         layer: name.replace("_fsdp_wrapped_module.", "")
@@ -75,8 +76,8 @@ def _quantized_layers(trained: nn.Module | None, model: nn.Module) -> Iterator[t
 class TernaryHealth(Callback):
     """Logs means over all quantized matrices (ternary/*) and writes a row per matrix to ternary_health.csv.
 
-    The codes of the last validation go into each checkpoint, 2 bits each where they fit, so that a resumed run counts
-    the same flips.
+    Each checkpoint holds the codes of the last validation, so that a resumed run counts the same flips. Ternary codes
+    take 2 bits each.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -90,11 +91,11 @@ class TernaryHealth(Callback):
         for name, layer in _quantized_layers(trainer.strategy.model, pl_module.model):
             codes, weight_scale = layer.quantized_weight()
             codes = codes.to(torch.int8)
-            signs = codes.sign()  # of schemes with more levels: below zero, zero, above zero
+            signs = codes.sign()  # a scheme may have more than three levels: below zero, zero, above zero
             shares = [(signs == sign).float().mean().item() for sign in (-1, 0, 1)]
             previous = self._packed.get(name)
             self._packed[name] = packed = _pack(codes, layer.scheme)
-            flip_rate = float("nan")  # at the first validation, or behind a checkpoint of a version that took parts
+            flip_rate = float("nan")  # at the first validation, and after a checkpoint whose codes have other shapes
             if previous is not None and previous.shape == packed.shape:
                 flip_rate = (codes != _unpack(previous, codes)).float().mean().item()
             rows.append((trainer.global_step, name, *shares, flip_rate, weight_scale.mean().item()))

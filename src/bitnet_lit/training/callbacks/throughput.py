@@ -1,8 +1,8 @@
-"""How fast a run is: tokens/s, model FLOP utilisation, time spent waiting for data, peak memory.
+"""The speed of a run is logged as tokens/s, MFU, the share of time spent waiting for data, and peak memory.
 
-MFU is the arithmetic that the model needs (forward and backward, without recomputation; PaLM, arXiv 2204.02311)
-over what the device can do. The peak is the data sheet's dense figure for known GPUs; elsewhere a large matrix
-product is timed once, in the run's precision, so that MFU compares like with like on any machine.
+MFU (model FLOPs utilization; PaLM, arXiv 2204.02311) is the FLOP/s that the model needs, forward and backward without
+recomputation, divided by the peak FLOP/s of the device. For known GPUs the peak is the dense figure of the data sheet.
+On other devices a large matrix product is timed once, in the precision of the run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DATASHEET_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of five products of two square matrices."""
+    """Return the FLOP/s of a product of two square matrices, the best of five trials."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = float("inf")
@@ -35,7 +35,11 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s to hold a run against."""
+    """Return the peak FLOP/s of a device, from its data sheet or measured.
+
+    Args:
+        precision: the Trainer's precision, such as "32-true" or "bf16-mixed".
+    """
     dtype = torch.float32 if precision.startswith("32") else torch.bfloat16
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -46,7 +50,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The device's peak since the start of the process; for CPU and MPS the process's largest resident size."""
+    """Return the peak memory since the process started: the device's, or on CPU and MPS the process's resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -54,7 +58,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Throughput(Callback):
-    """Logs perf/* at every logging step, over the steps since the last one; validation does not count."""
+    """Logs perf/* at every logging step, measured over the steps since the last one. Validation time is left out."""
 
     def __init__(self, plan: Plan, precision: str) -> None:
         self.plan, self.precision = plan, precision
@@ -79,7 +83,7 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        self._data_seconds += now - self._since  # since the end of the last batch: reading and moving this one
+        self._data_seconds += now - self._since  # from the end of the last batch: loading and moving this one
         self._seconds += now - self._since
         self._since = now
 
@@ -90,7 +94,7 @@ class Throughput(Callback):
             self._steps += 1
         logs = self._steps and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if logs and pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # else the clock stops before the work does
+            torch.cuda.synchronize(pl_module.device)  # otherwise the clock would stop before the GPU has finished
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now
