@@ -1,7 +1,7 @@
-"""An export format: a NumPy file for each tensor, with dequantized float32 weights.
+"""This export format writes a NumPy file for each tensor, with dequantized float32 weights.
 
-`held` and `tensor_names` say what the format can hold; a model that has more is refused with the name of what is too
-much. The export reads the files back and compares them with the model before it calls them done.
+`held` and `tensor_names` say which networks the format supports. Another network is refused, with the name of the part
+that is not supported. The export reads the files back and compares them with the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HELD = {
 
 
 class NpyReader(TensorReader):
-    """The tensors of a folder of .npy files."""
+    """This reader reads the tensors of a folder of .npy files."""
 
     def __init__(self, folder: Path) -> None:
         self.files = {path.stem: path for path in folder.glob("*.npy")}

@@ -1,6 +1,6 @@
-"""What a project of your own adds to bitnet-lit: a few lines for each open slot, and not a line of the package changed.
+"""This project adds its own classes to bitnet-lit: a few lines for each open slot. The package itself is not changed.
 
-`conf/` gives each class a name, so that `--config-dir conf data=sums optim=sgd ...` finds it; README.md has the
+`conf/` gives each class a name, so that `--config-dir conf data=sums optim=sgd ...` finds it. README.md has the
 commands.
 """
 
@@ -20,7 +20,7 @@ from bitnet_lit.quant.weights import Granularity, PerTensor, WeightRule
 
 
 class CountTokens(L.Callback):
-    """A callback: logs how many tokens were seen. Its state goes into the checkpoints, so a resumed run counts on."""
+    """This callback logs the number of tokens so far. Checkpoints store it, so a resumed run goes on counting."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -37,12 +37,12 @@ class CountTokens(L.Callback):
 
 
 class Sums(L.LightningDataModule):
-    """A data module: additions such as "12 + 7 = 19", a character a token; every fourth one is for validation.
+    """This data module has additions such as "12 + 7 = 19". Each character is a token. A quarter is for validation.
 
     Args:
-        batch_size, sequence_length: given by the run.
+        batch_size, sequence_length: set by the run.
         largest: the largest number that is added.
-        folder: where the tokenizer is written.
+        folder: the folder in which the tokenizer is written.
     """
 
     def __init__(self, batch_size: int, sequence_length: int, largest: int = 50, folder: str = "data/sums") -> None:
@@ -58,7 +58,7 @@ class Sums(L.LightningDataModule):
             sentence_iterator=iter(self.lines),
             model_prefix=str(self.tokenizer_path.with_suffix("")),
             model_type="char",
-            vocab_size=17,  # the characters, and the three signs of SentencePiece
+            vocab_size=17,  # the characters, and three special tokens of SentencePiece
             hard_vocab_limit=False,
             minloglevel=2,
         )
@@ -82,10 +82,10 @@ class Sums(L.LightningDataModule):
 
 
 class Mixer(nn.Module):
-    """A network: each token sees the mean of those before it. Its two hidden layers are rounded, `lm_head` is not.
+    """In this network each token sees the mean of all tokens so far. `up` and `down` are quantized, `lm_head` is not.
 
     Args:
-        vocab_size: given by the run.
+        vocab_size: set by the run.
         width: size of the hidden vectors.
     """
 
@@ -97,20 +97,23 @@ class Mixer(nn.Module):
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of ids, int64 (B, T)."""
+        """Return logits (B, T, V) for ids, int64 (B, T)."""
         x = self.embed_tokens(ids)
         x = x + x.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)[:, None]
         return self.lm_head(x + self.down(self.up(self.norm(x)).relu()))
 
 
 def inverse_sqrt(step: int, warmup_steps: int) -> float:
-    """A schedule: a linear warm-up, then 1 / sqrt(step), as a factor of the learning rate (arXiv 1706.03762)."""
+    """Return the learning rate as a factor of its peak: a linear warm-up, then 1 / sqrt(step) (arXiv 1706.03762)."""
     return min((step + 1) / max(1, warmup_steps), (max(1, warmup_steps) / (step + 1)) ** 0.5)
 
 
 @dataclass(frozen=True)
 class ThresholdRule(WeightRule):
-    """Ternary Weight Networks (arXiv 1605.04711): a weight is zero below a part of the mean magnitude."""
+    """This is the rule of Ternary Weight Networks (arXiv 1605.04711).
+
+    A weight becomes 0 if its magnitude is at most `factor` times the mean magnitude.
+    """
 
     factor: float
 
@@ -121,7 +124,7 @@ class ThresholdRule(WeightRule):
         return PerTensor()
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the weight's shape, and the scale: weight ~ codes * scale."""
+        """Return codes in the shape of the weight, and one scale: weight ~= codes * scale."""
         weight = weight.float()
         codes = weight.sign() * (weight.abs() > self.factor * weight.abs().mean())
         return codes, (weight * codes).sum() / codes.abs().sum().clamp(min=1) + 1e-5
@@ -129,7 +132,7 @@ class ThresholdRule(WeightRule):
 
 @dataclass(frozen=True)
 class Threshold(Scheme):
-    """A quantization scheme: its rule for weights; activations are rounded to int8, as every scheme does by default."""
+    """This quantization scheme has a rule for weights. Activations are rounded to 8 bits, the default of a scheme."""
 
     name = "threshold"
     title = "ternary weights by a threshold"

@@ -1,8 +1,8 @@
-"""What is wrong with a command's options, in one line, with the right word for what was meant.
+"""This module turns a wrong option of a command into a one-line error that says what to type.
 
-A key that does not exist is answered, in this order, by what people who come from other trainers mean by it (`WORDS`,
-`ALIASES`), by the key that is spelled nearly like it, or, where none is, by where all keys are listed. A wrong guess is
-worse than none: it sends its reader the wrong way.
+For a key that does not exist it tries these in order: what the key means in other trainers (`WORDS`, `ALIASES`), a key
+that is spelled almost the same, and last the command that prints all keys. A wrong suggestion is worse than none, so a
+key is suggested only if it is very similar.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.schemes import SCHEMES
 
-# ValueError: Hydra's own for a group option that reads as a number (model=15).
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # a UserError is a ValueError
+# Hydra raises a ValueError for an option of a group that is a number (model=15). A UserError is a ValueError too.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 
-# Names that other trainers (lightning-hydra-template, transformers, nanoGPT, llama2.c) have for a key of ours.
+# Names of keys in other trainers (lightning-hydra-template, transformers, nanoGPT, llama2.c), with our names for them.
 ALIASES = {
     "lr": "learning_rate",
     "wd": "weight_decay",
@@ -85,7 +85,8 @@ _EARLY = (
     "it is callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping "
     "callbacks.extra.early.monitor=val/loss"
 )
-# What is no key here, and what does it instead: by the whole key, or by its beginning.
+# Keys and groups of other trainers that this package does not have, and what to use instead. An entry holds for a key
+# and for every key in the group of that name.
 WORDS = {
     "train": {
         "ckpt_path": "resume=<run folder> goes on with a run, init_from=<run folder> starts another from its weights",
@@ -119,7 +120,7 @@ WORDS = {
     "infer": {"ckpt_path": _CHECKPOINT},
     "export": {"ckpt_path": _CHECKPOINT},
 }
-# The same for an option of a group that does not exist.
+# The same for options of groups.
 OPTION_WORDS = {
     "callbacks=early_stopping": _EARLY,
     "callbacks=model_checkpoint": _CHECKPOINTS,
@@ -132,7 +133,7 @@ OPTION_WORDS = {
 
 
 def dotted_keys(node: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a config."""
+    """Return every dotted key of a config, those of groups included."""
     keys = []
     for key, value in node.items():
         keys.append(f"{prefix}{key}")
@@ -142,7 +143,11 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list[str]:
-    """Every dotted key that a command reads, with the options of `groups`, and every group."""
+    """Return every dotted key that a command accepts, and the name of every group.
+
+    Args:
+        groups: the options of groups that the user chose (`optim=muon`), because they can add keys.
+    """
     with hydra.initialize_config_dir(str(conf_dir), version_base="1.3"):
         try:
             cfg = hydra.compose(command, list(groups))
@@ -150,21 +155,28 @@ def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list
             cfg = hydra.compose(command)
     keys = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
     if command == "train":
-        for option in sorted((conf_dir / "quant").glob("*.yaml")):  # settings that other schemes have
+        for option in sorted((conf_dir / "quant").glob("*.yaml")):  # the settings of every scheme
             keys += [f"quant.settings.{setting.name}" for setting in fields(SCHEMES.named(option.stem))]
         keys += [path.name for path in sorted(conf_dir.iterdir()) if path.is_dir()]
     return list(dict.fromkeys(key for key in keys if not key.endswith(("settings.weight_scale", "activation_bits"))))
 
 
 def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
-    """The one of `words` that is spelled nearly like `word`."""
+    """Return the one of `words` that is spelled almost like `word`, or None.
+
+    Args:
+        cutoff: the least similarity, 0 to 1, as in `difflib.get_close_matches`.
+    """
     found = difflib.get_close_matches(word, words, n=3, cutoff=cutoff)
-    swapped = [each for each in found if sorted(each) == sorted(word)]  # modle is model, and not mode
+    swapped = [each for each in found if sorted(each) == sorted(word)]  # "modle" means "model" and not "mode"
     return next(iter([*swapped, *found]), None)
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
-    """The known key that `key` means: under another trainer's name, in another group, or misspelled; or None."""
+    """Return the known key that `key` probably means, or None.
+
+    `key` may be another trainer's name, be in another group, or be misspelled.
+    """
     *path, leaf = key.replace("-", "_").split(".")
     leaf = ALIASES.get(leaf, leaf)
     if leaf in known:
@@ -187,7 +199,7 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
 
 
 def words_for(command: str, key: str) -> str | None:
-    """What is said about a key that other programs have and this one does not."""
+    """Return what to use instead of a key that only other trainers have, or None."""
     parts = key.split(".")
     for end in range(len(parts), 0, -1):
         if words := WORDS.get(command, {}).get(".".join(parts[:end])):
@@ -196,7 +208,7 @@ def words_for(command: str, key: str) -> str | None:
 
 
 def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
-    """The line for a key that nothing reads."""
+    """Return the error line for a key that does not exist."""
     if words := words_for(command, key):
         return f"unknown key '{key}': {words}"
     if near := nearest_key(key, known):
@@ -207,7 +219,7 @@ def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
 
 
 def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
-    """The line for an option that a group does not have."""
+    """Return the error line for an option that a group does not have."""
     if words := OPTION_WORDS.get(f"{group}={name}"):
         return f"unknown {group}={name}: {words}"
     if near := nearest(name, available, 0.6):
@@ -216,10 +228,11 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
 
 
 def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:
-    """Hydra's and OmegaConf's errors in one line.
+    """Return an error of Hydra or OmegaConf as one line.
 
     Args:
-        overrides: what was typed.
+        overrides: the overrides that the user typed.
+        conf_dir: the folder of the config files, from which the known keys are read.
     """
     if isinstance(error, UserError):
         return str(error)

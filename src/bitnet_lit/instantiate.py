@@ -1,10 +1,11 @@
-"""Objects of classes that a config names: `_target_: <module>.<class>` and the arguments beside it.
+"""This module makes the objects that a config names by `_target_: <module>.<class>`, with the arguments beside it.
 
-Hydra's `instantiate` makes them, so `_partial_`, `_args_` and a `_target_` inside an argument mean what they mean in
-every Hydra config. This module adds what a user of ours needs: errors in one line, with the key that was typed, and the
-rule about run folders. A class that a run's config.yaml names is code, and the folder may be somebody else's; so on
-`resume=` it is imported only if its user has named it again (`allow=[my_project]`), or if it is one of those that do
-nothing but compute (`is_harmless`).
+Hydra's `instantiate` makes them, so `_partial_`, `_args_` and a `_target_` in an argument mean the same as in every
+Hydra config. This module adds errors in one line, with the key that was typed, and a rule about run folders.
+
+A class that is named in the config.yaml of a run is code, and the run folder may come from somebody else. So `resume=`
+imports such a class only if the user names it again (`allow=[my_project]`), or if it is on a list of classes that only
+compute (`is_harmless`).
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ HARMLESS = re.compile(
     r"(lightning\.pytorch|pytorch_lightning)\.callbacks\."
     r"(EarlyStopping|LearningRateMonitor|DeviceStatsMonitor|Timer)"
 )
-"""Classes that read and write no file and call nothing that an argument names."""
+"""Classes that do not read or write files, and do not call functions that are named in their arguments."""
 
 
 def is_harmless(target: str) -> bool:
-    """Whether a class only computes: an optimizer or schedule of PyTorch, or a callback of Lightning from a list."""
+    """Return whether a class only computes: a PyTorch optimizer or scheduler, or one of four Lightning callbacks."""
     return HARMLESS.fullmatch(target) is not None
 
 
 def named_classes(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every `_target_` in plain data, at any depth: its dotted key and its value."""
+    """Yield every `_target_` in plain data, at any depth, as its dotted key and its value."""
     if isinstance(values, Mapping):
         for name, value in values.items():
             if name == TARGET:
-                if value is not None:  # a group that takes a class, and has none
+                if value is not None:  # None: the group can name a class, and does not
                     yield key, str(value)
             else:
                 yield from named_classes(value, f"{key}.{name}" if key else str(name))
@@ -53,16 +54,17 @@ def named_classes(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def check_allowed(
     values: Mapping[str, Any], allowed: Sequence[str], where: str, typed: str, option: str = "allow"
 ) -> None:
-    """Refuse plain data of a folder that names a class which its user has not named.
+    """Refuse the data of a folder if it names a class that the user has not named.
 
     Args:
+        values: the data, as read from the folder.
         allowed: modules, packages and classes that the user trusts.
         where: the file, for the error.
-        typed: what the user typed, for the error: its remedy goes on from it.
-        option: the key by which the user names classes.
+        typed: what the user typed; the remedy in the error is this text with `option` added.
+        option: the key by which the user names trusted classes.
 
     Raises:
-        UserError: with what to type, if the classes are trusted.
+        UserError: the data names such a class.
     """
     foreign = [
         target
@@ -72,13 +74,13 @@ def check_allowed(
     if foreign:
         names = ",".join(dict.fromkeys([*allowed, *foreign]))
         raise UserError(
-            f"{where}: names the class {foreign[0]}, and what a folder names is not imported by itself: if you trust "
-            f"it: {typed} {option}=[{names}]"
+            f"{where}: names the class {foreign[0]}, and a class that a folder names is imported only if you allow it: "
+            f"if you trust it: {typed} {option}=[{names}]"
         )
 
 
 def _place(error: BaseException) -> str:
-    """Where in a file of the user's own an error was raised, for one line."""
+    """Return the file and line of the user's own code where an error was raised, or an empty text."""
     libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent))
     own = [
         frame
@@ -89,14 +91,18 @@ def _place(error: BaseException) -> str:
 
 
 def locate(target: str, key: str) -> Any:
-    """The class or function of the name `target`.
+    """Import and return a class or function.
+
+    Args:
+        target: <module>.<class> or <module>.<function>.
+        key: the key that has this `_target_`, for the error.
 
     Raises:
         UserError: it cannot be imported.
     """
     try:
         return resolve_name(target)
-    except Exception as error:  # whatever the user's module raises
+    except Exception as error:  # importing the user's module can raise anything
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -107,14 +113,17 @@ def locate(target: str, key: str) -> Any:
 
 
 def takes(target: Any, name: str) -> bool:
-    """Whether a class or function has an argument of this name; of a class with `**options`, whether its base has."""
+    """Return whether a class or function has an argument of this name.
+
+    A class whose constructor has `**options` passes them to its base class, so the base class is asked too.
+    """
     constructors = [target]
     if inspect.isclass(target):
         constructors = [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
     for constructor in constructors:
         try:
             parameters = inspect.signature(constructor).parameters
-        except (TypeError, ValueError):  # written in C
+        except (TypeError, ValueError):  # a function written in C has no signature
             return False
         if name in parameters:
             return True
@@ -124,7 +133,10 @@ def takes(target: Any, name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    r"""Values with `\${` where `${` is meant as text: the config is resolved already, and Hydra resolves it again."""
+    r"""Return values with every `${` escaped as `\${`.
+
+    The config is resolved already, so a `${` that is left is text. Hydra would resolve it again.
+    """
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     if isinstance(value, Mapping):
@@ -133,15 +145,16 @@ def _plain(value: Any) -> Any:
 
 
 def instantiate(values: Mapping[str, Any], key: str, *arguments: Any, **options: Any) -> Any:
-    """The object that `values` describe: `_target_`, and the arguments beside it.
+    """Make the object that `values` describe by `_target_` and the arguments beside it.
 
     Args:
-        key: where `values` stand in the config, for errors.
-        arguments: further arguments, in front of those that `values` hold.
-        options: further arguments by name; they win over those that `values` hold.
+        values: `_target_` and arguments.
+        key: the key of `values` in the config, for errors.
+        arguments: positional arguments, which come before those in `values`.
+        options: keyword arguments, which replace those of the same name in `values`.
 
     Raises:
-        UserError: no class is named, it cannot be imported or made; one line.
+        UserError: no class is named, the class cannot be imported, or making the object fails.
     """
     import hydra.utils
 
@@ -157,7 +170,7 @@ def instantiate(values: Mapping[str, Any], key: str, *arguments: Any, **options:
         return make(*arguments, **options)
     except UserError:
         raise
-    except Exception as error:  # whatever the class raises
+    except Exception as error:  # the constructor can raise anything
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

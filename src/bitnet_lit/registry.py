@@ -1,12 +1,12 @@
-"""Named classes that users add to: quantization schemes and export formats.
+"""A registry finds classes by their names: quantization schemes and export formats. Users can add their own.
 
-A class is known by its `name` when it is built in, when `register` was given it, when its user names it as
-<module>.<class>, or when an installed package has an entry point for it::
+A registry knows a class by its `name` if the class is built in, if it was passed to `register`, if the user gives it as
+<module>.<class>, or if an installed package has an entry point for it::
 
     [project.entry-points."bitnet_lit.schemes"]
     threshold = "my_package.schemes:Threshold"
 
-A file that is opened can say a name, and never make anything be imported that its user has not named or installed.
+A file that is opened can only give a name. It never causes an import of code that its user has not named or installed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
 class Registry(Generic[T]):
-    """The classes of one kind, by their names.
+    """A Registry holds the classes of one kind by their names.
 
     Args:
-        base: what they derive from; frozen dataclasses whose fields are settings, with a class attribute `name`.
-        what: what one of them is ("quantization scheme").
-        key: the key that chooses one of them on the command line ("quant.name").
-        group: of the entry points that name further ones.
-        remedy: how a user names a class of their own.
-        reserved: names that no setting may have, because a key beside the settings has it.
+        base: the base class. Subclasses are frozen dataclasses whose fields are settings, with a class attribute
+            `name`.
+        what: the kind of class, for errors ("quantization scheme").
+        key: the key that chooses a class on the command line ("quant.name").
+        group: the group of entry points in which installed packages list their classes.
+        remedy: the end of an error, which says how users name classes of their own.
+        reserved: names that a setting may not have, because other keys beside the settings have them.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class Registry(Generic[T]):
 
     @cached_property
     def _installed(self) -> dict[str, EntryPoint]:
-        """Entry points of installed packages by their names; nothing is imported yet."""
+        """The entry points of installed packages, by their names. Reading them imports nothing."""
         return {point.name: point for point in entry_points(group=self._group)}
 
     def register(self, cls: C) -> C:
-        """Make a class known by its name; usable as a decorator.
+        """Add a class under its `name`, and return it, so that this can be used as a decorator.
 
         Raises:
-            UserError: it does not derive from the base, its name is taken by another class, or a setting has the name
-                of another key.
+            UserError: the class does not derive from the base, another class has its name, or a setting has the name of
+                another key.
         """
         given: Any = cls
         name = getattr(given, "name", None)
@@ -74,14 +75,14 @@ class Registry(Generic[T]):
 
     @property
     def names(self) -> list[str]:
-        """Every name that is known, those of installed packages behind the others."""
+        """Every known name; those of installed packages come last."""
         return list(dict.fromkeys([*self.registered, *self._installed]))
 
     def named(self, name: str) -> type[T]:
-        """The class of a name.
+        """Return the class with this name.
 
         Raises:
-            UserError: an unknown name, or an installed package whose class cannot be taken.
+            UserError: the name is unknown, or the class of an installed package cannot be imported or registered.
         """
         if name not in self.registered and name in self._installed:
             self._take_installed(name)
@@ -94,7 +95,7 @@ class Registry(Generic[T]):
         package = point.dist.name if point.dist else point.value
         try:
             found = point.load()
-        except Exception as error:  # a package of somebody else: whatever its import raises
+        except Exception as error:  # importing somebody else's package can raise anything
             reason = one_line(error, 200)
             raise UserError(
                 f"{self._key}={name}: the package {package} names {point.value} for it, which cannot be imported "
@@ -108,13 +109,14 @@ class Registry(Generic[T]):
             )
 
     def imported(self, target: str, given: str) -> type[T]:
-        """Import and register the class that a user names, <module>.<class>.
+        """Import and register a class that the user names.
 
         Args:
-            given: how it was named, for the error.
+            target: <module>.<class>.
+            given: the option as the user gave it, for the error.
 
         Raises:
-            UserError: no such module or class, or one of another kind.
+            UserError: there is no such module or class, or the class is of another kind.
         """
         try:
             found = resolve_name(target)
@@ -128,15 +130,16 @@ class Registry(Generic[T]):
 
 
 def with_settings(cls: type[T], settings: Mapping[str, Any], key: str) -> T:
-    """An object of a registered class.
+    """Make an object of a registered class.
 
     Args:
-        key: what chose the class, for the error ("quant=b158").
+        settings: values of the fields of `cls`; the others have their defaults.
+        key: the option that chose the class, for the error ("quant=b158").
 
     Raises:
-        UserError: a setting that the class does not have, or a value that does not fit.
+        UserError: the class has no such setting, or a value is refused.
     """
-    # An annotation is a text where its module postpones them, and the type itself elsewhere.
+    # Under `from __future__ import annotations` the type of a field is a string, and otherwise the type itself.
     kinds = {
         field.name: getattr(field.type, "__name__", str(field.type))
         for field in fields(cls)  # type: ignore[arg-type]

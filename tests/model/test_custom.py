@@ -123,7 +123,7 @@ def test_what_is_rounded_and_counted():
         (["model._target_=builtins.dict"], "dict: is no network"),
         ([f"model._target_={HERE}.Plain", "~model.width"], r"has no nn.Linear to round .* take quant=none"),
         (["model.widht=3"], "did you mean width"),
-        (["export.targets=[packed]"], "Mixer has its model folder alone"),
+        (["export.targets=[packed]"], "Mixer is saved as a model folder only"),
         (["trainer.strategy=fsdp", "optim=adamw"], "take trainer=ddp"),
         (["init_from=x"], "leave one of them out"),
     ],

@@ -1,10 +1,11 @@
-"""The schema: every key a user can set, with its type, its unit and its default meaning.
+"""The schema has every key that a user can set, with its type, its unit, its default and its meaning.
 
-Hydra composes YAML from `conf/` onto these dataclasses, so an unknown key or a wrong type is refused before
-anything runs. YAML selects values, these classes validate them (`__post_init__`, with a remedy in the message), and
-the code below the commands sees only these objects, never a dictionary.
+Hydra composes the YAML files of `conf/` onto these dataclasses, so an unknown key or a wrong type is refused before
+anything runs. YAML selects values, and these classes validate them in `__post_init__`, with a remedy in the message.
+All other code gets these objects and never a dictionary.
 
-Names follow Hugging Face for models (`hidden_size`, `num_key_value_heads`), PyTorch and Lightning for training.
+The names of keys are Hugging Face's for models (`hidden_size`, `num_key_value_heads`), and those of PyTorch and
+Lightning for training.
 """
 
 from bitnet_lit.config.commands import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig

@@ -1,8 +1,8 @@
-"""Checks of values: ranges of numbers, declared beside the fields, and names from a list.
+"""These checks validate the values of the schema: ranges of numbers, and names from a list.
 
-Each numeric field of the schema has its `Range` in the class's RANGES, and `Checked` compares all of them when an
-object is made: a NaN, an infinity or an absurd number is refused with the key, the value and what it must be, before
-anything is computed with it.
+Each numeric field of the schema has its `Range` in RANGES of its class. `Checked` compares every number with its range
+when an object is made. So a NaN, an infinity or an absurd number is refused before anything is computed with it, with
+an error that has the key, the value and what it must be.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bitnet_lit.errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a key takes: from `least` to `most`, and `also`.
+    """A Range has the numbers that a key accepts: those from `least` to `most`, and those in `also`.
 
     Args:
-        open_left, open_right: whether the ends themselves are left out.
-        also: numbers outside that have a meaning of their own, such as 0 for "off".
-        must: what it must, in words; the range otherwise.
+        open_left, open_right: whether `least` or `most` itself is refused.
+        also: numbers outside the range that have a meaning of their own, such as 0 for "off".
+        must: the words after "must" in the error; empty: words made from the range.
     """
 
     least: float
@@ -49,22 +49,22 @@ class Range:
         return "be greater than zero" if 0 <= self.least <= 1 else f"be {self.least} or more"
 
     def check(self, key: str, value: Any) -> None:
-        """Refuse what is no number of the range.
+        """Refuse a value that is not a number of the range.
 
         Raises:
-            UserError: with the key, the value and what it must be.
+            UserError: `value` is not a number, or is outside the range.
         """
         if isinstance(value, bool) or not isinstance(value, Real):
             raise UserError(f"{key}={value!r}: must be a number")
         number: Any = value
         above = self.least < number if self.open_left else self.least <= number
         below = number < self.most if self.open_right else number <= self.most
-        if not (above and below) and number not in self.also:  # a NaN is neither
+        if not (above and below) and number not in self.also:  # every comparison with a NaN is false
             raise UserError(f"{key}={value}: must {self._words(number)}")
 
 
-SIZE = Range(1, 2**31 - 1)  # elements, layers, processes: what is counted in memory
-LENGTH = Range(1, 10**15)  # steps, tokens: what is counted in time
+SIZE = Range(1, 2**31 - 1)  # elements, layers, processes: numbers of things that are in memory at the same time
+LENGTH = Range(1, 10**15)  # steps, tokens: numbers of things that follow each other
 COUNT = Range(0, 10**15)
 POSITIVE = Range(1e-30, 1e30, must="be greater than zero, and finite")  # what float32 can hold
 FACTOR = Range(0, 1e30, must="be 0 or more, and finite")
@@ -72,10 +72,14 @@ SHARE = Range(0, 1)
 
 
 class Checked:
-    """A dataclass of the schema whose numbers are checked when it is made."""
+    """Dataclasses of the schema derive from Checked, which checks their numbers when an object is made.
+
+    Raises:
+        UserError: a number is outside its range, or a value is not a number.
+    """
 
     OWNER: ClassVar[str] = ""
-    """The prefix of a key: `model.`, or nothing for a command's own."""
+    """The prefix of its keys on the command line, such as `model.`; empty for the keys of a command itself."""
     RANGES: ClassVar[dict[str, Range]] = {}
     """The range of each numeric field."""
 
@@ -93,15 +97,15 @@ class Checked:
 
 @cache
 def _kinds_of_fields(cls: type) -> dict[str, tuple[type, ...]]:
-    """Each field's type, as a tuple: (int,) for `int`, (int, NoneType) for `int | None`."""
+    """Return the types that each field accepts: (int,) for `int`, (int, NoneType) for `int | None`."""
     return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(cls).items()}
 
 
 def require_whole(key: str, value: object) -> None:
-    """Refuse what is no whole number; True and False are none.
+    """Refuse a value that is not a whole number. True and False are refused too.
 
     Raises:
-        UserError: with the key and the value.
+        UserError: `value` is not an integer.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise UserError(f"{key}={value!r}: must be a whole number")
@@ -113,10 +117,10 @@ def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def list_of_texts(key: str, texts: object) -> list[str]:
-    """A sequence of texts as a list.
+    """Return texts as a list.
 
     Raises:
-        UserError: a single text, whose characters would be taken for texts, or something that is no text.
+        UserError: `texts` is a single text, which would count as a list of its characters, or an element is not a text.
     """
     if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
         raise UserError(f"{key}={texts!r:.100}: must be a list of texts")

@@ -1,4 +1,4 @@
-"""The commands beside training: one dataclass for each `python -m bitnet_lit.<command>`."""
+"""This module has the options of all commands but `train`: a dataclass for each `python -m bitnet_lit.<command>`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ANY_SEED = Range(-(2**64), 2**64)
 
 @dataclass
 class PrepareConfig(Checked):
-    """`python -m bitnet_lit.prepare`: text to shards of token ids, in llama2.c's format."""
+    """`python -m bitnet_lit.prepare` turns text into shards of token ids, in llama2.c's format."""
 
     source: str = "demo"
     """demo, tinystories, or a file, folder or glob of .json, .jsonl or .txt files."""
     out: str | None = None
-    """The folder to write. null: data/<source>, or for files data/<the name of the file or folder>."""
+    """The folder to write. null: data/<source>; for files of your own, data/<name of the file or folder>."""
     tokenizer: str | None = None
-    """An existing tokenizer: its file, or a folder with one. null: train a SentencePiece model of vocab_size pieces."""
+    """An existing tokenizer: its file, or its folder. null: train a SentencePiece model of vocab_size pieces."""
     vocab_size: int | None = None
     """Pieces of the tokenizer to train. null: 1024 for the demo corpus, 4096 otherwise."""
     num_workers: int | None = None
@@ -54,7 +54,7 @@ class PrepareConfig(Checked):
 
     @property
     def folder(self) -> Path:
-        """`out` with its default filled in."""
+        """`out`, or its default where it is None."""
         if self.out is not None:
             return Path(self.out)
         source = Path(self.source)
@@ -65,12 +65,12 @@ class PrepareConfig(Checked):
 
 @dataclass
 class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
-    """`python -m bitnet_lit.infer`: a model goes on from a prompt, or from several."""
+    """`python -m bitnet_lit.infer` generates text from one prompt or from several."""
 
     prompt: str = "Once upon a time"
-    """The text to go on from. Empty: the model begins by itself."""
+    """The text to go on from. Empty: the model starts from nothing."""
     prompts: str | None = None
-    """A text file with a prompt on each line, which replaces `prompt`; several texts are generated at once."""
+    """A text file with a prompt on each line, in place of `prompt`. Several texts are generated at the same time."""
     num_samples: int = 1
     """Texts to generate from each prompt."""
     interactive: bool = False
@@ -90,14 +90,15 @@ class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
 
 @dataclass
 class EvaluateConfig(CheckpointConfig):
-    """`python -m bitnet_lit.evaluate`: one deterministic pass over a validation split."""
+    """`python -m bitnet_lit.evaluate` measures a model in one deterministic pass over a validation split."""
 
     data_dir: str | None = None
-    """The folder of shards to evaluate on. null: the one that the model was trained on."""
+    """The folder of shards to evaluate on. null: the folder that the model was trained on."""
     allow: list[str] = field(default_factory=list)
-    """Modules and classes of one's own that the run's config.yaml may name: its data module (my_project)."""
+    """Modules and classes of your own that the config.yaml of the run may name (my_project). Evaluation needs its data
+    module."""
     networks: list[str] = field(default_factory=list)
-    """Networks of one's own that the model folder may name, <module>.<class>."""
+    """Networks of your own that the model folder may name, <module>.<class>."""
     batch_size: int = 32
     """Sequences per forward pass. It changes the speed, and the result only by float rounding."""
     sequence_length: int | None = None
@@ -114,7 +115,7 @@ class EvaluateConfig(CheckpointConfig):
 
 @dataclass
 class ExportConfig(CheckpointConfig):
-    """`python -m bitnet_lit.export`: a model for other tools, compared with the original before it is called done."""
+    """`python -m bitnet_lit.export` writes a model for other tools, and compares it with the original."""
 
     format: str = "packed"
     """latent (full precision), packed (2-bit codes for transformers), gguf (llama.cpp), llama2c (run.c), or the name of
@@ -122,34 +123,34 @@ class ExportConfig(CheckpointConfig):
     formats: list[str] = field(default_factory=list)
     """Export formats of your own, <module>.<class>: subclasses of bitnet_lit.checkpoints.formats.format.Format."""
     out: str | None = None
-    """The folder to write; for a format that is one file (gguf), the file. null: beside the model."""
+    """The folder to write, or the file for a format that is one file (gguf). null: beside the model."""
     type: str = "tq2_0"
-    """gguf: tq2_0 (2.06 bits a projection weight), tq1_0 (1.69 bits, slower) or f16."""
+    """For gguf, the type of the projections: tq2_0 (2.06 bits per weight), tq1_0 (1.69 bits, slower) or f16."""
     embeddings: str = "q8_0"
-    """gguf: q8_0 (8.5 bits), q6_k (6.6 bits) or f16."""
+    """For gguf, the type of the embedding and the head: q8_0 (8.5 bits per weight), q6_k (6.6 bits) or f16."""
     dtype: str = "float32"
-    """latent, packed: float32 or bfloat16, the type of everything that is no packed code."""
+    """For latent and packed, the dtype of every tensor that does not hold packed codes: float32 or bfloat16."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further options of a format of your own."""
     verify: bool = True
-    """Read the exported model back and compare; leave nothing where it differs."""
+    """Read the exported model back and compare it with the original. An export that differs is removed."""
     share: str | None = None
-    """Upload the folder with a model card to this repository of the Hugging Face hub (owner/name)."""
+    """A repository of the Hugging Face hub (owner/name) to which the folder is uploaded, with a model card."""
 
     FORMAT_OPTIONS: ClassVar[tuple[str, ...]] = ("type", "embeddings", "dtype")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.chosen_format  # makes it, which checks its options
+        _ = self.chosen_format  # making the format checks its options
 
     @property
     def chosen_format(self) -> Format:
         """The format as an object.
 
         Raises:
-            UserError: an unknown name, an option that it does not have, or a value that does not fit.
+            UserError: the name is unknown, the format has no such option, or a value is refused.
         """
-        from bitnet_lit.checkpoints.formats.format import (  # these modules read configs
+        from bitnet_lit.checkpoints.formats.format import (  # imported here, because that module imports configs
             format_class,
             formats,
             make_format,
@@ -168,7 +169,7 @@ class ExportConfig(CheckpointConfig):
 
     @property
     def unused_options(self) -> list[str]:
-        """Options that were set and that the format does not have, as key=value."""
+        """The options that differ from their defaults and that the format does not have, as key=value."""
         has = {option.name for option in fields(self.chosen_format)}
         chosen = {key: getattr(self, key) for key in self.FORMAT_OPTIONS if key not in has}
         return [f"{key}={value}" for key, value in chosen.items() if value != getattr(ExportConfig, key)]
@@ -176,28 +177,28 @@ class ExportConfig(CheckpointConfig):
 
 @dataclass
 class PlotConfig:
-    """`python -m bitnet_lit.plot`: the curves of runs, as a PNG."""
+    """`python -m bitnet_lit.plot` draws the curves of runs into a PNG file."""
 
     runs: list[str] = field(default_factory=lambda: ["outputs"])
-    """A run folder, a folder with runs somewhere below it, or a list of such folders: [a,b]."""
+    """A run folder, a folder with runs at any depth, or a list of such folders: [a,b]."""
     metric: str = "val/loss"
     """The column of metrics.csv to plot."""
     label: str = "quant"
-    """What the legend shows of each run: a config group (quant, model, optim) or seed."""
+    """What the legend shows for each run: a config group (quant, model, optim) or seed."""
     out: str = "outputs/curves.png"
-    """The picture to write."""
+    """The PNG file to write."""
 
 
 @dataclass
 class BenchConfig(Checked):
-    """`python -m bitnet_lit.bench`: speed, beside other software's; the last line is JSON."""
+    """`python -m bitnet_lit.bench` compares our speed with that of other software. Its last line is JSON."""
 
     suite: str = "data"
     """data: encoding text, and loading batches. cpu: decode and prefill of the native engine."""
     rounds: int = 7
-    """Measurements of each, interleaved (ours, theirs, ours, ...); the table shows medians."""
+    """Measurements of each program, interleaved (ours, theirs, ours, ...). The table shows medians."""
     threads: int | None = None
-    """suite=cpu: threads of every engine. null: one on each physical core."""
+    """For suite=cpu, the threads of every engine. null: one on each physical core."""
 
     RANGES: ClassVar[dict[str, Range]] = {"rounds": SIZE, "threads": SIZE}
 

@@ -1,4 +1,4 @@
-"""The data of a run: llama2.c shards, or a data module of the user's own."""
+"""This module has the config of the data: llama2.c shards, or a data module of the user's own."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from bitnet_lit.config.slots import Custom
 
 @dataclass
 class DataConfig(Checked):
-    """llama2.c shards and how batches are cut from them."""
+    """DataConfig names llama2.c shards, and says how they are divided into batches."""
 
     dir: str | None = None
-    """A folder of llama2.c shards. null: the demo corpus, written to data/demo when it is not there yet."""
+    """A folder of llama2.c shards. null: the demo corpus, which is written to data/demo if it is not there."""
     tokenizer: str | None = None
-    """The tokenizer of shards that come without one: its file, or a folder that holds it."""
+    """The tokenizer, for shards that come without one: its file, or its folder."""
     sequence_length: int | None = None
-    """Tokens a sequence predicts. null: the model's context."""
+    """The number of tokens that a sequence predicts. null: the context of the model."""
     batch_size: int = 32
-    """Sequences per device and forward pass; times devices times trainer.accumulate_grad_batches is one step."""
+    """Sequences per device and forward pass. An optimizer step has batch_size * devices *
+    trainer.accumulate_grad_batches sequences."""
     num_workers: int = 0
-    """Processes that read batches. Reading takes microseconds a sequence; 0 is right unless the disk is slow."""
+    """Processes that read batches. Reading takes microseconds per sequence; 0 is right unless the disk is slow."""
     max_train_sequences: int | None = None
-    """Train on the first n sequences of the shuffled corpus only. null: all. mode=overfit sets one batch."""
+    """Train only on the first n sequences of the shuffled corpus. null: on all. mode=overfit sets one batch."""
 
     OWNER: ClassVar[str] = "data."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -37,15 +38,16 @@ class DataConfig(Checked):
 
 @dataclass
 class CustomData(Custom):
-    """A LightningDataModule of the user's own (data/custom.py says what it must have).
+    """CustomData configures a LightningDataModule of the user's own. data/custom.py says what it must have.
 
-    It gets the other keys, and `batch_size`, `sequence_length` and `seed` if it has arguments of these names.
+    The class gets every other key of the group, and `batch_size`, `sequence_length` and `seed` if its constructor has
+    arguments with these names.
     """
 
     sequence_length: int | None = None
-    """Tokens a sequence predicts. null: the model's context."""
+    """The number of tokens that a sequence predicts. null: the context of the model."""
     batch_size: int = 32
-    """Sequences in a batch of its loaders."""
+    """Sequences in a batch of its data loaders."""
 
     OWNER: ClassVar[str] = "data."
     RANGES: ClassVar[dict[str, Range]] = {"sequence_length": SIZE, "batch_size": SIZE}

@@ -1,7 +1,7 @@
-"""Which networks a format or an engine can hold: a list of the fields that it knows, with the values it can take.
+"""A format or an engine lists what networks it supports: fields of `ModelConfig`, with the values that they may have.
 
-The list is an allow-list. A field of `ModelConfig` that is not in it must have its default: a network with a part that
-the list's author did not know of is refused by the field's name, and never written or computed without that part.
+The list is an allow-list. A field that is not in it must have its default. So a network with a part that is newer than
+the list is refused, with the name of the field, and is never written or computed without that part.
 
 ::
 
@@ -20,7 +20,7 @@ from bitnet_lit.config.network import ModelConfig
 
 @dataclass(frozen=True)
 class Only:
-    """A field that can be held at one value; the remedy says why, and what to do."""
+    """Only says that a field must have one value. The remedy says why, and what the user can do."""
 
     value: Any
     remedy: str
@@ -28,7 +28,7 @@ class Only:
 
 @dataclass(frozen=True)
 class AnyValue:
-    """A field that can be held at every value."""
+    """AnyValue says that a field may have any value."""
 
 
 Held = Mapping[str, Only | AnyValue]
@@ -40,7 +40,7 @@ SIZES: Held = dict.fromkeys(
     ),
     ANY,
 )
-"""Fields that only change sizes."""
+"""The fields that only change the sizes of tensors; all of them may have any value."""
 
 
 def _default(field: Field[Any]) -> Any:
@@ -48,16 +48,20 @@ def _default(field: Field[Any]) -> Any:
 
 
 def network_values(config: ModelConfig) -> dict[str, Any]:
-    """The fields that say what a network is, with their values; not its name, nor how it is trained."""
+    """Return the fields that say what a network is, with their values.
+
+    The name of the size is left out, and so are the fields that say how it is trained.
+    """
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return {key: value for key, value in values.items() if key != "name" and key not in config.TRAINING}
 
 
 def refused_fields(config: ModelConfig, held: Held, keys_of: str = "model.") -> list[str]:
-    """Why a network cannot be held, one line for each field; empty where it can.
+    """Return why a network is not supported, one line for each refused field. The list is empty if it is supported.
 
     Args:
-        keys_of: what stands before a field's name.
+        held: the supported fields; a field that is not in it must have its default.
+        keys_of: the prefix of a field's name in the lines.
     """
     defaults = {field.name: _default(field) for field in fields(config)}
     found = []

@@ -1,8 +1,8 @@
-"""How a model is opened and run: the options of `infer`, and of `bitnet_lit.load` and `generate` in Python.
+"""These options say how a model is opened and run, by `infer` and by `bitnet_lit.load` and `generate` in Python.
 
 Each option is declared here once, with its type, default, range and meaning. `InferConfig` inherits the fields, so on
-the command line they are plain keys (`temperature=0.7`, `threads=2`); the signatures in inference/language_model.py
-repeat them for editors, and a test compares the two.
+the command line they are plain keys (`temperature=0.7`, `threads=2`). The signatures in inference/language_model.py
+repeat the options, so that editors show them, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ HEADS = ("auto", "int8", "int4", "float")
 KV_CACHES = ("half", "float", "int8")
 DEVICES = ("cpu", "cuda", "mps")
 
-MANY = Range(0, 1e30)  # more than there are tokens means all of them
+MANY = Range(0, 1e30)  # a number above the number of tokens means all tokens
 
 
 @dataclass
 class CheckpointConfig(Checked):
-    """Which model a command opens."""
+    """CheckpointConfig says which model a command opens."""
 
     checkpoint: str | None = None
-    """A run folder, a model folder, llama2.c's .pt or .bin, or a model of the Hugging Face hub (owner/name). null: the
-    newest run below outputs/."""
+    """A run folder, a model folder, a .pt or .bin file of llama2.c, or a model of the Hugging Face hub (owner/name).
+    null: the newest run in outputs/."""
     schemes: list[str] = field(default_factory=list)
-    """Quantization schemes of your own that the model may name, <module>.<class>. A scheme that only a folder names is
-    never imported."""
+    """Quantization schemes of your own that the model may name, <module>.<class>. A scheme that is named only by a
+    model folder is never imported."""
 
     def __post_init__(self) -> None:
         import_schemes(self.schemes)
@@ -40,17 +40,17 @@ class CheckpointConfig(Checked):
 
 @dataclass
 class EngineConfig(Checked):
-    """What computes the logits. `threads`, `head` and `kv_cache` are options of the native engine alone.
+    """EngineConfig says what computes the logits. `threads`, `head` and `kv_cache` are for the native engine only.
 
     Raises:
-        UserError: a name that is not in the list, a number beyond its range, or engine=cpu on another device.
+        UserError: a name is unknown, a number is outside its range, or engine=cpu is set with another device.
     """
 
     engine: str = "auto"
     """cpu: the native engine, C++ compiled for this machine. torch: PyTorch. auto: the native engine where it can run
     the model, and PyTorch otherwise, with a note that says why."""
     device: str = "cpu"
-    """cpu, cuda or mps; cuda:1 is the second GPU. On another device than the CPU, engine=auto is PyTorch."""
+    """cpu, cuda or mps; cuda:1 is the second GPU. With cuda and mps, engine=auto is PyTorch."""
     threads: int | None = None
     """Threads of the native engine. null: one on each physical core."""
     head: str = "auto"
@@ -79,10 +79,10 @@ class EngineConfig(Checked):
 
 @dataclass
 class GenerationConfig(Checked):
-    """How a text goes on from a prompt. inference/sampling.py has the order in which the options act.
+    """GenerationConfig says how tokens are sampled. inference/sampling.py has the order in which the options apply.
 
     Raises:
-        UserError: a value of another type, or beyond its range.
+        UserError: a value has another type, or is outside its range.
     """
 
     max_new_tokens: int = 256
@@ -100,12 +100,12 @@ class GenerationConfig(Checked):
     repeat_last_n: int = 64
     """How many of the last tokens repeat_penalty counts as recent."""
     seed: int | None = None
-    """The seed of the sampling: the same seed gives the same text. null: another text each time. Any whole number of
-    128 bits is one, negative too; the seed of a training is Lightning's, from 0 to 2**32 - 1."""
+    """The seed of the sampling: the same seed gives the same text. null: another text each time. It may be any integer
+    from -2**128 to 2**128. (The seed of a training run is Lightning's, from 0 to 2**32 - 1.)"""
     stop: list[str] = field(default_factory=list)
-    """Texts that end the generated text; they are left out of it."""
+    """Texts that end the generated text. They are not part of it."""
 
-    # Temperature and penalty are used as float32, where less than 1e-30 could be zero and more than 1e30 infinite.
+    # Temperature and penalty are computed in float32. A number below 1e-30 could become zero, one above 1e30 infinite.
     RANGES: ClassVar[dict[str, Range]] = {
         "max_new_tokens": Range(0, 2**31 - 1),
         "temperature": Range(1e-30, 1e30, also=(0,), must="be 0 (greedy) or 1e-30 to 1e+30"),

@@ -1,4 +1,4 @@
-"""The network: its sizes, and what its projections are rounded to."""
+"""This module has the configs of the network: its sizes, and how its projections are quantized."""
 
 from __future__ import annotations
 
@@ -15,47 +15,48 @@ from bitnet_lit.registry import with_settings
 
 @dataclass
 class ModelConfig(Checked):
-    """A Llama-shaped decoder, and how it is trained. Field names are Hugging Face's, units are elements.
+    """ModelConfig describes a decoder of Llama's architecture. Field names are Hugging Face's, sizes are in elements.
 
-    The fields in `TRAINING` say how the network is trained: they are the run's own, also where its weights come from
-    another model. All other fields say what the network is: they are saved with its weights, and whatever reads them
-    refuses a field that it does not know (`held.py`).
+    The fields in `TRAINING` say how the network is trained. A run always uses its own, even if its weights come from
+    another model. All other fields say what the network is. They are saved with its weights, and a format or an engine
+    refuses a field that it does not support (`held.py`).
     """
 
     name: str = "custom"
-    """The name of the size, for tables. Nothing depends on it."""
+    """The name of the size, for tables only."""
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
-    """Grouped-query attention: heads of keys and values. null: as many as attention heads."""
+    """Heads of keys and values, for grouped-query attention. null: num_attention_heads."""
     head_dim: int | None = None
     """Elements of one attention head. null: hidden_size / num_attention_heads."""
     intermediate_size: int = 384
     """Width of the feed-forward layer."""
     vocab_size: int | None = None
-    """Rows of the embedding. null: follows the data."""
+    """Rows of the embedding. null: the vocabulary of the data."""
     max_position_embeddings: int = 256
-    """The context, in tokens; also the length of a training sequence unless data.sequence_length says less."""
+    """The context, in tokens; also the length of a training sequence unless data.sequence_length is shorter."""
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     hidden_act: str = "silu"
-    """silu (llama.cpp's graph can run it) or relu2 (BitNet b1.58 2B4T, bitnet.cpp)."""
+    """silu (llama.cpp can run it) or relu2 (BitNet b1.58 2B4T, bitnet.cpp)."""
     tie_word_embeddings: bool = True
-    """One matrix for embed_tokens and lm_head."""
+    """Whether embed_tokens and lm_head are one matrix."""
     sub_norm: bool = True
     """A norm before o_proj and before down_proj, so that every quantized projection has one (BitNet b1.58 2B4T).
-    false with quant=none: exactly a Llama."""
+    With false and quant=none the network is a Llama."""
     qkv_bias: bool = False
     """Biases on q_proj, k_proj and v_proj, for dense models that come with them (Qwen 2)."""
     qk_norm: bool = False
     """A norm on each head's query and key, for dense models that come with it (Qwen 3)."""
     dropout: float = 0.0
-    """On the embedding, the attention weights and both residual branches; as in llama2.c."""
+    """The probability of dropout on the embedding, the attention weights and both residual branches, as in llama2.c."""
     gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    """Recompute the activations of each layer in the backward pass: less memory, about a third more time."""
     initializer_range: float = 0.02
-    """Standard deviation of every matrix; o_proj and down_proj are divided by sqrt(2 * layers) as in GPT-2."""
+    """The standard deviation of initial weights. For o_proj and down_proj it is divided by sqrt(2 * layers), as in
+    GPT-2."""
 
     OWNER: ClassVar[str] = "model."
     TRAINING: ClassVar[frozenset[str]] = frozenset({"dropout", "gradient_checkpointing", "initializer_range"})
@@ -94,20 +95,20 @@ class ModelConfig(Checked):
             )
 
     def trained_as(self, run: ModelConfig) -> ModelConfig:
-        """This network, trained as `run` says."""
+        """Return this network with the `TRAINING` fields of `run`."""
         return replace(self, **{key: getattr(run, key) for key in self.TRAINING})
 
     @property
     def head_size(self) -> int:
-        """head_dim with its default filled in."""
+        """`head_dim`, or its default where it is None."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding, where they must be known.
+        """`vocab_size` as a number.
 
         Raises:
-            UserError: they follow the data, and no data was named.
+            UserError: `vocab_size` is None, so it is the vocabulary of the data, which is not known here.
         """
         if self.vocab_size is None:
             raise UserError("model.vocab_size=null: it follows the data, and must be given where there is none")
@@ -115,32 +116,33 @@ class ModelConfig(Checked):
 
     @property
     def attention_size(self) -> int:
-        """Elements of all heads side by side: what enters o_proj; hidden_size unless head_dim says otherwise."""
+        """Elements of all attention heads together: in_features of o_proj. It is hidden_size unless head_dim is set."""
         return self.num_attention_heads * self.head_size
 
     @property
     def num_kv_heads(self) -> int:
-        """num_key_value_heads with its default filled in."""
+        """`num_key_value_heads`, or its default where it is None."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def kv_size(self) -> int:
-        """Elements of all key heads side by side: the rows of k_proj and v_proj."""
+        """Elements of all key heads together: out_features of k_proj and v_proj."""
         return self.num_kv_heads * self.head_size
 
 
 @dataclass
 class QuantConfig(Checked):
-    """How the seven projections are quantized, as the command line says it.
+    """QuantConfig has the keys of the group `quant`, which say how the seven projections are quantized.
 
-    Three things in one group: the scheme (`name`, `weight_scale`, `activation_bits`, `settings`), which `scheme` gives
-    as the object that everyone asks; the layers that it leaves alone (`skip`); and how training leads over to it
-    (`lambda_warmup_*`).
+    The keys are of three kinds. `name`, `weight_scale`, `activation_bits` and `settings` choose the scheme, which the
+    property `scheme` returns as an object. `skip` lists the layers that stay dense. `lambda_warmup_*` say how training
+    goes from full precision to quantized.
     """
 
     name: str = "b158"
     """b158: weights in {-1, 0, +1}, one scale for the matrix. b158_row: a scale for each row. b158_group: a scale for
-    each quant.settings.group_size inputs. b1: weights in {-1, +1}. none: the dense twin. Or a registered scheme."""
+    each quant.settings.group_size inputs. b1: weights in {-1, +1}. none: the dense twin. Other names: a scheme that is
+    registered."""
     weight_scale: str = "absmean"
     """absmean (BitNet b1.58) or absmedian (BitNet b1.58 Reloaded, arXiv 2407.09527); ternary schemes only."""
     activation_bits: int = 8
@@ -148,12 +150,12 @@ class QuantConfig(Checked):
     settings: dict[str, Any] = field(default_factory=dict)
     """Further settings of a scheme, such as group_size of b158_group."""
     _target_: str | None = None
-    """A scheme of one's own, <module>.<class>: a subclass of bitnet_lit.quant.Scheme."""
+    """A scheme of your own, <module>.<class>: a subclass of bitnet_lit.quant.Scheme."""
     lambda_warmup_steps: int = 0
-    """Optimizer steps over which weights and activations go linearly from full precision to quantized (for training
-    that starts from a dense model). 0: quantized from the first step."""
+    """Optimizer steps over which lambda rises from 0 (full precision) to 1 (quantized), for training that starts from a
+    dense model. 0: quantized from the first step."""
     lambda_warmup_shape: str = "linear"
-    """linear, cosine (slow at both ends) or exponential (most of the way early)."""
+    """The curve of lambda: linear, cosine (slow at both ends) or exponential (fast at the beginning)."""
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
     """Linear layers that stay dense: a name, or the last part of a dotted name."""
 
@@ -167,7 +169,7 @@ class QuantConfig(Checked):
         super().__post_init__()
         if self._target_ is not None:
             self.name = SCHEMES.imported(self._target_, f"quant._target_={self._target_}").name
-        self.describe()  # makes the scheme, which checks its values
+        self.describe()  # makes the scheme, which checks its settings
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
 
     @property
@@ -175,30 +177,31 @@ class QuantConfig(Checked):
         """The scheme as an object.
 
         Raises:
-            UserError: an unknown name, or a setting that it does not have.
+            UserError: the name is unknown, or the scheme has no such setting.
         """
         cls, settings = SCHEMES.named(self.name), dict(self.settings)
         has = {setting.name for setting in fields(cls)}
         for key, default in (("weight_scale", "absmean"), ("activation_bits", 8)):
             if key in settings:
                 raise UserError(f"quant.settings.{key}={settings[key]}: has a key of its own: set quant.{key}")
-            value = getattr(self, key)  # always has one: a scheme without the setting refuses what somebody chose
+            value = getattr(self, key)  # a scheme without this setting accepts the default, and refuses other values
             if key in has or (value != default and key not in cls.ignores):
                 settings[key] = value
         return with_settings(cls, settings, f"quant={cls.name}")
 
     def describe(self) -> dict[str, Any]:
-        """Plain data to save with a model: the scheme's name and settings, and the layers it leaves alone."""
+        """Return plain data to save with a model: the scheme's name and settings, and the layers that stay dense."""
         return {**self.scheme.describe(), "skip": list(self.skip)}
 
     @classmethod
     def described(cls, saved: Mapping[str, Any]) -> QuantConfig:
-        """The config of a saved description, those of the first version included, which held the warm-up too.
+        """Make the config from a description that `describe` returned.
 
-        Nothing that `saved` names is imported: a scheme is looked up among those that are known.
+        Descriptions of the first version have the keys of the warm-up too; they are ignored. Nothing that `saved` names
+        is imported: the scheme must be known already.
 
         Raises:
-            UserError: an unknown scheme, or a setting that it does not have.
+            UserError: the scheme is unknown, or it has no such setting.
         """
         own = {"name", "weight_scale", "activation_bits", "skip"}
         training = {"lambda_warmup_steps", "lambda_warmup_shape"}
@@ -210,10 +213,13 @@ class QuantConfig(Checked):
 
 
 def import_schemes(targets: Sequence[str | type[Scheme]]) -> None:
-    """Make the schemes known that a user allows the model to name: <module>.<class>, or in Python the class itself.
+    """Register the schemes that the user allows a model to name.
+
+    Args:
+        targets: <module>.<class> of each scheme, or in Python the class itself.
 
     Raises:
-        UserError: one that cannot be imported, or is no scheme.
+        UserError: one of them cannot be imported, or is not a scheme.
     """
     if isinstance(targets, str):
         raise UserError(f"schemes={targets}: must be a list: schemes=[{targets}]")

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: ours, and classes of the user's own."""
+"""This module has the configs of optimizers and schedules: those of this package, and classes of the user's own."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from bitnet_lit.errors import UserError
 
 @dataclass
 class OptimConfig(Checked):
-    """What every optimizer of ours has; `learning_rate` is the peak that the schedule scales."""
+    """OptimConfig has the options that AdamW and Muon share."""
 
     name: str = "adamw"
     learning_rate: float = 1e-3
-    """Peak; of the hidden matrices where an optimizer treats them apart."""
+    """The peak of the learning rate, which the schedule scales. For Muon it is the peak of the hidden matrices."""
     weight_decay: float = 0.1
-    """On matrices only: never on norms."""
+    """Weight decay of matrices. Norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.95)  # BitNet's Training Tips, table 2
     eps: float = 1e-8
 
     OWNER: ClassVar[str] = "optim."
     RANGES: ClassVar[dict[str, Range]] = {"learning_rate": POSITIVE, "weight_decay": FACTOR, "eps": POSITIVE}
     STATES: ClassVar[float] = 2.0
-    """Elements of state for each parameter, for the estimate of the memory."""
+    """Elements of optimizer state for each parameter, for the estimate of memory."""
     WHOLE_MATRICES: ClassVar[bool] = False
-    """Whether it needs a matrix as a whole, which FSDP does not give it."""
+    """Whether the optimizer needs whole matrices, which FSDP does not give it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,19 +41,22 @@ class OptimConfig(Checked):
 
 @dataclass
 class AdamWConfig(OptimConfig):
-    """torch.optim.AdamW for everything, fused where the device can."""
+    """AdamWConfig chooses torch.optim.AdamW for all parameters, fused where the device supports it."""
 
     name: str = "adamw"
 
 
 @dataclass
 class MuonConfig(OptimConfig):
-    """torch.optim.Muon for the hidden matrices, AdamW (betas, eps) for embeddings, head and norms."""
+    """MuonConfig chooses torch.optim.Muon for the hidden matrices, and AdamW for embeddings, head and norms.
+
+    `betas` and `eps` are those of AdamW.
+    """
 
     name: str = "muon"
     learning_rate: float = 2e-2
     adamw_learning_rate: float = 2e-3
-    """Peak for everything that is no hidden matrix."""
+    """The peak of the learning rate of all parameters that AdamW trains."""
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
@@ -63,7 +66,7 @@ class MuonConfig(OptimConfig):
         **OptimConfig.RANGES,
         "adamw_learning_rate": POSITIVE,
         "momentum": Range(0, 1, open_right=True),
-        "ns_steps": Range(1, 99),  # torch's Muon refuses more
+        "ns_steps": Range(1, 99),  # torch.optim.Muon refuses more
     }
     STATES: ClassVar[float] = 1.3
     WHOLE_MATRICES: ClassVar[bool] = True
@@ -73,7 +76,11 @@ OPTIMIZERS: dict[str, type[OptimConfig]] = {"adamw": AdamWConfig, "muon": MuonCo
 
 
 def optim_schema(values: Mapping[str, Any]) -> type[OptimConfig]:
-    """The dataclass of the optimizer that a group's values name."""
+    """Return the dataclass of the optimizer that the values of the group name.
+
+    Raises:
+        UserError: the name is unknown.
+    """
     name = values.get("name", "adamw")
     one_of("optim.name", name, tuple(OPTIMIZERS))
     return OPTIMIZERS[name]
@@ -81,15 +88,16 @@ def optim_schema(values: Mapping[str, Any]) -> type[OptimConfig]:
 
 @dataclass
 class CustomOptim(Custom):
-    """A class of torch.optim, or one of the user's own: made with two groups of parameters, matrices and vectors.
+    """CustomOptim names an optimizer of torch.optim, or one of the user's own.
 
-    Further keys are passed to it: `optim._target_=torch.optim.SGD optim.momentum=0.9`.
+    It is made with two groups of parameters, matrices and vectors. Every other key is passed to it:
+    `optim._target_=torch.optim.SGD optim.momentum=0.9`.
     """
 
     learning_rate: float = 1e-3
-    """Peak that the schedule scales; the class gets it as `lr`."""
+    """The peak of the learning rate, which the schedule scales. The class gets it as `lr`."""
     weight_decay: float = 0.0
-    """On matrices only: never on norms."""
+    """Weight decay of matrices. Norms and biases have none."""
 
     OWNER: ClassVar[str] = "optim."
     RANGES: ClassVar[dict[str, Range]] = {"learning_rate": POSITIVE, "weight_decay": FACTOR}
@@ -100,24 +108,26 @@ class CustomOptim(Custom):
 
 @dataclass
 class ScheduleConfig(Checked):
-    """Learning rate and weight decay over the run, as factors of the optimizer's peaks."""
+    """ScheduleConfig says how learning rate and weight decay change over a run, relative to the optimizer's values."""
 
     name: str = "cosine"
-    """cosine; two_stage (BitNet: at the switch the rate drops and weight decay ends); wsd (warm-up, stable, decay)."""
+    """cosine; two_stage (BitNet: in the second stage the rate is lower and weight decay is 0); wsd (warm-up, stable,
+    decay)."""
     warmup_steps: int | None = None
     """Optimizer steps of linear warm-up. null: a twentieth of the run."""
     warmup_tokens: int | None = None
-    """Tokens of linear warm-up; takes the place of warmup_steps."""
+    """Tokens of linear warm-up, in place of warmup_steps."""
     final_factor: float = 0.0
-    """Share of the peak that is left at the end."""
+    """The learning rate at the end of the run, as a share of the peak."""
     switch_at: float = 0.5
-    """two_stage: share of the run after which the second stage begins."""
+    """For two_stage, the share of the run after which the second stage begins."""
     second_stage_factor: float = 0.6667
-    """two_stage: the rate drops to this share of the peak (BitNet 700M: 1.5e-3 to 1e-3)."""
+    """For two_stage, the share of the peak to which the rate drops (BitNet 700M: 1.5e-3 to 1e-3)."""
     decay_share: float = 0.2
-    """wsd: share of the run, at its end, over which the rate falls linearly."""
+    """For wsd, the share of the run, at its end, over which the rate falls linearly."""
     total_steps: int | None = None
-    """The length that the curve is drawn for. null: the run's; a resumed run that got longer must say."""
+    """The number of steps after which the curve ends. null: the length of the run. A resumed run with another length
+    must set it."""
 
     OWNER: ClassVar[str] = "schedule."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -137,19 +147,19 @@ class ScheduleConfig(Checked):
 
 @dataclass
 class CustomSchedule(Custom):
-    """A schedule of the user's own: a learning rate scheduler of PyTorch, or a function of the step.
+    """CustomSchedule names a schedule of the user's own: a scheduler of PyTorch, or a function of the step.
 
-    A subclass of `torch.optim.lr_scheduler.LRScheduler` is made with the optimizer. Anything else that can be called
-    gets the optimizer step (0 is the first) and returns the factor of the peak learning rate. Both get further keys,
-    and `warmup_steps` and `total_steps` where they have arguments of these names.
+    A subclass of `torch.optim.lr_scheduler.LRScheduler` is made with the optimizer. Any other callable gets the
+    optimizer step, from 0, and returns the learning rate as a factor of its peak. Both get every other key of the
+    group, and `warmup_steps` and `total_steps` if they have arguments with these names.
     """
 
     warmup_steps: int | None = None
     """Optimizer steps of warm-up. null: a twentieth of the run."""
     warmup_tokens: int | None = None
-    """Tokens of warm-up; takes the place of warmup_steps."""
+    """Tokens of warm-up, in place of warmup_steps."""
     total_steps: int | None = None
-    """The length that the curve is drawn for. null: the run's."""
+    """The number of steps after which the curve ends. null: the length of the run."""
 
     OWNER: ClassVar[str] = "schedule."
     RANGES: ClassVar[dict[str, Range]] = {"warmup_steps": COUNT, "warmup_tokens": COUNT, "total_steps": LENGTH}

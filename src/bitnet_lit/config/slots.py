@@ -1,18 +1,18 @@
-"""Open slots: places of the config that take a class of the user's own.
+"""An open slot is a place in the config that takes a class of the user's own.
 
-Two kinds. A dictionary named `extra` (`callbacks.extra`, `logger.extra`, `trainer.extra`) stands beside typed keys and
-holds what comes on top. A group (`optim`, `schedule`, `data`) is one of ours, whose keys are typed, or a class that
-`_target_` names::
+There are two kinds. A dictionary named `extra` (`callbacks.extra`, `logger.extra`, `trainer.extra`) adds objects or
+flags to those of the typed keys. A group (`model`, `data`, `optim`, `schedule`) either has typed keys of this package,
+or names a class of the user's own by `_target_`::
 
-    # conf/optim/sgd.yaml of one's own: --config-dir conf optim=sgd
+    # conf/optim/sgd.yaml in a folder of your own: --config-dir conf optim=sgd
     _target_: torch.optim.SGD
-    learning_rate: 0.1          # read here
-    momentum: 0.9               # passed to the class, like every key that is not read here
+    learning_rate: 0.1          # a key of `CustomOptim`
+    momentum: 0.9               # passed to the class, like every key that `CustomOptim` does not have
 
-While a config is composed, a group is open until one of our files names its schema in its defaults list
-(`/hydra/schema/muon@_here_`): that closes it again, and unknown keys are refused. What is still open when the config
-is complete is a class of the user's own (`Custom`), or a file of the user's own that sets keys of ours, which are
-checked then.
+Hydra accepts every key in such a group, until a file of this package names a schema in its defaults list
+(`/hydra/schema/muon@_here_`). From then on unknown keys are refused. A group without a schema is checked when the
+config is complete: it names a class of the user's own (`Custom`), or it is a file of the user's own that sets keys of
+this package.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ TARGET = "_target_"
 
 @dataclass
 class Custom(Checked):
-    """A class of the user's own, and what it is made with."""
+    """Custom names a class of the user's own, and has the arguments that it is made with.
+
+    Raises:
+        UserError: `_target_` is not <module>.<class>, or an argument has another name in this package.
+    """
 
     _target_: str
-    """<module>.<class>, or a function that returns the object."""
+    """<module>.<class>, or <module>.<function> of a function that returns the object."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Every other key of the group: what the class itself is given."""
+    """Every other key of the group, with its value. The class gets them as arguments."""
 
     RENAMED: ClassVar[dict[str, str]] = {}
-    """Names that a class may have for a key of ours."""
+    """Names of arguments that have another name in this package, with that name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,12 +53,12 @@ class Custom(Checked):
 
     @property
     def name(self) -> str:
-        """What tables and model cards call it: the last part of `_target_`."""
+        """The last part of `_target_`, for tables and model cards."""
         return self._target_.rpartition(".")[2]
 
     @property
     def call(self) -> dict[str, Any]:
-        """What `instantiate` takes: `_target_` and the arguments."""
+        """`_target_` and the arguments, as `instantiate` takes them."""
         return {TARGET: self._target_, **self.arguments}
 
 
@@ -62,7 +66,7 @@ C = TypeVar("C", bound=Custom)
 
 
 def custom(cls: type[C], values: Mapping[str, Any]) -> C:
-    """The `Custom` of a group's values as they stand in a config."""
+    """Make a `Custom` from the values of a group, as the config has them."""
     own = {each.name for each in fields(cls)} - {"arguments"}
     arguments = {key: value for key, value in values.items() if key not in own}
     return cls(**{key: value for key, value in values.items() if key in own}, arguments=arguments)
@@ -70,22 +74,22 @@ def custom(cls: type[C], values: Mapping[str, Any]) -> C:
 
 @dataclass(frozen=True)
 class Group:
-    """A group of the config that is one of ours or a class of the user's own.
+    """A Group is a group of the config that either has typed keys or names a class of the user's own.
 
     Args:
-        schema: the dataclass of one of ours, from its values.
-        custom: the dataclass of a class of the user's own.
+        schema: returns the dataclass of the typed keys, given the values of the group.
+        custom: the dataclass for a class of the user's own.
     """
 
     schema: Callable[[Mapping[str, Any]], type]
     custom: type[Custom]
 
     def filled(self, name: str, values: Any) -> Any:
-        """The dataclass that plain values describe; a dataclass is returned as it is.
+        """Return the values of the group as a dataclass. A dataclass is returned unchanged.
 
         Raises:
-            UserError: a value that does not fit.
-            OmegaConfBaseException: a key that the schema does not have, or a value of another type.
+            UserError: a value is refused.
+            OmegaConfBaseException: the schema has no such key, or a value has another type.
         """
         if not isinstance(values, Mapping):
             return values
@@ -100,7 +104,7 @@ class Group:
 
 
 def as_values(config: Any) -> Any:
-    """A config as plain data, with the keys that its user types: what config.yaml holds."""
+    """Return a config as plain data, with the keys that its user types, as config.yaml stores it."""
     if is_dataclass(config) and not isinstance(config, type):
         values = {each.name: as_values(getattr(config, each.name)) for each in fields(config)}
         return {**values, **arguments} if (arguments := values.pop("arguments", None)) is not None else values

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, what watches a run, and where metrics go."""
+"""This module has the configs of Lightning's Trainer, of callbacks and of loggers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitnet_lit.errors import UserError
 
 
 class CountOrShare(Range):
-    """A whole number of steps or batches, or as a float a share of all of them."""
+    """CountOrShare accepts an integer, which is a number of steps or batches, or a float, which is a share of all."""
 
     def check(self, key: str, value: Any) -> None:
         if isinstance(value, float):
@@ -24,12 +24,12 @@ COUNT_OR_SHARE = CountOrShare(0, 1, open_left=True, must="be a whole number, or 
 
 @dataclass
 class TrainerConfig(Checked):
-    """Lightning's Trainer, in its own words; lengths are optimizer steps."""
+    """TrainerConfig has options of Lightning's Trainer under Lightning's names. Lengths are in optimizer steps."""
 
     accelerator: str = "auto"
     """auto, cpu, gpu or mps."""
     devices: Any = 1
-    """How many, a list of indices, or auto."""
+    """The number of devices, a list of their indices, or auto."""
     num_nodes: int = 1
     strategy: str = "auto"
     """auto, ddp or fsdp."""
@@ -38,30 +38,30 @@ class TrainerConfig(Checked):
     max_steps: int = 1000
     """Optimizer steps of the run."""
     max_tokens: int | None = None
-    """Tokens of the run, over all devices; takes the place of max_steps."""
+    """Tokens of the run on all devices together, in place of max_steps."""
     max_epochs: float | None = None
-    """Passes over the training split (0.5 is half of one); takes the place of max_steps."""
+    """Passes over the training split (0.5 is half a pass), in place of max_steps."""
     max_time: str | None = None
-    """Stop after DD:HH:MM:SS, wherever the run is; a resumed run has that time anew."""
+    """The longest time that the run may take, as DD:HH:MM:SS. A resumed run starts to count again."""
     val_check_interval: int | float | None = None
-    """Optimizer steps between validations (Lightning counts batches: ours is multiplied by the accumulation), or as
-    0.5 or 1.0 a share of an epoch. null: twenty validations in a run."""
+    """Optimizer steps between validations, or as a float (0.5, 1.0) a share of an epoch. null: twenty validations in a
+    run. (Lightning itself counts batches; they are converted.)"""
     limit_val_batches: int | float | None = None
-    """Batches of a validation inside the run, or as 0.5 a share of them. null: all. The last validation always takes
+    """Batches of a validation, or as a float (0.5) a share of them. null: all. The last validation of a run always uses
     all."""
     accumulate_grad_batches: int = 1
     """Forward passes per optimizer step."""
     gradient_clip_val: float = 1.0
-    """Largest norm of the gradient. 0: no clipping."""
+    """The largest norm of the gradient; a larger one is scaled down. 0: no clipping."""
     log_every_n_steps: int = 10
     deterministic: bool = False
-    """Refuse operations that are not reproducible (CUDA)."""
+    """Use deterministic operations only, and refuse the others (CUDA)."""
     benchmark: bool | None = None
-    """Let cuDNN choose algorithms by trial."""
+    """Let cuDNN measure its algorithms and choose the fastest."""
     detect_anomaly: bool = False
-    """Autograd's own check of every backward operation; slow."""
+    """Turn on autograd's anomaly detection, which checks every backward operation and is slow."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further flags of Lightning's Trainer: trainer.extra.profiler=simple."""
+    """Further flags of Lightning's Trainer, such as trainer.extra.profiler=simple."""
 
     OWNER: ClassVar[str] = "trainer."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -89,22 +89,22 @@ class TrainerConfig(Checked):
 
 @dataclass
 class CallbacksConfig(Checked):
-    """What watches a run. Checkpoints and the model folder are always written."""
+    """CallbacksConfig chooses the callbacks of a run. Checkpoints and the model folder are always written."""
 
     checkpoint_every_n_steps: int | None = None
-    """Optimizer steps between checkpoints besides those at each validation. null: only those."""
+    """Optimizer steps between further checkpoints. null: checkpoints at each validation only."""
     progress_bar: bool = True
     throughput: bool = True
-    """Log tokens/s, MFU, the share of time spent waiting for data, and peak memory."""
+    """Log tokens/s, MFU (model FLOPs utilization), the share of time spent waiting for data, and peak memory."""
     ternary_health: bool = True
     """Log the shares of -1, 0 and +1, the flip rate and the scales of the quantized matrices at each validation."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Prompts to go on from at each validation; the stories go to samples.txt."""
+    """Prompts from which texts are generated at each validation. The texts are written to samples.txt."""
     sample_max_new_tokens: int = 100
     profile_steps: int = 0
-    """Steps to trace into profile/ (mode=profile)."""
+    """Steps that PyTorch's profiler records, in the folder profile/ (mode=profile). 0: none."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Callbacks of Lightning or of one's own, by names of one's own, each with its `_target_`."""
+    """Callbacks of Lightning or of your own. Each has a name that you choose, and a `_target_`."""
 
     OWNER: ClassVar[str] = "callbacks."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -116,12 +116,12 @@ class CallbacksConfig(Checked):
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go. metrics.csv in the run folder is always written."""
+    """LoggerConfig says where metrics are logged. metrics.csv in the run folder is always written."""
 
     tensorboard: bool = False
     wandb: bool = False
-    """Online where `wandb login` was done, offline otherwise (`wandb sync` uploads it later)."""
+    """Log to Weights & Biases: online after `wandb login`, otherwise offline (`wandb sync` uploads the run later)."""
     wandb_project: str = "bitnet-lit"
     wandb_group: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    """Loggers of Lightning or of one's own, by names of one's own, each with its `_target_`."""
+    """Loggers of Lightning or of your own. Each has a name that you choose, and a `_target_`."""

@@ -1,4 +1,4 @@
-"""A training run: network, quantization, data, optimizer, schedule, trainer, callbacks, loggers."""
+"""This module has the config of a training run: all groups, and the keys of the command itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     AnyData = DataConfig | CustomData
     AnyOptim = OptimConfig | CustomOptim
     AnySchedule = ScheduleConfig | CustomSchedule
-else:  # OmegaConf: whatever the group's file says
+else:  # OmegaConf sees these: Any lets the file of the group choose the dataclass
     AnyModel = AnyData = AnyOptim = AnySchedule = Any
 
 GROUPS = {
@@ -28,22 +28,23 @@ GROUPS = {
     "optim": Group(optim_schema, CustomOptim),
     "schedule": Group(lambda values: ScheduleConfig, CustomSchedule),
 }
-"""The groups that take a class of the user's own."""
+"""The groups that may name a class of the user's own."""
 
 
 @dataclass
 class ExportTargetsConfig:
-    """What the model is trained for: asked before the first step."""
+    """ExportTargetsConfig lists the formats that the trained model must fit. This is checked before the first step."""
 
     targets: list[str] = field(default_factory=list)
-    """latent (or hf), packed, gguf_tq2_0, gguf_tq1_0, gguf_f16, llama2c, or a format of your own. A model that cannot
-    be exported to one of them, or that the tool it is for would not run, is refused."""
+    """latent (or hf), packed, gguf_tq2_0, gguf_tq1_0, gguf_f16, llama2c, or a format of your own. A run is refused if
+    its model cannot be exported to one of them, or if the tool for that format could not run it."""
 
     formats: list[str] = field(default_factory=list)
     """Export formats of your own that `targets` may name, <module>.<class>."""
 
     def __post_init__(self) -> None:
-        from bitnet_lit.checkpoints.formats.format import formats, target_named  # these modules read configs
+        # Imported here, because that module imports configs.
+        from bitnet_lit.checkpoints.formats.format import formats, target_named
 
         for name in self.formats:
             formats().imported(name, f"export.formats=[{name}]")
@@ -53,36 +54,37 @@ class ExportTargetsConfig:
 
 @dataclass
 class TrainConfig(Checked):
-    """`python -m bitnet_lit.train`: shards to a run folder with a model folder in it."""
+    """`python -m bitnet_lit.train` trains a model, and writes a run folder with a model folder in it."""
 
     model: AnyModel = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     data: AnyData = field(default_factory=DataConfig)
     optim: AnyOptim = field(default_factory=OptimConfig)
-    """AdamWConfig or MuonConfig, as the group says, or a class of the user's own."""
+    """AdamWConfig, MuonConfig, or a class of the user's own (CustomOptim)."""
     schedule: AnySchedule = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     export: ExportTargetsConfig = field(default_factory=ExportTargetsConfig)
     seed: int = 1
-    """Of the weights, the order of the data and dropout."""
+    """The seed of the initial weights, of the order of the data and of dropout."""
     compile: str = "auto"
     """torch.compile: auto (on for CUDA), true or false."""
     resume: str | None = None
-    """A run folder to go on with, in place."""
+    """The folder of a run that was stopped. The run goes on in the same folder."""
     init_from: str | None = None
-    """A trained model to start from, ours or another's (see infer's checkpoint); its sizes replace `model`."""
+    """A trained model to start from: any that `infer` can open as its checkpoint. Its sizes replace `model`."""
     allow: list[str] = field(default_factory=list)
-    """With resume: modules and classes of one's own that its config.yaml may name (my_project, my_project.Watch)."""
+    """With resume, modules and classes of your own that the config.yaml of the run may name (my_project,
+    my_project.Watch)."""
     schemes: list[str] = field(default_factory=list)
-    """Quantization schemes of one's own that the model of init_from may name, <module>.<class>."""
+    """Quantization schemes of your own that the model of init_from may name, <module>.<class>."""
     init_optimizer: bool = False
-    """Keep the optimizer's state too, where init_from is a run of ours."""
+    """Start from the optimizer's state of init_from too, which must be a run of this package."""
     init_sub_norm: bool = False
-    """Add sub-norms to a model of init_from that has none; their gains are measured on a batch."""
+    """Add sub-norms to a model of init_from that has none. Their gains are measured on a batch."""
     run_dir: str = "outputs/manual"
-    """The run folder; the command sets it to Hydra's."""
+    """The run folder. The command sets it to hydra.run.dir."""
 
     RANGES: ClassVar[dict[str, Range]] = {"seed": Range(0, 2**32 - 1)}
 
@@ -96,28 +98,32 @@ class TrainConfig(Checked):
         self.compile = str(self.compile).lower()
         one_of("compile", self.compile, ("auto", "true", "false"))
         if self.model.max_position_embeddings < 2:
-            raise UserError("model.max_position_embeddings=1: leaves no room for a token and its successor: take more")
+            raise UserError("model.max_position_embeddings=1: leaves no room for a token and the next: take 2 or more")
         if self.quant.lambda_warmup_steps and not self.quant.scheme.quantizes:
             raise UserError(
-                "quant.lambda_warmup_steps needs a scheme that rounds: the dense twin has nothing to warm up"
+                f"quant.lambda_warmup_steps={self.quant.lambda_warmup_steps} needs a scheme that rounds, and "
+                f"quant={self.quant.name} does not: leave it out, or take quant=b158"
             )
         if isinstance(self.model, CustomNetwork):
             if self.init_from is not None:
                 raise UserError(
-                    f"init_from={self.init_from} with model._target_={self.model._target_}: the weights of a trained "
-                    "model are of a network of this package: leave one of them out"
+                    f"init_from={self.init_from} with model._target_={self.model._target_}: init_from reads weights of "
+                    "this package's own network: leave one of them out"
                 )
             if self.trainer.strategy == "fsdp":
-                raise UserError("trainer.strategy=fsdp: cuts the layers of this package: take trainer=ddp")
+                raise UserError("trainer.strategy=fsdp: shards only this package's own network: take trainer=ddp")
             if self.export.targets:
                 raise UserError(
-                    f"export.targets={list(self.export.targets)}: formats describe the network of this package: "
-                    f"{self.model.name} has its model folder alone"
+                    f"export.targets={list(self.export.targets)}: formats describe this package's own network, and "
+                    f"{self.model.name} is saved as a model folder only: leave export.targets out"
                 )
         if self.init_from is None and (self.init_optimizer or self.init_sub_norm):
             raise UserError("init_optimizer and init_sub_norm need init_from=<a trained model>")
         if self.init_optimizer and (self.init_sub_norm or self.trainer.strategy == "fsdp"):
-            raise UserError("init_optimizer=true: fits the same parameters on one device only: take it back")
+            raise UserError(
+                "init_optimizer=true: the optimizer's state must have the same parameters, and not in shards: leave it "
+                "out with init_sub_norm=true and with trainer.strategy=fsdp"
+            )
         if self.optim.WHOLE_MATRICES and self.trainer.strategy == "fsdp":
             raise UserError(
                 f"optim={self.optim.name} with trainer.strategy=fsdp: Muon needs whole matrices: take trainer=ddp or "

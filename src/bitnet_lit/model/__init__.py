@@ -1,7 +1,7 @@
-"""The network: layers, the decoder built from them, its cache, and the accounting of its size.
+"""This package has the network: its layers, the decoder, the key/value cache, and the count of parameters and FLOPs.
 
-`tensors` describes the network without torch, so a name is imported when it is asked for: whoever wants to know what a
-model folder holds does not wait for torch.
+`tensors.py` describes the network without torch. So a name is imported when it is first used, and a command that only
+reads a model folder does not wait for torch.
 """
 
 from __future__ import annotations

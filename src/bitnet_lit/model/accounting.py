@@ -1,8 +1,8 @@
-"""What a model costs: parameters, floating-point operations, bytes. Counted from the table of its tensors
-(`tensors.py`), without building it.
+"""This module counts the parameters, floating-point operations and bytes of a model without building it.
 
-FLOPs count a multiply and an add as two. Training is three times the forward pass: the backward pass multiplies
-each matrix twice, once for the input's gradient and once for its own (PaLM, arXiv 2204.02311, appendix B).
+It counts from the table of tensors (`tensors.py`). A multiplication and an addition count as two FLOPs. Training costs
+three times the forward pass: the backward pass multiplies by each matrix twice, once for the gradient of the input and
+once for that of the matrix (PaLM, arXiv 2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from bitnet_lit.model.tensors import Kind, layer_tensors, outer_tensors, own_ten
 
 @dataclass(frozen=True)
 class Accounting:
-    """Counts of one model.
+    """An Accounting holds the counts of one model.
 
     Attributes:
-        embedding: parameters of embed_tokens, plus lm_head when it is not tied.
-        projections: parameters of the seven projections of all layers: what a scheme quantizes.
-        norms: parameters of all norms, of the biases of q, k and v where there are any, and what the layers of a scheme
-            have of their own.
-        forward_flops_per_token: at a given sequence length, causal attention counted at its mean span.
-        bits_per_weight: of a projection weight, mean over all: its code's information (log2(3) for b158) and its share
+        embedding: parameters of embed_tokens, and of lm_head where it is not tied.
+        projections: parameters of the seven projections of all layers, which a scheme quantizes.
+        norms: all other parameters: norms, biases of q, k and v, and the further tensors of a scheme's own layer.
+        forward_flops_per_token: FLOPs of the forward pass at a given sequence length; a token attends to half of the
+            sequence on average.
+        bits_per_weight: mean bits of a projection weight: the information of its code (log2(3) for b158) and its share
             of the scales; 32 for a dense model.
     """
 
@@ -41,11 +41,11 @@ class Accounting:
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward and backward."""
+        """FLOPs of the forward and the backward pass."""
         return 3 * self.forward_flops_per_token
 
     def training_bytes(self, optimizer_states_per_parameter: float = 2.0) -> float:
-        """Float32 weights, gradients and optimizer states; activations come on top."""
+        """Return the bytes of float32 weights, gradients and optimizer states. Activations come on top."""
         return 4 * self.parameters * (2 + optimizer_states_per_parameter)
 
 
@@ -53,10 +53,10 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     """Count the model that `build_model(config, quant)` would build.
 
     Args:
-        sequence_length: tokens of a sequence, for the attention FLOPs; null: the whole context.
+        sequence_length: tokens of a sequence, for the FLOPs of attention. None: the whole context.
 
     Raises:
-        UserError: groups of inputs that do not fill the rows of a projection.
+        UserError: the group size of the scheme does not divide in_features of a projection.
     """
     length = sequence_length or config.max_position_embeddings
     layers, head = config.num_hidden_layers, config.vocabulary * config.hidden_size
@@ -67,8 +67,8 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     bits = sum(tensor.size * quant.scheme.bits_per_weight(*tensor.shape) for tensor in matrices)
     outer = outer_tensors(config)
     vectors = layers * (sum(tensor.size for tensor in in_a_layer) - weights)
-    # Scores and their sum over values: two products of head_dim per head for each of the (length + 1) / 2 visible
-    # positions that a causal token sees on average.
+    # The scores and the weighted sum of the values are two products of head_dim, for each head and each visible
+    # position. A causal token sees (length + 1) / 2 positions on average.
     attention_flops = layers * 2 * 2 * config.attention_size * (length + 1) / 2
     return Accounting(
         embedding=sum(tensor.size for tensor in outer if tensor.kind is Kind.EMBEDDING),

@@ -1,8 +1,8 @@
-"""A network of the user's own: made, rounded by the quantization pass, and counted.
+"""This module builds a network of the user's own, quantizes it and counts its parameters.
 
-It is any `nn.Module` whose `forward` takes ids, int64 (B, T), and gives logits, (B, T, V). A token's logits must not
-depend on later tokens: nothing here can see whether they do. Its `nn.Linear` layers become BitLinear, but for those
-that `quant.skip` names (`lm_head` by default); its embeddings and vectors stay as they are.
+The network is an `nn.Module` whose `forward` takes token ids, int64 (B, T), and returns logits, (B, T, V). The logits
+of a token must not depend on later tokens; this is not checked. The `nn.Linear` layers of the network become BitLinear,
+except those that `quant.skip` names (`lm_head` by default). Embeddings and vectors stay as they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from bitnet_lit.quant import BitLinear, convert_linears
 
 
 def build_custom_network(config: CustomNetwork, quant: QuantConfig) -> nn.Module:
-    """The network of `config` with the quantization pass applied.
+    """Build the network of `config` and apply the quantization pass.
 
     Raises:
-        UserError: it cannot be made, it is no network from ids to logits, or nothing in it can be rounded.
+        UserError: the class cannot be made or is not an `nn.Module`, its output is not logits, or it has no `nn.Linear`
+            to round.
     """
     given = {"vocab_size": config.vocabulary, "max_position_embeddings": config.max_position_embeddings}
     target = locate(config._target_, "model")
@@ -39,15 +40,15 @@ def build_custom_network(config: CustomNetwork, quant: QuantConfig) -> nn.Module
 
 @torch.no_grad()
 def _check_logits(network: nn.Module, config: CustomNetwork) -> None:
-    """Run it on two tokens.
+    """Run the network on two tokens, and check that it returns logits.
 
     Raises:
-        UserError: it fails, or gives something else than logits.
+        UserError: the network raises an error, or its output is not floating-point (1, 2, vocab_size).
     """
     training = network.training
     try:
         logits = network.eval()(torch.zeros(1, 2, dtype=torch.int64))
-    except Exception as error:  # whatever the user's network raises
+    except Exception as error:  # the user's network can raise anything
         text = one_line(error)
         raise UserError(
             f"model._target_={config._target_}: fails on ids of shape (1, 2) ({type(error).__name__}: {text})"
@@ -64,7 +65,7 @@ def _check_logits(network: nn.Module, config: CustomNetwork) -> None:
 
 
 def count(network: nn.Module, quant: QuantConfig) -> Accounting:
-    """Count a built network. FLOPs are those of its linear layers: what else it does is not known."""
+    """Count a network that is built. FLOPs are those of its linear layers only, because the rest is not known."""
     linears = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
     rounded = [layer for layer in linears if isinstance(layer, BitLinear)]
     embeddings = [layer for layer in network.modules() if isinstance(layer, nn.Embedding)]

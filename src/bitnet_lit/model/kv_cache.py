@@ -1,6 +1,6 @@
-"""The key/value cache: what attention has already seen, so that a new token costs one step.
+"""The key/value cache keeps the keys and values of earlier positions, so that each new token needs one forward step.
 
-Keys are stored after rotation, so their positions are baked in and the cache is just "the past".
+Keys are stored after the rotary embedding, so they hold their positions already.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ FIRST_POSITIONS = 256
 
 
 class KVCache:
-    """Keys and values of every layer, filled from position 0; room grows by doubling, up to the context.
+    """A KVCache holds the keys and values of every layer, from position 0 on.
+
+    Its memory grows by doubling, up to `max_length` positions.
 
     Attributes:
-        keys, values: (layers, batch, kv_heads, room, head_dim).
-        length: positions filled so far.
-        max_length: positions there can be.
+        keys, values: (layers, batch, kv_heads, allocated positions, head_dim).
+        length: positions that are filled.
+        max_length: the most positions that it can hold.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        room = min(FIRST_POSITIONS, max_length)  # a context can be long, and a text short
+        room = min(FIRST_POSITIONS, max_length)  # most texts are much shorter than a long context
         shape = (config.num_hidden_layers, batch_size, config.num_kv_heads, room, config.head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -47,9 +49,16 @@ class KVCache:
         self.values = F.pad(self.values, (0, 0, 0, more))
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new positions of one layer; (B, kv_heads, T, head_dim) in, (B, kv_heads, length + T, head_dim) out.
+        """Store T new positions of one layer, and return all its keys and values.
 
-        `length` moves on only with `advance`, after the last layer.
+        `length` does not change here: call `advance` after the last layer.
+
+        Args:
+            layer: the index of the layer.
+            key, value: (B, kv_heads, T, head_dim).
+
+        Returns:
+            Keys and values, each (B, kv_heads, length + T, head_dim), as views of the cache.
         """
         end = self.length + key.shape[2]
         assert end <= self.max_length, f"{end} positions in a cache of {self.max_length}"
@@ -60,11 +69,11 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def advance(self, num_positions: int) -> None:
-        """Count T positions as filled, once every layer has appended them."""
+        """Count `num_positions` more positions as filled. Call this once every layer has appended them."""
         self.length += num_positions
 
     def fork(self) -> KVCache:
-        """A cache of its own with the same past: several texts from one prompt."""
+        """Return an independent copy of the cache, so that several texts can go on from one prompt."""
         other = copy.copy(self)
         other.keys, other.values = self.keys.clone(), self.values.clone()
         return other

@@ -1,12 +1,12 @@
-"""The parts of one decoder layer, dense as written: quantization is a pass over the finished network.
+"""This module has the parts of a decoder layer. They are dense here: quantization is a pass over the finished network.
 
-One layer (BitNet b1.58 2B4T's order, which Hugging Face and llama.cpp run)::
+A layer computes in the order of BitNet b1.58 2B4T, as Hugging Face and llama.cpp do::
 
     x -> input_layernorm -> q, k, v -> rotary -> causal attention -> attn_sub_norm -> o_proj -> + x
       -> post_attention_layernorm -> act(gate) * up -> ffn_sub_norm -> down_proj -> + x
 
-Every projection has a norm right before it: int8 activations have one scale per token, and a norm keeps a token's
-largest value from drowning the others. Without the two sub-norms this is a Llama layer.
+Every projection has a norm right before it, because int8 activations have one scale per token: where one value of a
+token is much larger than the others, these are rounded to zero. Without the two sub-norms this is a Llama layer.
 
 Axis letters: B batch, T time, D hidden, H attention heads, K key/value heads, P head_dim, F feed-forward.
 """
@@ -24,7 +24,7 @@ from bitnet_lit.model.kv_cache import KVCache
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x**2) + eps) * weight, computed in float32, returned in x's dtype."""
+    """RMSNorm is x / sqrt(mean(x**2) + eps) * weight, computed in float32 and returned in the dtype of x."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -36,7 +36,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, float32 (max_position_embeddings, P), in Hugging Face's half-rotated layout."""
+    """Return cos and sin of every position, each float32 (max_position_embeddings, P).
+
+    The layout is Hugging Face's: elements i and i + P/2 of a head have the same angle.
+    """
     exponents = torch.arange(0, config.head_size, 2).float() / config.head_size
     inverse_frequency = 1.0 / config.rope_theta**exponents
     angles = torch.outer(torch.arange(config.max_position_embeddings).float(), inverse_frequency)
@@ -45,13 +48,13 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + P/2) of each head by its position's angle; x (B, H, T, P), cos and sin (T, P)."""
+    """Rotate the pairs (i, i + P/2) of each head by the angles of its position; x (B, H, T, P), cos and sin (T, P)."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries; x (B, T, D) -> (B, T, D)."""
+    """Attention is causal self-attention with grouped queries; x (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         if cache is not None:
             past = cache.length
             k_BKTP, v_BKTP = cache.append(self.layer_index, k_BKTP, v_BKTP)
-            if past and length > 1:  # several new positions after a past: row t sees the past and itself
+            if past and length > 1:  # is_causal would align the mask at position 0: row t sees the past and 0..t
                 mask = torch.ones(length, past + length, dtype=torch.bool, device=x_BTD.device).tril(past)
                 is_causal = False
         y_BHTP = F.scaled_dot_product_attention(
@@ -98,7 +101,7 @@ class Attention(nn.Module):
 
 
 def relu2(x: Tensor) -> Tensor:
-    """relu(x)**2, the activation of BitNet b1.58 2B4T."""
+    """Return relu(x)**2, the activation function of BitNet b1.58 2B4T."""
     return F.relu(x).square()
 
 
@@ -106,7 +109,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu2": r
 
 
 class MLP(nn.Module):
-    """The gated feed-forward layer; x (B, T, D) -> (B, T, D) through width F."""
+    """MLP is the gated feed-forward layer; x (B, T, D) -> (B, T, F) -> (B, T, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,7 +126,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each added to its own input."""
+    """A decoder layer is attention and feed-forward, each added to its input; x (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()

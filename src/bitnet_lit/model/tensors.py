@@ -1,14 +1,14 @@
-"""The tensors of a network: one table of their names, shapes, kinds and conditions, in the order of the state dict.
+"""This module has one table of all tensors of a network: names, shapes, kinds and conditions, in state dict order.
 
-`layers.py` and `transformer.py` compute with these tensors; this table says which there are, so that a model can be
-read, checked, counted and run without building it, and without torch. A test builds the network on the meta device for
-every combination of the fields that decide about tensors, and compares names, shapes and order.
+`layers.py` and `transformer.py` compute with these tensors. The table lists them, so that a model can be read, checked,
+counted and run without torch and without building the network. A test builds the network on the meta device for every
+combination of the fields that add or remove tensors, and compares names, shapes and order.
 
-Everything else follows from the table: parameters and FLOPs (`accounting.py`), what a stored model must hold, which
-weights a scheme quantizes, and the names that other formats give each tensor. A format's map of names that lacks a
-tensor cannot hold the network; it refuses that tensor by its name.
+Other code derives what it needs from the table: parameters and FLOPs (`accounting.py`), the tensors that a stored model
+must have, and the weights that a scheme quantizes. A format maps these names to its own. Where its map lacks a tensor
+of a network, it refuses the network and names that tensor.
 
-A new tensor, such as the norm of a new layer, is a row here and a line in `layers.py`.
+A new tensor, such as the norm of a new layer, needs a row here and a line in `layers.py`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from bitnet_lit.quant.scheme import is_skipped
 
 
 class Kind(Enum):
-    """What a tensor is for."""
+    """A kind says what a tensor is for."""
 
     EMBEDDING = "embedding"
-    """Rows of the vocabulary: embed_tokens and lm_head."""
+    """A matrix with one row per token of the vocabulary: embed_tokens and lm_head."""
     PROJECTION = "projection"
-    """The weight of a linear layer inside a decoder layer: what a scheme quantizes."""
+    """The weight of a linear layer in a decoder layer, which a scheme quantizes."""
     BIAS = "bias"
     NORM = "norm"
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A row of the table.
+    """A TensorSpec is a row of the table.
 
     Attributes:
-        name: in the network, or in the layer where it is part of one.
-        shape: names of the properties of `ModelConfig` that give each axis.
-        rotary_heads: the property that counts its heads, where its rows are what rotary positions turn. Formats that
-            pair the elements of a head otherwise store such rows in another order.
-        present: whether a network has it.
+        name: its name in the network, or in the decoder layer where it belongs to one.
+        shape: for each axis, the attribute of `ModelConfig` that has its size.
+        rotary_heads: the attribute of `ModelConfig` that has its number of heads, where the rotary embedding rotates
+            what its rows produce; otherwise None. Formats that rotate other pairs of elements permute such rows.
+        present: returns whether the network of a config has this tensor.
     """
 
     name: str
@@ -86,14 +86,14 @@ AFTER_LAYERS = (
 
 @dataclass(frozen=True)
 class NetworkTensor:
-    """A tensor of one network.
+    """A NetworkTensor describes one tensor of one network.
 
     Attributes:
         name: its key in the state dict.
-        within: its name in its decoder layer; `name` where it is part of none.
-        layer: the number of its decoder layer, from 0; None where it is part of none.
-        shape: elements of each axis; (out_features, in_features) of a matrix.
-        rotary_heads: how many heads its rows consist of, where rotary positions turn them; None elsewhere.
+        within: its name in its decoder layer; the same as `name` where it belongs to no layer.
+        layer: the index of its decoder layer, from 0; None where it belongs to no layer.
+        shape: elements of each axis; (out_features, in_features) for a matrix.
+        rotary_heads: the number of heads in its rows, where the rotary embedding rotates them; otherwise None.
     """
 
     name: str
@@ -105,7 +105,7 @@ class NetworkTensor:
 
     @property
     def size(self) -> int:
-        """Elements in it."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -119,32 +119,38 @@ def _made(specs: tuple[TensorSpec, ...], config: ModelConfig, layer: int | None 
 
 
 def layer_tensors(config: ModelConfig, layer: int = 0) -> list[NetworkTensor]:
-    """The tensors of one decoder layer; all layers are alike."""
+    """Return the tensors of one decoder layer. All layers have the same tensors."""
     return list(_made(LAYER, config, layer))
 
 
 def outer_tensors(config: ModelConfig) -> list[NetworkTensor]:
-    """The tensors that belong to no decoder layer; a tied head has no tensor of its own."""
+    """Return the tensors that belong to no decoder layer. A tied lm_head has no tensor of its own.
+
+    Raises:
+        UserError: `vocab_size` is None, so the vocabulary is not known.
+    """
     return [*_made(BEFORE_LAYERS, config), *_made(AFTER_LAYERS, config)]
 
 
 def network_tensors(config: ModelConfig) -> list[NetworkTensor]:
-    """Every tensor of a network, in the order of `CausalLM.state_dict()`; a tied head has none of its own.
+    """Return every tensor of a network, in the order of `CausalLM.state_dict()`.
+
+    A tied lm_head has no tensor of its own.
 
     Raises:
-        UserError: the vocabulary follows the data, and there is none.
+        UserError: `vocab_size` is None, so the vocabulary is not known.
     """
     layers = [tensor for layer in range(config.num_hidden_layers) for tensor in layer_tensors(config, layer)]
     return [*_made(BEFORE_LAYERS, config), *layers, *_made(AFTER_LAYERS, config)]
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape by its name, in the order of the state dict."""
+    """Return the shape of every tensor by its name, in the order of the state dict."""
     return {tensor.name: tensor.shape for tensor in network_tensors(config)}
 
 
 def quantized_names(config: ModelConfig, quant: QuantConfig) -> set[str]:
-    """The weights that are codes and a scale in the forward pass: linear layers but those that `quant.skip` names."""
+    """Return the names of the weights that the scheme quantizes: all linear layers except those in `quant.skip`."""
     if not quant.scheme.quantizes:
         return set()
     linears = [tensor.name for tensor in network_tensors(config) if tensor.kind is Kind.PROJECTION]
@@ -154,7 +160,7 @@ def quantized_names(config: ModelConfig, quant: QuantConfig) -> set[str]:
 
 
 def own_tensors(config: ModelConfig, quant: QuantConfig) -> dict[str, tuple[int, ...]]:
-    """What the layers of a scheme have beside weights and biases (`Scheme.own_tensors`): names and shapes."""
+    """Return the names and shapes of what a scheme's layers have beside weights and biases (`Scheme.own_tensors`)."""
     quantized, found = quantized_names(config, quant), {}
     for tensor in network_tensors(config):
         if tensor.name in quantized:
@@ -164,10 +170,12 @@ def own_tensors(config: ModelConfig, quant: QuantConfig) -> dict[str, tuple[int,
 
 
 def unnamed_tensors(config: ModelConfig, names: Collection[str]) -> list[str]:
-    """The tensors that a format or an engine has no name for, in the order of the table.
+    """Return the names of the tensors that a format or an engine does not support.
+
+    The names of a decoder layer come first, each once for all layers. The outer tensors follow.
 
     Args:
-        names: what it knows: names within a layer (`self_attn.q_proj.weight`), and those of the outer tensors.
+        names: the supported names: those within a layer (`self_attn.q_proj.weight`), and those of the outer tensors.
     """
     rows = (*LAYER, *BEFORE_LAYERS, *AFTER_LAYERS)
     return [spec.name for spec in rows if spec.present(config) and spec.name not in names]

@@ -1,7 +1,7 @@
-"""The decoder: embedding, layers, norm, head; and how it is built.
+"""The decoder has an embedding, decoder layers, a final norm and an output head.
 
-Modules carry Hugging Face's names (`model.layers.0.self_attn.q_proj`, ...), so a state dict needs no name map to be
-read by `transformers`. Building is two steps: the dense network, then the quantization pass.
+Modules have Hugging Face's names (`model.layers.0.self_attn.q_proj`, ...), so `transformers` reads a state dict without
+a map of names. `build_model` makes the dense network first, and then applies the quantization pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bitnet_lit.quant import convert_linears
 
 
 class Decoder(nn.Module):
-    """Token ids (B, T) to hidden states (B, T, D); Hugging Face's `BitNetModel`."""
+    """The decoder maps token ids (B, T) to hidden states (B, T, D), like Hugging Face's `BitNetModel`."""
 
     cos: Tensor
     sin: Tensor
@@ -26,8 +26,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gradient_checkpointing = config.gradient_checkpointing
-        # On the meta device there is nothing to compute, and computing there imports sympy and torch._dynamo: a second
-        # of start-up.
+        # nn.Embedding fills its weight. On the meta device there is nothing to fill, and doing so would import sympy
+        # and torch._dynamo, which takes a second. A weight that is given is not filled.
         weight = torch.empty(config.vocabulary, config.hidden_size)
         self.embed_tokens = nn.Embedding(
             config.vocabulary, config.hidden_size, _weight=weight if weight.is_meta else None
@@ -39,7 +39,10 @@ class Decoder(nn.Module):
         self.reset_rotary()
 
     def reset_rotary(self) -> None:
-        """Compute the position tables: they are no part of the state dict, so loading asks for them again."""
+        """Compute the tables of the rotary embedding.
+
+        The state dict does not hold them. Call this after a model that was built on the meta device is loaded.
+        """
         if self.embed_tokens.weight.is_meta:
             cos = sin = torch.empty(self.config.max_position_embeddings, self.config.head_size, device="meta")
         else:
@@ -66,7 +69,10 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Token ids to logits; Hugging Face's `BitNetForCausalLM` (or `LlamaForCausalLM` without sub-norms)."""
+    """A CausalLM maps token ids to logits, like Hugging Face's `BitNetForCausalLM`.
+
+    Without sub-norms it is `LlamaForCausalLM`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,15 +83,16 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make lm_head and embed_tokens one parameter where the config says so."""
+        """Make lm_head and embed_tokens the same parameter, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_parameters(self) -> None:
-        """Normal(0, initializer_range); the two projections that write to the residual stream / sqrt(2 * layers).
+        """Draw every matrix from a normal distribution with mean 0 and standard deviation `initializer_range`.
 
-        GPT-2's rule, which llama2.c uses too: the sum over 2 * layers branches keeps the variance of one. For a
-        ternary matrix only the scale remembers it, which is where it is needed.
+        Biases are zero. The standard deviation of o_proj and down_proj is divided by sqrt(2 * layers), as in GPT-2 and
+        llama2.c: the sum of 2 * layers residual branches then has the variance of one. In a ternary matrix this factor
+        is only in the scale, and it has the same effect there.
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
@@ -97,32 +104,43 @@ class CausalLM(nn.Module):
             nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits of every position.
+        """Return the logits of every position.
 
         Args:
             ids: int64 (B, T).
-            cache: the past; filled with these T positions. None: `ids` start at position 0.
+            cache: the keys and values of earlier positions; the T new ones are added to it. None: `ids` start at
+                position 0.
 
         Returns:
-            (B, T, V) in the compute dtype.
+            Logits (B, T, V), in autocast's dtype under autocast, otherwise in the dtype of the weights.
 
         Raises:
-            ValueError: more positions than the context.
+            ValueError: there are more positions than the context has.
         """
         logits: Tensor = self.lm_head(self.model(ids, cache))
         return logits
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross entropy in nats, computed in float32; logits (B, T, V), targets int64 (B, T)."""
+    """Return the cross entropy in nats, computed in float32.
+
+    Args:
+        logits: (B, T, V).
+        targets: int64 (B, T).
+        reduction: "mean" or "sum" over all tokens; "none" returns one number for each, (B * T,).
+    """
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
 
 def build_model(config: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None) -> CausalLM:
-    """The network of `config` with the quantization pass `quant` applied.
+    """Build the network of `config` and apply the quantization pass of `quant`.
 
     Args:
-        device: where the parameters are made; "meta" makes none (for counting and for loading).
+        device: the device of the parameters, by default the CPU. On "meta" they have no values, as counting and loading
+            need it.
+
+    Raises:
+        UserError: `vocab_size` is None, or the group size of the scheme does not divide in_features of a projection.
     """
     with torch.device(device or "cpu"):
         model = CausalLM(config)

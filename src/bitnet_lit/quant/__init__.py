@@ -1,11 +1,12 @@
-"""The definition of 1.58 bit, readable without the model.
+"""This package defines 1.58-bit quantization. It can be read without the model.
 
-`scheme` is the object that everyone asks, `schemes` are those that there are, `weights` and `activations` are the rules
-that a scheme is made of, `bit_linear` is the layer, `packing` its frozen form, `convert` the pass that swaps layers in
+A scheme says how weights and activations are rounded (`scheme.py`); `schemes.py` has the built-in ones. A scheme is
+made of two rules, one for weights (`weights.py`) and one for activations (`activations.py`). `bit_linear.py` has the
+layer that is trained, `packing.py` its frozen form for inference, and `convert.py` the pass that puts these layers into
 any network.
 
-Layers need torch and schemes do not, so a name is imported when it is asked for: whoever wants to know what a model
-folder holds does not wait for torch.
+The layers need torch and the schemes do not. So a name is imported when it is first used, and a command that only reads
+a model folder does not wait for torch.
 """
 
 from __future__ import annotations

@@ -1,31 +1,33 @@
-"""BitLinear: the linear layer whose three matrix products see integers.
+"""BitLinear is a linear layer that multiplies integer codes of its activations by integer codes of its weights.
 
-Forward, with one scale for the matrix (weights.py has the other granularities)::
+The forward pass, with one scale for the matrix (weights.py has the other granularities)::
 
     y = (x_codes @ weight_codes.T) * (x_scale * weight_scale)
 
-The product runs on *whole numbers*, and the two scales enter once, at the end. In float32 that product is exact in
-any order of summation as long as |sum| <= 2**24, that is for in_features up to 131072: so an int8 kernel, a packed
-2-bit kernel and this layer agree in every integer accumulator, and only the last multiplication can round
-differently. This is what makes the trained model, bit for bit, the model that runs.
+The matrix product runs on *integers*, and the two scales are applied once, at the end. In float32 the product is exact
+in any order of summation as long as |sum| <= 2**24, that is, for in_features up to 131072. So an int8 kernel, a packed
+2-bit kernel and this layer agree in every integer accumulator, and only the last multiplication can round differently.
+This is why the trained model and the exported model are the same model.
 
-A scale per row multiplies the product too, output by output. Scales per group cannot wait until the end: there the
-product runs on codes * scale, and a kernel that sums integers group by group agrees up to float32's rounding of sums.
+Scales per row are also applied after the product, one to each output. Scales per group cannot be applied at the end:
+there the product runs on codes * scale. A kernel that sums the integers of each group agrees with it up to the rounding
+of float32 sums.
 
-Backward (straight-through: rounding counts as the identity)::
+The backward pass is straight-through: it treats rounding as the identity::
 
     grad_x      = (grad_y @ weight_codes) * weight_scale
     grad_weight = grad_y.T @ (x_codes * x_scale)
 
-Codes are kept for the backward pass as int8, a quarter of what autograd would keep of float activations. The latent
-weight stays a plain `weight` parameter in the optimizer's precision: state dicts, tied weights and optimizers see
-an ordinary `nn.Linear`.
+Codes are kept for the backward pass as int8, a quarter of the memory of float32 activations. The latent weight stays a
+plain `weight` parameter in the optimizer's precision: state dicts, tied weights and optimizers see an ordinary
+`nn.Linear`.
 
-Different from the paper: no norm inside the layer (the network puts one before every projection) and the scales are
-applied after the product rather than before it; the same value up to float rounding.
+Two things differ from the paper. The layer has no norm of its own: the network puts one before every projection. And
+the scales are applied after the product rather than before it, which gives the same value up to float rounding.
 
-Under autocast what is multiplied is cast to its dtype: bfloat16 holds every integer up to 256, so codes stay exact and
-only the product's output is rounded. Scales per group are rounded with it, by at most 1/512 of themselves.
+Under autocast both operands of the product are cast to autocast's dtype. bfloat16 holds every integer up to 256, so
+codes stay exact and only the output is rounded. Scales per group are part of an operand, so each of them is rounded
+too, by at most 1/512 of its value.
 """
 
 from __future__ import annotations
@@ -47,10 +49,10 @@ if TYPE_CHECKING:
 
 
 def scheme_of(quant: str | Scheme | QuantConfig) -> Scheme:
-    """The scheme that a name ("b158"), a config or a scheme itself stands for.
+    """Return the scheme that is given by its name ("b158"), in a config, or as the object itself.
 
     Raises:
-        UserError: a name that no scheme has, or something else.
+        UserError: the name is unknown, or `quant` is none of the three.
     """
     scheme = scheme_named(quant) if isinstance(quant, str) else getattr(quant, "scheme", quant)
     if not isinstance(scheme, Scheme):
@@ -59,12 +61,12 @@ def scheme_of(quant: str | Scheme | QuantConfig) -> Scheme:
 
 
 def straight_through(value: Tensor, rounded: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-    """``rounded`` in the forward pass, the identity in the backward pass.
+    """Return ``rounded`` in the forward pass, and pass the gradient on to ``value`` unchanged in the backward pass.
 
     Args:
-        value: what the gradient goes to.
-        rounded: what the forward pass uses, same shape.
-        strength: lambda of the warm-up, 0 (``value``) to 1 (``rounded``).
+        value: the tensor that gets the gradient.
+        rounded: the tensor that the forward pass uses, same shape.
+        strength: lambda of the warm-up, from 0 (``value``) to 1 (``rounded``).
     """
     return value + strength * (rounded - value).detach()
 
@@ -72,7 +74,7 @@ def straight_through(value: Tensor, rounded: Tensor, strength: Tensor | float = 
 def bit_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, scheme: Scheme, strength: Tensor | float = 1.0
 ) -> Tensor:
-    """The definition of BitLinear: every fast path is tested against these lines, gradients included.
+    """Compute BitLinear as it is defined. Every fast path is tested against this function, gradients included.
 
     Args:
         x: float, shape (B..., I).
@@ -94,15 +96,15 @@ def bit_linear_reference(
 
 
 def factors(codes: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A quantized matrix as what activations are multiplied with, and what the product is multiplied with.
+    """Return the two factors of a quantized layer: y = (x_codes @ matrix.T) * (x_scale * factor).
 
     Args:
         codes: any dtype, (O, I).
         weight_scale: float32, (), (1,), (O, 1) or (O, G).
 
     Returns:
-        matrix: (O, I), the codes themselves unless a row has several scales.
-        factor: float32, one number or (O,).
+        matrix: (O, I). It holds the codes; where a row has several scales, it holds codes * scale.
+        factor: float32, (), (1,) or (O,). It is 1 where a row has several scales.
     """
     if weight_scale.ndim < 2:
         return codes, weight_scale
@@ -112,7 +114,10 @@ def factors(codes: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def input_gradient(grad_y: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
-    """Gradient of the input, (B..., O) -> (B..., I), of a product by `factors`; its caller casts it."""
+    """Return the gradient of the input, (B..., O) -> (B..., I), for the two results of `factors`.
+
+    The caller casts it to the dtype of the input.
+    """
     matrix = matrix.to(grad_y.dtype)
     if factor.numel() == 1:
         return (grad_y @ matrix) * factor
@@ -120,10 +125,10 @@ def input_gradient(grad_y: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
 
 
 def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """`y` in `dtype`, for the result of an autograd function.
+    """Return `y` in `dtype`, as the result of an autograd function.
 
-    Not `y.to(dtype)` where nothing is to be converted: under `torch.compile` the gradients of such a result are zeros,
-    without a word (torch 2.11, every backend; 2.13 is right).
+    Where `y` has that dtype already, this must not call `y.to(dtype)`. Under `torch.compile` the gradients of such a
+    result are zero, and no error is raised (torch 2.11, every backend; torch 2.13 is right).
     """
     return y if y.dtype == dtype else y.to(dtype)
 
@@ -136,7 +141,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class BitLinearFunction(torch.autograd.Function):
-    """y = x @ weight.T on integer codes with a straight-through backward; shapes as in `bit_linear_reference`."""
+    """Compute y = x @ weight.T on integer codes, with a straight-through backward pass.
+
+    The shapes are those of `bit_linear_reference`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, weights: WeightRule, activations: ActivationRule) -> Tensor:
@@ -164,17 +172,17 @@ class BitLinearFunction(torch.autograd.Function):
 
 
 class BitLinear(nn.Linear):
-    """An `nn.Linear` whose forward pass is quantized; shapes and parameters are those of `nn.Linear`.
+    """A BitLinear is an `nn.Linear` with a quantized forward pass. Shapes and parameters are those of `nn.Linear`.
 
     Args:
         quant: a scheme, its name ("b158"), or a config that holds one; "none" makes this a plain linear layer.
 
     Attributes:
-        scheme: how it is quantized.
-        strength: lambda of the warm-up as a float32 tensor of shape (), or None for fully quantized.
+        scheme: how the layer is quantized.
+        strength: lambda of the warm-up as a float32 tensor of shape (), or None where the layer is fully quantized.
 
     Raises:
-        UserError: groups of inputs that do not fill a row.
+        UserError: the group size of the scheme does not divide in_features, or `quant` is unknown.
     """
 
     def __init__(
@@ -190,23 +198,26 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.scheme = scheme_of(quant)
         self.scheme.granularity.scale_shape(out_features, in_features)
-        # Kept here: what compiled code and every step read should not be made anew.
+        # Kept as attributes: a scheme makes its rules anew at each access, and every forward pass reads them.
         self._weights, self._activations = self.scheme.weights, self.scheme.activations
         self.strength: Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant: str | Scheme | QuantConfig) -> BitLinear:
-        """The same layer quantized: its very parameters (not copies), so optimizers and ties stay valid."""
+        """Make a quantized layer of a linear layer.
+
+        Both hold the same parameters, which are not copied, so optimizers and tied weights stay valid.
+        """
         layer = cls(linear.in_features, linear.out_features, bias=False, quant=quant, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.training = linear.training
         return layer
 
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
-        """The codes and scales that the forward pass uses; see `WeightRule.quantize`.
+        """Return the codes and the scales that the forward pass uses; see `WeightRule.quantize`.
 
         Raises:
-            UserError: a dense layer.
+            UserError: the layer is dense.
         """
         if self._weights is None:
             raise UserError(f"quant={self.scheme.name}: has no codes to round to: take b158 or b1")
@@ -224,7 +235,11 @@ class BitLinear(nn.Linear):
 
 
 def set_strength(module: nn.Module, strength: Tensor | None) -> None:
-    """Set lambda of the warm-up on every BitLinear below `module`; one shared tensor of shape (), or None for 1."""
+    """Set lambda of the warm-up on every BitLinear in `module`.
+
+    Args:
+        strength: one tensor of shape () that all layers share, or None for 1 (fully quantized).
+    """
     for layer in module.modules():
         if isinstance(layer, BitLinear):
             layer.strength = strength

@@ -1,15 +1,15 @@
-"""Quantization as a pass: build a dense network, then swap its linear layers.
+"""Quantization is a pass over a finished network: build it dense, then replace its linear layers.
 
-Attention and feed-forward code never says "ternary". The dense twin is the same network without the pass, and the
-pass works on anybody's `nn.Module` by a filter on names::
+So the code of attention and feed-forward layers knows nothing of quantization, and the dense twin is the same network
+without the pass. The pass works on any `nn.Module`; names choose the layers that stay dense::
 
     changed = convert_linears(model, "b158", skip=["lm_head"])
 
-The trained weights and biases stay: a converted layer holds the very parameters of the layer it replaces.
+The trained weights and biases stay: a converted layer holds the same parameters as the layer that it replaces.
 
-Two kinds of code do not call a linear layer but read its weight, and would stay dense without a word. torch's encoder
-layers have such a path for evaluation: it is switched off. In other networks `uncalled_linears` finds them (one
-such is `dt_proj` in Hugging Face's Mamba); leave them out with `skip`.
+Some code reads the weight of a linear layer without calling the layer. Such code would compute with the dense weight,
+and no error would say so. The encoder layers of torch do this in evaluation; the pass switches that path off. In other
+networks `uncalled_linears` finds such layers (one is `dt_proj` in Hugging Face's Mamba): leave them dense with `skip`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ if TYPE_CHECKING:
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether swapping the layer keeps what it does: not with a weight that hooks compute before each call (pruning,
-    spectral norm), nor with a `forward` that somebody put on the instance."""
+    """Return whether the layer still does the same once it is replaced.
+
+    It does not where hooks compute its weight before each call (pruning, spectral norm), or where somebody has set
+    `forward` on the instance.
+    """
     weight_is_its_own = "weight" in dict(linear.named_parameters(recurse=False))
     return weight_is_its_own and "forward" not in vars(linear)
 
 
 def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
-    """Replace each submodule for which `swap(name, submodule)` gives a new one; names in definition order.
+    """Replace each submodule for which `swap(name, submodule)` returns a new one, and return the names in order.
 
-    Where `swap` raises, nothing is replaced.
+    If `swap` raises, nothing is replaced.
     """
     new_layers: dict[str, nn.Module] = {}
     replaced: dict[nn.Module, nn.Module] = {}  # a layer used in two places stays one layer
@@ -57,27 +60,26 @@ def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | Non
 
 
 def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: str | Sequence[str] = ()) -> list[str]:
-    """Turn the `nn.Linear` layers below `module` into BitLinear, in place, keeping weights and biases.
+    """Replace the `nn.Linear` layers in `module` by BitLinear, in place. Weights, biases and hooks are kept.
 
-    Only plain `nn.Linear` is touched: a subclass may be called in ways of its own, and a weight computed from others
-    (pruning, weight norm) is not there to be kept. Matrices that are bare parameters stay dense as well. The returned
-    names say what changed. Hooks come along.
+    Some layers stay dense. A subclass of `nn.Linear` does, because its forward pass may differ. So does a layer whose
+    weight is computed from other tensors (pruning, weight norm), and a matrix that is a bare parameter.
 
-    An `nn.TransformerEncoder` is converted as a whole, or inside its model, not layer by layer: it prepares padded
-    batches for the fused path of its layers, which a layer alone cannot tell it to leave.
+    Convert an `nn.TransformerEncoder` as a whole, or the model that holds it, and not its layers one by one: only then
+    can its fused evaluation path be switched off.
 
     Args:
         module: any network.
         quant: a scheme, its name ("b158"; "none" changes nothing), or a `QuantConfig`.
-        skip: dense layers to leave alone, one or several: a full name, or the last parts of a dotted name. Added to
-            `quant.skip` when a `QuantConfig` is given.
+        skip: one layer that stays dense, or several: a full name, or the last parts of a dotted name. With a
+            `QuantConfig` these are added to `quant.skip`.
 
     Returns:
-        The names of the layers it changed, in definition order.
+        The names of the replaced layers, in definition order.
 
     Raises:
-        UserError: an unknown `quant`, a layer whose rows the scheme's groups do not fill, or a module that is a linear
-            layer itself.
+        UserError: `quant` is unknown, the group size of the scheme does not divide a layer's in_features, or `module`
+            is itself a linear layer.
     """
     scheme = scheme_of(quant)
     if not scheme.quantizes:
@@ -101,10 +103,10 @@ def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: 
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Keep hooks, and whatever else a layer's owner has put on it; what the new layer has of its own stays.
+    """Copy the old layer's hooks and extra attributes to the new layer. What the new layer already has is kept.
 
     Raises:
-        UserError: a tensor of the new layer's own that has no values.
+        UserError: a tensor that only the new layer has is on the meta device, so it has no values.
     """
     for key, value in vars(old).items():
         if key in ("_parameters", "_buffers", "_modules"):
@@ -112,7 +114,7 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
                 vars(new)[key].setdefault(name, item)
         elif key == "_non_persistent_buffers_set":
             new._non_persistent_buffers_set |= value
-        elif key not in vars(new) or "hook" in key:  # the very dictionaries of hooks: their handles remove from them
+        elif key not in vars(new) or "hook" in key:  # the same dictionaries: a hook's handle removes it from them
             vars(new)[key] = value
     weight = getattr(old, "weight")  # noqa: B009  # a tensor, whatever the module's type says
     for name, tensor in [*new.named_parameters(), *new.named_buffers()]:
@@ -130,21 +132,23 @@ def _leave_fused_paths(module: nn.Module) -> None:
 
     for encoder in module.modules():
         if isinstance(encoder, nn.TransformerEncoderLayer) and is_quantized(encoder):
-            encoder.activation_relu_or_gelu = 0  # the fused path knows these two activations only
+            encoder.activation_relu_or_gelu = 0  # says that it is neither, and the fused path supports no other
         if isinstance(encoder, nn.TransformerEncoder) and is_quantized(encoder):
-            encoder.use_nested_tensor = False  # what the fused path would be fed with
+            encoder.use_nested_tensor = False  # only the fused path can read a nested tensor
 
 
 def uncalled_linears(module: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-    """Converted layers that one forward pass `module(*args, **kwargs)` never calls: code that reads their weight
-    instead runs dense, and fails once they are packed. Leave them out with `skip`.
+    """Return the converted layers that one forward pass `module(*args, **kwargs)` does not call.
 
-    It sees one pass, in the mode the module is in. Ask in training and in evaluation and on the device of the run
-    where these take different paths: the CUDA kernels of Mamba read `x_proj` and `out_proj` too. An expert that no
-    token was sent to is named as well. A layer that is both called and read is not.
+    Some code reads the weight of such a layer instead. It computes with the dense weight, and fails once the layer is
+    packed. Leave the layer dense with `skip`.
+
+    The result holds for this one pass. A network may take another path in training, in evaluation or on another device:
+    call this once for each. (The CUDA kernels of Mamba read `x_proj` and `out_proj` too.) An expert that gets no token
+    is in the result as well. A layer that is both called and read is not.
 
     Returns:
-        Their names, in definition order.
+        The names, in definition order.
     """
     called: set[nn.Module] = set()
     # One hook for all modules: hooks on the layers themselves would switch torch's fused encoder path off.
@@ -158,15 +162,18 @@ def uncalled_linears(module: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
 
 
 def pack_linears(module: nn.Module) -> list[str]:
-    """Freeze every BitLinear below `module` to packed codes, in place; returns the names it changed.
+    """Replace every BitLinear in `module` by a frozen layer with packed codes, in place.
 
-    A scheme's own layer, which computes more than a product of codes, stays as it is: it runs on its latent weights.
-    Packing a packed model changes nothing and returns an empty list. An adapter (LoRA) beside a packed layer trains
-    on: gradients pass through. Hooks stay behind with the latent layers.
+    A scheme with a layer class of its own is left alone, because that layer computes more than a product of codes; it
+    runs on its latent weights. A model that is packed already does not change. An adapter (LoRA) beside a packed layer
+    can still be trained: gradients pass through the packed layer. Hooks are not kept.
+
+    Returns:
+        The names of the replaced layers, in definition order.
 
     Raises:
-        UserError: an adapter is merged into the weights of a quantized layer or computes from them, or the rows of a
-            matrix do not fill whole bytes. Nothing was changed then.
+        UserError: an adapter is merged into the weights of a quantized layer or computes from them, or out_features of
+            a ternary layer is not a multiple of 4. Nothing has been changed then.
     """
     for name, layer in module.named_modules():
         _check_adapter(name, layer)
@@ -187,7 +194,7 @@ def _packs(layer: nn.Module) -> TypeGuard[BitLinear]:
 
 
 def _check_adapter(name: str, wrapper: nn.Module) -> None:
-    """Refuse what `peft` does to the weights of the layer it wraps; it is known by its attributes, not imported."""
+    """Refuse an adapter of `peft` that changes or reads the weights of its layer. `peft` is not imported for this."""
     if not isinstance(getattr(wrapper, "base_layer", None), BitLinear):
         return
     if merged := getattr(wrapper, "merged_adapters", None):

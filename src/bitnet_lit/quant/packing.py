@@ -1,16 +1,16 @@
-"""Packed weights: four ternary codes in a byte, and the layer that runs on them.
+"""Packing stores four ternary codes in a byte. `PackedBitLinear` is the layer that runs on packed codes.
 
-The layout of ternary and binary codes is Hugging Face's (`integrations/bitnet.py`), so one tensor serves both: a matrix
-of O rows becomes O/4 rows of bytes, and byte row r holds the rows r, r + O/4, r + 2*O/4, r + 3*O/4 in its bit pairs,
-lowest first. A pair stores code + 1::
+The layout of ternary and binary codes is Hugging Face's (`integrations/bitnet.py`), so `transformers` can read the same
+tensor. A matrix of O rows becomes O/4 rows of bytes. Row r of the bytes holds the rows r, r + O/4, r + 2*O/4 and
+r + 3*O/4 in its bit pairs, lowest bits first. A pair stores code + 1::
 
     bits   7 6         5 4         3 2       1 0
     row    r+3*O/4     r+2*O/4     r+O/4     r
 
-Codes of other levels than -1, 0 and +1 are stored one in a byte, int8 (O, I).
+A scheme with other codes than -1, 0 and +1 stores one code in a byte, int8 (O, I).
 
-Packing takes the codes and the scale that training used; it never derives a scale from already rounded values
-(absmean of a ternary matrix is not its scale: it would shrink by the share of zeros).
+Packing takes the codes and the scale that training used. It never computes a scale from rounded weights: their mean
+magnitude is smaller than the scale, by the share of zeros.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CODES_PER_BYTE = 4
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """(O, I) codes in {-1, 0, +1}, any dtype -> uint8 (O / 4, I).
+    """Pack codes in {-1, 0, +1}: (O, I), any dtype -> uint8 (O / 4, I).
 
     Raises:
-        UserError: O is no multiple of 4.
+        UserError: O is not a multiple of 4.
     """
     rows = codes.shape[0]
     if rows % CODES_PER_BYTE:
@@ -45,29 +45,30 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
-    """uint8 (O / 4, I) -> int8 (O, I) codes; the inverse of `pack_codes`."""
+    """Unpack codes: uint8 (O / 4, I) -> int8 (O, I). This is the inverse of `pack_codes`."""
     pairs = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])
     return pairs.to(torch.int8) - 1
 
 
 def are_packed_codes(packed: Tensor) -> bool:
-    """Whether every pair of bits holds a code: the fourth value of two bits, 3, is none."""
+    """Return whether every pair of bits holds a code: 0, 1 or 2. The value 3 stands for no code."""
     return not bool((packed & packed >> 1 & 0b01010101).any())
 
 
 def stored_codes(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Codes (O, I) as they are kept: uint8 (O / 4, I) where two bits hold them, else int8 (O, I).
+    """Return codes (O, I) as they are stored: uint8 (O / 4, I) for a ternary or binary scheme, otherwise int8 (O, I).
 
     Raises:
-        UserError: O is no multiple of 4.
+        UserError: O is not a multiple of 4, for a ternary or binary scheme.
     """
     return pack_codes(codes) if scheme.is_ternary else codes.to(torch.int8)
 
 
 class PackedProductFunction(torch.autograd.Function):
-    """y = x @ weight.T on frozen codes, with BitLinear's gradient for x: rounding counts as the identity.
+    """Compute y = x @ weight.T on frozen codes, with BitLinear's straight-through gradient for x.
 
-    Autograd alone would find rounded activations constant, and hardly anything would reach what lies before the layer.
+    The derivative of rounding is zero almost everywhere, so autograd alone would give the layers before this one almost
+    no gradient.
     """
 
     @staticmethod
@@ -87,12 +88,15 @@ def _packed_product(x: Tensor, matrix: Tensor, factor: Tensor, activations: Acti
 
 
 class PackedBitLinear(nn.Module):
-    """A BitLinear frozen to codes and scales: runs, does not train. Gradients pass through it, to adapters say.
+    """A PackedBitLinear is a BitLinear frozen to codes and scales. It runs and is not trained.
+
+    Gradients pass through it to the layers before it, so adapters (LoRA) can be trained.
 
     Buffers:
         weight: packed codes, see `stored_codes`.
-        weight_scale: float32 (1,), or (O, 1), (O, G) where rows or groups have their own; multiplies (Hugging Face's
-            packed layer divides by its own: the border converts).
+        weight_scale: float32; (1,), or (O, 1) for scales per row, or (O, G) for scales per group. Weights are
+            codes * weight_scale. Hugging Face's packed layer divides by its scale instead; reading and writing its
+            files converts it.
     """
 
     weight: Tensor
@@ -111,25 +115,29 @@ class PackedBitLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
         codes = unpack_codes(weight) if scheme.is_ternary else weight
         self.out_features, self.in_features = codes.shape
-        # Unpacked once, in the dtype the product runs in: unpacking at every token would cost more than the product.
+        # Unpacked once, in the dtype of the product: unpacking for every token would cost more than the product.
         matrix, factor = factors(codes.float(), self.weight_scale)
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("factor", factor, persistent=False)
 
     @classmethod
     def from_codes(cls, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, scheme: Scheme) -> PackedBitLinear:
-        """A layer of codes (O, I) and scales in the shape of the scheme's granularity, as another tool trained them."""
+        """Make a layer from codes (O, I) and scales, for example those of a model that another tool has trained.
+
+        The scales have the shape that the scheme's granularity gives.
+        """
         return cls(stored_codes(codes, scheme), weight_scale, bias, scheme)
 
     @classmethod
     def from_bit_linear(cls, layer: BitLinear) -> PackedBitLinear:
-        """Freeze a trained layer: the same integers, the same scales."""
+        """Freeze a trained layer. The codes and the scales stay the same."""
         with torch.no_grad():
             codes, weight_scale = layer.quantized_weight()
             return cls.from_codes(codes, weight_scale, layer.bias, layer.scheme)
 
     def forward(self, input: Tensor) -> Tensor:
-        # Without a gradient no Function around it: decoding calls this for every token and layer.
+        # Without gradients the autograd Function is left out, because it costs time: decoding calls this for every
+        # token and layer.
         product = PackedProductFunction.apply if torch.is_grad_enabled() and input.requires_grad else _packed_product
         y = product(input, self.matrix, self.factor, self._activations)
         return y if self.bias is None else y + self.bias

@@ -1,21 +1,22 @@
-"""A quantization scheme as an object: everything that the rest of the project asks about it, in one place.
+"""A quantization scheme is one object that answers every question about how a network is quantized.
 
-A scheme says how weights are rounded (`weights`, a rule of weights.py) and how activations are (`activations`, a rule
-of activations.py), what it is called, and which settings it has. Everything else follows from the two rules: the levels
-of a code, which weights share a scale, bits per weight, how many codes a byte holds. Nobody compares a scheme's name:
+A scheme has a rule for weights (`weights`, see weights.py), a rule for activations (`activations`, see activations.py),
+a name and settings. Everything else follows from the two rules: the levels of a code, which weights share a scale, bits
+per weight, how many codes a byte holds. No other code compares the name of a scheme:
 
 - layers round by `weights.quantize` and `activations.quantize`, and multiply as `weight ~= codes * scale`;
-- accounting, the health callback and packing ask for levels, granularity and bits;
-- a format or an engine has conditions of its own ("one scale for the matrix, codes -1, 0 and +1"), and says which one a
-  scheme does not meet. A kernel lists the rules that it computes; rules are equal when they round alike.
+- accounting, the health callback and packing read levels, granularity and bits;
+- a format or an engine has conditions of its own ("one scale for the matrix, codes -1, 0 and +1"), and says which of
+  them a scheme does not meet. A kernel lists the rules that it supports; rules are equal when they round alike.
 
-What is *not* the scheme's: which layers it leaves dense (`skip`: that is the network's), and how training leads over to
-it (lambda's warm-up: that is the run's). `QuantConfig` in config/network.py holds all three, as the command line does.
+Two things do not belong to the scheme. Which layers stay dense (`skip`) depends on the network, and the warm-up of
+lambda, from full precision to quantized, depends on the run. `QuantConfig` in config/network.py holds all three, as the
+command line does.
 
-A scheme's settings are the fields of its class, plain data. `describe` gives them with its name, as config.json keeps
-them, and `schemes.scheme_named` makes the scheme again. The schemes that there are stand in schemes.py.
+The settings of a scheme are the fields of its class, and they are plain data. `describe` returns them with the name, as
+config.json stores them, and `schemes.scheme_named` makes the scheme again. The built-in schemes are in schemes.py.
 
-A scheme of your own, in a file of your own::
+This is a scheme of your own, in a file of your own::
 
     @register
     @dataclass(frozen=True)
@@ -28,13 +29,13 @@ A scheme of your own, in a file of your own::
         def weights(self):
             return ThresholdRule(self.factor)                 # a WeightRule: levels, granularity, quantize
 
-and on the command line `quant._target_=my_project.Threshold`.
+On the command line it is `quant._target_=my_project.Threshold`.
 
-A scheme whose layer computes something else than a product of codes (a Hadamard transform in front of it, scales that
-are learned) also names a `layer`, a subclass of BitLinear, and in `own_tensors` what that layer has to be saved. A
-latent model folder holds it, and formats of codes refuse it.
+The layer of a scheme may compute more than a product of codes, such as a Hadamard transform before it, or scales that
+are learned. Such a scheme names its `layer`, a subclass of BitLinear, and lists the further tensors of that layer in
+`own_tensors`. It can be saved in a latent model folder; formats that store codes refuse it.
 
-This module imports no torch: the native engine asks for a scheme before torch is imported, if it ever is.
+This module does not import torch: the native engine reads schemes, and may run without torch.
 """
 
 from __future__ import annotations
@@ -51,19 +52,19 @@ from bitnet_lit.quant.weights import Granularity, PerTensor, WeightRule
 if TYPE_CHECKING:
     from bitnet_lit.quant.bit_linear import BitLinear
 
-SCALE_BITS = 32  # a float32; formats that round scales say so themselves
+SCALE_BITS = 32  # a float32; a format that rounds scales counts its own bits
 TERNARY = (-1, 0, 1)
 
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """How a projection is quantized. Subclasses are frozen dataclasses whose fields are plain settings.
+    """A scheme says how a projection is quantized. Subclasses are frozen dataclasses whose fields are its settings.
 
     Attributes:
-        name: what config files and the command line call it.
-        title: what it is in words, for tables and model cards.
-        layer: a subclass of BitLinear where that class alone does not compute the scheme.
-        ignores: keys of other schemes that it takes without reading them; others are refused.
+        name: its name in config files and on the command line.
+        title: its description, for tables and model cards.
+        layer: a subclass of BitLinear, where BitLinear itself does not compute the scheme.
+        ignores: settings of other schemes that it accepts and ignores; all others are refused.
     """
 
     name: ClassVar[str]
@@ -74,23 +75,28 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def weights(self) -> WeightRule | None:
-        """How weights are rounded; None only where nothing is."""
+        """The rule by which weights are rounded; None where nothing is rounded."""
 
     @property
     def activations(self) -> ActivationRule:
-        """How activations are rounded."""
+        """The rule by which activations are rounded."""
         return AbsMax(8)
 
     def own_tensors(self, rows: int, inputs: int) -> dict[str, tuple[int, ...]]:
-        """Parameters and buffers that `layer` has beside weight and bias: their names in it, with their shapes.
+        """Return the names and shapes of the parameters and buffers that `layer` has beside weight and bias.
 
-        They are saved with the model, read back, and trained. `layer` makes them in its constructor, without `device=`.
+        They are saved with the model and read back; the parameters are trained. `layer` makes them in its constructor,
+        without `device=`.
+
+        Args:
+            rows: out_features of the layer.
+            inputs: in_features of the layer.
         """
         return {}
 
     @property
     def quantizes(self) -> bool:
-        """Whether anything is rounded at all."""
+        """Whether the scheme rounds anything; only the dense twin does not."""
         return self.weights is not None
 
     @property
@@ -105,33 +111,40 @@ class Scheme(ABC):
 
     @property
     def code_bits(self) -> float:
-        """Information in a weight's code: log2(3) = 1.58 for three levels; 32 for float32 weights."""
+        """Bits of information in the code of a weight: log2(3) = 1.58 for three levels; 32 for float32 weights."""
         return math.log2(len(self.levels)) if self.levels else 32.0
 
     @property
     def is_ternary(self) -> bool:
-        """Whether every code is -1, 0 or +1, which two bits hold, and ternary kernels multiply; b1 too."""
+        """Whether every code is -1, 0 or +1, so that two bits hold it and ternary kernels can multiply by it.
+
+        This is so for b1 too, whose codes are -1 and +1.
+        """
         return self.quantizes and set(self.levels) <= set(TERNARY)
 
     @property
     def codes_per_byte(self) -> int:
-        """Codes of a packed matrix in one byte, one below the other: four where two bits hold a code, otherwise one."""
+        """The number of codes in a byte of a packed matrix: 4 where two bits hold a code, otherwise 1."""
         return 4 if self.is_ternary else 1
 
     @property
     def is_plain(self) -> bool:
-        """Whether a layer computes a product of activation codes and weight codes, with scales, and nothing else."""
+        """Whether a layer computes only the product of activation codes and weight codes, and applies the scales."""
         return self.layer is None
 
     def bits_per_weight(self, rows: int, inputs: int) -> float:
-        """Bits of a weight of a (rows, inputs) matrix: its code's information, and its share of the scales."""
+        """Return the bits per weight of a (rows, inputs) matrix: the information of a code, and a share of the scales.
+
+        Raises:
+            UserError: the group size of the scheme does not divide `inputs`.
+        """
         if not self.quantizes:
             return self.code_bits
         scales = math.prod(self.granularity.scale_shape(rows, inputs))
         return self.code_bits + SCALE_BITS * scales / (rows * inputs)
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings as plain data; `schemes.scheme_named` takes them."""
+        """Return the name and the settings as plain data. `schemes.scheme_named` makes the scheme from them again."""
         return {"name": self.name, **asdict(self)}
 
     def __str__(self) -> str:
@@ -140,5 +153,5 @@ class Scheme(ABC):
 
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
-    """Whether a layer stays dense: an entry of `skip` is its name, or the last parts of its dotted name."""
+    """Return whether a layer stays dense: an entry of `skip` is its name, or the last parts of its dotted name."""
     return any(name == entry or name.endswith("." + entry) for entry in skip)

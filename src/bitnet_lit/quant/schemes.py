@@ -1,7 +1,7 @@
-"""The quantization schemes that there are, by their names: BitNet's own, and those that users add.
+"""This module has the built-in quantization schemes and finds a scheme by its name.
 
-`scheme.py` says what a scheme is, `registry.py` how a class of your own becomes known. So a model folder can name a
-scheme, but never code: what its user has not installed or registered is refused.
+`scheme.py` says what a scheme is, and `registry.py` how a class of your own is registered. A model folder can name a
+scheme, but it cannot make us import code: a scheme that its user has neither installed nor registered is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _check_bits(activation_bits: int) -> None:
 @register
 @dataclass(frozen=True)
 class B158(Scheme):
-    """BitNet b1.58: ternary weights, one scale for the matrix, activations of 8 bits or less."""
+    """BitNet b1.58 has ternary weights, one scale for each matrix, and activations of 8 bits or less."""
 
     name = "b158"
     title = "ternary weights (b1.58: -1, 0, +1)"
@@ -54,20 +54,20 @@ class B158(Scheme):
 
     @property
     def weights(self) -> WeightRule:
-        """Nearest of -1, 0, +1."""
+        """The rule that rounds to the nearest of -1, 0 and +1."""
         rule = AbsMedian if self.weight_scale == "absmedian" else AbsMean
         return rule(self._granularity())
 
     @property
     def activations(self) -> ActivationRule:
-        """By each token's largest magnitude."""
+        """The rule that scales each token by its largest magnitude."""
         return AbsMax(self.activation_bits)
 
 
 @register
 @dataclass(frozen=True)
 class B158Row(B158):
-    """b1.58 with a scale for each row: an output of small weights keeps codes that differ from 0."""
+    """This is b1.58 with one scale for each row. So a row of small weights is not rounded to zeros."""
 
     name = "b158_row"
     title = "ternary weights (b1.58: -1, 0, +1), a scale for each row"
@@ -79,12 +79,12 @@ class B158Row(B158):
 @register
 @dataclass(frozen=True)
 class B158Group(B158):
-    """b1.58 with a scale for each group of inputs, as GPTQ, llama.cpp's blocks and torchao's PerGroup have it."""
+    """This is b1.58 with one scale for each group of inputs, as in GPTQ, llama.cpp's blocks and torchao's PerGroup."""
 
     name = "b158_group"
     title = "ternary weights (b1.58: -1, 0, +1), scales for groups of inputs"
     group_size: int = 128
-    """Inputs that share a scale; it must divide every projection's in_features. 64 and 128 are usual."""
+    """Inputs of a row that share a scale. It must divide in_features of every projection. 64 and 128 are usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +98,7 @@ class B158Group(B158):
 @register
 @dataclass(frozen=True)
 class B1(Scheme):
-    """BitNet: binary weights around their mean, activations of 8 bits or less."""
+    """The first BitNet has binary weights, rounded around their mean, and activations of 8 bits or less."""
 
     name = "b1"
     title = "binary weights (b1: -1, +1)"
@@ -109,33 +109,33 @@ class B1(Scheme):
 
     @property
     def weights(self) -> WeightRule:
-        """The sign of the distance from the mean."""
+        """The rule that rounds a weight to the sign of its distance from the mean."""
         return Sign()
 
     @property
     def activations(self) -> ActivationRule:
-        """By each token's largest magnitude."""
+        """The rule that scales each token by its largest magnitude."""
         return AbsMax(self.activation_bits)
 
 
 @register
 @dataclass(frozen=True)
 class Dense(Scheme):
-    """The dense twin: the same network, nothing rounded."""
+    """The dense twin is the same network with nothing rounded."""
 
     name = "none"
     title = "dense weights"
-    ignores = ("weight_scale", "activation_bits")  # so that a sweep sets them for a BitNet and its twin alike
+    ignores = ("weight_scale", "activation_bits")  # so that a sweep can set them for a BitNet and its twin alike
 
     @property
     def weights(self) -> None:
-        """Nothing is rounded."""
+        """None, because nothing is rounded."""
 
 
 def scheme_named(name: str, settings: Mapping[str, Any] | None = None) -> Scheme:
-    """A scheme by its name and settings, as `Scheme.describe` gives them.
+    """Make a scheme from its name and settings, as `Scheme.describe` returns them.
 
     Raises:
-        UserError: an unknown name, a setting that it does not have, or a value that does not fit.
+        UserError: the name is unknown, the scheme has no such setting, or a value is refused.
     """
     return with_settings(SCHEMES.named(name), settings or {}, f"quant={name}")

@@ -1,6 +1,6 @@
-"""How weights are rounded: one class for each rule of the papers, and how many weights share a scale.
+"""A weight rule says how a weight matrix is rounded. A granularity says which of its weights share a scale.
 
-A rule takes a latent weight, float (O, I), and gives codes and scales. One convention everywhere::
+A rule takes a latent weight, float (O, I), and returns codes and scales. The scales multiply, everywhere::
 
     weight ~= codes * weight_scale
 
@@ -9,11 +9,11 @@ A rule takes a latent weight, float (O, I), and gives codes and scales. One conv
     PerRow()        (O, 1)        one for each output; "per channel" in some papers
     PerGroup(n)     (O, I / n)    one for each n inputs of a row; "blocks" in llama.cpp
 
-`spread_scale` lays scales of each shape beside the weights that they multiply.
+`spread_scale` gives scales of each shape a shape that broadcasts against the weights.
 
-Rules are frozen dataclasses, so two of them are equal when they round alike: a kernel or a format lists the rules that
-it computes, and asks whether the scheme's is among them. This module imports no torch: the native engine asks the rules
-what they are, and starts faster than torch is imported.
+Rules are frozen dataclasses, so two rules are equal when they round alike. A kernel or a format lists the rules that it
+supports, and checks whether the scheme's rule is one of them. This module does not import torch: the native engine
+reads the rules, and importing torch would take longer than starting the engine.
 
 Axis letters: O out_features, I in_features.
 
@@ -35,39 +35,37 @@ if TYPE_CHECKING:
 
 
 class Granularity(ABC):
-    """Which weights share a scale. Subclasses are frozen dataclasses; the words are torchao's."""
+    """A granularity says which weights share a scale. Subclasses are frozen dataclasses with torchao's names."""
 
     @abstractmethod
     def scale_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """Shape of the scales of a (rows, inputs) matrix.
+        """Return the shape of the scales of a (rows, inputs) matrix.
 
         Raises:
-            UserError: groups that do not fill a row.
+            UserError: the group size does not divide `inputs`.
         """
 
     @abstractmethod
     def mean(self, magnitude: Tensor) -> Tensor:
-        """Means over the weights that share a scale; (O, I) -> `scale_shape`."""
+        """Return the mean of the weights that share a scale, for each scale; (O, I) -> `scale_shape`."""
 
     @abstractmethod
     def median(self, magnitude: Tensor) -> Tensor:
-        """Lower medians over the weights that share a scale; (O, I) -> `scale_shape`."""
+        """Return the lower median of the weights that share a scale, for each scale; (O, I) -> `scale_shape`."""
 
 
 @dataclass(frozen=True)
 class PerTensor(Granularity):
-    """One scale for the matrix."""
+    """All weights of a matrix share one scale."""
 
     def scale_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """The shape (): one number."""
+        """Return (), the shape of one number."""
         return ()
 
     def mean(self, magnitude: Tensor) -> Tensor:
-        """See `Granularity`."""
         return magnitude.mean()
 
     def median(self, magnitude: Tensor) -> Tensor:
-        """See `Granularity`."""
         return magnitude.median()
 
     def __str__(self) -> str:
@@ -76,18 +74,16 @@ class PerTensor(Granularity):
 
 @dataclass(frozen=True)
 class PerRow(Granularity):
-    """One scale for each row of the matrix, that is, for each output."""
+    """The weights of a row share a scale: there is one for each output."""
 
     def scale_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """The shape (O, 1)."""
+        """Return (rows, 1)."""
         return rows, 1
 
     def mean(self, magnitude: Tensor) -> Tensor:
-        """See `Granularity`."""
         return magnitude.mean(dim=1, keepdim=True)
 
     def median(self, magnitude: Tensor) -> Tensor:
-        """See `Granularity`."""
         return magnitude.median(dim=1, keepdim=True).values
 
     def __str__(self) -> str:
@@ -96,12 +92,16 @@ class PerRow(Granularity):
 
 @dataclass(frozen=True)
 class PerGroup(Granularity):
-    """One scale for each `group_size` inputs of a row."""
+    """Each `group_size` neighbouring inputs of a row share a scale."""
 
     group_size: int
 
     def scale_shape(self, rows: int, inputs: int) -> tuple[int, ...]:
-        """The shape (O, I / group_size)."""
+        """Return (rows, inputs / group_size).
+
+        Raises:
+            UserError: `group_size` does not divide `inputs`.
+        """
         if inputs % self.group_size:
             raise UserError(
                 f"rows of {inputs} inputs do not divide into groups of {self.group_size}: take a group_size that "
@@ -114,11 +114,9 @@ class PerGroup(Granularity):
         return groups
 
     def mean(self, magnitude: Tensor) -> Tensor:
-        """See `Granularity`."""
         return self._groups(magnitude).mean(dim=-1)
 
     def median(self, magnitude: Tensor) -> Tensor:
-        """See `Granularity`."""
         return self._groups(magnitude).median(dim=-1).values
 
     def __str__(self) -> str:
@@ -126,14 +124,14 @@ class PerGroup(Granularity):
 
 
 def spread_scale(weight_scale: Tensor, inputs: int) -> Tensor:
-    """Scales beside the weights that they multiply.
+    """Return scales in a shape that broadcasts against the weights.
 
     Args:
         weight_scale: (), (1,), (O, 1) or (O, G).
         inputs: I, a multiple of G.
 
     Returns:
-        The same numbers in a shape that broadcasts against (O, I); a copy only where a row has several.
+        `weight_scale` itself, or (O, I) where a row has several scales.
     """
     if weight_scale.ndim < 2 or weight_scale.shape[1] == 1:
         return weight_scale
@@ -141,10 +139,10 @@ def spread_scale(weight_scale: Tensor, inputs: int) -> Tensor:
 
 
 class WeightRule(ABC):
-    """How a matrix becomes codes. Subclasses are frozen dataclasses.
+    """A weight rule turns a matrix into codes and scales. Subclasses are frozen dataclasses.
 
     Attributes:
-        levels: the codes it gives, whole numbers of one byte, ascending.
+        levels: the codes that can occur, integers that int8 holds, ascending.
     """
 
     levels: ClassVar[tuple[int, ...]]
@@ -162,24 +160,32 @@ class WeightRule(ABC):
             weight: latent weight, float, shape (O, I).
 
         Returns:
-            codes: whole numbers as float32, shape (O, I), each of `levels`.
-            weight_scale: float32, `granularity`'s shape, greater than 0; ``weight ~= codes * weight_scale``.
+            codes: integers as float32, shape (O, I), each one of `levels`.
+            weight_scale: float32, in the shape that `granularity` gives, greater than 0;
+                ``weight ~= codes * weight_scale``.
         """
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The two numbers by which each weight of a float32 matrix is rounded on its own.
+        """Return the scale and the center of a matrix, where these two numbers are enough to round each weight.
 
-        They are noted beside latent weights, so that an engine which knows this very rule can round without torch.
+        They are saved with latent weights, so that an engine that supports the rule can round without torch.
+
+        Args:
+            weight: float32, shape (O, I).
 
         Returns:
-            weight_scale: float32, shape (). center: float32, shape (); what is rounded is the distance from it.
-            None: there are more numbers than these two, or a code depends on other weights too.
+            weight_scale: float32, shape ().
+            center: float32, shape (). The distance of a weight from it is rounded.
+            None in place of both, where rounding needs more than these two numbers.
         """
         return None
 
 
 class _Ternary(WeightRule):
-    """Weights over their scale, rounded to the nearest of -1, 0 and +1; how the scale is found, subclasses say."""
+    """This rule divides weights by their scale and rounds to the nearest of -1, 0 and +1.
+
+    Subclasses say how the scale is computed.
+    """
 
     levels = (-1, 0, 1)
 
@@ -187,14 +193,13 @@ class _Ternary(WeightRule):
     def _typical(self, magnitude: Tensor) -> Tensor: ...
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `WeightRule`."""
         weight = weight.float()
         scale = self._typical(weight.abs()).clamp(min=SCALE_MIN)
-        # Multiplying by the reciprocal, not dividing, is what Microsoft and Hugging Face do: it decides ties.
+        # Microsoft and Hugging Face multiply by the reciprocal and do not divide; the two round some ties differently.
         return (weight * spread_scale(1.0 / scale, weight.shape[1])).round().clamp(-1, 1), scale
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """See `WeightRule`; of a scale per tensor only."""
+        """See `WeightRule`. There are two numbers only where the matrix has one scale."""
         if self.granularity != PerTensor():
             return None
         scale = self._typical(weight.abs()).clamp(min=SCALE_MIN)
@@ -203,7 +208,7 @@ class _Ternary(WeightRule):
 
 @dataclass(frozen=True)
 class AbsMean(_Ternary):
-    """BitNet b1.58: the scale is the mean magnitude."""
+    """In BitNet b1.58 the scale is the mean magnitude of the weights."""
 
     granularity: Granularity = PerTensor()
 
@@ -213,7 +218,7 @@ class AbsMean(_Ternary):
 
 @dataclass(frozen=True)
 class AbsMedian(_Ternary):
-    """BitNet b1.58 Reloaded: the scale is the median magnitude."""
+    """In BitNet b1.58 Reloaded the scale is the median magnitude of the weights."""
 
     granularity: Granularity = PerTensor()
 
@@ -223,24 +228,22 @@ class AbsMedian(_Ternary):
 
 @dataclass(frozen=True)
 class Sign(WeightRule):
-    """BitNet (b1): the sign of a weight's distance from the mean; the scale is the mean magnitude.
+    """In BitNet (b1) a code is the sign of a weight's distance from the mean; the scale is the mean magnitude.
 
-    ``sign(0)`` is +1: a weight equal to the mean must still get a code that one bit can store.
+    ``sign(0)`` counts as +1: a weight that equals the mean needs a code that one bit can store.
     """
 
     levels = (-1, 1)
 
     @property
     def granularity(self) -> Granularity:
-        """The paper knows one scale for the matrix."""
+        """One scale for the matrix, as in the paper."""
         return PerTensor()
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `WeightRule`."""
         weight = weight.float()
         scale, center = self.statistics(weight)
         return (weight >= center).float() * 2 - 1, scale
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """See `WeightRule`."""
         return weight.abs().mean().clamp(min=SCALE_MIN), weight.mean()
