@@ -136,7 +136,7 @@ def test_of_a_folder_only_what_its_writer_wrote_is_replaced(tmp_path):
     (tmp_path / "m" / ".git" / "HEAD").write_text("main")
     write_folder(tmp_path / "m", a="2", c="2")
     assert tree(tmp_path / "m") == {"a": "2", "c": "2", "README.md": "mine", ".git/HEAD": "main"}
-    with pytest.raises(UserError, match=r"README\.md: a file of that name"):
+    with pytest.raises(UserError, match=r"README\.md: a new file needs this name"):
         write_folder(tmp_path / "m", a="3", **{"README.md": "3"})
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "m", lambda folder: OURS) as temporary:
         (temporary / "a").write_text("4")

@@ -83,7 +83,7 @@ def test_what_fits_comes_back_as_it_stands(tmp_path):
         ({"scale": 10**400}, "scale: must be a finite number, not 1000"),
         ({"ok": 1}, "ok: must be true or false, not 1"),
         ({"name": {"a": 1}}, "name: must be text, not an object of 1 keys"),
-        ({"name": "\ud83d"}, "half of a character pair"),
+        ({"name": "\ud83d"}, "half of a surrogate pair"),
         ({"hash": "xyz"}, 'hash: must be a sha256 in hex, not "xyz"'),
         ({"ends": [1, 10]}, "ends: must be an id or a list of ids, not a list of 2"),
         ({"pair": [1]}, "pair: must be a list of 2, not of 1"),
@@ -106,7 +106,7 @@ def test_a_wrong_value_is_named_with_its_key(change, message):
         (b"[]", "must be an object, not a list of 0"),
         (b"\xff\xfe{\0}\0", "not UTF-8 but UTF-16"),
         (b'{"a": "\xe9"}', "not UTF-8 at byte 7"),
-        (b'{"size": 1, "size": 2}', "size: stands there twice"),
+        (b'{"size": 1, "size": 2}', "size: appears twice"),
         (b'{"size": ' + b"1" * 5000 + b"}", "too many digits"),
         (b'{"size": 1e999, "dtype": "uint16"}', "size: must be a whole number, not Infinity"),
     ],
@@ -170,7 +170,7 @@ def test_only_regular_files_of_a_sensible_size_are_opened(tmp_path):
         (tmp_path, "it is a directory"),
         ("/dev/zero", "it is a device"),
         (tmp_path / "none", "cannot be read \\(No such file or directory\\): write it again"),
-        (tmp_path / "large", "100 bytes, where at most 10 make sense"),
+        (tmp_path / "large", "100 bytes, but at most 10 are allowed"),
         ("a\0b", "embedded null byte"),
     ]:
         with pytest.raises(UserError, match=message):

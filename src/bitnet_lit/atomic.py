@@ -1,20 +1,21 @@
-"""Files and folders that are either the old ones or the new ones, whenever the process is killed.
+"""Files and folders are replaced as a whole: whenever the process is killed, either the old or the new one is there.
 
-What is written goes to a temporary name beside its target, `.<name>.<number>.tmp`, is flushed to the disk and then
-renamed: a rename inside one file system is atomic. A folder that replaces another is *exchanged* with it in one system
-call where the system has one (Linux, macOS), and afterwards the files that its user had put there move to the new one.
+The new content is written to a temporary path beside its target, `.<name>.<number>.tmp`. It is flushed to the disk and
+then renamed: a rename inside one file system is atomic. A folder that replaces another is *exchanged* with it in one
+system call where there is one (Linux, macOS). Afterwards the files that the user had put into the old folder move to
+the new one.
 
     .model.4711.tmp/
-      lock        held while the writer lives; holds the target's name
-      new/        being filled; after the exchange, the old folder
-      names       which names in the old folder are the writer's; there when the exchange is due
+      lock        locked while the writer lives; holds the target's name
+      new/        the folder being filled; after the exchange, the old folder
+      names       the names in the old folder that the writer owns; written just before the exchange
       old/        the old folder, on file systems without exchange
 
-A killed writer leaves its temporary name behind. The next write of the same target removes it, and so does
-`remove_leftovers`: a writer holds a lock on what it writes, which the system takes from a process that dies.
+A killed writer leaves its temporary path behind. The next write to the same target removes it, and so does
+`remove_leftovers`. A living writer is recognized by its lock, which the system releases when a process ends.
 
-Links are followed: what a link points to is replaced, and the link stays. Devices, pipes and sockets are refused. What
-takes the place of a file or a folder has its permissions too.
+Links are followed: the target of a link is replaced, and the link stays. Devices, pipes and sockets are refused. The
+new file or folder gets the permissions of the old one.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ from bitnet_lit.locks import lock
 
 LONGEST_NAME = 255  # bytes, on most file systems
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
-NUMBERS_ARE_USED_AGAIN = 3600  # seconds after which a living process of that number is no longer taken for the writer
+NUMBERS_ARE_USED_AGAIN = 3600  # seconds; later, a living process of that number is another one
 LOCK, NEW, OLD, NAMES = "lock", "new", "old", "names"
-# Held from the making of a temporary name until it is locked: another thread takes one without a lock for a dead one's.
+# Held while a temporary path is made and locked: without its lock, another thread would take the writer for dead.
 _claiming = threading.Lock()
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.EACCES, errno.EISDIR}
 
 
 def real_path(path: Path, folder: bool = False) -> Path:
-    """The path that a write to `path` goes to: links are followed.
+    """Follow links and return the path that a write to `path` replaces.
 
     Args:
-        folder: what is to be written there: a folder, or a file.
+        folder: whether a folder is to be written there, or a file.
 
     Raises:
-        UserError: something else lies there: a device, a pipe, a folder in place of a file, ...
+        UserError: something of another kind lies there: a device, a pipe, a folder in place of a file, ...
     """
     real = Path(os.path.realpath(path))
     try:
@@ -81,12 +82,12 @@ def real_path(path: Path, folder: bool = False) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write; becomes `path` when the block ends without an exception, else it is removed.
+    """Yield a temporary path; it is renamed to `path` if the block ends without an exception, and removed otherwise.
 
-    The temporary file exists already, and is empty.
+    The temporary file exists and is empty.
 
     Raises:
-        UserError: something that is no file lies at `path`.
+        UserError: something other than a file lies at `path`.
     """
     path = real_path(path)
     _remove_own_leftovers(path)
@@ -98,22 +99,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # gone by the rename; or the disk failed, and said so before
+        with contextlib.suppress(OSError):  # it was renamed, or the disk has already reported an error
             temporary.unlink()
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = None) -> Iterator[Path]:
-    """A temporary folder to fill; takes the place of `path` when the block ends without an exception.
+    """Yield a temporary folder to fill; it replaces `path` if the block ends without an exception.
 
     Args:
-        ours: the names in an existing folder that its writer wrote. They are replaced as a whole; everything else is
-            the user's and stays. None: every name is the writer's.
+        ours: returns the names in the old folder that its writer wrote. They are all replaced or removed; everything
+            else is the user's and stays. None: every name is the writer's.
 
     Raises:
-        UserError: something lies at `path` that is no folder, or the user's own file stands where one of the new
-            folder's must go.
+        UserError: something other than a folder lies at `path`, or a file of the user's has the name of a new file.
     """
     path = real_path(path, folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
         sync(path.parent)
         _settle(holder, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # what went wrong first is what the user hears
+        with contextlib.suppress(OSError):  # the first error is the one to report
             _settle(holder, path)
         raise
     finally:
@@ -147,27 +147,27 @@ def atomic_folder(path: Path, ours: Callable[[Path], Collection[str]] | None = N
 
 
 def _keep_permissions(old: Path, new: Path) -> None:
-    """Give what replaces a file or a folder its permissions: a model that only its owner may read stays so."""
-    with contextlib.suppress(OSError):  # there is none yet, or a file system without permissions
+    """Copy the old permissions to the new file or folder: a model that only its owner may read stays private."""
+    with contextlib.suppress(OSError):  # there is no old one, or the file system has no permissions
         mode = stat.S_IMODE(os.stat(old).st_mode)
         if mode != stat.S_IMODE(os.stat(new).st_mode):
             os.chmod(new, mode)
 
 
 def remove_leftovers(folder: Path, *patterns: str, alone: bool = False) -> None:
-    """Remove what killed processes had begun to write in `folder`; what a living one is writing stays.
+    """Remove the temporary files that killed processes left in `folder`; those of living processes stay.
 
-    A killed `atomic_folder` may hold files of the user's: they go back to where they were.
+    A temporary folder of a killed `atomic_folder` may hold files of the user's. They move back to where they were.
 
     Args:
-        patterns: of the targets' names, such as "*.bin"; none: all of them.
-        alone: whether the caller holds a lock of the folder that every writer in it takes, so that none can live.
+        patterns: patterns for the targets' names, such as "*.bin"; without one, every target matches.
+        alone: whether the caller holds a lock that every writer in this folder takes, so that no writer can be alive.
     """
-    with contextlib.suppress(OSError):  # no folder, or none that may be listed: nothing to clean
+    with contextlib.suppress(OSError):  # there is no folder, or it cannot be listed: nothing to clean
         for name in sorted(os.listdir(folder)):
             found = LEFTOVER.fullmatch(name)
             if found and (not patterns or any(fnmatchcase(found[1], pattern) for pattern in patterns)):
-                with _claiming, contextlib.suppress(OSError, ValueError):  # somebody else's, gone meanwhile, or damaged
+                with _claiming, contextlib.suppress(OSError, ValueError):  # not ours, gone meanwhile, or damaged
                     _remove_if_abandoned(folder / name, folder / found[1], int(found[2]), alone)
 
 
@@ -176,7 +176,7 @@ def _remove_own_leftovers(path: Path) -> None:
 
 
 def _stem(name: str) -> str:
-    """A target's name as it stands in the temporary one: shortened where that would be too long."""
+    """Return a target's name for use in the temporary name, shortened where that would be too long."""
     room = LONGEST_NAME - len("..0123456789.tmp")
     if len(os.fsencode(name)) <= room:
         return name
@@ -187,19 +187,19 @@ def _stem(name: str) -> str:
 
 
 def _claim(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    """Make a temporary name of `path` with `make`, and lock it.
+    """Create a temporary path for `path` with `make`, and lock it.
 
     Returns:
-        The name, and the descriptor that holds the lock until it is closed.
+        The temporary path, and the descriptor that holds the lock until it is closed.
     """
-    # The number of a thread, because several may write one target; that of a process's first thread is the process's.
+    # Several threads may write one target, so the number is the thread's. For a main thread it is the process's number.
     for number in itertools.count(threading.get_native_id()):
         temporary = path.with_name(f".{_stem(path.name)}.{number}.tmp")
         with _claiming:
             try:
                 descriptor = make(temporary)
             except FileExistsError:
-                continue  # of a process in another container, which counts from one as this one does
+                continue  # a process in another container can have the same number
             lock(descriptor)
         return temporary, descriptor
     raise AssertionError("numbers have no end")
@@ -211,14 +211,14 @@ def _put_in_place(holder: Path, path: Path, ours: Callable[[Path], Collection[st
             os.rename(holder / NEW, path)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another writer was faster: replace what it wrote
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another writer was faster: replace its folder
                 raise
     written, there = set(os.listdir(holder / NEW)), set(os.listdir(path))
     replaced = there if ours is None else there & set(ours(path))
     if taken := sorted(written & there - replaced):
         raise UserError(
-            f"{path / taken[0]}: a file of that name is to be written, and this one was not: move it away, or choose "
-            "another folder"
+            f"{path / taken[0]}: a new file needs this name, and this file is not from an earlier write: move it away, "
+            "or choose another folder"
         )
     _note_names(holder, written | replaced)
     _exchange(holder, path)
@@ -228,7 +228,7 @@ def _note_names(holder: Path, names: Collection[str]) -> None:
     part = holder / f"{NAMES}.part"
     part.write_text(json.dumps(sorted(names)), encoding="utf-8")
     sync(part)
-    os.rename(part, holder / NAMES)  # whole, or not there
+    os.rename(part, holder / NAMES)  # so that the file is complete if it exists
     sync(holder)
 
 
@@ -244,7 +244,7 @@ def _remove_if_abandoned(leftover: Path, target: Path, number: int, alone: bool)
             return
         if is_folder:
             name = os.fsdecode(os.read(descriptor, LONGEST_NAME)) if descriptor is not None else ""
-            # The name in the temporary one may be shortened. Nothing but a name beside it is believed.
+            # The temporary name may be shortened; the lock file has the full name. It is used only if they agree.
             _settle(leftover, target.with_name(name) if name and _stem(name) == target.name else target)
         else:
             leftover.unlink()
@@ -255,7 +255,7 @@ def _remove_if_abandoned(leftover: Path, target: Path, number: int, alone: bool)
 
 def _is_another_process(number: int) -> bool:
     if number == os.getpid():
-        return False  # of an earlier life: in a container a command has the same number each time
+        return False  # an earlier process: in a container a command gets the same number each time
     try:
         os.kill(number, 0)
     except (ProcessLookupError, OverflowError):
@@ -266,13 +266,13 @@ def _is_another_process(number: int) -> bool:
 
 
 def _settle(holder: Path, path: Path) -> None:
-    """End a write, finished or not: the user's files go back to `path`, the writer's old or half-made ones go."""
+    """Clean up after a write, finished or not: move the user's files back to `path`, and delete the writer's files."""
     if (holder / OLD).is_dir() and not path.exists():
         os.rename(holder / OLD, path)  # killed between the two renames of an exchange
     folders, ours = [holder / NEW, holder / OLD], None
     if (holder / NAMES).exists():
         ours = set(json.loads((holder / NAMES).read_text(encoding="utf-8")))
-    elif not (holder / LOCK).exists():  # an older version's: what the target has too is the writer's
+    elif not (holder / LOCK).exists():  # from an older version: a name that the target has too is the writer's
         folders, ours = [holder], set(os.listdir(path)) if path.is_dir() else None
     for folder in folders:
         if ours is not None and folder.is_dir():
@@ -286,13 +286,13 @@ def _settle(holder: Path, path: Path) -> None:
         if holder.exists():
             holder.rmdir()
     except OSError as error:
-        # A network mount keeps deleted files for whoever has them open. The lock and the names stay for the next time.
+        # A network mount keeps deleted files that are still open. The lock and the names stay for the next clean-up.
         if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
             raise
 
 
 def _give_back(entry: Path, folder: Path) -> None:
-    """Move a user's file or folder; where one of its name lies there by now, it gets another name."""
+    """Move a user's file or folder into `folder`; it gets another name where its own is taken."""
     folder.mkdir(exist_ok=True)
     names = itertools.chain([entry.name], (f"{entry.name}.kept{number or ''}" for number in itertools.count()))
     target = next(folder / name for name in names if not os.path.lexists(folder / name))
@@ -300,7 +300,7 @@ def _give_back(entry: Path, folder: Path) -> None:
 
 
 def _exchange(holder: Path, path: Path) -> None:
-    """Swap `path` and `holder`/new; in one step where the system can, in two renames elsewhere."""
+    """Swap `path` and `holder`/new, in one step where the system can, otherwise by two renames."""
     library = ctypes.CDLL(None, use_errno=True)
     new, old, status = holder / NEW, holder / OLD, -1
     if sys.platform == "linux" and hasattr(library, "renameat2"):
@@ -315,11 +315,11 @@ def _exchange(holder: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk; some file systems cannot say of a folder."""
+    """Wait until a file, or the list of names in a folder, is on the disk, where the file system supports this."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        if path.is_dir():  # one that may be written and not listed
+        if path.is_dir():  # a folder may be writable and still not be readable
             return
         raise
     try:

@@ -1,4 +1,7 @@
-"""What all commands share with Hydra: compose the config, say what is wrong with it in one line, call one function."""
+"""Every command runs through here: Hydra composes its config, errors become one line, and one function is called.
+
+The command line is `key=value` overrides and Hydra's own flags. `run` serves the commands, `compose` serves Python.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ SCHEMAS = {
 
 
 def register_schemas() -> None:
-    """Tell Hydra the dataclasses that conf/*.yaml names in its defaults lists."""
+    """Register with Hydra the dataclasses that the defaults lists in conf/*.yaml name."""
     store = ConfigStore.instance()
     for name, cls in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=open_groups(cls))
@@ -59,7 +62,7 @@ def register_schemas() -> None:
 
 
 def open_groups(cls: type) -> DictConfig:
-    """The schema of a command, in which the groups that take a class of the user's own are open."""
+    """Return a command's schema, in which the groups that accept a user's own class take any key."""
     node: DictConfig = OmegaConf.structured(cls)
     for group in GROUPS.keys() & node.keys():
         node[group] = {}
@@ -68,17 +71,17 @@ def open_groups(cls: type) -> DictConfig:
 
 
 def _with_custom(overrides: list[str]) -> list[str]:
-    """Overrides, with the option `custom` of each group whose class is typed: optim._target_=torch.optim.SGD."""
+    """Select the option `custom` of each group whose class an override gives, as in optim._target_=torch.optim.SGD."""
     keys = {override.lstrip("+").partition("=")[0] for override in overrides}
     return [f"{group}=custom" for group in GROUPS if f"{group}._target_" in keys and group not in keys] + overrides
 
 
 def _check_keys(node: DictConfig, prefix: str = "") -> None:
-    """Refuse a key that `+key=value` added and no code reads, wherever a dataclass says which keys there are."""
+    """Refuse a key that `+key=value` added to a dataclass without such a field: no code would read it."""
     schema = OmegaConf.get_type(node)
     fields = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
     for key in map(str, node):
-        if fields is not None and key not in fields and f"{prefix}{key}" != "hydra.env":  # Hydra's, in no schema
+        if fields is not None and key not in fields and f"{prefix}{key}" != "hydra.env":  # set by Hydra, in no schema
             words = words_for("train", f"{prefix}{key}") or f"nothing reads it; leave out +{prefix}{key}=..."
             raise UserError(f"unknown key '{prefix}{key}': {words}")
         if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
@@ -86,7 +89,7 @@ def _check_keys(node: DictConfig, prefix: str = "") -> None:
 
 
 def _check_given(node: DictConfig, key: str, full_key: str) -> None:
-    """Refuse `???` where a value must be given, in an open slot at any depth."""
+    """Refuse the value `???`, which means "missing", for a key and for all keys below it."""
     child = node._get_node(key)
     if OmegaConf.is_missing(node, key) and not isinstance(child, StringNode):
         raise UserError(f"{full_key}=???: give a value")
@@ -96,12 +99,13 @@ def _check_given(node: DictConfig, key: str, full_key: str) -> None:
 
 
 def to_object(cfg: DictConfig) -> Any:
-    """The dataclass that a composed config describes; its own checks run here.
+    """Build the dataclass that a composed config describes, which runs its checks.
 
-    OmegaConf's own to_object refuses the text `???`, its sign for a value that is missing; no key of ours is missing.
+    This replaces `OmegaConf.to_object`, which refuses every text `???` because it marks a missing value there. A text
+    may be `???` here.
 
     Raises:
-        UserError: a value that does not fit, or a key that `+key=value` added and no code reads.
+        UserError: a value does not fit, or `+key=value` added a key that no code reads.
     """
     _check_keys(cfg)
 
@@ -118,10 +122,10 @@ def to_object(cfg: DictConfig) -> Any:
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> Any:
-    """The config of a command as a dataclass, from Python: `compose("train", ["model=15m", "seed=2"])`.
+    """Compose the config of a command in Python: `compose("train", ["model=15m", "seed=2"])` returns its dataclass.
 
     Raises:
-        UserError: an unknown key, a wrong type or a value that does not fit.
+        UserError: a key is unknown, a type is wrong, or a value does not fit.
     """
     register_schemas()
     try:
@@ -132,9 +136,9 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _import_from(config_dir: str | None) -> None:
-    """Let classes be imported from where the user is, and from beside the configs that --config-dir names.
+    """Make classes importable from the current directory and from the parent of --config-dir.
 
-    `python -m` has the current directory in `sys.path` already; an installed command has not.
+    `python -m` puts the current directory into `sys.path`; an installed command does not.
     """
     beside = [] if config_dir is None else [str(Path(config_dir).absolute().parent)]
     for folder in (*beside, os.getcwd()):  # the current directory comes first
@@ -143,10 +147,10 @@ def _import_from(config_dir: str | None) -> None:
 
 
 def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """The command line in three: Hydra's flags, overrides, and whether it is a sweep.
+    """Split the command line into Hydra's flags and the overrides, and say whether it is a sweep.
 
     Raises:
-        UserError: a flag that does not exist or that lacks its value.
+        UserError: a flag does not exist or lacks its value.
     """
     parser = get_args_parser()
 
@@ -156,14 +160,14 @@ def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     parser.error = refuse  # type: ignore[method-assign]
     known = parser.parse_intermixed_args(list(arguments))
     if known.experimental_rerun is not None:
-        raise UserError("--experimental-rerun: unpickles a file, which can run anything: give the overrides again")
+        raise UserError("--experimental-rerun: it unpickles a file, which can run any code: give the overrides again")
     _import_from(known.config_dir)
     flags = [argument for argument in arguments if argument not in known.overrides and argument != "--"]
     return flags, known.overrides, known.multirun or "hydra.mode=MULTIRUN" in known.overrides
 
 
 def _from_lightning(overrides: list[str]) -> list[str]:
-    """The overrides with which Lightning starts a rank: it puts the run folder's name into quotes as it is."""
+    """Escape the run folder in the overrides of a rank that Lightning starts: Lightning quotes it without escapes."""
     if not any(override.startswith("hydra.job.name=train_ddp_process_") for override in overrides):
         return overrides
     key = "hydra.run.dir="
@@ -182,20 +186,21 @@ def run(
     defaults: Callable[[list[str], bool], list[str]] | None = None,
     configure: Callable[[DictConfig], Any] = to_object,
 ) -> None:
-    """Run `task(config)` with the config that the arguments describe, or Hydra's own flags (--help, --cfg, ...).
+    """Run `task(config)` with the config that the arguments describe, or do what a flag of Hydra's asks (--help, ...).
 
     Args:
         command: name of the root config in conf/ and of its schema.
-        task: called with the dataclass; what it returns is what a sweeper optimizes.
+        task: called with the dataclass; a sweeper optimizes what it returns.
         arguments: the command line after the command's name.
-        defaults: called with the overrides in Hydra's grammar and whether they are a sweep's; returns further ones,
-            which those win over.
-        configure: makes the dataclass of the composed config.
+        defaults: called with the overrides in Hydra's grammar and with whether they are a sweep's. It returns further
+            overrides; the user's take precedence.
+        configure: builds the dataclass from the composed config.
 
     Raises:
-        UserError: whatever is wrong with the arguments.
+        UserError: the arguments are wrong.
+        TrainingStopped: a job of a sweep failed, or one of its processes was killed.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out to us instead of being printed by Hydra
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     register_schemas()
     flags, overrides, sweep = _divide(arguments)
     failures: list[Exception] = []
@@ -222,7 +227,7 @@ def run(
             return result
         try:
             return work()
-        except Exception as error:  # Hydra would print words of its own before it raises it again
+        except Exception as error:  # Hydra would print a message of its own first
             failures.append(error)
 
     spelled = as_typed(SCHEMAS[command], _from_lightning(overrides), sweep)
@@ -230,14 +235,14 @@ def run(
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
-    except Exception as error:  # not the task's: what a job raises is kept in `failures`
+    except Exception as error:  # from Hydra: what the task raises is in `failures`
         if interruptions:
             raise KeyboardInterrupt from None
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
             raise UserError(explain(command, error, overrides, CONF_DIR)) from None
-        if isinstance(error, OSError) and error.filename is None:  # of what Hydra prints (--help)
+        if isinstance(error, OSError) and error.filename is None:  # printing failed (--help)
             raise
-        if isinstance(error, OSError):  # of the run's folder, which Hydra makes, or of its record there
+        if isinstance(error, OSError):  # Hydra could not write the run folder
             with disk_errors("the run folder", refused="give another one (hydra.run.dir=..., hydra.sweep.dir=...)"):
                 raise
         if not isinstance(error, BrokenProcessPool):
@@ -255,7 +260,7 @@ def run(
 
 
 def advise(overrides: Sequence[str]) -> None:
-    """`export --advise`: which targets a training config can reach, and what to change for the others."""
+    """Print which export targets a training config can reach, and what to change for the others (`export --advise`)."""
     from bitnet_lit.exports.targets import print_advice
 
     config = compose("train", ["run_dir=unused", *overrides])

@@ -1,8 +1,8 @@
-"""What Linux's control groups allow this process: a container or a batch job may have less than the whole machine.
+"""Linux's control groups limit the CPU time and memory of a container or a batch job; the limits are read here.
 
-A process is in one group of each hierarchy, and every group above may have a limit of its own, so the smallest counts.
-Version 2 has one hierarchy below /sys/fs/cgroup (`memory.max`, `cpu.max`); version 1 has one for each controller. See
-the kernel's Documentation/admin-guide/cgroup-v2.rst.
+A process belongs to one group of each hierarchy. Every parent group may have a limit of its own, and the smallest limit
+counts. Version 2 has one hierarchy below /sys/fs/cgroup (`memory.max`, `cpu.max`); version 1 has one for each
+controller. See the kernel's Documentation/admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _read(path: Path) -> str:
 
 
 def _number(text: str) -> float:
-    """The number; NaN for what is none ("max", an empty file)."""
+    """Return the number that a text holds; NaN for any other text, such as "max" or an empty file."""
     try:
         return float(text)
     except ValueError:
@@ -30,11 +30,13 @@ def _number(text: str) -> float:
 
 
 def _limits(controller: str, name: str, names_v1: tuple[str, ...], root: Path) -> Iterator[list[float]]:
-    """Yield the numbers of a limit for each group that this process is in, and those above.
+    """Yield the numbers of a limit for each group that this process belongs to, and for its parent groups.
 
     Args:
+        controller: "cpu" or "memory".
         name: the limit's file in version 2, which holds all its numbers.
         names_v1: the limit's files in version 1, one for each number.
+        root: the root of the file system.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
@@ -48,10 +50,10 @@ def _limits(controller: str, name: str, names_v1: tuple[str, ...], root: Path) -
 
 
 def cpu_quota(root: Path = ROOT) -> float:
-    """How many processors' time this process may use; infinite where there is no quota.
+    """Return how many CPU cores' time this process may use; infinity where there is no quota.
 
     Args:
-        root: the root of the file system; tests have another.
+        root: the root of the file system; tests pass another.
     """
     allowed = math.inf
     for numbers in _limits("cpu", "cpu.max", ("cpu.cfs_quota_us", "cpu.cfs_period_us"), root):
@@ -61,6 +63,6 @@ def cpu_quota(root: Path = ROOT) -> float:
 
 
 def memory_limit(root: Path = ROOT) -> float:
-    """How many bytes of memory this process may use; infinite where there is no limit."""
+    """Return how many bytes of memory this process may use; infinity where there is no limit."""
     limits = [numbers[0] for numbers in _limits("memory", "memory.max", ("memory.limit_in_bytes",), root) if numbers]
     return min((limit for limit in limits if limit >= 0), default=math.inf)

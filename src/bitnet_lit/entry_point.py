@@ -1,9 +1,10 @@
-"""Signals, streams and the exit status of a process, for every `python -m bitnet_lit.<command>`.
+"""Every `python -m bitnet_lit.<command>` starts here: signals, standard streams and the exit status are set up.
 
-A command starts here, before anything heavy is imported, so that a Ctrl-C while PyTorch is being imported, a terminal
-that shows ASCII only, or an output that is full end as they should: in one line.
+This happens before anything heavy is imported. So a Ctrl-C during the import of PyTorch, an output on a full disk and a
+terminal that shows ASCII only are handled too. A failure is reported in one line.
 
-Exit status: 0 done, 1 failed, 2 the user's input was wrong, 128 + n ended by signal n.
+The exit status is 0 when the command is done, 1 when it failed, 2 when the user's input was wrong, and 128 + n when
+signal n ended it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserErro
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 interruptions: list[int] = []
-"""The numbers of the signals that came: a library may turn the exception into one of its own."""
+"""Numbers of the signals received. They are kept because a library may replace the KeyboardInterrupt."""
 
 
 def _prepare_streams() -> None:
-    """Give every standard stream a file, and let the outputs replace what their encoding cannot show.
+    """Open the standard streams that the parent closed, and let outputs replace what their encoding cannot show.
 
-    A stream that the parent closed is None in Python, and the next file that is opened takes its number: then a
-    message would go into a checkpoint. What is written to a closed stdout fails like a write to a full disk.
+    A closed stream is None in Python, and the next file that is opened would get its descriptor: an error message
+    could then be written into a checkpoint. A write to a closed stdout fails as a write to a full disk does.
     """
     for number, name in ((STDIN, "stdin"), (STDOUT, "stdout"), (STDERR, "stderr")):
         if getattr(sys, name) is None:
@@ -44,15 +45,15 @@ def _prepare_streams() -> None:
 
 
 def _hear_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the command in one line, unless the parent wants them ignored."""
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt, unless the parent process ignores them."""
     process = os.getpid()
 
     def interrupt(number: int, frame: types.FrameType | None) -> None:
-        if os.getpid() != process:  # a child that was forked: it ends as if nobody had set a handler
+        if os.getpid() != process:  # a forked child ends as if there were no handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         while frame is not None:
-            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":  # an import cannot be gone on with
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":  # an import cannot be undone
                 os.write(STDERR, f"error: {_what_ended_it(number)}\n".encode())
                 os._exit(128 + number)
             frame = frame.f_back
@@ -70,12 +71,12 @@ def _what_ended_it(number: int) -> str:
 
 
 def _let_threads_rest() -> None:
-    """Let PyTorch's threads on the CPU sleep soon after they have waited in vain for each other.
+    """Shorten the busy waiting of PyTorch's CPU threads, which slows down a machine whose cores are all in use.
 
-    GNU's OpenMP, which PyTorch's wheels for Linux carry, spins for milliseconds at the end of each parallel loop. Where
-    other processes need the cores, a thread spins while the one that it waits for has no core: training the demo model
-    on two busy cores ran at 100 to 200 tokens/s, and at 900 to 1,500 with this. It must be set before PyTorch is
-    imported.
+    GNU's OpenMP, which PyTorch's wheels for Linux contain, spins for milliseconds at the end of each parallel loop.
+    When other processes need the cores, a thread spins while the thread that it waits for has no core. Training the
+    demo model on two busy cores ran at 100 to 200 tokens/s, and at 900 to 1,500 with this setting. It must be set
+    before PyTorch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -88,10 +89,10 @@ def _fail(error: object, status: int) -> int:
 
 
 def _status_of(work: Callable[[], object]) -> int:
-    """Do the work; print what went wrong in one line.
+    """Do the work, and print a failure in one line.
 
     Returns:
-        The exit status. What is a bug of ours is raised.
+        The exit status. An exception that shows a bug of ours is raised.
     """
     status = 0
     try:
@@ -109,11 +110,11 @@ def _status_of(work: Callable[[], object]) -> int:
             raise
         return _fail(f"out of memory ({error}): take a smaller batch, context or model", 1)
     except OSError as error:
-        # Let what is left go nowhere: Python would fail again when it closes stdout.
+        # Discard what is still buffered: Python would fail again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         if isinstance(error, BrokenPipeError):
             return 0  # the reader has what it wanted (evaluate | head)
-        # Files are opened by name; what is written without one, outside of `disk_errors`, is what was printed.
+        # An error of a file has its name. Outside of `disk_errors`, an error without a name comes from printing.
         name = "the output cannot be written" if error.filename is None else error.filename
         return _fail(f"{name}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
@@ -123,16 +124,16 @@ def _status_of(work: Callable[[], object]) -> int:
 
 
 def run_command(command: str, task: Callable[[Any], Any], **options: Any) -> None:
-    """Run `task(config)` with the config that the command line describes, and leave with its exit status.
+    """Run `task(config)` with the config that the command line describes, and exit with the command's status.
 
     Args:
         command: name of the root config in conf/ and of its schema.
-        task: called with the dataclass; what it returns is what a sweeper optimizes.
-        options: of `cli.run`.
+        task: called with the dataclass; a sweeper optimizes what it returns.
+        options: further arguments of `cli.run`.
     """
 
     def compose_and_run() -> None:
-        from bitnet_lit.cli import run  # with Hydra
+        from bitnet_lit.cli import run  # imports Hydra
 
         run(command, task, sys.argv[1:], **options)
 
@@ -140,7 +141,7 @@ def run_command(command: str, task: Callable[[Any], Any], **options: Any) -> Non
 
 
 def leave(work: Callable[[], object]) -> None:
-    """Do the work of a command and leave the process with the exit status that it comes to."""
+    """Do the work of a command; exit with its status unless that is 0."""
     if sys.platform == "win32":
         sys.exit("error: bitnet-lit runs on Linux and macOS, not on Windows: use WSL, the Windows Subsystem for Linux")
     _prepare_streams()

@@ -1,13 +1,13 @@
-"""The exceptions that speak to users, each in one line: what is wrong, the value seen, what to do.
+"""These exceptions are messages to users, each in one line: what is wrong, the value seen, what to do.
 
     UserError         a mistake on the command line, in a config or in a file             status 2
     DiskError         a disk that is full, broken or gone                                  status 1
     TrainingStopped   a run that diverged (1), or that a signal ended (128 + its number)
     DataError         shards that changed or broke while they were read                    status 1
-    ParityError       an export that is not the model it was written from                  status 1
-    ModelError        a model whose results are not finite, or memory that ended           status 1
+    ParityError       an export that differs from the model it was written from            status 1
+    ModelError        a model whose results are not finite, or too little memory           status 1
 
-The commands print the line and end with the status. Any other exception is a bug of ours and keeps its traceback.
+The commands print the line and exit with the status. Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-LONGEST_LINE = 2000  # characters: a screen
+LONGEST_LINE = 2000  # characters; about one screen
 
 
 def one_line(message: object, longest: int = LONGEST_LINE) -> str:
-    """A message on one line, with escapes for what no terminal shows: it may quote anything that was typed or read.
+    """Put a message on one line and escape characters that cannot be printed: it may quote anything typed or read.
 
     Args:
-        longest: characters. Of a longer message the middle is left out: what is wrong stands in front, the remedy
-            behind.
+        longest: the most characters. A longer message loses its middle, because it starts with what is wrong and ends
+            with the remedy.
     """
     text = " ".join(str(message).split())
     text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
@@ -35,23 +35,23 @@ def one_line(message: object, longest: int = LONGEST_LINE) -> str:
 
 
 class UserError(ValueError):
-    """What is wrong, the value seen, the remedy: in one line.
+    """Reports a user's mistake in one line: what is wrong, the value seen, the remedy.
 
     Attributes:
-        status: with which the process ends.
+        status: the exit status of the process.
     """
 
     status = 2
 
 
 class DiskError(UserError):
-    """A disk that is full, broken or gone: in one line as well, and no mistake of the user's."""
+    """Reports a disk that is full, broken or gone. This is not the user's mistake, so the status is 1."""
 
     status = 1
 
 
 class TrainingStopped(RuntimeError):
-    """A run that ended early on purpose: diverged, or asked to stop by a signal. Carries the exit status."""
+    """Reports a run that ended early on purpose: it diverged, or a signal stopped it. `status` is the exit status."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -59,32 +59,32 @@ class TrainingStopped(RuntimeError):
 
 
 class Diverged(TrainingStopped):
-    """A run whose loss or gradient is no finite number any more."""
+    """Reports a run whose loss or gradient is no longer finite."""
 
 
 class DataError(TrainingStopped):
-    """Shards that changed or broke while they were read. Not the user's input, so the status is 1."""
+    """Reports shards that changed or broke while they were read. This is not the user's mistake: the status is 1."""
 
 
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has ended: Python and numpy raise MemoryError, torch RuntimeErrors on every device."""
+    """Return whether memory ran out: Python and numpy raise MemoryError, torch raises RuntimeError on every device."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 
 class ParityError(RuntimeError):
-    """An exported artefact that is not the model it was written from; nothing is left of it. Status 1."""
+    """Reports an export that differs from the model it was written from; the export is removed. The status is 1."""
 
 
 class ModelError(RuntimeError):
-    """A model that cannot go on: what it computes is no number, or memory ends. One line; status 1."""
+    """Reports a model whose results are not finite, or that runs out of memory. The status is 1."""
 
 
-# What the system calls it: what to say, and whether other room (True) or another place (False) is the remedy.
+# The system's error number: what to say. The remedy of `disk_errors` is `full` for the first two tables.
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -127,18 +127,19 @@ def disk_errors(
     full: str = "make room, and give the same command again",
     refused: str = "choose another place",
 ) -> Iterator[None]:
-    """Around whatever writes: a disk that will not have it is one line and no traceback.
+    """Turn an error of the disk in the block into one line without a traceback.
 
-    torch and safetensors raise RuntimeErrors for a full disk, and numpy an OSError without a number: they count too.
+    For a full disk, torch and safetensors raise their own exceptions, and numpy raises an OSError without a number.
+    These are recognized too.
 
     Args:
-        where: what the line begins with, such as "out=data/x".
-        full: the remedy where there is no room, or the disk is broken.
-        refused: the remedy where the place cannot be written by this user, or at all.
+        where: the start of the line, such as "out=data/x".
+        full: the remedy where the disk is full or broken.
+        refused: the remedy where this user cannot write to the place, or nobody can.
 
     Raises:
-        DiskError: full, broken or gone.
-        UserError: a place that cannot be written.
+        DiskError: the disk is full, broken or gone.
+        UserError: the place cannot be written.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Packages that only some commands need. Where one is not installed, a line says what needs it and how to get it."""
+"""Some commands need optional packages. Where one is missing, one line says what needs it and how to install it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "tokenizers": "export",
 }
-"""Package -> the extra of pyproject.toml that brings it."""
+"""Package -> the extra of pyproject.toml that installs it."""
 
 
 def installed(*packages: str) -> bool:
-    """Whether all of these packages are installed; none is imported."""
+    """Return whether all of these packages are installed, without importing them."""
     return all(importlib.util.find_spec(package) for package in packages)
 
 
 @contextlib.contextmanager
 def needs(package: str, what: str) -> Iterator[None]:
-    """Around the import of a package that may be missing.
+    """Report a missing package in one line when the block imports it.
 
     Args:
         package: its name on PyPI.
         what: the option that needs it, such as "format=gguf".
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         yield

@@ -1,10 +1,10 @@
-"""Reading JSON that somebody else may have written: meta.json, config.json, tokenizer.json, a header's metadata.
+"""JSON that somebody else may have written is read and checked here: meta.json, config.json, tokenizer.json, ...
 
-`json.loads` accepts a good deal that no reader expects: numbers where a text should be, `NaN`, `1e999` (an infinity), a
-key that stands there twice, half of a character pair (`"\\ud83d"`), which no encoding can hold. And it fails in several
-ways: a `JSONDecodeError`, a `UnicodeDecodeError`, a `ValueError` for a number of more than 4,300 digits, a
-`RecursionError` for brackets inside brackets. Whoever reads one value out of such a file would have to think of all of
-that. So every file is read here, once, against a *shape* that says what the reader relies on:
+`json.loads` accepts much that its callers do not expect: a number in place of a text, `NaN`, `1e999` (an infinity), a
+key that appears twice, half of a surrogate pair (`"\\ud83d"`), which no encoding can hold. It also fails in several
+ways: with a `JSONDecodeError`, a `UnicodeDecodeError`, a `ValueError` for a number of more than 4,300 digits, and a
+`RecursionError` for deeply nested brackets. Each caller would have to handle all of these. So every file is read here,
+once, and checked against a *shape* that says what the caller relies on:
 
     META = Record(
         {"dtype": Choice("uint16", "uint32"), "vocab_size": Integer(1, 2**31 - 1)},
@@ -12,16 +12,15 @@ that. So every file is read here, once, against a *shape* that says what the rea
     )
     meta = read_json(folder / "meta.json", META, "prepare the folder again")
 
-What comes back is plain data (dict, list, str, int, float, bool, None) of which everything that the shape names has
-been checked: types, ranges, that numbers are finite. Keys that the shape does not name are kept as they are. Errors are
-one line: the file, the dotted key, what is wrong, the value (shortened), the remedy.
+The result is plain data (dict, list, str, int, float, bool, None). Everything that the shape names has been checked:
+types, ranges, and that numbers are finite. Keys that the shape does not name are kept unchecked. An error is one line:
+the file, the dotted key, what is wrong, the value (shortened), the remedy.
 
     data/meta.json: shards.data00.bin: must be an object, not 1e-300: prepare the folder again
 
-Reading is bounded. The size is looked at before the file is read, the depth of nesting before it is parsed: the parser
-and everything behind it that walks the value may then recurse. A byte order mark is allowed; encodings other than UTF-8
-are not. Shapes know nothing of files, so text that lies inside another file (the metadata of a safetensors header)
-goes through `parse_json` with the same shapes.
+Memory and recursion are bounded. The size is checked before the file is read, and the depth of nesting before it is
+parsed, so the parser and later code may recurse. A byte order mark is allowed; encodings other than UTF-8 are not.
+`parse_json` takes JSON text that lies inside another file, such as the metadata of a safetensors header.
 """
 
 from __future__ import annotations
@@ -38,42 +37,41 @@ from typing import Any, Protocol
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import read_regular
 
-MAX_BYTES = 2**24  # of a file of settings; large ones (a tokenizer.json) say their own limit
+MAX_BYTES = 2**24  # enough for a file of settings; readers of large files (a tokenizer.json) pass their own limit
 MAX_DEPTH = 64  # real files nest less than ten deep
 SHOWN_CHARACTERS = 60
 
 
 class Mismatch(ValueError):
-    """A value that does not have its shape: the dotted key and what is wrong."""
+    """Reports a value that does not have its shape: the dotted key and what is wrong."""
 
     def __init__(self, key: str, what: str) -> None:
         super().__init__(f"{_printable(key)}: {what}" if key else what)
 
 
 class Shape(Protocol):
-    """A description of the values that are allowed."""
+    """Describes which JSON values are allowed."""
 
     def check(self, value: Any, key: str) -> None:
-        """Raise `Mismatch` where `value`, which stands under the dotted `key`, has another shape."""
+        """Raise `Mismatch` if `value`, found under the dotted `key`, does not have this shape."""
 
 
 @dataclass(frozen=True)
 class Anything:
-    """Every JSON value."""
+    """Allows every JSON value."""
 
     def check(self, value: Any, key: str) -> None:
-        """Nothing is wrong."""
+        """Accept the value."""
 
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number from `low` to `high`, both included; `true` is none."""
+    """Allows a whole number from `low` to `high`, both included; `true` and `false` are not numbers."""
 
     low: int
     high: int
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         if isinstance(value, bool) or not isinstance(value, int):
             raise Mismatch(key, f"must be a whole number, not {shown(value)}")
         if not self.low <= value <= self.high:
@@ -83,19 +81,18 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from `low` to `high`, both included; with `exclusive_low`, above `low`."""
+    """Allows a finite number from `low` to `high`, both included; with `exclusive_low`, `low` itself is refused."""
 
     low: float = -math.inf
     high: float = math.inf
     exclusive_low: bool = False
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise Mismatch(key, f"must be a number, not {shown(value)}")
         try:
             finite = math.isfinite(value)
-        except OverflowError:  # a whole number beyond every float
+        except OverflowError:  # a whole number too large for a float
             finite = False
         if not finite:
             raise Mismatch(key, f"must be a finite number, not {shown(value)}")
@@ -111,23 +108,21 @@ class Number:
 
 @dataclass(frozen=True)
 class Flag:
-    """true or false."""
+    """Allows `true` and `false`."""
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         if not isinstance(value, bool):
             raise Mismatch(key, f"must be true or false, not {shown(value)}")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text; with `pattern`, one that the regular expression matches from its beginning to its end."""
+    """Allows a text; with `pattern`, the regular expression must match the whole text. `called` names it in errors."""
 
     pattern: str | None = None
     called: str = "text"
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         if not isinstance(value, str) or (self.pattern is not None and not re.fullmatch(self.pattern, value)):
             raise Mismatch(key, f"must be {self.called}, not {shown(value)}")
 
@@ -136,25 +131,23 @@ SHA256 = Text("[0-9a-f]{64}", "a sha256 in hex")
 
 
 class Choice:
-    """One of some texts."""
+    """Allows the given texts."""
 
     def __init__(self, *values: str) -> None:
         self.values = values
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         if not isinstance(value, str) or value not in self.values:
             raise Mismatch(key, f"must be {' or '.join(self.values)}, not {shown(value)}")
 
 
 class Either:
-    """A value of one of several shapes; `called` names them all in the error."""
+    """Allows a value of any of several shapes; `called` names them all in the error."""
 
     def __init__(self, *shapes: Shape, called: str) -> None:
         self.shapes, self.called = shapes, called
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         for shape in self.shapes:
             try:
                 return shape.check(value, key)
@@ -165,25 +158,23 @@ class Either:
 
 @dataclass(frozen=True)
 class OrNull:
-    """null, or what has `shape`."""
+    """Allows `null` and values of `shape`."""
 
     shape: Shape
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         if value is not None:
             self.shape.check(value, key)
 
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list whose items all have `shape`; of `length` items where that is given."""
+    """Allows a list whose items all have `shape`; if `length` is given, the list must have that many items."""
 
     shape: Shape
     length: int | None = None
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         if not isinstance(value, list):
             raise Mismatch(key, f"must be a list, not {shown(value)}")
         if self.length is not None and len(value) != self.length:
@@ -194,12 +185,11 @@ class ListOf:
 
 @dataclass(frozen=True)
 class MapOf:
-    """An object of any keys whose values all have `shape`."""
+    """Allows an object with any keys whose values all have `shape`."""
 
     shape: Shape
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         _check_object(value, key)
         for name, item in value.items():
             self.shape.check(item, _join(key, name))
@@ -207,13 +197,12 @@ class MapOf:
 
 @dataclass(frozen=True)
 class Record:
-    """An object with the keys of `required`, and those of `optional` where they stand there; other keys are kept."""
+    """Allows an object with all keys of `required` and any of `optional`; values of other keys are not checked."""
 
     required: Mapping[str, Shape] = field(default_factory=dict)
     optional: Mapping[str, Shape] = field(default_factory=dict)
 
     def check(self, value: Any, key: str) -> None:
-        """See `Shape`."""
         _check_object(value, key)
         for name, shape in self.required.items():
             if name not in value:
@@ -234,7 +223,7 @@ def _join(key: str, name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A JSON value for an error's line: short, printable, one line."""
+    """Describe a JSON value for an error message: short, printable, on one line."""
     if isinstance(value, dict):
         return f"an object of {len(value)} keys"
     if isinstance(value, list):
@@ -248,7 +237,7 @@ def _shortened(text: str) -> str:
 
 
 def _printable(key: str) -> str:
-    """A key for an error's line; what a terminal could not show, or would obey, is escaped."""
+    """Shorten a key for an error message, and escape control characters and others that cannot be printed."""
     return _shortened(key if key.isprintable() else json.dumps(key)[1:-1])
 
 
@@ -265,11 +254,11 @@ _STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def _check_depth(text: str) -> None:
-    """Refuse what is nested deeper than MAX_DEPTH; each step is linear and runs inside the interpreter."""
+    """Refuse JSON nested deeper than MAX_DEPTH. Each step takes linear time and runs in C."""
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     without_escapes = text.replace("\\\\", "").replace('\\"', "")
-    brackets = re.sub(r'[^][{}"]+|"[^"]*(?:"|\Z)', "", without_escapes)  # outside of texts
+    brackets = re.sub(r'[^][{}"]+|"[^"]*(?:"|\Z)', "", without_escapes)  # brackets outside of strings
     if max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0) > MAX_DEPTH:
         raise Mismatch("", f"nested more than {MAX_DEPTH} deep")
 
@@ -280,13 +269,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise Mismatch(key, "stands there twice")
+                raise Mismatch(key, "appears twice")
             seen.add(key)
     return value
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text of a JSON value, keys included."""
+    """Yield every text in a JSON value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -299,22 +288,22 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_surrogates(text: str, value: Any) -> None:
-    """Refuse half of a character pair, which only an escape can write."""
+    """Refuse half of a surrogate pair, which JSON can only write as an escape."""
     if re.search(r"\\u[dD][89a-fA-F]", text):
         for part in _texts(value):
             if re.search("[\ud800-\udfff]", part):
-                raise Mismatch("", f"half of a character pair in {shown(part)}")
+                raise Mismatch("", f"half of a surrogate pair in {shown(part)}")
 
 
 def parse_json(content: bytes | str, where: object, shape: Shape, remedy: str) -> Any:
-    """The value of a JSON text, checked against a shape.
+    """Parse a JSON text and check its value against a shape.
 
     Args:
-        where: what the error's line begins with, a path as a rule.
-        remedy: what the user can do, for the line's end.
+        where: the start of an error message, usually a path.
+        remedy: the end of an error message: what the user can do.
 
     Raises:
-        UserError: no JSON, or a value of another shape; one line.
+        UserError: the text is not JSON, or its value has another shape.
     """
     try:
         text = _decode(content) if isinstance(content, bytes) else content
@@ -323,11 +312,11 @@ def parse_json(content: bytes | str, where: object, shape: Shape, remedy: str) -
             value = json.loads(text, object_pairs_hook=_without_duplicates)
         except json.JSONDecodeError as error:
             raise Mismatch("", f"not JSON ({error})") from None
-        except RecursionError:  # the caller itself is deep in the stack
+        except RecursionError:  # the caller is itself deep in the stack
             raise Mismatch("", "nested too deep") from None
         except Mismatch:
             raise
-        except ValueError:  # Python converts 4,300 digits at most: the time grows with their square
+        except ValueError:  # Python converts at most 4,300 digits, as the time grows with their square
             raise Mismatch("", "a number has too many digits") from None
         _check_surrogates(text, value)
         shape.check(value, "")
@@ -337,9 +326,10 @@ def parse_json(content: bytes | str, where: object, shape: Shape, remedy: str) -
 
 
 def read_json(path: Path, shape: Shape, remedy: str, max_bytes: int = MAX_BYTES) -> Any:
-    """The value of a JSON file, checked against a shape.
+    """Read a JSON file and check its value against a shape.
 
     Raises:
-        UserError: as `parse_json`; or a file that is missing, no regular file, or larger than `max_bytes`; one line.
+        UserError: the same errors as in `parse_json`; or the file is missing, is not a regular file, or is larger than
+            `max_bytes`.
     """
     return parse_json(read_regular(path, remedy, max_bytes), path, shape, remedy)

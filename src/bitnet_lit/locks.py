@@ -1,7 +1,7 @@
-"""Locks that end with the process that holds them, however it ends.
+"""A lock on a file or folder is taken here; the system releases it when its process ends, for whatever reason.
 
-`flock` locks an open file or folder for one process at a time; nothing has to be cleaned up after a kill. Some network
-file systems know no locks: there two writers are the user's to avoid.
+`flock` locks an open file or folder for one process at a time, and nothing has to be cleaned up after a kill. Some
+network file systems have no locks. There the user must not start two writers at once.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import fcntl
 
 
 def lock(descriptor: int, wait: bool = False) -> bool | None:
-    """Take the lock of an open file or folder; closing the descriptor gives it back.
+    """Take the lock of an open file or folder; closing the descriptor releases it.
 
     Args:
-        wait: until whoever has it lets go.
+        wait: whether to wait until another process releases the lock.
 
     Returns:
-        True, False where another process has it, or None where the file system knows no locks.
+        True where the lock was taken, False where another process holds it, None where the file system has no locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

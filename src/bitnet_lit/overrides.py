@@ -1,20 +1,19 @@
-"""Text that is typed behind `key=` on a command line arrives as typed.
+"""Overrides are rewritten here so that a text on the command line reaches the config exactly as it was typed.
 
-Hydra reads `key=value` with a grammar of its own, in which commas, quotes, brackets and most signs mean something.
-That is right for numbers, lists and sweeps, and wrong for a prompt or a path. So each override is spelled anew before
-Hydra reads it: a key that holds text (the schema says so) gets its value in Hydra's quotes, with every sign that Hydra
-or OmegaConf would read as its own escaped. The rules, for a command that has one value for each key:
+Hydra reads `key=value` with its own grammar, in which commas, quotes, brackets and most other punctuation have a
+meaning. That suits numbers, lists and sweeps, but not a prompt or a path. So each override is rewritten before Hydra
+reads it. Where the schema says that a key holds text, the value is put into Hydra's quotes, and every character that
+Hydra or OmegaConf would interpret is escaped. Where each key has one value, the rules are:
 
-- Text (`prompt`, `data.dir`, ...): every character is the text's. Only a value that is one whole string in Hydra's
-  quotes, `'...'` or `"..."`, is left to Hydra: it means its content, and interpolations (`${...}`) in it are resolved.
+- Text (`prompt`, `data.dir`, ...): every character belongs to the text. The one exception is a value that is a whole
+  string in Hydra's quotes, `'...'` or `"..."`: Hydra removes the quotes and resolves interpolations (`${...}`) in it.
   `null` is None where the key may be None.
-- A list of texts (`stop`, `callbacks.sample_prompts`, ...): `[a, 'b, c', "\n"]` is a list as in YAML (or, where YAML
-  cannot read it, in Hydra's grammar); anything else is one text, and nothing is the empty list.
-- Hydra's own text (`hydra.run.dir`, ...): every character is the text's, and interpolations are resolved.
-- Any other key: Hydra's grammar. Below an open slot (`quant.settings`) it needs no `+`.
+- A list of texts (`stop`, `callbacks.sample_prompts`, ...): `[a, 'b, c', "\n"]` is read as YAML, or in Hydra's grammar
+  where YAML cannot read it. Any other value is a list of that one text, and an empty value is the empty list.
+- Hydra's own text (`hydra.run.dir`, ...): every character belongs to the text, and interpolations are resolved.
+- Any other key: the value is in Hydra's grammar. A key below an open slot (`quant.settings`) needs no `+`.
 
-In a sweep (`-m`) a value that Hydra reads as several, `a,b` or `choice(a,b)`, is a sweep; its elements follow the same
-rules.
+In a sweep (`-m`), `a,b` and `choice(a,b)` are several values, and each of them follows the same rules.
 """
 
 from __future__ import annotations
@@ -46,17 +45,18 @@ _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$-]*(?:\.[\w$-]+)*)=(.*)", re.DO
 
 @dataclasses.dataclass(frozen=True)
 class TextKey:
-    """How the text behind a key is read."""
+    """Says how the value of a key that holds text is read."""
 
     optional: bool = False
-    """`null` means None."""
+    """Whether `null` means None."""
     is_list: bool = False
+    """Whether the key holds a list of texts."""
     resolves: bool = False
-    """Interpolations in it are resolved: Hydra's own keys."""
+    """Whether interpolations (`${...}`) are resolved, as in Hydra's own keys."""
 
 
 def _hint_as_text(hint: Any) -> TextKey | None:
-    """The TextKey of a field's type; None where it holds no text."""
+    """Return the TextKey for a field's type; None where the type holds no text."""
     if hint is str:
         return TextKey()
     arguments = typing.get_args(hint)
@@ -68,11 +68,11 @@ def _hint_as_text(hint: Any) -> TextKey | None:
 
 
 def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Every dotted key that is no group, and its type."""
+    """Yield every dotted key that is not a group, with its type."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
-        if hint is Any:  # a group with several schemas (optim): its default says their base class
+        if hint is Any:  # a group with several schemas (optim): its default is their base class
             hint = field.default_factory
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             for group in (hint, *hint.__subclasses__()):
@@ -82,19 +82,19 @@ def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _represent_text(dumper: OmegaConfDumper, text: str) -> yaml.ScalarNode:
-    """A text in YAML. PyYAML writes Unicode's line ends as they are, and reads them as spaces: they need escapes."""
+    """Write a text as YAML. Unicode's line ends are escaped, because PyYAML would read them back as spaces."""
     if _LINE_END.search(text):
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
     return OmegaConfDumper.str_representer(dumper, text)
 
 
-# What Hydra records of a command (.hydra/) and config.yaml of a run are written with this dumper.
+# This dumper writes Hydra's record of a command (.hydra/) and the config.yaml of a run.
 get_omega_conf_dumper().add_representer(str, _represent_text)
 
 
 @functools.cache
 def text_keys(schema: type) -> dict[str, TextKey]:
-    """Every dotted key of a schema that holds text, Hydra's own (`hydra.`) included."""
+    """Return every dotted key of a schema that holds text, including Hydra's own (`hydra.`)."""
     hydras = {key: _hint_as_text(hint) for key, hint in _walk(HydraConf, "hydra.")}
     ours = {key: _hint_as_text(hint) for key, hint in _walk(schema, "")}
     texts = {key: dataclasses.replace(text, resolves=True) for key, text in hydras.items() if text and not text.is_list}
@@ -103,12 +103,12 @@ def text_keys(schema: type) -> dict[str, TextKey]:
 
 @functools.cache
 def open_slots(schema: type) -> tuple[str, ...]:
-    """Every dotted key of a schema below which any key may be set (`quant.settings`), with the dot behind it."""
+    """Return every dotted key below which any key may be set, with a trailing dot: `quant.settings.`"""
     return tuple(f"{key}." for key, hint in _walk(schema, "") if typing.get_origin(hint) is dict)
 
 
 def _parse(override: str) -> Override | None:
-    """The override as Hydra reads it; None where its grammar does not fit."""
+    """Parse an override with Hydra's grammar; return None where it does not fit."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException:
@@ -116,15 +116,15 @@ def _parse(override: str) -> Override | None:
 
 
 def quoted(text: str, resolves: bool = False) -> str:
-    """Hydra's spelling of a text."""
+    """Write a text in Hydra's quotes; unless `resolves` is set, `${` is escaped."""
     if not resolves:
-        # OmegaConf reads \${ as ${, and halves the backslashes before it.
+        # OmegaConf reads \${ as ${ and halves the backslashes before it.
         text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def _is_quoted(value: str) -> bool:
-    """Whether a value is one whole string in Hydra's quotes."""
+    """Return whether a value is one whole string in Hydra's quotes."""
     if len(value) < 2 or value[0] not in "'\"" or value[-1] != value[0]:
         return False
     override = _parse(f"key={value}")
@@ -132,27 +132,27 @@ def _is_quoted(value: str) -> bool:
 
 
 def _texts(key: str, value: str) -> list[str] | None:
-    """The elements of a typed list of texts; None where it is no list.
+    """Return the elements of a typed list of texts; None where the value is not a list.
 
     Raises:
-        UserError: it is a list, and cannot be read.
+        UserError: the value is in brackets but cannot be read.
     """
     if not (value.startswith("[") and value.endswith("]")):
         return None
     texts: Any = None
     with contextlib.suppress(yaml.YAMLError):
-        if not _LINE_END.search(value):  # which YAML would fold into spaces
-            texts = yaml.load(value, yaml.BaseLoader)  # which reads every scalar as text
+        if not _LINE_END.search(value):  # YAML would fold line ends into spaces
+            texts = yaml.load(value, yaml.BaseLoader)  # reads every scalar as text
     if texts is None and (override := _parse(f"key={value}")) is not None:
         texts = override.value()
     if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-        with contextlib.suppress(UnicodeDecodeError):  # JSON's two escapes for one sign become one
+        with contextlib.suppress(UnicodeDecodeError):  # joins the two escapes that JSON uses for one character
             return [text.encode("utf-16", "surrogatepass").decode("utf-16") for text in texts]
     raise UserError(f"{key}={value}: a list that cannot be read: put its texts in quotes: {key}=['...', '...']")
 
 
 def _spelled(key: str, value: str, text: TextKey) -> str:
-    """The value of one text key in Hydra's grammar."""
+    """Write the value of one text key in Hydra's grammar."""
     if text.is_list:
         texts = _texts(key, value) if value else []
         return "[" + ",".join(map(quoted, [value] if texts is None else texts)) + "]"
@@ -162,7 +162,7 @@ def _spelled(key: str, value: str, text: TextKey) -> str:
 
 
 def _sweep_elements(value: str) -> list[str]:
-    """The elements of `a,b,c`, which Hydra can read, as they were typed."""
+    """Return the elements of `a,b,c` as they were typed; the value must fit Hydra's grammar."""
     lexer = OverrideLexer(InputStream(value))
     lexer.mode(OverrideLexer.VALUE_MODE)
     choices = OverrideParser(CommonTokenStream(lexer)).value().simpleChoiceSweep()
@@ -170,13 +170,13 @@ def _sweep_elements(value: str) -> list[str]:
 
 
 def _sweep_spelled(key: str, value: str, text: TextKey) -> str:
-    """The value of one text key in a sweep."""
+    """Write the value of one text key of a sweep in Hydra's grammar."""
     override = None if text.resolves else _parse(f"key={value}")
     if override is None:
         if "," in value and not text.resolves and not (text.is_list and value.startswith("[")):
             raise UserError(
                 f"{key}={value}: in a sweep (-m) a comma divides values, and these cannot be read: put each into "
-                f"quotes of its own inside the shell's: \"{key}='...','...'\", or the one value: "
+                f"quotes of its own inside the shell's: \"{key}='...','...'\", or, if it is one value: "
                 f'"{key}={quoted(value)}"'
             )
         return _spelled(key, value, text)
@@ -186,20 +186,20 @@ def _sweep_spelled(key: str, value: str, text: TextKey) -> str:
 
 
 def _unescaped(element: str) -> str:
-    r"""An element of a sweep without Hydra's backslashes: `a\, b` is one element with a comma."""
+    r"""Remove Hydra's backslashes from an element of a sweep: `a\, b` is one element with a comma."""
     return element if _is_quoted(element) else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", element)
 
 
 def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> list[str]:
-    """Overrides as typed, in Hydra's grammar.
+    """Rewrite overrides in Hydra's grammar so that every text arrives as it was typed.
 
     Args:
         schema: the dataclass of the command's config.
-        overrides: `key=value` with Hydra's prefixes (`+`, `++`); anything else, such as `~key`, is returned as it is.
+        overrides: `key=value` with Hydra's prefixes (`+`, `++`); anything else, such as `~key`, is not changed.
         sweep: whether a key may have several values.
 
     Raises:
-        UserError: text that is no Unicode, no `key=value`, or a list that cannot be read.
+        UserError: an override is not Unicode, is not `key=value`, or holds a list that cannot be read.
     """
     keys = text_keys(schema)
     spelled = []
@@ -217,17 +217,17 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
             continue
         prefix, key, value = match.groups()
         if key.startswith(open_slots(schema)):
-            prefix = "++"  # Hydra's for a key that the schema does not know
+            prefix = "++"  # Hydra needs it to set a key that the schema does not know
         if key in keys:
             value = (_sweep_spelled if sweep else _spelled)(key, value, keys[key])
         elif _parse(f"key={value}") is None:
-            value = quoted(value)  # then the schema refuses it, by the key's name
+            value = quoted(value)  # then the schema refuses it and names the key
         spelled.append(f"{prefix}{key}={value}")
     return spelled
 
 
 def _content(value: Any) -> Any:
-    r"""A value as OmegaConf resolves it: `\${` in a text is `${`."""
+    r"""Return a value as OmegaConf resolves it: `\${` in a text becomes `${`."""
     if isinstance(value, list):
         return [_content(item) for item in value]
     if isinstance(value, str):
@@ -236,10 +236,10 @@ def _content(value: Any) -> Any:
 
 
 def parsed(override: str) -> tuple[str, Any]:
-    """Key and value of an override in Hydra's grammar; texts in the value are as they were typed.
+    """Return key and value of an override in Hydra's grammar; texts in the value are as they were typed.
 
     Raises:
-        UserError: it is no `key=value`, or holds several values.
+        UserError: the override is not `key=value`, or holds several values.
     """
     found = _parse(override)
     if found is None or found.is_sweep_override() or found.is_delete():
@@ -248,7 +248,7 @@ def parsed(override: str) -> tuple[str, Any]:
 
 
 def readable(override: str) -> tuple[str, str]:
-    """Key and value of an override in Hydra's grammar, the value as text, for tables."""
+    """Return key and value of an override in Hydra's grammar; the value is text for a table."""
     key, _, text = override.lstrip("+").partition("=")
     found = _parse(override)
     if found is None or found.is_sweep_override() or not isinstance(found.value(), str):

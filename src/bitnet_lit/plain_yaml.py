@@ -1,8 +1,9 @@
-"""Reading and writing YAML as plain data: dictionaries, lists, text, numbers.
+"""YAML is read and written here as plain data: dictionaries, lists, text, numbers.
 
-A run's config.yaml may come from somebody else. OmegaConf would replace `${oc.env:SECRET}` in it by the value, and YAML
-has tags that build objects and aliases that repeat a value a million times; here text stays the text that it is, and
-tags and aliases are refused. What is written here reads back as the same values, whatever characters they hold.
+A run's config.yaml may come from somebody else. OmegaConf would replace `${oc.env:SECRET}` in it by the value of that
+variable. YAML's tags can build objects, and its aliases can repeat a value a million times. Here texts are not
+interpreted, and tags and aliases are refused. A value that is written here is read back as the same value, whatever
+characters it holds.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import yaml
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.regular_file import read_regular
 
-MAX_BYTES = 2**17  # a config with every default filled in has three thousand; PyYAML reads ten thousand a second
+MAX_BYTES = 2**17  # a config with all defaults has 3,000; PyYAML reads about 10,000 a second
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """`SafeLoader` without aliases."""
+    """Loads plain data as `SafeLoader` does, but refuses aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -28,15 +29,18 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """`SafeDumper` that repeats a value instead of naming it, and quotes text that other readers take for a number."""
+    """Writes plain data as `SafeDumper` does, but without aliases, and with the quotes of `_text`."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Text in quotes where YAML 1.2 (and OmegaConf) would read a number, as in 1e3, or a reference, and with escapes
-    where YAML would read Unicode's line ends as spaces."""
+    """Write a text so that it is read back as the same text.
+
+    Quotes keep YAML 1.2 and OmegaConf from reading a number (1e3) or a reference (${...}). Unicode's line ends are
+    escaped, because YAML would read them as spaces.
+    """
     if any(sign in text for sign in "\x85\u2028\u2029"):
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
     try:
@@ -52,15 +56,18 @@ _PlainDumper.add_representer(str, _text)
 
 
 def dump_yaml(value: dict[str, Any]) -> str:
-    """`value` as text, keys in their order."""
+    """Return `value` as YAML, with the keys in their order."""
     return yaml.dump(value, Dumper=_PlainDumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
-    """The mapping in a file.
+    """Read a YAML file that holds a mapping with text keys.
+
+    Args:
+        remedy: the end of an error message: what the user can do.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, or does not hold such a mapping.
     """
     content = read_regular(path, remedy, MAX_BYTES)
     try:

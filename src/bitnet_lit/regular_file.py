@@ -1,8 +1,8 @@
-"""Opening a file that a user named: a regular file, or one line that says what it is instead.
+"""A file that a user named is opened here only if it is a regular file; otherwise an error says what it is.
 
-A path can name more than a file of bytes. Opening a named pipe for reading waits until somebody writes into it, a
-device node may never end, and a directory opens only to fail at the first read. So the kind is asked for before
-anything is opened, and again afterwards, because a path can change its meaning in between.
+A path can name other things than a regular file. Opening a named pipe for reading waits until a process writes into it,
+reading a device may never end, and a directory fails at the first read. So the kind is checked before the file is
+opened, and once more afterwards, because another file may have taken its place in between.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _KINDS = {
 
 
 def open_regular(path: Path | str, remedy: str) -> BinaryIO:
-    """Open a regular file for reading; never waits, whatever the path names.
+    """Open a regular file for reading, without ever waiting.
 
     Args:
-        remedy: what the user can do, for the end of the error's line.
+        remedy: the end of an error message: what the user can do.
 
     Raises:
-        UserError: nothing there, no permission, or something that is no regular file; one line.
+        UserError: there is no file, the user may not read it, or it is not a regular file.
     """
     try:
         _check_kind(path, os.stat(path), remedy)
-        # Between the two looks a pipe may have taken the file's place: O_NONBLOCK opens one without waiting, and
-        # changes nothing for a regular file.
+        # Between the two checks a pipe may take the file's place. O_NONBLOCK opens a pipe without waiting and changes
+        # nothing for a regular file.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             _check_kind(path, os.fstat(descriptor), remedy)
@@ -45,7 +45,7 @@ def open_regular(path: Path | str, remedy: str) -> BinaryIO:
         return open(descriptor, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
-    except ValueError as error:  # a path with a NUL in it
+    except ValueError as error:  # the path holds a NUL character
         if isinstance(error, UserError):
             raise
         raise UserError(f"{str(path)!r}: cannot be read ({error}): {remedy}") from None
@@ -58,19 +58,20 @@ def _check_kind(path: Path | str, status: os.stat_result, remedy: str) -> None:
 
 
 def read_regular(path: Path | str, remedy: str, max_bytes: int) -> bytes:
-    """The whole content of a regular file.
+    """Read the whole content of a regular file.
 
     Args:
-        max_bytes: a larger file is refused before anything of it is read.
+        remedy: the end of an error message: what the user can do.
+        max_bytes: a larger file is refused before it is read.
 
     Raises:
-        UserError: as `open_regular`, a file that is too large, or a disk that fails; one line.
+        UserError: the same errors as in `open_regular`; or the file is too large, or the disk fails.
     """
     with open_regular(path, remedy) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
-            raise UserError(f"{path}: {size} bytes, where at most {max_bytes} make sense: {remedy}")
+            raise UserError(f"{path}: {size} bytes, but at most {max_bytes} are allowed: {remedy}")
         try:
-            return file.read(max_bytes)  # not one byte more, should it grow now
+            return file.read(max_bytes)  # the file may grow while it is read
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None

@@ -88,7 +88,7 @@ def test_a_config_with_another_value(folder, change, says):
         ("[" * 100_000, "nested more than"),
         ('{"a":' * 100_000, "nested more than"),
         ('{"vocab_size": ' + "9" * 5000 + "}", "too many digits"),
-        ('{"a": 1, "a": 2}', "stands there twice"),
+        ('{"a": 1, "a": 2}', "appears twice"),
         ("", "not a config.json"),
         ("null", "not a config.json"),
     ],
@@ -182,7 +182,7 @@ def test_a_scale_that_is_none(tmp_path, folder, scale):
     stored = open_stored(tmp_path / "packed")
     stored.inverse_scales = True
     stored.reader.read = lambda name: np.array([scale], dtype=np.float32)
-    with pytest.raises(UserError, match="no scale of codes"):
+    with pytest.raises(UserError, match="scales are positive and finite"):
         stored.scale(PROJECTION)
 
 
@@ -231,7 +231,7 @@ def test_a_pt_that_asks_for_more_than_it_holds(tmp_path):
         for entry in good.infolist():
             content = bytes(2**30) if entry.filename.endswith("data.pkl") else good.read(entry)
             bomb.writestr(entry.filename, content, compress_type=zipfile.ZIP_DEFLATED)
-    for name, says in {"expanded": "the file holds a part", "bomb": "it is compressed"}.items():
+    for name, says in {"expanded": "the file holds only a part", "bomb": "it is compressed"}.items():
         with pytest.raises(UserError, match=says):
             open_pt(tmp_path / f"{name}.pt")
 

@@ -40,7 +40,7 @@ def trained(path, **options):
 
 KINDS = {
     "bpe": ({}, None, None),
-    "unigram": ({"model_type": "unigram"}, "is no BPE", "is no BPE"),
+    "unigram": ({"model_type": "unigram"}, "is not a BPE", "is not a BPE"),
     "normalizing": ({"normalization_rule_name": "nmt_nfkc"}, "normalizes", "normalizes"),
     "other ids": ({"unk_id": 3, "bos_id": 0, "eos_id": 1, "pad_id": 2}, None, "BOS is not piece 1"),
     "no bytes": ({"byte_fallback": False}, None, "bytes do not begin at 3"),
@@ -63,11 +63,11 @@ def test_the_export_says_so(tmp_path, capsys):
     tokenizer = trained(tmp_path / "tokenizer.model", model_type="unigram")
     model = tiny_model(sub_norm=False, vocab_size=tokenizer.vocab_size)
     save_model_folder(tmp_path / "model", model, QuantConfig(), tokenizer)
-    with pytest.raises(UserError, match=r"is no BPE.*take format=packed"):
+    with pytest.raises(UserError, match=r"is not a BPE.*take format=packed"):
         export_to(tmp_path / "x.gguf", tmp_path / "model", format="gguf", type="f16", embeddings="f16", verify=False)
     assert not (tmp_path / "x.gguf").exists()
     export_to(tmp_path / "c", tmp_path / "model", format="llama2c", verify=False)
-    assert "no tokenizer.bin was written (its SentencePiece model is no BPE)" in capsys.readouterr().err
+    assert "no tokenizer.bin was written (its SentencePiece model is not a BPE)" in capsys.readouterr().err
     assert not (tmp_path / "c" / "tokenizer.bin").exists() and from_pretrained(tmp_path / "c" / "model.bin").tokenizer
 
 

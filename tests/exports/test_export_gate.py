@@ -128,7 +128,7 @@ def test_a_fault_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch, model, 
     before = files_below(tmp_path)
     inject(monkeypatch, fault, options)
     for out in (older, fresh):
-        with pytest.raises(ParityError, match="not written, it would not be the model"):
+        with pytest.raises(ParityError, match="not written, because it would differ from the model"):
             export_to(out, model, **options)
         assert files_below(tmp_path) == before
     assert not fresh.exists()

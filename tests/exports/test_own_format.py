@@ -48,7 +48,7 @@ def test_the_gate_stops_it_too(tmp_path, model, monkeypatch):
     one_off = lambda path, **arrays: savez(path, **{name: array + 1e-3 for name, array in arrays.items()})  # noqa: E731
     monkeypatch.setattr(np, "savez", one_off)
     before = files_below(tmp_path)
-    with pytest.raises(ParityError, match="not written, it would not be the model"):
+    with pytest.raises(ParityError, match="not written, because it would differ from the model"):
         export(ExportConfig(checkpoint=str(model), format="npz", formats=[NPZ]))
     assert files_below(tmp_path) == before
 

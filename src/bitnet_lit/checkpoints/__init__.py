@@ -1,1 +1,1 @@
-"""A model at rest: one interface, and one file for each way of writing it."""
+"""Models on disk have one interface here, and one file for each format."""

@@ -1,9 +1,9 @@
-"""A model's config.json as others may have written it: read once, and checked before anything is built from it.
+"""A model's config.json may come from somebody else, so it is checked before anything is built from it.
 
-Ours and that of `transformers` share most keys. `our_shape` and `their_shape` say what each key that is read here may
-hold: those of a network's fields follow from `ModelConfig`, its types and its ranges. So what a damaged file says
-cannot ask for memory, nor end in a traceback. Other keys are left alone; `null` where `transformers` writes it counts
-as absent.
+Our config.json and that of `transformers` share most keys. `our_shape` and `their_shape` say what each key that is read
+may hold. For the fields of a network this follows from the types and ranges of `ModelConfig`. So a damaged file can
+neither request too much memory nor cause a traceback. Other keys are not checked. Where `transformers` writes `null`,
+it means that the key is absent.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from bitnet_lit.foreign_json import (
 )
 from bitnet_lit.regular_file import read_regular
 
-LARGEST_SIZE = 2**24  # of any axis
-LARGEST_NUMBER = 2.0**100  # a float32
+LARGEST_SIZE = 2**24  # of any axis of a tensor
+LARGEST_NUMBER = 2.0**100  # well within float32
 SIZE = Integer(1, LARGEST_SIZE)
-FORMAT_VERSION = 1  # of what stands under "bitnet_lit"
-NETWORK = "network"  # under "bitnet_lit": a class of the user's own and its arguments
+FORMAT_VERSION = 1  # of the values under "bitnet_lit"
+NETWORK = "network"  # key under "bitnet_lit" for a user's own class and its arguments
 
 REQUIRED = (  # the fields of a network that every config.json has
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
@@ -58,7 +58,7 @@ QUANT = Record(
 
 @cache
 def field_shapes(config: type[ModelConfig]) -> dict[str, Shape]:
-    """What a value of each field of a network must be, from the field's type and its range."""
+    """Return the shape of each field of a network, from the field's type and range."""
     kinds = get_type_hints(config)
     return {each.name: _shape(kinds[each.name], config.RANGES.get(each.name)) for each in fields(config)}
 
@@ -78,10 +78,10 @@ def _shape(kind: Any, allowed: Range | None) -> Shape:
 
 
 def our_shape(ours: Iterable[str]) -> Record:
-    """A config.json that this project wrote.
+    """Return the shape of a config.json that this project wrote.
 
     Args:
-        ours: the fields that stand under "bitnet_lit"; the others stand beside Hugging Face's.
+        ours: the fields of the network under "bitnet_lit"; the others have Hugging Face's names at the top level.
     """
     shapes = field_shapes(ModelConfig)
     info: dict[str, Shape] = {
@@ -97,7 +97,7 @@ def our_shape(ours: Iterable[str]) -> Record:
 
 
 def their_shape() -> Record:
-    """A config.json of `transformers`."""
+    """Return the shape of a config.json that `transformers` wrote."""
     shapes = field_shapes(ModelConfig)
     rope = OrNull(
         Record(optional={"rope_type": Text(), "type": Text(), "rope_theta": OrNull(shapes["rope_theta"])}),
@@ -126,23 +126,23 @@ def _required(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 
 def _optional(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Fields that a config.json may leave out or set to null, as `transformers` does."""
+    """Return the shapes of fields that a config.json may leave out or set to null, as `transformers` does."""
     keys = ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings", "initializer_range")
     return {**{key: OrNull(shapes[key]) for key in keys}, "tokenizer_sha256": OrNull(Text())}
 
 
 def network_in(raw: dict[str, Any]) -> str | None:
-    """The class that a config.json names as its network, as text; None where the network is this project's."""
+    """Return the name of the user's own class in a config.json; None where the network is this project's."""
     ours = raw.get("bitnet_lit")
     network = ours.get(NETWORK) if isinstance(ours, dict) else None
     return str(network.get("_target_")) if isinstance(network, dict) else None
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands: any object.
+    """Read config.json without checking its keys.
 
     Raises:
-        UserError: missing, unreadable, or no JSON object.
+        UserError: the file is missing, cannot be read, or is not a JSON object.
     """
     path = folder / CONFIG_NAME
     content = read_regular(path, "is this a model folder?", MAX_BYTES)
@@ -151,10 +151,10 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(path: Path, raw: dict[str, Any], shape: Shape) -> None:
-    """Refuse a config that does not have a shape of this module.
+    """Refuse a config that does not have the given shape.
 
     Raises:
-        UserError: the first key that does not, and its value.
+        UserError: a key does not fit; the message names the first one and its value.
     """
     try:
         shape.check(raw, "")

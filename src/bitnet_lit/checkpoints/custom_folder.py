@@ -1,4 +1,4 @@
-"""The model folder of a network of the user's own.
+"""A network of the user's own is written to a model folder and read from it here.
 
 ::
 
@@ -7,8 +7,8 @@
       model.safetensors       the module's state dict
       tokenizer.model         as in every model folder
 
-The class stands there as text. It is imported only where its user names it too (`networks=[my_project.Mixer]`), as with
-schemes. Exports and engines describe the network of this project, so they refuse such a folder.
+The folder names the class as text. It is imported only if the user names it too (`networks=[my_project.Mixer]`); the
+same rule holds for schemes. Exports and engines know only the network of this project, so they refuse such a folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bitnet_lit.model.custom import build_custom_network
 
 @dataclass
 class CustomPretrained:
-    """A network of the user's own in memory; the attributes are those of `PretrainedModel`."""
+    """Holds a network of the user's own in memory. `PretrainedModel` explains the attributes."""
 
     path: Path
     model: nn.Module
@@ -57,7 +57,7 @@ def save_custom_folder(
     info: dict[str, Any],
     state: dict[str, Tensor],
 ) -> None:
-    """Write the folder, replacing an older one in one step; what its user has put there stays."""
+    """Write the model folder, replacing an older one in one step; files that the user has put there stay."""
     ends = None if tokenizer is None else [tokenizer.eos_id, tokenizer.bos_id]
     described = {
         "model_type": "bitnet_lit",
@@ -84,13 +84,13 @@ def save_custom_folder(
 
 
 def open_custom_folder(folder: Path, networks: Sequence[str]) -> CustomPretrained | None:
-    """The network of a folder, if it is of the user's own; None otherwise.
+    """Open a folder that holds a network of the user's own; return None where it holds another network.
 
     Args:
-        networks: classes and modules that the user names.
+        networks: classes and modules that the user allows to be imported.
 
     Raises:
-        UserError: a class that nobody but the folder has named, or a damaged file; one line.
+        UserError: the user has not named the folder's class, or a file is damaged.
     """
     if not (folder / CONFIG_NAME).is_file():
         return None

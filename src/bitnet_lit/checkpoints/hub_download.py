@@ -1,4 +1,4 @@
-"""A model of the Hugging Face hub, downloaded or found in the cache."""
+"""A model of the Hugging Face hub is downloaded here, or taken from the hub's cache."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
 
-HUB_SECONDS = 10  # for the first answer: a network that swallows packets gives none
+HUB_SECONDS = 10  # for the first answer: a firewall that drops packets gives none
 FILES = ["*.json", "*.safetensors", *SentencePieceTokenizer.file_names]
 
 
 def download_model(repository: str) -> Path:
-    """The folder of a model owner/name; from the cache alone where the hub does not answer.
+    """Return the folder of the model owner/name; where the hub does not answer, only the cache is used.
 
     Raises:
-        UserError: what the hub says, or that it says nothing; one line.
+        UserError: the model is neither on the hub nor in the cache, or the hub cannot be reached.
     """
     with needs("huggingface_hub", f"checkpoint={repository}"):
         import huggingface_hub
     unreachable: Exception | None = None
     try:
-        # Asked first, because the download itself waits for an answer without end.
+        # This request comes first because it has a timeout; the download itself may wait forever.
         huggingface_hub.HfApi().model_info(repository, timeout=HUB_SECONDS)
-    except Exception as error:  # of the HTTP library underneath, which changes from version to version
+    except Exception as error:  # the HTTP library, and so its exceptions, differ between versions
         unreachable = error
     try:
         return Path(

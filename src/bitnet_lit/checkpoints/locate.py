@@ -1,8 +1,8 @@
-"""From a user's `checkpoint=` or `init_from=` to a model on disk, whatever wrote it.
+"""The value of `checkpoint=` or `init_from=` is turned into a model on disk here, in any format.
 
-What is typed is a path first. The hub is asked only for a name that cannot be one here: `owner/name`, where no folder
-`owner` exists and `owner` is not where runs go. A path that leads nowhere says what was looked for, where, and what
-lies there instead.
+The value is first read as a path. The hub is asked only for `owner/name` where no folder `owner` exists and `owner` is
+not a folder for runs. If there is no model at a path, the error says what was looked for, where, and what is there
+instead.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from bitnet_lit.runs.folder import CHECKPOINTS, MODEL, is_run
 from bitnet_lit.runs.folder import CONFIG_NAME as RUN_CONFIG_NAME
 
 OUTPUTS = Path("outputs")
-RUN_FOLDERS = ("outputs", "multirun", "data")  # never an owner on the hub
+RUN_FOLDERS = ("outputs", "multirun", "data")  # never taken for an owner on the hub
 SHOWN_RUNS = 2
-# What is no model, by the end of its name, and what to give in its place.
+# Suffixes of files that are not models here, and what to give instead.
 REMEDIES = {
     ".ckpt": "a checkpoint for resume=: give the run folder it lies in",
     ".pth": "a pickle, which is not opened here: convert it to safetensors",
@@ -36,14 +36,14 @@ REMEDIES = {
 
 
 def _models_below(folder: Path) -> Iterator[tuple[float, Path]]:
-    """Models of runs somewhere below, with the time each was written; links to folders are not followed."""
+    """Yield the models of runs below a folder and the time each was written; links to folders are not followed."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         path = Path(root)
         if path.name == MODEL and CONFIG_NAME in files and has_model(path):
             try:
                 yield (path / CONFIG_NAME).stat().st_mtime, path
-            except FileNotFoundError:  # replaced at this moment
+            except FileNotFoundError:  # it is being replaced
                 continue
 
 
@@ -66,7 +66,7 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _nothing_there(checkpoint: str, path: Path) -> str:
-    """Say how far a path exists, and which names there are like the next part of it."""
+    """Say which part of a path does not exist, and suggest a similar name that does."""
     if path.is_symlink():
         return f"a link to {os.readlink(path)}, which is not there"
     parent, missing = path.parent, path.name
@@ -80,7 +80,7 @@ def _nothing_there(checkpoint: str, path: Path) -> str:
 
 
 def _no_model(path: Path) -> str:
-    """Why there is no model at a path that exists, and what to give."""
+    """Say why there is no model at a path that exists, or what to give instead."""
     if path.is_file():
         for each in map(formats().named, formats().names):
             if path.suffix == each.extension:
@@ -101,15 +101,15 @@ def _no_model(path: Path) -> str:
 
 
 def find_model(checkpoint: str | Path | None, key: str = "checkpoint") -> Path:
-    """The model folder, or the llama2.c file, that `checkpoint` means.
+    """Find the model folder, or the llama2.c file, that `checkpoint` names.
 
     Args:
         checkpoint: a run folder, a model folder, a file inside a model folder, a .pt or .bin of llama2.c, a model of
             the Hugging Face hub (owner/name), or None for the newest run below `outputs/`.
-        key: under which it was given.
+        key: the option that gave `checkpoint`, for error messages.
 
     Raises:
-        UserError: nothing there, or no model in it; one line.
+        UserError: the path does not exist or holds no model.
     """
     try:
         return _newest() if checkpoint is None else _find(str(checkpoint), key)
@@ -118,7 +118,7 @@ def find_model(checkpoint: str | Path | None, key: str = "checkpoint") -> Path:
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{key}={checkpoint!r}: no path ({error})") from None  # a NUL in it
+        raise UserError(f"{key}={checkpoint!r}: not a path ({error}): give a run or model folder") from None
 
 
 def _find(checkpoint: str, key: str) -> Path:
@@ -126,7 +126,7 @@ def _find(checkpoint: str, key: str) -> Path:
         raise UserError(f"{key}= is empty: give a run or model folder, or leave it out for the newest run")
     path = Path(checkpoint)
     if not path.exists() and (checkpoint == "~" or checkpoint.startswith("~/")):
-        path = path.expanduser()  # not every shell does it behind an =
+        path = path.expanduser()  # not every shell expands it after an =
     if not os.path.lexists(path) and _may_be_on_the_hub(checkpoint):
         return download_model(checkpoint)
     if not path.exists():
@@ -145,16 +145,16 @@ def _find(checkpoint: str, key: str) -> Path:
 
 
 def _reader(path: Path) -> type[Format] | None:
-    """The format that reads a file, by the end of its name."""
+    """Return the format that reads files with this suffix; None where there is none."""
     registry = formats()
     return next((each for each in map(registry.named, registry.names) if path.suffix in each.read_suffixes), None)
 
 
 def open_stored(path: Path) -> StoredModel:
-    """A model on disk, opened; see `find_model` for what `path` can be.
+    """Open the model folder or llama2.c file that `find_model` returned.
 
     Raises:
-        UserError: damaged, or a network that is not known here; one line each.
+        UserError: a file is damaged, or the network is not supported.
     """
     try:
         if path.is_file():
@@ -169,6 +169,6 @@ def open_stored(path: Path) -> StoredModel:
             )
         return open_model_folder(path, raw) if "bitnet_lit" in raw else open_hub_folder(path, raw)
     except UserError as error:
-        raise type(error)(one_line(error, 500)) from None  # a damaged file's own values stand in it
+        raise type(error)(one_line(error, 500)) from None  # the message may quote long values of a damaged file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): check its permissions") from None

@@ -1,4 +1,4 @@
-"""From a stored model to a network in memory, as `from_pretrained` of `transformers` does it."""
+"""A stored model is loaded into a network in memory, like `from_pretrained` of `transformers`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bitnet_lit.quant import BitLinear, PackedBitLinear
 
 
 def fill(module: nn.Module, stored: StoredModel, prefix: str = "") -> nn.Module:
-    """Give a module that was made on the meta device its weights, and return it.
+    """Load the weights of a module that was built on the meta device, and return the module.
 
     Args:
-        module: part of the network of `stored`, or the whole; latent projections stay trainable, packed ones become
-            `PackedBitLinear`.
-        prefix: of the module's names in the network ("model.layers.3.").
+        module: the network of `stored` or a part of it. Latent projections stay trainable; for packed codes they are
+            replaced by `PackedBitLinear`.
+        prefix: the prefix of the module's names in the network ("model.layers.3.").
     """
     for name, layer in list(module.named_modules()):
         weight = f"{prefix}{name}.weight"
@@ -44,12 +44,12 @@ def fill(module: nn.Module, stored: StoredModel, prefix: str = "") -> nn.Module:
 
 @dataclass
 class PretrainedModel:
-    """A model in memory.
+    """Holds a model in memory.
 
     Attributes:
-        path: where it came from.
-        model: weights loaded, in eval mode.
-        packed: its projections are codes: it runs, and cannot be trained.
+        path: the folder or file that it was loaded from.
+        model: the network with its weights, in eval mode.
+        packed: whether its projections are codes; then the model runs but cannot be trained.
         quant, tokenizer, info, tokenizer_sha256: as in `StoredModel`.
     """
 
@@ -63,12 +63,12 @@ class PretrainedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """The config of its network."""
+        """The config of the network."""
         return self.model.config
 
 
 def build_pretrained(stored: StoredModel) -> PretrainedModel:
-    """Build the network of `stored` with its weights; nothing is initialised first."""
+    """Build the network of `stored` with its weights, without a random initialisation first."""
     model = build_model(stored.config, stored.quant, device="meta")
     fill(model, stored)
     model.tie_weights()
@@ -79,5 +79,5 @@ def build_pretrained(stored: StoredModel) -> PretrainedModel:
 
 
 def from_pretrained(checkpoint: str | Path | None, key: str = "checkpoint") -> PretrainedModel:
-    """A model in memory, from whatever `find_model` takes under `key`."""
+    """Load a model into memory; `find_model` says what `checkpoint` and `key` are, and which errors are raised."""
     return build_pretrained(open_stored(find_model(checkpoint, key)))

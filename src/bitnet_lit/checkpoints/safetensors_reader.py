@@ -1,11 +1,11 @@
-"""Reading safetensors files without torch: tensors as numpy arrays.
+"""Tensors of safetensors files are read here as numpy arrays, without torch.
 
-The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, the header as JSON (dtype,
-shape and offsets of each tensor), the tensors' bytes. The library checks the file; what it has checked is read here
-by the same header, because the library's numpy functions know no bfloat16.
+The format (github.com/huggingface/safetensors) is 8 bytes with the length of the header, the header as JSON (dtype,
+shape and offsets of each tensor), and the tensors' bytes. The safetensors library checks the file. The tensors are then
+read here at the offsets in the header, because the library's numpy functions do not support bfloat16.
 
-Tensors are read, never mapped: when another program shortens a mapped file, the next access ends the process (SIGBUS);
-a read comes back short, and says so.
+Tensors are read, never memory-mapped. When another program shortens a mapped file, the next access ends the process
+(SIGBUS); a read returns fewer bytes, which becomes an error message.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import MapOf, Record, Text, parse_json, read_json
 from bitnet_lit.regular_file import open_regular
 
-# How each dtype lies in the file. numpy has no bfloat16: the upper half of a float32, here as its bits.
+# numpy's type for each dtype in a file. numpy has no bfloat16, so its 16 bits are read as an integer.
 DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -37,23 +37,23 @@ DTYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
-HEADER = Record(optional={"__metadata__": MapOf(Text())})  # of its tensors the library has checked everything
+HEADER = Record(optional={"__metadata__": MapOf(Text())})  # the library has checked the tensors' entries
 INDEX = Record({"weight_map": MapOf(Text())})
 
 
 def bfloat16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The numbers whose bits are these."""
+    """Convert the bits of bfloat16 numbers to float32, which is exact; the shape is kept."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 class SafetensorsReader(TensorReader):
-    """One safetensors file, or the several that an index names.
+    """Reads one safetensors file, or the several files that an index names.
 
-    The files stay open: a training run may put a new folder in the place of this one at any moment, and what is read
-    here must not be half of each.
+    The files stay open: a training run may replace the folder at any moment, and all tensors must come from the same
+    folder.
 
     Raises:
-        UserError: a file that is missing or damaged, or a dtype that is not known.
+        UserError: a file is missing or damaged, or a dtype is not known.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -100,14 +100,17 @@ class SafetensorsReader(TensorReader):
 
 
 def read_into(values: NDArray[Any], descriptor: int, offset: int, path: Path) -> None:
-    """Fill an array with bytes of an open file.
+    """Fill an array with the bytes of an open file from `offset` on.
+
+    Args:
+        path: the file's path, for error messages.
 
     Raises:
-        UserError: fewer bytes than the array takes, or a disk that fails.
+        UserError: the file is too short, or the disk fails.
     """
     buffer = values.reshape(-1).view(np.uint8).data
     done = 0
-    while done < len(buffer):  # a call gives 2 GiB at most
+    while done < len(buffer):  # a call reads 2 GiB at most
         try:
             got = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
@@ -118,12 +121,12 @@ def read_into(values: NDArray[Any], descriptor: int, offset: int, path: Path) ->
 
 
 def _checked_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header of a file that the library has found sound, and where its tensors begin."""
+    """Let the library check a file; return its header and the offset of its tensors in bytes."""
     try:
         with safe_open(path, framework="numpy"):
             pass
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise UserError(f"{path}: was replaced at this moment: give the same command again")
+            raise UserError(f"{path}: was replaced while it was opened: give the same command again")
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length)
     except OSError as error:
@@ -134,10 +137,10 @@ def _checked_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weights of a Hugging Face folder: model.safetensors, or the files that model.safetensors.index.json names.
+    """List the weight files of a folder: model.safetensors, or the files that model.safetensors.index.json names.
 
     Raises:
-        UserError: neither, or an index that cannot be read.
+        UserError: the index cannot be read.
     """
     single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
     if single.is_file() or not index.is_file():

@@ -1,8 +1,8 @@
-"""Writing a safetensors file one tensor at a time, so that its size does not have to fit into memory.
+"""A safetensors file is written one tensor at a time, so that the model does not have to fit into memory.
 
-The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, the header as JSON (dtype, shape
-and offsets of each tensor), the tensors' bytes. The offsets follow from shapes and dtypes, so the header can be
-written before any tensor was read. The bytes are those of `safetensors.torch.save_file`.
+The format (github.com/huggingface/safetensors) is 8 bytes with the length of the header, the header as JSON (dtype,
+shape and offsets of each tensor), and the tensors' bytes. The offsets follow from shapes and dtypes, so the header is
+written before any tensor is read. The result is byte for byte that of `safetensors.torch.save_file`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to write: what the header says of it, and how to get it when its turn comes."""
+    """Describes a tensor to write; `read` loads its values when they are written."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,12 +30,12 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_safetensors(path: Path, tensors: Iterable[LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` to `path`, each read, written and forgotten; `metadata` stands beside them in the header."""
+    """Write `tensors` to `path`, one in memory at a time; `metadata` goes into the header."""
     # Wide dtypes first, so that every tensor starts at a multiple of its item size.
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, DTYPES[tensor.dtype], tensor.name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -51,4 +51,4 @@ def write_safetensors(path: Path, tensors: Iterable[LazyTensor], metadata: Mappi
         for tensor in ordered:
             value = tensor.read().detach().to(tensor.dtype).cpu().contiguous()
             assert tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}, announced {tensor.shape}"
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)  # numpy's tofile would not say why it failed
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)  # tofile would hide why it failed

@@ -1,12 +1,13 @@
-"""A model at rest, whatever wrote it: its tensors one at a time, by one set of names.
+"""`StoredModel` reads a model on disk, in any format, one tensor at a time.
 
-Every format that is read opens to a `StoredModel`: our model folder, Hugging Face's folders, llama2.c's files. It
-gives sizes, quantization, tokenizer, and tensors by the names of `CausalLM.state_dict()`: a dense tensor in float32, a
-quantized projection as the codes and the scale that the forward pass uses, whether the file holds latent weights or
-packed codes. So an export streams, and what is compared in the end is always (codes, scale) against (codes, scale).
+Every format that is read opens to a `StoredModel`: our model folder, Hugging Face's folders, llama2.c's files. It gives
+the sizes, the quantization, the tokenizer, and the tensors under the names of `CausalLM.state_dict()`. A dense tensor
+is given in float32. A quantized projection is given as the codes and the scale that the forward pass uses, whether the
+file holds latent weights or packed codes. So an export needs little memory, and a comparison of two models always
+compares codes with codes and scales with scales.
 
-Opening needs no torch, and neither do `array` and `statistics` where the file notes them, on which the native engine
-starts: importing torch takes longer than that engine's whole start. The methods that return tensors import it.
+The native engine starts without torch, whose import takes longer than the rest of its start. So opening a model does
+not import torch, nor do the methods that return numpy arrays or `noted_statistics`. Methods that return tensors do.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from bitnet_lit.model.tensors import EMBEDDING, HEAD, own_tensors, quantized_nam
 if TYPE_CHECKING:
     from torch import Tensor
 
-LONGEST_CONTEXT = 2**17  # tables of positions are made for the whole context
-LARGEST_TABLE = 2**26  # elements of such a table, positions times head_dim; those of real models have 2**24
+LONGEST_CONTEXT = 2**17  # rotary tables are computed for the whole context
+LARGEST_TABLE = 2**26  # elements, positions times head_dim; real models have 2**24
 STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
 NOTED_STATISTICS = MapOf(ListOf(Number(-LARGEST_NUMBER, LARGEST_NUMBER), length=2))
-CHECKED_AT_ONCE = 2**18  # values: they stay in the processor's cache between the passes of a check
+CHECKED_AT_ONCE = 2**18  # values; they stay in the CPU's cache between the passes of a check
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in an open file.
+    """Says where a tensor lies in an open file.
 
     Attributes:
-        descriptor: of the file; open for as long as the reader lives.
-        offset: of the first element, in bytes.
-        dtype: numpy's name of the elements: "<f4", "<u2" (the bits of bfloat16) or "u1".
+        descriptor: the file's descriptor; it is open as long as the reader exists.
+        offset: the position of the first element, in bytes.
+        dtype: numpy's type of the elements: "<f4", "<u2" (the bits of bfloat16) or "u1".
     """
 
     descriptor: int
@@ -56,37 +57,39 @@ class Place:
 
 
 class TensorReader(ABC):
-    """Tensors of a file by the names of our state dict.
+    """Reads the tensors of a file under the names of our state dict.
 
     Attributes:
-        metadata: texts that the file carries beside its tensors.
+        metadata: texts that the file holds beside its tensors.
     """
 
     metadata: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape."""
+        """Return the shape of every tensor."""
 
     @abstractmethod
     def read(self, name: str) -> NDArray[Any]:
-        """A copy of one tensor: any float type as float32, integers as they are."""
+        """Return a copy of one tensor: float types are converted to float32, integers keep their type."""
 
     def place(self, name: str) -> Place | None:
-        """Where one tensor lies as float32, bfloat16 or bytes; None where it is stored in another way."""
+        """Return where one tensor lies in the file; None unless it is stored as float32, bfloat16 or uint8."""
         return None
 
     def raw(self, name: str) -> NDArray[Any] | None:
-        """A copy of one tensor as it is stored: float32, bfloat16 as its bits (uint16), or bytes; None where `place` is
-        None."""
+        """Return a copy of one tensor as it is stored: float32, bfloat16 as its bits (uint16), or uint8.
+
+        The result is None where `place` returns None.
+        """
         return None
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    """Refuse sizes beyond those of any model, before something is laid out for them.
+    """Refuse sizes beyond those of any model, before memory is allocated for them.
 
     Raises:
-        UserError: the first of them.
+        UserError: a size is too large or too small; the message names the first one.
     """
     shapes = field_shapes(type(config))  # type: ignore[arg-type]  # classes are hashable
     for key, shape in shapes.items():
@@ -110,19 +113,22 @@ def _check_sizes(config: ModelConfig) -> None:
 
 @dataclass
 class StoredModel:
-    """One model on disk.
+    """Gives access to one model on disk.
 
     Attributes:
         path: the folder or file.
-        config, quant: what it is.
+        config, quant: the sizes of the network and its quantization.
         tokenizer: None where there is none.
-        info: what training noted; plain data.
-        reader: the tensors as they are stored.
-        tokenizer_sha256: of the tokenizer that it was trained with, in hex; None where the folder does not say.
-        inverse_scales: packed weights whose stored scale divides (Hugging Face's `bitlinear`).
-        tensors: name to shape of everything that the network needs, in the network's order, what a scheme's layers have
-            of their own behind it; a tied head is left out.
+        info: what training recorded, as plain data.
+        reader: reads the tensors as they are stored.
+        inverse_scales: whether codes are divided by their stored scale (Hugging Face's `bitlinear`), not multiplied.
+        tokenizer_sha256: sha256 of the tokenizer used in training, in hex; None where the folder does not say.
+        tensors: name -> shape of each tensor that the network needs, in the network's order, followed by tensors that
+            only a scheme's layers have. A tied head is left out.
         quantized: names of the weights that are codes and a scale in the forward pass.
+
+    Raises:
+        UserError: sizes, tensors and tokenizer do not belong to one model.
     """
 
     path: Path
@@ -144,7 +150,7 @@ class StoredModel:
             raise UserError(f"{self.path}: {error}") from None
         layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
         if len(layers) != self.config.num_hidden_layers:
-            # Said before a network of that many layers is laid out.
+            # This is checked before memory is used for that many layers.
             raise UserError(
                 f"{self.path}: the weights have {len(layers)} layers, the config says {self.config.num_hidden_layers}: "
                 "they are not of one model"
@@ -160,10 +166,10 @@ class StoredModel:
         self._check(stored)
 
     def check_tokenizer(self) -> None:
-        """Refuse a tokenizer that is not the one the model was trained with, or has more pieces than there are rows.
+        """Refuse a tokenizer that was not used in training, or that has more pieces than the embedding has rows.
 
         Raises:
-            UserError: it is of another model.
+            UserError: the tokenizer belongs to another model.
         """
         expected = self.tokenizer_sha256
         if self.tokenizer is not None and expected not in (None, self.tokenizer.sha256):
@@ -187,8 +193,8 @@ class StoredModel:
                 scales = self.quant.scheme.granularity.scale_shape(rows, columns)
                 expected[f"{name}_scale"] = {scales} if scales else {(1,), ()}
         if self.config.tie_word_embeddings and HEAD in stored:
-            expected[HEAD] = {self.tensors[EMBEDDING]}  # some write a tied matrix twice
-        # Older Llama folders hold a table that is computed from the config.
+            expected[HEAD] = {self.tensors[EMBEDDING]}  # some tools write a tied matrix twice
+        # Older Llama folders hold a rotary table, which is computed from the config here.
         stored = {name: shape for name, shape in stored.items() if not name.endswith("rotary_emb.inv_freq")}
         for name in [*expected, *stored]:
             if stored.get(name) not in expected.get(name, ()):
@@ -200,18 +206,18 @@ class StoredModel:
 
     @property
     def packed(self) -> bool:
-        """Whether the projections are stored as codes: such a model runs, and cannot be trained."""
+        """Whether the projections are stored as codes; such a model runs but cannot be trained."""
         return any(self.holds_codes(name) for name in self.quantized)
 
     def holds_codes(self, name: str) -> bool:
-        """Whether a quantized weight is stored as codes, packed or plain."""
+        """Return whether a quantized weight is stored as codes, several in a byte or one."""
         return f"{name}_scale" in self.reader.shapes()
 
     def scale(self, name: str) -> NDArray[np.float32]:
-        """The scale that multiplies the stored codes of a weight, in the shape of the scheme's granularity.
+        """Return the scale that multiplies the stored codes of a weight, in the shape of the scheme's granularity.
 
         Raises:
-            UserError: not positive numbers.
+            UserError: a scale is not positive and finite.
         """
         shape = self.quant.scheme.granularity.scale_shape(*self.tensors[name])
         stored = self.reader.read(f"{name}_scale").astype(np.float32).reshape(shape)
@@ -219,15 +225,16 @@ class StoredModel:
             scale = np.float32(1) / stored if self.inverse_scales else stored
         wrong = stored[~((scale > 0) & (scale < np.inf))]
         if wrong.size:
-            raise UserError(f"{self.path}: tensor {name}_scale is {wrong[0]}: no scale of codes: copy it again")
+            raise UserError(
+                f"{self.path}: tensor {name}_scale holds {wrong[0]}, but scales are positive and finite: copy it again"
+            )
         return np.asarray(scale)
 
     def noted_statistics(self, name: str) -> tuple[float, float] | None:
-        """Scale and center of a latent weight (`WeightRule.statistics`) as the file notes them beside it;
-        None where it does not.
+        """Return scale and center of a latent weight (`WeightRule.statistics`) as stored in the file's metadata.
 
-        Means of float32 numbers differ in the last bit with the order of summation, so the trained model's own are
-        kept with its weights.
+        The result is None where the file does not hold them. Means of float32 numbers differ in the last bit with the
+        order of summation, so those of the trained model are stored with its weights.
         """
         scale, center = self._statistics.get(name, (0.0, 0.0))
         return (float(scale), float(center)) if scale > 0 else None
@@ -237,17 +244,18 @@ class StoredModel:
         try:
             noted = parse_json(self.reader.metadata.get(STATISTICS, "{}"), self.path, NOTED_STATISTICS, "")
         except UserError:
-            return {}  # damaged: they are computed again
+            return {}  # damaged metadata: the statistics are computed again
         return dict(noted)
 
     def check_finite(self, name: str, values: NDArray[Any]) -> None:
-        """Refuse a tensor with a NaN or an infinity in it: one is enough to turn every logit into NaN.
+        """Refuse a tensor with a NaN or an infinity: one such value can turn every logit into NaN.
 
         Args:
+            name: the tensor's name, for the error message.
             values: float32, or bfloat16 as its bits (uint16).
 
         Raises:
-            UserError: which tensor, and how many of its values.
+            UserError: some values are not finite; the message says how many.
         """
         bad = 0
         flat = values.reshape(-1)
@@ -256,39 +264,39 @@ class StoredModel:
                 part = flat[start : start + CHECKED_AT_ONCE]
                 if part.dtype == np.uint16:
                     bad += int(np.count_nonzero((part & 0x7F80) == 0x7F80))
-                elif not np.isfinite(part.sum()):  # one pass; large numbers may add up to an infinity too
+                elif not np.isfinite(part.sum()):  # one pass; a sum of large numbers may overflow too
                     bad += int(np.count_nonzero(~np.isfinite(part)))
         if bad:
             raise UserError(
-                f"{self.path}: tensor {name} holds {bad} of {flat.size} values that are no numbers (NaN or infinite): "
+                f"{self.path}: tensor {name} holds {bad} of {flat.size} values that are not finite (NaN, infinite): "
                 "copy it again, or take an earlier checkpoint of its training"
             )
 
     def array(self, name: str) -> NDArray[np.float32]:
-        """A tensor that is not quantized, or a latent weight; a copy.
+        """Return a copy of a tensor that is not quantized, or of a latent weight, as float32.
 
         Raises:
-            UserError: values in it that are no numbers.
+            UserError: it holds values that are not finite.
         """
         values = self.reader.read(name).astype(np.float32, copy=False)
         self.check_finite(name, values)
         return values
 
     def tensor(self, name: str) -> Tensor:
-        """`array` as a float32 tensor."""
+        """Return `array` as a float32 tensor."""
         import torch
 
         return torch.from_numpy(self.array(name))
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
-        """A quantized weight as the forward pass uses it.
+        """Return a quantized weight as the forward pass uses it.
 
         Returns:
-            codes: int8 (O, I), of the scheme's levels.
+            codes: int8 (O, I), each one of the scheme's levels.
             scale: float32, in the shape of the scheme's granularity.
 
         Raises:
-            UserError: stored codes that are none.
+            UserError: stored codes or scales are not valid.
         """
         import torch
 
@@ -304,14 +312,14 @@ class StoredModel:
         return unpack_codes(stored) if is_packed else stored.to(torch.int8), torch.as_tensor(self.scale(name))
 
     def packed_codes(self, name: str) -> tuple[Tensor, Tensor]:
-        """A quantized weight as `PackedBitLinear` keeps it: as it lies in the file, where it lies there packed.
+        """Return a quantized weight as `PackedBitLinear` keeps it; packed codes of the file are not unpacked.
 
         Returns:
-            codes: uint8 (O / 4, I) of ternary schemes, otherwise int8 (O, I); quant/packing.py has the layout.
+            codes: uint8 (O / 4, I) for ternary schemes, otherwise int8 (O, I); quant/packing.py explains the layout.
             scale: float32, in the shape of the scheme's granularity.
 
         Raises:
-            UserError: stored values that are no codes.
+            UserError: stored codes or scales are not valid.
         """
         import torch
 
@@ -325,7 +333,7 @@ class StoredModel:
         return stored_codes(codes, scheme), scale
 
     def _stored_codes(self, name: str) -> Tensor:
-        """Codes as they lie in the file, packed or one in a byte, each checked to be one."""
+        """Read codes as they are stored, several in a byte or one, and check that each is valid."""
         import torch
 
         from bitnet_lit.quant.packing import are_packed_codes
@@ -345,7 +353,7 @@ class StoredModel:
         return stored
 
     def dequantized(self, name: str) -> Tensor:
-        """A weight as plain float32 numbers: codes * scale, or what is stored."""
+        """Return a weight in float32: codes * scale for a quantized weight, otherwise the stored values."""
         if name not in self.quantized:
             return self.tensor(name)
         from bitnet_lit.quant.weights import spread_scale

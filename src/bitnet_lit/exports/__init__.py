@@ -1,1 +1,1 @@
-"""Export: write a model in another format, compare it with the original, and only then rename it."""
+"""An export writes a model in another format, compares it with the original, and only then renames it."""

@@ -1,12 +1,13 @@
-"""The parity gate: a written artefact is read back and compared with the model it came from.
+"""Every export is read back and compared with the model it was written from before it is kept.
 
-Three comparisons, from exact to loose:
+There are three comparisons, from exact to loose:
 
-1. Tensor by tensor: codes must be equal, scales and dense tensors equal up to the rounding of the type they were stored
-   in.
-2. Logits on a fixed text, by our own network, once with the original's weights and once with the artefact's. Both are
-   run layer by layer, so that a model that does not fit into memory can be checked.
-3. Where it is installed and the model is small enough, the tool that the artefact is for: `transformers`, llama.cpp.
+1. Tensors are compared one by one. Codes must be equal. Scales and dense tensors must be equal up to the rounding of
+   the type that they are stored in.
+2. Our own network computes the logits of a fixed text, with the original's weights and with the export's. Both run
+   layer by layer, so that a model that does not fit into memory can be checked.
+3. The tool that the export is for (`transformers`, llama.cpp) computes the logits too, where it is installed and the
+   model is small enough.
 """
 
 from __future__ import annotations
@@ -33,29 +34,30 @@ from bitnet_lit.quant import convert_linears
 
 TEXT_TOKENS = 256
 ROWS_AT_ONCE = 1024
-WHOLE_MODEL_BYTES = 2 * 2**30  # larger models are not loaded whole into another tool to be checked
+WHOLE_MODEL_BYTES = 2 * 2**30  # float32 weights; larger models are not run in another tool
 
-# A rounding of a scale or of the embedding moves some activations over a rounding border of their int8 codes. Seen on
-# trained models: mean |difference| below 0.02 of the logits' spread, loss within 0.002; a wrong row order, activation
-# or scale moves both by more than 0.3. A network can be chaotic (large random weights are), so that the rounding of the
-# file alone moves more: another tool may then differ by three times what it moves, and the comparison of tensors binds.
+# Rounding a scale or the embedding changes some int8 codes of the activations. On trained models this changed the
+# logits by less than 0.02 of their standard deviation in the mean, and the loss by less than 0.002 (measured). A wrong
+# row order, activation or scale changed both by more than 0.3. A network can amplify rounding errors (large random
+# weights do), so that the rounding of the file alone changes more. Another tool may then differ by three times that
+# change, and the comparison of tensors decides.
 LOGIT_ERROR, LOSS_ERROR = 0.1, 0.02
 CHAOS = 3.0
 ROUNDING_LOGIT_ERROR, ROUNDING_LOSS_ERROR = 0.5, 0.5
 
 
 def _trim_heap() -> None:
-    """Give what was freed back to the system: glibc keeps it, in pieces too small for the next large tensor."""
+    """Return freed memory to the system: glibc keeps it in pieces too small for the next large tensor."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def fixed_ids(stored: StoredModel, length: int = TEXT_TOKENS) -> Tensor:
-    """The text that every export is compared on: demo stories, or fixed random ids where there is no tokenizer.
+    """Return the token ids that an export is compared on: demo stories, or random ids where there is no tokenizer.
 
     Returns:
-        int64 (1, T), T at most `length` and the context.
+        int64 (1, T); T is at most `length` and the model's context. The ids are the same in every call.
     """
     length = min(length, stored.config.max_position_embeddings)
     if stored.tokenizer is None:
@@ -71,10 +73,14 @@ def fixed_ids(stored: StoredModel, length: int = TEXT_TOKENS) -> Tensor:
 
 @torch.inference_mode()
 def layerwise_logits(stored: StoredModel, ids: Tensor, float_activations: bool = False) -> Tensor:
-    """Logits with one layer in memory at a time; int64 (B, T) -> float32 (B, T, V).
+    """Compute logits with one layer in memory at a time.
 
     Args:
+        ids: int64 (B, T).
         float_activations: run the dequantized weights as a dense network, as tools without quantized activations do.
+
+    Returns:
+        float32 (B, T, V).
     """
     config = stored.config
     x = stored.tensor(EMBEDDING)[ids]
@@ -99,16 +105,16 @@ def layerwise_logits(stored: StoredModel, ids: Tensor, float_activations: bool =
 
 
 def loss_of(logits: Tensor, ids: Tensor) -> float:
-    """Nats per token of the text under its own logits."""
+    """Return the loss of a text in nats per token; float32 (B, T, V), int64 (B, T)."""
     return float(next_token_loss(logits[:, :-1], ids[:, 1:]))
 
 
 def largest_error(expected: Tensor, stored: Tensor) -> float:
-    """Largest difference over the largest magnitude; some rows at a time, for the sake of memory."""
+    """Return the largest difference divided by the largest expected magnitude, in little memory."""
     low, high = map(float, expected.aminmax())
     parts = zip(expected.split(ROWS_AT_ONCE), stored.split(ROWS_AT_ONCE), strict=True)
-    # `max` of Python would lose a NaN, which must not pass for equal. One number is kept rather than one for each part:
-    # small ones that outlive a part keep the heap from reusing its memory.
+    # Python's `max` would lose a NaN, which must not count as equal. One number is kept rather than one for each part:
+    # small tensors that outlive a part keep the heap from reusing the memory of the part.
     worst = torch.zeros(())
     for a, b in parts:
         torch.maximum(worst, (a - b).abs_().max(), out=worst)
@@ -116,10 +122,10 @@ def largest_error(expected: Tensor, stored: Tensor) -> float:
 
 
 def compare_tensors(stored: StoredModel, artefact: StoredModel, rows: list[WrittenTensor]) -> None:
-    """Fill in the errors of `rows`.
+    """Compare the tensors of two models and set `error` in each of `rows`.
 
     Raises:
-        ParityError: codes that differ, or an error beyond what the type rounds.
+        ParityError: codes differ, or an error is larger than the rounding of the type.
     """
     for row in rows:
         _trim_heap()
@@ -129,26 +135,29 @@ def compare_tensors(stored: StoredModel, artefact: StoredModel, rows: list[Writt
             if differing := int((codes != found).sum()):
                 raise ParityError(f"{row.name}: {differing} of {codes.numel()} codes differ")
             error = (found_scale / scale - 1).abs()
-            if scale.ndim:  # a row or group of zeros multiplies its scale by nothing, and not every format keeps it
+            if scale.ndim:  # a row or group of zeros does not use its scale, and not every format keeps it
                 error = error[codes.unflatten(1, (scale.shape[1], -1)).any(-1)]
             row.error = float(error.max()) if error.numel() else 0.0
         else:
             row.error = largest_error(stored.dequantized(row.name), artefact.tensor(row.name))
         if not row.error <= row.bound:
             raise ParityError(
-                f"{row.name}: error {row.error:.3g} of its largest value, {row.kind} rounds {row.bound:.3g}"
+                f"{row.name}: error {row.error:.3g} of its largest value, but {row.kind} rounds at most {row.bound:.3g}"
             )
 
 
 def _differences(
     name: str, ours: Tensor, theirs: Tensor, ids: Tensor, logit_bound: float, loss_bound: float
 ) -> dict[str, float]:
-    """Figures of two sets of logits, checked.
+    """Compare two sets of logits of the same text; float32 (B, T, V).
+
+    Returns:
+        The loss of `theirs`, and the differences of losses (nats per token) and logits (standard deviations).
 
     Raises:
-        ParityError: they are not of the same model.
+        ParityError: a difference is larger than its bound.
     """
-    spread = float(ours.std()) or 1.0  # logits that are all equal, as those of zero weights are, have none
+    spread = float(ours.std()) or 1.0  # all-zero weights give equal logits
     difference = (ours - theirs).abs_()
     figures = {
         "loss": loss_of(theirs, ids),
@@ -158,7 +167,7 @@ def _differences(
         "same_likeliest_token": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }
     close = figures["mean_logit_difference"] <= logit_bound and abs(figures["loss_difference"]) <= loss_bound
-    if not close:  # also when a figure is no number
+    if not close:  # also where a value is NaN
         raise ParityError(
             f"{name}: logits differ by {figures['mean_logit_difference']:.3g} of their spread (at most "
             f"{logit_bound:.3g}), loss by {figures['loss_difference']:.3g} (at most {loss_bound:.3g})"
@@ -167,7 +176,7 @@ def _differences(
 
 
 def _run_tool(tool: Tool, stored: StoredModel, artefact: StoredModel) -> Tensor | str:
-    """Logits of another tool that runs the artefact, or why there are none."""
+    """Return the logits that another tool computes from the export, or text that says why it was not run."""
     size = 4 * sum(math.prod(shape) for shape in stored.tensors.values())
     if not installed(*tool.packages):
         return "not installed"
@@ -175,9 +184,9 @@ def _run_tool(tool: Tool, stored: StoredModel, artefact: StoredModel) -> Tensor 
         return f"not run: {size / 2**30:.1f} GiB of float32 weights"
     try:
         return tool.logits(artefact.path, fixed_ids(stored))
-    except ImportError as error:  # a part of it is missing
-        return f"not installed ({error.name or type(error).__name__})"  # its message can hold paths
-    except Exception as error:  # whatever it raises: a file that it cannot run is none for it
+    except ImportError as error:  # a package that it needs is missing
+        return f"not installed ({error.name or type(error).__name__})"  # the message can hold paths
+    except Exception as error:  # any exception means that the tool cannot run the file
         reason = one_line(error, 200)
         raise ParityError(f"{tool.name} cannot run it: {type(error).__name__}: {reason}") from None
 
@@ -185,22 +194,22 @@ def _run_tool(tool: Tool, stored: StoredModel, artefact: StoredModel) -> Tensor 
 def verify(
     stored: StoredModel, artefact: StoredModel, rows: list[WrittenTensor], tool: Tool | None
 ) -> dict[str, object]:
-    """Compare a written artefact with the model it was written from.
+    """Compare an export with the model it was written from.
 
     Args:
-        artefact: the file or folder as it was read back.
-        rows: of the table; their errors are filled in.
-        tool: another tool that computes this model; None where none does.
+        artefact: the export as it was read back.
+        rows: the rows of the report's table; `error` is set in each.
+        tool: another tool that computes this model; None where there is none.
 
     Returns:
-        Figures for each reader, plain data.
+        The comparison of logits for each reader, as plain data.
 
     Raises:
-        ParityError: they differ.
+        ParityError: they differ by more than rounding explains.
     """
     compare_tensors(stored, artefact, rows)
     ids = fixed_ids(stored)
-    # A target without quantized activations is compared with the network it will run.
+    # A target without quantized activations is compared with the dense network that it runs.
     dense = stored.quant.scheme.quantizes and not artefact.quant.scheme.quantizes
     ours = layerwise_logits(stored, ids, float_activations=dense)
     read_back = layerwise_logits(artefact, ids)

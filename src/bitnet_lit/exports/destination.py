@@ -1,8 +1,8 @@
-"""The place an export goes to: its default, what may lie there already, and which files there an export wrote.
+"""This module decides where an export is written, and what it may replace there.
 
-An export leaves a note: `export.json` in a folder, `<name>.json` beside a file. It lists what was written, with sizes
-and sha256. So a folder that is exported to again loses exactly those files, and what its user has put there since
-(a README.md, a .git) stays; and a note that does not belong to the file beside it can be told.
+An export leaves a note: `export.json` in a folder, `<name>.json` beside a file. The note lists the written files with
+their sizes and sha256. When a folder is exported to again, exactly those files are replaced. What the user has put
+there since (a README.md, a .git) stays. A note that does not belong to the file beside it is recognized too.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ NOTE = Record({"format": Text()}, {"files": MapOf(Record({"bytes": Integer(0, 2*
 
 
 def stem_of(path: Path) -> str:
-    """The name of a model without what says its kind: of a folder, a dot is part of the name."""
+    """Return the name of a model without a file's suffix; a folder's name is kept whole, because it may hold a dot."""
     return path.name if path.is_dir() else path.stem
 
 
 def default_out(format: Format, path: Path) -> Path:
-    """The place without out=: beside the model, or in the current folder for a model in the hub's cache."""
+    """Return the path used without out=: beside the model, or in the current folder for a model in the hub's cache."""
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return Path(f"{path.parent.parent.name.split('--')[-1]}-{format.suffix}")
     return path.with_name(f"{stem_of(path)}-{format.suffix}")
 
 
 def given_out(out: str) -> Path:
-    """The path typed behind out=; a ~ that the shell left there becomes the home folder."""
+    """Return the path given by out=, with a leading ~ replaced by the home folder: not every shell does that."""
     return Path(out).expanduser() if out.startswith("~/") else Path(out)
 
 
 def note_of(out: Path, is_file: bool) -> Path:
-    """The path of the note that belongs to an export at `out`."""
+    """Return the path of the note that belongs to an export at `out`."""
     return out.with_name(f"{out.name}.json") if is_file else out / NOTE_NAME
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:
-    """A note of an export; None where there is none, or something else of that name."""
+    """Read the note of an export; return None where there is none, or another file has that name."""
     try:
         note: dict[str, Any] = read_json(path, NOTE, "")
     except UserError:
         return None
-    # Without a list of files it is one of the first version, which had none but the built-in formats.
+    # A note without a list of files is from the first version, which had only the built-in formats.
     return note if "files" in note or note["format"] in formats().names else None
 
 
 def exported_names(folder: Path) -> set[str]:
-    """The names in a folder that the export to it wrote."""
+    """Return the names in a folder that an earlier export wrote."""
     note = _read_note(folder / NOTE_NAME) or {}
     if "files" in note:
         return {NOTE_NAME, *note["files"]}
@@ -66,10 +66,10 @@ def exported_names(folder: Path) -> set[str]:
 
 
 def check_out(out: Path, stored: StoredModel, format: Format) -> None:
-    """Refuse to write over what is no export, before anything is converted.
+    """Refuse to overwrite anything but an export, before anything is converted.
 
     Raises:
-        UserError: what lies there, and the remedy.
+        UserError: something else lies at `out`, or the note's name is taken.
     """
     remedy, is_file = "choose another out=", format.is_file
     if out.exists() and os.path.samefile(out, stored.path):
@@ -88,7 +88,7 @@ def check_out(out: Path, stored: StoredModel, format: Format) -> None:
     note = note_of(out, is_file)
     noted = (_read_note(note) or {}).get("files", {})
     if is_file and out.exists() and not (format.recognizes(out) or out.name in noted):
-        raise UserError(f"out={out}: is a file that is no {format.title}: {remedy}")
+        raise UserError(f"out={out}: is a file, but not {format.title}: {remedy}")
     if is_file and os.path.lexists(note) and _read_note(note) is None:
         raise UserError(f"out={out}: the note of the export goes to {note}, which no export wrote: {remedy}")
     if out.is_dir() and _read_note(note) is None and any(out.iterdir()):
@@ -96,7 +96,7 @@ def check_out(out: Path, stored: StoredModel, format: Format) -> None:
 
 
 def described_files(out: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of an exported file, or of each in an exported folder, by their names."""
+    """Return the size in bytes and the sha256 of an exported file, or of each file in an exported folder, by name."""
     described = {}
     for path in sorted(out.iterdir()) if out.is_dir() else [out]:
         digest = hashlib.sha256()
@@ -109,10 +109,10 @@ def described_files(out: Path) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def replaced(out: Path, is_file: bool) -> Iterator[tuple[Path, Path]]:
-    """Temporary paths of an export and of its note; they take the place of what is at `out` when the block ends well.
+    """Yield temporary paths for an export and its note; they replace what is at `out` unless the block raises.
 
-    A file and the note beside it are two renames: the old note goes before the first of them, so that a kill in between
-    leaves a file without a note and never one with another's.
+    A file and the note beside it take two renames. The old note is deleted before the first of them, so that a kill in
+    between can leave a file without a note, but never a file with the note of another.
     """
     if not is_file:
         with atomic_folder(out, exported_names) as temporary:
@@ -122,6 +122,6 @@ def replaced(out: Path, is_file: bool) -> Iterator[tuple[Path, Path]]:
     note = note_of(out, is_file)
     with atomic_file(note) as text, atomic_file(out) as temporary:
         yield temporary, text
-        sync(temporary)  # a disk that is full says so now, while the old note is there
+        sync(temporary)  # a full disk raises here, while the old note still exists
         sync(text)
         note.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Sharing: an export and its model card to the Hugging Face hub, in one commit.
+"""An export and its model card are uploaded to the Hugging Face hub in one commit.
 
-The card says what the model is, what it was trained on and how, what the comparison with the original found, and how to
-run this very artefact. Everything in it is read from the model's config.json and the export's report.
+The card says what the model is, on what data and how it was trained, how it differs from the original, and how to run
+it. All of this comes from the model's config.json and the export's report.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LONGEST_CELL = 300  # characters
 
 
 def _cell(text: str) -> str:
-    """A text as a cell of a table: on one line, and no end of the cell in it."""
+    """Write a text as a cell of a Markdown table: on one line, with | escaped."""
     return " ".join(text.split()).replace("|", "\\|")[:LONGEST_CELL]
 
 
 def model_card(repository: str, stored: StoredModel, report: dict[str, Any], format: Format) -> str:
-    """README.md of the shared model; YAML in front, as the hub reads it."""
+    """Write the README.md of a shared model; it begins with YAML, which the hub reads."""
     config, info, scheme = stored.config, public_info(stored.info), stored.quant.scheme
     runs = report["runs_in_transformers"]
     yaml = [f"library_name: {format.library}"] if runs and format.library else []
@@ -66,10 +66,10 @@ def model_card(repository: str, stored: StoredModel, report: dict[str, Any], for
 
 
 def check_repository(repository: str) -> None:
-    """Refuse a name that is none, before anything is written.
+    """Refuse an invalid name of a repository before anything is written.
 
     Raises:
-        UserError: not owner/name, or the hub's package is missing.
+        UserError: the name is not owner/name, or the package huggingface_hub is missing.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"share={repository}: must be owner/name")
@@ -78,15 +78,15 @@ def check_repository(repository: str) -> None:
 
 
 def share(repository: str, stored: StoredModel, report: dict[str, Any], format: Format) -> str:
-    """Upload an export with its card; makes the repository where there is none.
+    """Upload an export with its card; create the repository if it does not exist.
 
-    What the export wrote is sent, and nothing else that lies in its folder; it is listed first.
+    Only the files that the export wrote are uploaded, not others in its folder. They are printed first.
 
     Returns:
-        Its address.
+        The URL of the repository.
 
     Raises:
-        UserError: not logged in, no right to write there, or no connection; the export itself stays.
+        UserError: the user is not logged in or may not write there, or there is no connection. The export stays.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,7 +1,8 @@
-"""Export targets: which formats a model can reach, asked before the first training step.
+"""Before the first training step, this module checks which export targets a model can reach.
 
-A target is a format with those of its options that decide what it can hold (`gguf_tq2_0`), and the tool that it is for:
-a model reaches it when it can be written and when that tool computes it. The conditions stand in each format's file.
+A target is a format together with the options that decide which models it can hold, such as `gguf_tq2_0`. A model
+reaches a target if the format can hold it and the tool that the format is for computes it correctly. Each format's own
+file states the conditions.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from bitnet_lit.terminal import console
 
 
 def problems(format: Format, config: ModelConfig, quant: QuantConfig) -> list[str]:
-    """Why a model does not reach a target, each with its remedy; empty when it does."""
+    """List why a model does not reach a target, each reason with its remedy; the list is empty if it does."""
     return [*format.problems(config, quant), *format.tool_problems(config, quant)]
 
 
 def check_targets(targets: list[str], config: ModelConfig, quant: QuantConfig) -> None:
-    """Refuse a model that cannot reach the targets it names.
+    """Refuse a model that cannot reach all of `targets`.
 
     Raises:
-        UserError: every reason, with its remedy, in one line.
+        UserError: the model cannot reach a target; the message gives all reasons with their remedies.
     """
     found = [f"{target}: {problem}" for target in targets for problem in problems(target_named(target), config, quant)]
     if found:
@@ -31,7 +32,7 @@ def check_targets(targets: list[str], config: ModelConfig, quant: QuantConfig) -
 
 
 def print_advice(config: ModelConfig, quant: QuantConfig) -> None:
-    """A table of all targets: reachable, or what to change."""
+    """Print a table of all targets: whether the model reaches each, and otherwise what to change."""
     table = Table(title=f"{config.name}, {quant.name}")
     for column in ("target", "reachable", "what to change"):
         table.add_column(column)

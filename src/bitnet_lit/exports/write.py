@@ -1,7 +1,8 @@
-"""Export: a model to a file or folder that another tool runs, compared with the original before it is called done.
+"""A model is exported to a file or folder that another tool runs.
 
-The artefact is written to a temporary name, read back, compared (`compare.py`), and only then renamed; one that differs
-is removed. What was found is printed, and kept beside the artefact as <name>.json (in a folder: export.json).
+The export is written to a temporary path, read back, compared with the original (`compare.py`), and only then renamed.
+An export that differs is removed. The report is printed and kept beside the export as <name>.json, or in an exported
+folder as export.json.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bitnet_lit.terminal import console
 
 
 def _sizes(stored: StoredModel, rows: list[WrittenTensor]) -> dict[str, float]:
-    """Bytes of the tensors, bits per weight with the embedding, and the ratio to 16 bits for everything."""
+    """Return the bytes of the tensors, the bits per weight with embeddings, and the ratio of fp16's size to this."""
     weights = sum(math.prod(shape) for shape in stored.tensors.values())
     total = sum(row.nbytes for row in rows)
     return {
@@ -42,7 +43,7 @@ def _sizes(stored: StoredModel, rows: list[WrittenTensor]) -> dict[str, float]:
 
 
 def print_report(report: dict[str, Any], page: Console) -> None:
-    """The table of tensors (those of all layers in one line, with their largest error), sizes, what was compared."""
+    """Print the table of tensors, the sizes and the comparisons. Equal tensors of all layers share one row."""
     table = Table(title=report["out"], box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("tensor", "n", "kind", "bits", "bytes", "error"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("tensor", "kind") else "right")
@@ -79,14 +80,14 @@ def print_report(report: dict[str, Any], page: Console) -> None:
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write, compare, rename.
+    """Export a model and print the report.
 
     Returns:
-        out, format, target, sizes, tensors and parity, as they are kept beside the artefact.
+        The report, as it is kept beside the export: out (not kept), format, target, sizes, tensors, parity, ...
 
     Raises:
-        UserError: no model, or one that the format cannot hold.
-        ParityError: what was written is not the model; nothing is left of it.
+        UserError: there is no model, the format cannot hold it, or it cannot be written to `out`.
+        ParityError: the export differs from the model; it was removed.
     """
     if config.share is not None:
         check_repository(config.share)
@@ -107,7 +108,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     try:
         with disk_errors(f"out={out}", full="make room, or choose another out=", refused="choose another out="):
             check_out(out, stored, format)
-            remove_leftovers(stored.path.parent, f"{escape(stem_of(stored.path))}-*")  # of killed exports of any format
+            remove_leftovers(stored.path.parent, f"{escape(stem_of(stored.path))}-*")  # of killed exports
             with replaced(out, format.is_file) as (temporary, note):
                 rows = format.write(stored, temporary)
                 parity = {}
@@ -122,10 +123,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
                 report["parity"] = parity
                 files = described_files(temporary)
                 report["files"] = {out.name: files[temporary.name]} if format.is_file else files
-                kept = {key: value for key, value in report.items() if key != "out"}  # it may be moved
+                kept = {key: value for key, value in report.items() if key != "out"}  # an export may be moved
                 note.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     except ParityError as error:
-        raise ParityError(f"{out}: not written, it would not be the model: {error}") from None
+        raise ParityError(f"{out}: not written, because it would differ from the model: {error}") from None
     print_report(report, console())
     if remark := format.remark(stored):
         print(f"note: {remark}", file=sys.stderr)

@@ -241,7 +241,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, content):
         ("tokenizer_config.json", b"[]", "tokenizer_config.json: must be an object, not a list of 0"),
         ("tokenizer_config.json", b'{"bos_token": 5}', "bos_token: must be text, or an object with its content, not 5"),
         ("tokenizer_config.json", b'{"bos_token": {"content": null}}', "bos_token: must be text"),
-        ("tokenizer_config.json", b'{"bos_token": "\\ud83d"}', "half of a character pair"),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud83d"}', "half of a surrogate pair"),
         ("tokenizer_config.json", b'{"x": ' + b"[" * 10_000, "nested more than 64 deep"),
         ("tokenizer_config.json", b"\xff\xfe", "UTF-16"),
     ],

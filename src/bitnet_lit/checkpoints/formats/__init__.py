@@ -1,1 +1,1 @@
-"""One file for each format that a model is read from or written to."""
+"""Each format that a model is read from or written to has one file here."""

@@ -1,10 +1,10 @@
-"""An export format as an object: everything that the rest of the project asks about it, in one file each.
+"""`Format` is the interface of an export format; each format implements it in a file of its own.
 
-A format says what it is called, which networks and schemes it can hold (an allow-list: a field of the network that it
-does not know is refused by name), how it is written and read back, which other tool runs it, and how. `export` writes,
-reads back, compares and renames; it compares no format's name.
+A format has a name. It says which networks and schemes it can hold, how a model is written and read back, and which
+other tool runs it. What it can hold is an allow-list: a field of the network that the format does not know is refused.
+The rest of the project uses only this interface and never tests for a format's name.
 
-A format of your own, in a file of your own::
+You can add a format of your own in a file of your own::
 
     @dataclass(frozen=True)
     class Npz(Format):
@@ -16,10 +16,10 @@ A format of your own, in a file of your own::
         def write(self, stored, out): ...       # -> one WrittenTensor for each tensor
         def reopen(self, out, stored): ...      # -> a StoredModel
 
-and on the command line `formats=[my_project.Npz] format=npz`. An installed package names it by an entry point of the
-group "bitnet_lit.formats".
+On the command line it is used by `formats=[my_project.Npz] format=npz`. An installed package registers its formats by
+entry points of the group "bitnet_lit.formats".
 
-This module imports no torch: the command line asks for a format's name before torch is imported.
+This module does not import torch, because the command line checks the format's name before torch is imported.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ from bitnet_lit.registry import Registry, with_settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Largest error of a stored value, relative to the largest magnitude in its tensor: half a step of its type.
+# Largest rounding error of each type, relative to the largest magnitude in the tensor.
 FLOAT_ERRORS = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-11}
 
 
 @dataclass
 class WrittenTensor:
-    """One line of an export's table.
+    """Holds one row of an export's table of tensors.
 
     Attributes:
-        kind: the type that it is stored in, for the table.
-        shape: of the weight itself, packed or not.
-        nbytes: what it takes in the file, scales included.
-        bound: the largest error that this type rounds a value by, over the largest magnitude; of a projection that is
-            read back as codes, the largest relative error of its scale.
-        error: what the comparison found; None where there was none.
+        name: the tensor's name in our state dict.
+        kind: the type that it is stored in, as the table shows it.
+        shape: the shape of the weight itself, whether it is packed or not.
+        nbytes: its size in the file, including its scales.
+        bound: the largest rounding error of this type, divided by the tensor's largest magnitude. For a projection that
+            is read back as codes, it is the largest relative error of the scale.
+        error: the error that the comparison found, in the same unit; None if there was no comparison.
     """
 
     name: str
@@ -71,11 +72,12 @@ class WrittenTensor:
 
 @dataclass(frozen=True)
 class Tool:
-    """Another tool that runs what was written, to compare logits with.
+    """Describes another tool that runs an export; its logits are compared with ours.
 
     Attributes:
-        packages: what must be installed for it.
-        logits: of a path and ids, int64 (B, T) -> float32 (B, T, V).
+        name: the tool's name in the report.
+        packages: the Python packages that must be installed.
+        logits: computes logits from the export's path and token ids: int64 (B, T) -> float32 (B, T, V).
     """
 
     name: str
@@ -85,20 +87,20 @@ class Tool:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A way to write a model. Subclasses are frozen dataclasses whose fields are options.
+    """Writes models in one format. Subclasses are frozen dataclasses whose fields are the format's options.
 
     Attributes:
-        name: what `format=` calls it.
-        title: what it is, in a few words.
-        aliases: further names that `format=` and export.targets take.
-        held: the fields of a network that it can hold, with their values.
-        tensor_names: its name for each tensor, by ours within a layer (`self_attn.q_proj.weight`) or outside of all;
-            None where it takes our names.
-        is_file: it is one file; otherwise a folder.
-        extension: of such a file.
-        read_suffixes: of files that `open` reads.
-        weights: the file in its folder that `checkpoint=` takes; empty for the folder itself.
-        library: what the hub calls the library that opens it.
+        name: the name for `format=`.
+        title: what the format is, in a few words.
+        aliases: further names for `format=` and export.targets.
+        held: the fields of a network that the format can hold, each with the allowed values.
+        tensor_names: our name of each tensor -> the format's name. Our name is the one within a layer
+            (`self_attn.q_proj.weight`), or the whole name outside of the layers. None where the format uses our names.
+        is_file: whether an export is one file; otherwise it is a folder.
+        extension: the suffix of that file.
+        read_suffixes: the suffixes of files that `open` reads.
+        weights: the file in an exported folder that `checkpoint=` takes; empty where it takes the folder itself.
+        library: the hub's name (`library_name`) for the library that opens an export.
     """
 
     name: ClassVar[str]
@@ -114,21 +116,24 @@ class Format(ABC):
 
     @classmethod
     def targets(cls) -> tuple[Format, ...]:
-        """The choices among its options that differ in what they can hold, for export.targets and --advise."""
+        """Return one instance for each choice of options that differs in what it can hold."""
         return (cls(),)
 
     @property
     def target(self) -> str:
-        """What export.targets calls this choice of options."""
+        """The name of this choice of options in export.targets."""
         return self.name
 
     @property
     def suffix(self) -> str:
-        """What stands behind the model's name where `out=` is not given."""
+        """The end of the default output name, which begins with the model's name."""
         return f"{self.name}{self.extension}"
 
     def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """Why a model cannot be written, each with its remedy; empty where it can. Subclasses add to these."""
+        """List why a model cannot be written, each reason with its remedy; the list is empty if it can.
+
+        Subclasses add reasons of their own.
+        """
         found = refused_fields(config, self.held)
         if not found and self.tensor_names is not None:
             found = [f"{name}: a tensor that {self.title} has no name for" for name in self._unnamed(config)]
@@ -138,17 +143,19 @@ class Format(ABC):
         return unnamed_tensors(config, self.tensor_names or ())
 
     def tool_problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """Why the tool that the format is for would not compute this model, though it can be written."""
+        """List why the tool that the format is for would not compute this model, although it can be written."""
         return []
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
-        """Why the tool that the format is for cannot encode text with a tokenizer as it was trained; None where it can,
-        or where the format holds every tokenizer."""
+        """Say why the tool that the format is for would not encode text as the given tokenizer does.
+
+        The result is None where the tool encodes text in the same way, or the format holds every tokenizer.
+        """
         return None
 
     @property
     def tool(self) -> Tool | None:
-        """The tool that runs what is written, to compare with."""
+        """The tool that runs an export, for the comparison of logits; None where there is none."""
         return None
 
     @abstractmethod
@@ -156,46 +163,46 @@ class Format(ABC):
         """Write a model, one tensor in memory at a time.
 
         Args:
-            out: the path of the file, or an empty folder.
+            out: the path of the file, or an existing empty folder.
 
         Returns:
-            One line for each tensor of `stored`, by its name.
+            One `WrittenTensor` for each tensor of `stored`.
 
         Raises:
-            UserError: something that only the weights or the tokenizer show.
+            UserError: the weights or the tokenizer cannot be written in this format.
         """
 
     @abstractmethod
     def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
-        """What was written, as a model to be compared with `stored`, which it was written from."""
+        """Open an export at `out`, to compare it with `stored`, which it was written from."""
 
     @classmethod
     def open(cls, path: Path) -> StoredModel:
-        """A file with one of `read_suffixes`.
+        """Open a file with one of `read_suffixes`.
 
         Raises:
-            UserError: damaged, or of another kind.
+            UserError: the file is damaged or of another kind, or this format is not read.
         """
         raise UserError(f"{path}: {cls.title} is written here and not read: give the model it was exported from")
 
     def recognizes(self, path: Path) -> bool:
-        """Whether a file at `out=` is of this format, so that a new one may take its place."""
+        """Return whether an existing file at `out=` is of this format, so that an export may replace it."""
         return False
 
     @classmethod
     def earlier_names(cls, folder: Path) -> set[str]:
-        """The files that an export of the first version wrote, whose note lists none."""
+        """Return the names of the files that the first version exported, whose note does not list them."""
         return set()
 
     def remark(self, stored: StoredModel) -> str | None:
-        """What the user must know about what was written."""
+        """Return what the user must know about the export; None where there is nothing to say."""
         return None
 
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
-        """A block of Markdown for each way to run it, for the model card.
+        """Yield a block of Markdown for each way to run an export, for the model card.
 
         Args:
-            repository: where it lies on the hub.
+            repository: the repository on the hub (owner/name).
             runs_there: whether the format's tool computes this model.
         """
         checkpoint = f"<downloaded>/{self.weights}" if self.weights else repository
@@ -206,12 +213,12 @@ class Format(ABC):
 
 
 def scheme_problems(quant: QuantConfig) -> list[str]:
-    """Conditions of every format that stores codes and scales, or their products, and a dense head."""
+    """List why a scheme does not fit formats that store codes and scales, or their products, and a dense head."""
     found = []
     if not quant.scheme.is_plain:
         found.append(f"quant={quant.scheme.name}: its layer computes more than codes and scales: take format=latent")
     if quant.scheme.quantizes and "lm_head" not in quant.skip:
-        found.append(f"quant.skip={quant.skip}: the head is dense there: add lm_head")
+        found.append(f"quant.skip={quant.skip}: this format stores a dense head: add lm_head")
     return found
 
 
@@ -222,12 +229,12 @@ FORMATS: Registry[Format] = Registry(
     group="bitnet_lit.formats",
     remedy="name the class of your own format: formats=[<module>.<class>], or register it in Python",
 )
-_BUILT_IN = ("latent", "packed", "gguf", "llama2c")  # modules beside this one, each named as its format
+_BUILT_IN = ("latent", "packed", "gguf", "llama2c")  # modules in this folder, each with the name of its format
 
 
 @cache
 def formats() -> Registry[Format]:
-    """All formats: those of this folder, then those that users and installed packages add."""
+    """Return all formats: those of this folder, then those that users and installed packages add."""
     for module in _BUILT_IN:
         import_module(f"bitnet_lit.checkpoints.formats.{module}")
     known = FORMATS.registered
@@ -236,10 +243,10 @@ def formats() -> Registry[Format]:
 
 
 def format_class(name: str) -> type[Format]:
-    """The class of a format, by its name or another name that it has.
+    """Return the class of a format by its name or an alias.
 
     Raises:
-        UserError: an unknown name.
+        UserError: the name is unknown.
     """
     registry = formats()
     others = {alias: cls for cls in registry.registered.values() for alias in cls.aliases}
@@ -247,25 +254,25 @@ def format_class(name: str) -> type[Format]:
 
 
 def make_format(name: str, options: Mapping[str, Any]) -> Format:
-    """A format by its name and options.
+    """Make a format from its name and options.
 
     Raises:
-        UserError: an unknown format, an option that it does not have, or a value that does not fit.
+        UserError: the format or an option is unknown, or a value does not fit.
     """
     return with_settings(format_class(name), options, f"format={name}")
 
 
 def all_targets() -> list[Format]:
-    """What export.targets can name: every format, with each choice of options that matters to what it can hold."""
+    """Return all formats that export.targets can name, one for each choice of options in `Format.targets`."""
     registry = formats()
     return [choice for name in registry.names for choice in registry.named(name).targets()]
 
 
 def target_named(name: str) -> Format:
-    """The format that export.targets calls by a name.
+    """Return the format with this name in export.targets.
 
     Raises:
-        UserError: there is none.
+        UserError: the name is unknown.
     """
     targets = {choice.target: choice for choice in all_targets()}
     others = {alias: choice for choice in targets.values() for alias in choice.aliases}

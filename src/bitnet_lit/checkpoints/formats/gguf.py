@@ -1,13 +1,14 @@
-"""GGUF, llama.cpp's file: written straight from our codes and scale, read back with the `gguf` package.
+"""GGUF is the file of llama.cpp. It is written here from codes and scales, and read back with the `gguf` package.
 
-TQ2_0 stores 256 codes and an fp16 scale in 66 bytes, TQ1_0 in 54. Each block's scale is the largest magnitude in it, so
-scales per row fit, and scales per group of a multiple of 256 inputs. What is quantized must be code * scale: of latent
-weights, most would become 0. The fp16 rounding of the scale is the whole error of a projection. llama.cpp then
-quantizes activations by blocks of 256 rather than by tokens, so its logits differ from ours by a little more than that.
+TQ2_0 stores a block of 256 codes and an fp16 scale in 66 bytes, TQ1_0 in 54. The scale of a block is the largest
+magnitude in it. So scales per tensor and per row fit, and scales per group if a group is a multiple of 256 inputs. The
+values to quantize must be code * scale, because most latent weights would become 0. Rounding the scale to fp16 is the
+only error of a projection. llama.cpp quantizes activations by blocks of 256 instead of by tokens, so its logits differ
+from ours by a little more.
 
-With sub-norms the architecture is `bitnet`, which has both of them, silu and no head of its own. Without them it is
-`llama`, whose graph turns the pairs (2i, 2i + 1) of a head, so the rows of q and k are reordered for it. Rows that are
-no multiple of 256 are refused: other converters store them in 4 bits without a word.
+With sub-norms the architecture is `bitnet`, which has both sub-norms, silu and a tied head. Without them it is `llama`,
+whose graph rotates the pairs (2i, 2i + 1) of a head, so the rows of q and k are reordered. Rows whose length is not a
+multiple of 256 are refused; other converters silently store them in 4 bits.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 TERNARY_BLOCK = 256
-ROWS_AT_ONCE = 1024  # of a large matrix: bounds the memory of a conversion
+ROWS_AT_ONCE = 1024  # bounds the memory for converting a large matrix
 LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
@@ -56,10 +57,10 @@ LAYER_NAMES = {
 }
 OTHER_NAMES = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
 FILE_TYPES = {"tq2_0": "MOSTLY_TQ2_0", "tq1_0": "MOSTLY_TQ1_0", "f16": "MOSTLY_F16"}
-# Half a step: Q8_0 has 127 steps and a fp16 scale; Q6_K 32 steps of a scale that is itself rounded to 1/127 of the
-# block's largest.
+# Half a step, and the rounding of the scale. Q8_0 has 127 steps and an fp16 scale. Q6_K has 32 steps, and its scales
+# are rounded to 1/127 of the largest scale in the block.
 ERRORS = {**FLOAT_ERRORS, "q8_0": 0.5 / 127 + 2.0**-10, "q6_k": 0.5 / 32 + 1 / 127}
-NEITHER = Only(False, "written for llama.cpp's bitnet and llama graphs, which have neither biases nor norms there")
+NEITHER = Only(False, "llama.cpp's bitnet and llama graphs have no biases and no norms on q, k and v: take false")
 
 HELD = {
     **SIZES,
@@ -84,7 +85,7 @@ def _their_name(tensor: NetworkTensor) -> str:
 
 
 def _heads(tensor: NetworkTensor, config: ModelConfig) -> int | None:
-    """Heads of a tensor whose rows the llama graph wants in another order; None for the others."""
+    """Return the number of heads of a tensor whose rows the llama graph needs in another order; None for the others."""
     return None if config.sub_norm else tensor.rotary_heads
 
 
@@ -98,7 +99,7 @@ def _llama_cpp_logits(path: Path, ids: Tensor) -> Tensor:
 
 
 def _fills_blocks(granularity: Granularity) -> bool:
-    """Whether all weights of a ternary block share a scale."""
+    """Return whether all weights of a ternary block share a scale."""
     if isinstance(granularity, PerGroup):
         return granularity.group_size % TERNARY_BLOCK == 0
     return granularity in (PerTensor(), PerRow())
@@ -107,7 +108,7 @@ def _fills_blocks(granularity: Granularity) -> bool:
 @FORMATS.register
 @dataclass(frozen=True)
 class Gguf(Format):
-    """llama.cpp's file."""
+    """Writes the GGUF file of llama.cpp."""
 
     name = "gguf"
     title = "llama.cpp's GGUF"
@@ -117,9 +118,9 @@ class Gguf(Format):
     extension = ".gguf"
 
     type: str = "tq2_0"
-    """Of the quantized projections: tq2_0, tq1_0 or f16. Norms are f32, dense projections f16."""
+    """The type of the quantized projections: tq2_0, tq1_0 or f16. Norms are f32, dense projections f16."""
     embeddings: str = "q8_0"
-    """Of the embedding and an untied head: q8_0, q6_k or f16."""
+    """The type of the embedding and of an untied head: q8_0, q6_k or f16."""
 
     def __post_init__(self) -> None:
         one_of("type", self.type, tuple(FILE_TYPES))
@@ -127,31 +128,31 @@ class Gguf(Format):
 
     @classmethod
     def targets(cls) -> tuple[Format, ...]:
-        """One for each type of the projections."""
+        """Return one format for each type of the projections."""
         return tuple(cls(type) for type in FILE_TYPES)
 
     @property
     def target(self) -> str:
-        """gguf_tq2_0, gguf_tq1_0 or gguf_f16."""
+        """The name in export.targets: gguf_tq2_0, gguf_tq1_0 or gguf_f16."""
         return f"gguf_{self.type}"
 
     @property
     def suffix(self) -> str:
-        """The type of the projections."""
+        """The type of the projections and the file's extension."""
         return f"{self.type}{self.extension}"
 
     @property
     def tool(self) -> Tool:
-        """llama.cpp, by its Python package."""
+        """The Python package of llama.cpp."""
         return Tool("llama.cpp", ("llama_cpp",), _llama_cpp_logits)
 
     def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """Why llama.cpp's graphs do not compute a model, or its types do not hold the weights."""
+        """List why llama.cpp's graphs do not compute a model, or its types cannot hold the weights."""
         found, scheme = [*scheme_problems(quant), *super().problems(config, quant)], quant.scheme
         if scheme.quantizes and not scheme.is_ternary:
             found.append(
-                f"quant={scheme.name}: its codes are {', '.join(map(str, scheme.levels))}, and what is written there "
-                "is checked by codes -1, 0 and +1: take format=packed or llama2c"
+                f"quant={scheme.name}: its codes are {', '.join(map(str, scheme.levels))}, but an exported GGUF "
+                "is compared by codes -1, 0 and +1: take format=packed or llama2c"
             )
         if config.sub_norm and not config.tie_word_embeddings:
             found.append(
@@ -159,13 +160,13 @@ class Gguf(Format):
                 "sub_norm=false"
             )
         if config.attention_size != config.hidden_size:
-            found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size")
+            found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size: leave head_dim out")
         return found if self.type == "f16" else [*found, *self._ternary_problems(config, quant)]
 
     def _ternary_problems(self, config: ModelConfig, quant: QuantConfig) -> Iterator[str]:
         scheme = quant.scheme
         if not scheme.quantizes:
-            yield f"quant={scheme.name}: dense weights are no ternary codes: take type=f16, or quant=b158"
+            yield f"quant={scheme.name}: dense weights are not ternary codes: take type=f16, or quant=b158"
         if not _fills_blocks(scheme.granularity):
             yield (
                 f"quant={scheme}: its scales are {scheme.granularity}, and a ternary block of {TERNARY_BLOCK} inputs "
@@ -178,12 +179,14 @@ class Gguf(Format):
                 yield f"{key}={size}: ternary blocks hold 256 inputs: take {near}, or type=f16"
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
-        """See `Format`."""
         return llama_tokenizer_problem(tokenizer)
 
     def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
-        """See `Format`; a model without a SentencePiece BPE, or with rows that the embeddings' type cannot hold, is
-        refused."""
+        """Write the file, one tensor in memory at a time.
+
+        Raises:
+            UserError: the tokenizer is not a SentencePiece BPE, or the type of the embeddings cannot hold their rows.
+        """
         gguf = _gguf()
         writer = gguf.GGUFWriter(out, "bitnet" if stored.config.sub_norm else "llama")
         _add_fields(writer, stored, self.type)
@@ -201,7 +204,7 @@ class Gguf(Format):
             dtype = {"f32": np.float32, "f16": np.float16}.get(kind, np.uint8)
             stored_shape = shape if kind in FLOAT_ERRORS else (*shape[:-1], shape[-1] // block * size)
             writer.add_tensor_info(_their_name(tensor), stored_shape, np.dtype(dtype), nbytes, raw_dtype=quantized)
-            # What is read back as codes has the error of its scale, a fp16 in each of the three types.
+            # For a tensor that is read back as codes, the error is that of its scale, which is fp16 in all three types.
             bound = FLOAT_ERRORS["f16"] if tensor.name in stored.quantized else ERRORS[kind]
             rows.append(WrittenTensor(tensor.name, kind, shape, nbytes, bound))
         writer.write_header_to_file()
@@ -220,21 +223,21 @@ class Gguf(Format):
         return self.type if tensor.name in stored.quantized else "f16"
 
     def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
-        """The file as `gguf` reads it, with the sizes and the scheme of `stored`."""
+        """Open the file with the `gguf` package; sizes and scheme are those of `stored`."""
         return StoredModel(out, stored.config, stored.quant, stored.tokenizer, {}, GgufReader(out, stored))
 
     def recognizes(self, path: Path) -> bool:
-        """By its first four bytes; an empty file may be taken too."""
+        """Return whether the file begins with "GGUF" or is empty."""
         with path.open("rb") as file:
             return file.read(len(MAGIC)) in (MAGIC, b"")
 
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
-        """llama.cpp alone: we write these files and do not read them."""
+        """Yield the command for llama.cpp; this project does not run GGUF files."""
         yield f"```sh\nllama-cli -hf {repository} -p 'Once upon a time'   # llama.cpp\n```"
 
 
 def _add_fields(writer: Any, stored: StoredModel, type: str) -> None:
-    """Sizes and vocabulary."""
+    """Write the sizes of the network and the vocabulary into the file's metadata."""
     gguf, config, tokenizer = _gguf(), stored.config, stored.tokenizer
     writer.add_name(config.name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[type]])
@@ -253,8 +256,8 @@ def _add_fields(writer: Any, stored: StoredModel, type: str) -> None:
     vocabulary = None if tokenizer is None or problem else tokenizer.sentencepiece_vocabulary()
     if tokenizer is None or vocabulary is None:
         raise UserError(
-            f"{stored.path}: {problem}, and a GGUF's vocabulary is written from a BPE of SentencePiece here: put one "
-            "there that it was trained with, or take format=packed"
+            f"{stored.path}: {problem}, but a GGUF needs the vocabulary of a SentencePiece BPE: put the "
+            "tokenizer.model there that it was trained with, or take format=packed"
         )
     kinds = gguf.TokenType
     tokens = [piece.text.encode() for piece in vocabulary.pieces]
@@ -273,14 +276,14 @@ def _add_fields(writer: Any, stored: StoredModel, type: str) -> None:
     writer.add_unk_token_id(max(vocabulary.unk_id, 0))
     if tokenizer.eos_id >= 0:
         writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_eot_token_id(tokenizer.bos_id)  # llama2.c's shards separate stories by BOS: it ends a text too
+    writer.add_eot_token_id(tokenizer.bos_id)  # BOS ends a text too: it separates the stories in llama2.c's shards
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.adds_space_prefix)
 
 
 def _converted(values: Callable[[int, int], NDArray[np.float32]], rows: int, kind: str) -> NDArray[Any]:
-    """Rows of float32 values as bytes of the type `kind`, some at a time."""
+    """Convert rows of float32 values to bytes of the type `kind`, ROWS_AT_ONCE at a time."""
     gguf = _gguf()
     convert = (
         quantize_q6_k if kind == "q6_k" else lambda v: gguf.quants.quantize(v, gguf.GGMLQuantizationType[kind.upper()])
@@ -289,7 +292,7 @@ def _converted(values: Callable[[int, int], NDArray[np.float32]], rows: int, kin
 
 
 def _bytes_of(stored: StoredModel, tensor: NetworkTensor, kind: str) -> NDArray[Any]:
-    """A tensor as it stands in the file."""
+    """Return the bytes of a tensor as they are written."""
     heads = _heads(tensor, stored.config)
     if tensor.name not in stored.quantized:
         values = interleave(stored.tensor(tensor.name), heads)
@@ -303,8 +306,13 @@ def _bytes_of(stored: StoredModel, tensor: NetworkTensor, kind: str) -> NDArray[
 
 
 def _scales(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Scales of dequantized ternary weights (O, I): the largest magnitude of those that share one, or, where all their
-    codes are 0, the smallest scale there is; of `shape`, as the granularity gives it."""
+    """Compute the scales of dequantized ternary weights, float32 (O, I).
+
+    A scale is the largest magnitude of the weights that share it, or SCALE_MIN where all of them are 0.
+
+    Args:
+        shape: the shape of the result, as the granularity gives it: (), (O, 1) or (O, G).
+    """
     magnitude = values.abs()
     largest = magnitude.unflatten(1, (shape[1], -1)).amax(-1) if shape else magnitude.max()
     import torch
@@ -313,9 +321,10 @@ def _scales(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class GgufReader(TensorReader):
-    """A GGUF file as `gguf` reads and dequantizes it, under our names, rows in our order.
+    """Reads the tensors of a GGUF file with the `gguf` package, under our names and with rows in our order.
 
-    A quantized projection is given as codes and scales: the dequantized values over the largest of them.
+    A quantized projection is given as codes and scales, computed from the dequantized values: a scale is the largest
+    magnitude, and a code is the value divided by its scale.
     """
 
     def __init__(self, path: Path, stored: StoredModel) -> None:
@@ -329,7 +338,7 @@ class GgufReader(TensorReader):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in self._tensors.items():
-            shapes[name] = tuple(map(int, reversed(tensor.shape)))  # GGUF's are innermost first
+            shapes[name] = tuple(map(int, reversed(tensor.shape)))  # GGUF gives the innermost dimension first
             if name in self._stored.quantized:
                 shapes[f"{name}_scale"] = self._scale_shape(name) or (1,)
         return shapes
@@ -344,7 +353,7 @@ class GgufReader(TensorReader):
         tensor = self._tensors[name]
         shape = tuple(map(int, reversed(tensor.shape)))
         rows = torch.empty(shape)
-        data = tensor.data.reshape(shape[0], -1)  # a row of bytes for each row of values; a vector's are its values
+        data = tensor.data.reshape(shape[0], -1)  # one row of bytes for each row of values; a vector holds its values
         for start in range(0, len(data), ROWS_AT_ONCE):
             part = _gguf().quants.dequantize(data[start : start + ROWS_AT_ONCE], tensor.tensor_type)
             rows[start : start + ROWS_AT_ONCE] = torch.from_numpy(np.array(part)).reshape(-1, *shape[1:])

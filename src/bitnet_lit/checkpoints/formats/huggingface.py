@@ -1,18 +1,18 @@
-"""Hugging Face folders that others wrote: BitNet in its three spellings, and dense Llama-like models.
+"""Hugging Face folders are read here: the three kinds of BitNet folders, and dense Llama-like models.
 
-BitNet (`quantization_config.quant_method = bitnet`), as `transformers` computes them:
+`transformers` distinguishes these BitNet folders (`quantization_config.quant_method = bitnet`):
 
     linear_class    quantization_mode   stored weight                 weight_scale
     autobitlinear   online              latent (bf16 master weights)  -
     autobitlinear   offline             codes, packed or plain        multiplies (BitNet b1.58 2B4T)
     bitlinear       any                 packed codes                  divides
 
-Dense: llama, mistral (the same network), qwen2 (biases on q, k, v), qwen3 (norms on q and k). What this network does
-not have (scaled rotary positions, biases elsewhere, other activations) is refused: leaving it out would give other
-logits without a word.
+The dense models are llama, mistral (the same network), qwen2 (biases on q, k, v) and qwen3 (norms on q and k). A part
+that our network does not have (scaled rotary positions, biases elsewhere, other activations) is refused, because
+leaving it out would silently give other logits.
 
-`NETWORKS` says which networks `transformers` has, for both ways: which one a folder of its own is, and as which one it
-runs a folder of ours.
+`NETWORKS` lists the networks of `transformers` that our network can be. It is used in both directions: to read a folder
+of `transformers`, and to find the network as which `transformers` runs a folder of ours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bitnet_lit.quant.weights import AbsMean, PerTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-OTHER = "bitnet_lit"  # a model type that `transformers` does not know, on purpose: it refuses the folder
+OTHER = "bitnet_lit"  # unknown to `transformers` on purpose, so that it refuses the folder
 _ALL: Held = {**SIZES, **dict.fromkeys(("rope_theta", "rms_norm_eps", "hidden_act", "tie_word_embeddings"), ANY)}
 
 
@@ -50,19 +50,19 @@ NETWORKS: dict[str, Held] = {
     "qwen2": _network(sub_norm=False, qkv_bias=True, qk_norm=False),
     "qwen3": _network(sub_norm=False, qkv_bias=False, qk_norm=True),
 }
-READ = {**{name: name for name in NETWORKS}, "mistral": "llama"}  # Mistral's is a Llama with a window
+READ = {**{name: name for name in NETWORKS}, "mistral": "llama"}  # Mistral is a Llama with a sliding window
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 
 
 def network_type(config: ModelConfig) -> str:
-    """Which of the networks of `transformers` this is; `OTHER` for none of them."""
+    """Return the `model_type` of `transformers` that computes this network; `OTHER` if there is none."""
     if config.sub_norm and config.attention_size != config.hidden_size:
-        return OTHER  # its BitNet has no head_dim of its own
+        return OTHER  # BitNet in `transformers` has no head_dim
     return next((name for name, held in NETWORKS.items() if not refused_fields(config, held)), OTHER)
 
 
 def transformers_runs(quant: QuantConfig, packed: bool) -> bool:
-    """Whether stock `transformers` computes this quantization: it finds codes by absmean, or is given them."""
+    """Return whether unmodified `transformers` computes this quantization, from latent weights or from packed codes."""
     scheme = quant.scheme
     if not scheme.quantizes:
         return True
@@ -72,7 +72,7 @@ def transformers_runs(quant: QuantConfig, packed: bool) -> bool:
 
 
 def transformers_problems(config: ModelConfig, quant: QuantConfig, packed: bool) -> list[str]:
-    """Why stock `transformers` does not compute a model, from latent weights or from packed codes."""
+    """List why unmodified `transformers` does not compute a model, from latent weights or from packed codes."""
     found = []
     if not transformers_runs(quant, packed):
         knows = "ternary codes with one scale for the matrix" if packed else "absmean with one scale for the matrix"
@@ -96,11 +96,11 @@ def _transformers_logits(folder: Path, ids: Tensor) -> Tensor:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    # Its BitNet functions are compiled; compiling would take longer than running them once.
+    # The BitNet functions of `transformers` are compiled, which would take longer than running them once.
     with torch.compiler.set_stance("force_eager"), torch.inference_mode():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for parameter in model.parameters():
-            parameter.data = parameter.data.float()  # of a quantized model it leaves what is stored in bfloat16
+            parameter.data = parameter.data.float()  # a quantized model keeps parameters stored in bfloat16
         return model(ids).logits.float()
 
 
@@ -108,10 +108,10 @@ TRANSFORMERS = Tool("transformers", ("transformers", "accelerate"), _transformer
 
 
 def _refuse(raw: dict[str, Any]) -> None:
-    """Refuse parts of a network that this one does not have.
+    """Refuse a config.json with parts that our network does not have.
 
     Raises:
-        UserError: the first of them.
+        UserError: there is such a part; the message names the first one.
     """
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -130,7 +130,7 @@ def _refuse(raw: dict[str, Any]) -> None:
 def _sizes(folder: Path, raw: dict[str, Any]) -> ModelConfig:
     context = raw["max_position_embeddings"]
     if raw["model_type"] == "mistral" and raw.get("sliding_window"):
-        context = min(context, raw["sliding_window"])  # within the window attention sees everything
+        context = min(context, raw["sliding_window"])  # within the window, attention sees the whole context
     rope = raw.get("rope_parameters") or {}
     parts = {key: part.value for key, part in NETWORKS[READ[raw["model_type"]]].items() if isinstance(part, Only)}
     return ModelConfig(
@@ -152,7 +152,7 @@ def _sizes(folder: Path, raw: dict[str, Any]) -> ModelConfig:
 
 
 def _quant(raw: dict[str, Any]) -> tuple[QuantConfig, bool]:
-    """How the projections are quantized, and whether stored scales divide."""
+    """Return the quantization of the projections, and whether codes are divided by their stored scale."""
     quantization = raw.get("quantization_config")
     if quantization is None:
         return QuantConfig(name="none"), False
@@ -170,10 +170,10 @@ def _quant(raw: dict[str, Any]) -> tuple[QuantConfig, bool]:
 
 
 def open_hub_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
-    """A folder with a config.json of `transformers`.
+    """Open a folder whose config.json is one of `transformers`.
 
     Raises:
-        UserError: a network, a quantization or a file that cannot be read; one line each.
+        UserError: the network or the quantization is not supported, or a file cannot be read.
     """
     path = folder / CONFIG_NAME
     if isinstance(raw.get("model_type"), str) and raw["model_type"] not in READ:

@@ -1,6 +1,6 @@
-"""The latent model folder: full-precision weights, which training can go on from.
+"""The latent model folder holds full-precision weights, from which training can continue.
 
-In bfloat16 it keeps every code: a weight whose rounding would change its code moves to a number that keeps it.
+Rounding to bfloat16 keeps every code: where it would change a code, the weight is set to a nearby number instead.
 """
 
 from __future__ import annotations
@@ -31,23 +31,27 @@ MAX_ROUNDS = 20
 @FORMATS.register
 @dataclass(frozen=True)
 class Latent(ModelFolder):
-    """The model folder as training writes it: it holds every network and every scheme."""
+    """Writes the model folder as training does; it holds every network and every scheme."""
 
     name = "latent"
     title = "the model folder, full precision"
-    aliases = ("hf",)  # what stock `transformers` runs: export.targets had this name for it
+    aliases = ("hf",)  # the older name in export.targets
 
     @property
     def suffix(self) -> str:
-        """The type of the weights."""
+        """The dtype of the weights."""
         return self.dtype
 
     def tool_problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """Why stock `transformers` would compute something else, and so refuses the folder."""
+        """List why unmodified `transformers` cannot compute the model; it refuses such a folder."""
         return transformers_problems(config, quant, packed=False)
 
     def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
-        """See `Format`; packed codes have no latent weights to write."""
+        """Write the folder, one tensor in memory at a time.
+
+        Raises:
+            UserError: the model has packed codes, so there are no latent weights to write.
+        """
         import torch
 
         from bitnet_lit.checkpoints.formats.model_folder_writer import statistics_metadata, write_folder
@@ -58,19 +62,22 @@ class Latent(ModelFolder):
         described = describe(stored.config, stored.quant, stored.tokenizer, stored.info, False, self.dtype)
         write_folder(out, described, tensors, stored.tokenizer, metadata)
         kind = "f32" if is_exact else "bf16"
-        # A latent weight in bfloat16 keeps its codes, but its scale is the mean or median of rounded numbers.
+        # Rounding to bfloat16 keeps the codes but changes the scale, the mean or median of the rounded weights.
         return [WrittenTensor(t.name, kind, t.shape, t.nbytes, FLOAT_ERRORS[kind]) for t in tensors]
 
 
 def round_keeping_codes(weight: Tensor, rule: WeightRule) -> Tensor:
-    """bfloat16 latent weights whose codes are those of the float32 ones.
+    """Round latent weights to bfloat16 without changing their codes.
 
-    Rounding moves a weight by up to 1/256 of itself, and the scale with it, so a weight that lies on a rounding border
-    can change its code. Such weights are moved on to the next bfloat16 number on their side of the border, and near
-    zero, where b1's border lies and these numbers are dense, by a small part of the scale.
+    Rounding changes a weight by up to 1/256 of its value, and so the scale too. The code of a weight near the boundary
+    between two codes can change. Such a weight is moved back to its side of the boundary: to the next bfloat16 number,
+    or by a small part of the scale where that is farther. The boundary of b1 is 0, where bfloat16 numbers are dense.
 
     Args:
-        weight: latent, float32 (O, I).
+        weight: latent weights, float32 (O, I).
+
+    Returns:
+        bfloat16 (O, I).
 
     Raises:
         UserError: no such numbers were found.
@@ -92,10 +99,10 @@ def round_keeping_codes(weight: Tensor, rule: WeightRule) -> Tensor:
 
 
 def latent_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTensor]:
-    """Full-precision weights in `dtype`.
+    """Yield the latent and the dense weights of a model in `dtype`.
 
     Raises:
-        UserError: a packed model, which has none.
+        UserError: the model has packed codes, and so no latent weights.
     """
     import torch
 

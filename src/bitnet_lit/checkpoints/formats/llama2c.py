@@ -1,12 +1,12 @@
-"""llama2.c's .bin, which run.c reads: written and read here. Its training checkpoint is in llama2c_checkpoint.py.
+"""The .bin file of llama2.c, which run.c runs, is written and read here; llama2c_checkpoint.py reads its checkpoints.
 
-The .bin is the first version of llama2.c's `export.py`: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads,
-vocab_size, max_seq_len; a negative vocab_size says that the head is not the embedding), then float32 tensors, one kind
-after the other over all layers, then two tables of positions that run.c skips. Its network is a Llama with silu, RoPE
-theta 10000 and norms with eps 1e-5, none of which the file says. A BitNet is written as its dequantized weights: run.c
-does not quantize activations.
+The .bin is version 0 of llama2.c's `export.py`. It begins with seven int32: dim, hidden_dim, n_layers, n_heads,
+n_kv_heads, vocab_size, max_seq_len. A negative vocab_size means that the head is not tied to the embedding. Then come
+float32 tensors: for each kind of tensor, those of all layers. Two rotary tables, which run.c skips, stand before an
+untied head. The network is a Llama with silu, RoPE theta 10000 and norms with eps 1e-5, which the file does not say. A
+BitNet model is written as dequantized weights, because run.c does not quantize activations.
 
-run.c takes BOS for piece 1, EOS for piece 2 and byte b for piece b + 3.
+In run.c, BOS is piece 1, EOS is piece 2, and byte b is piece b + 3.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 HEADER_INTS = 7
 MODEL_NAME, TOKENIZER_NAME = "model.bin", "tokenizer.bin"
-FIRST_BYTE = 3  # run.c takes the piece of byte b for number b + 3
-# Our name in a layer: llama2.c's after "layers.<i>.", in the order of the .bin.
+FIRST_BYTE = 3  # in run.c, byte b is piece b + 3
+# Our name within a layer -> llama2.c's name after "layers.<i>.", in the order of the .bin.
 LAYER_NAMES = {
     "input_layernorm.weight": "attention_norm.weight",
     "self_attn.q_proj.weight": "attention.wq.weight",
@@ -66,9 +66,9 @@ TENSOR_NAMES = {**LAYER_NAMES, **OTHER_NAMES}
 HELD = {
     **SIZES,
     "tie_word_embeddings": ANY,
-    "sub_norm": Only(False, "run.c's graph has no sub-norms: train with model.sub_norm=false"),
+    "sub_norm": Only(False, "run.c has no sub-norms: train with model.sub_norm=false"),
     "hidden_act": Only("silu", "run.c computes silu: take hidden_act=silu"),
-    "rope_theta": Only(10000.0, "run.c turns by theta 10000: take rope_theta=10000"),
+    "rope_theta": Only(10000.0, "run.c rotates with theta 10000: take rope_theta=10000"),
     "rms_norm_eps": Only(1e-5, "run.c's norms have eps 1e-5: take rms_norm_eps=1e-5"),
     "qkv_bias": Only(False, "run.c has no biases"),
     "qk_norm": Only(False, "run.c has no norms on queries and keys"),
@@ -76,14 +76,14 @@ HELD = {
 
 
 def their_name(tensor: NetworkTensor) -> str:
-    """llama2.c's name of a tensor."""
+    """Return llama2.c's name of a tensor."""
     if tensor.layer is None:
         return OTHER_NAMES[tensor.name]
     return f"layers.{tensor.layer}.{LAYER_NAMES[tensor.within]}"
 
 
 def file_order(config: ModelConfig) -> list[NetworkTensor]:
-    """The tensors of a network in the order of the .bin."""
+    """Return the tensors of a network in the order of the .bin."""
     tensors = {tensor.name: tensor for tensor in network_tensors(config)}
     layers = [
         tensors[f"model.layers.{layer}.{name}"] for name in LAYER_NAMES for layer in range(config.num_hidden_layers)
@@ -92,11 +92,12 @@ def file_order(config: ModelConfig) -> list[NetworkTensor]:
 
 
 class Llama2cReader(TensorReader):
-    """Tensors under our names, rows in our order.
+    """Reads the tensors of llama2.c under our names, with rows in our order.
 
     Args:
-        shapes: as the file has them.
-        read: one tensor by our name, rows in llama2.c's order.
+        config: the network.
+        shapes: our name -> shape of the tensor in the file.
+        read: reads one tensor by our name, with rows in llama2.c's order.
     """
 
     def __init__(self, config: ModelConfig, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
@@ -111,7 +112,7 @@ class Llama2cReader(TensorReader):
 
 
 def tokenizer_beside(path: Path) -> Tokenizer | None:
-    """The SentencePiece model in the folder of a file; None where there is none."""
+    """Open the SentencePiece model in the folder of a file; return None where there is none."""
     found = path.with_name(SentencePieceTokenizer.file_names[0])
     return SentencePieceTokenizer(found) if found.is_file() else None
 
@@ -119,7 +120,7 @@ def tokenizer_beside(path: Path) -> Tokenizer | None:
 def llama2c_config(
     name: str, dim: int, hidden: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, tied: bool
 ) -> ModelConfig:
-    """The network of llama2.c with these sizes."""
+    """Return the config of a network of llama2.c with these sizes."""
     return ModelConfig(
         name=name,
         hidden_size=dim,
@@ -135,10 +136,10 @@ def llama2c_config(
 
 
 def open_bin(path: Path) -> StoredModel:
-    """A .bin of llama2.c.
+    """Open a .bin of llama2.c.
 
     Raises:
-        UserError: no such file, or one whose size is not what its header says.
+        UserError: there is no such file, or its size does not fit its header.
     """
     file = open_regular(path, "give a .bin of llama2.c")
     size = os.fstat(file.fileno()).st_size
@@ -147,14 +148,14 @@ def open_bin(path: Path) -> StoredModel:
     if len(header) < HEADER_INTS or header[0] == 0x616B3432:  # "ak42" begins the newer versions
         raise UserError(f"{not_one} in the form that run.c reads (version 0): export it with --version 0")
     dim, hidden, layers, heads, kv_heads, vocab, context = map(int, header)
-    # Multiplied out before anything is laid out: a damaged header must not ask for memory.
+    # The sizes are checked before memory is allocated: a damaged header must not request too much.
     if min(dim, hidden, layers, heads, kv_heads, abs(vocab), context) < 1 or max(map(abs, header.tolist())) > 2**24:
         raise UserError(f"{not_one} (its header says {header.tolist()}): copy it again")
     try:
         config = llama2c_config(path.stem, dim, hidden, layers, heads, kv_heads, abs(vocab), context, vocab > 0)
     except UserError as error:
         raise UserError(f"{not_one} ({error}): copy it again") from None
-    tables = context * config.head_size  # cos and sin, half a head each
+    tables = context * config.head_size  # elements of cos and sin together: each has half a head per position
     in_a_layer, outside = layer_tensors(config), outer_tensors(config)
     expected = layers * sum(t.size for t in in_a_layer) + sum(t.size for t in outside) + tables
     if size != 4 * (HEADER_INTS + expected):
@@ -180,9 +181,10 @@ def open_bin(path: Path) -> StoredModel:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, rows: int, path: Path) -> None:
-    """tokenizer.bin: the longest piece's bytes (int32), then score (float32), length (int32) and bytes of each.
+    """Write tokenizer.bin: the length of the longest piece (int32), then each piece.
 
-    run.c reads a piece for each of the model's `rows`: those beyond the vocabulary get names that no text holds.
+    A piece is written as score (float32), length in bytes (int32) and bytes. run.c reads one piece for each of the
+    `rows` of the embedding. Rows beyond the vocabulary get pieces that occur in no text.
     """
     control = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}
     texts = [control.get(token, piece.text) for token, piece in enumerate(vocabulary.pieces)]
@@ -201,7 +203,7 @@ def _write_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, 
 @FORMATS.register
 @dataclass(frozen=True)
 class Llama2c(Format):
-    """run.c's model.bin and tokenizer.bin, in a folder."""
+    """Writes a folder with the files of run.c: model.bin and tokenizer.bin."""
 
     name = "llama2c"
     title = "llama2.c's model.bin"
@@ -211,14 +213,14 @@ class Llama2c(Format):
     weights = MODEL_NAME
 
     def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """Why run.c's graph does not compute a model."""
+        """List why run.c does not compute a model."""
         found = [*scheme_problems(quant), *super().problems(config, quant)]
         if config.attention_size != config.hidden_size:
-            found.append(f"model.head_dim={config.head_dim}: run.c's heads add up to hidden_size")
+            found.append(f"model.head_dim={config.head_dim}: run.c's heads add up to hidden_size: leave head_dim out")
         return found
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
-        """See `Format`; run.c also knows the numbers of BOS and of the bytes."""
+        """Say why run.c would not encode text as the tokenizer does; run.c also fixes the ids of BOS and the bytes."""
         vocabulary = None if tokenizer is None else tokenizer.sentencepiece_vocabulary()
         problem = llama_tokenizer_problem(tokenizer)
         if problem is not None or tokenizer is None or vocabulary is None:
@@ -230,7 +232,7 @@ class Llama2c(Format):
         return "its BOS is not piece 1, or its bytes do not begin at 3"
 
     def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
-        """See `Format`; tokenizer.bin is written where run.c can use the tokenizer."""
+        """Write model.bin, and tokenizer.bin where run.c can use the tokenizer; one tensor is in memory at a time."""
         config, vocab = stored.config, stored.config.vocabulary
         header = [
             config.hidden_size,
@@ -248,7 +250,7 @@ class Llama2c(Format):
             file.write(np.array(header, dtype="<i4").tobytes())
             for tensor in before_tables:
                 weight = interleave(stored.dequantized(tensor.name), tensor.rotary_heads)
-                file.write(np.ascontiguousarray(weight.numpy(), dtype="<f4").data)  # tofile would not say why it failed
+                file.write(np.ascontiguousarray(weight.numpy(), dtype="<f4").data)  # tofile would hide why it failed
             file.write(_rotary_tables(config))
             if last.name == HEAD:
                 file.write(np.ascontiguousarray(stored.tensor(HEAD).numpy(), dtype="<f4").data)
@@ -261,12 +263,16 @@ class Llama2c(Format):
         return [WrittenTensor(t.name, "f32", t.shape, 4 * t.size, FLOAT_ERRORS["f32"]) for t in network_tensors(config)]
 
     def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
-        """The file as every command opens it."""
+        """Open the file as every command does."""
         return open_bin(out / MODEL_NAME)
 
     @classmethod
     def open(cls, path: Path) -> StoredModel:
-        """A .bin, or a training checkpoint (.pt)."""
+        """Open a .bin or a training checkpoint (.pt).
+
+        Raises:
+            UserError: the file is damaged or of another kind.
+        """
         if path.suffix == ".bin":
             return open_bin(path)
         from bitnet_lit.checkpoints.formats.llama2c_checkpoint import open_pt  # imports torch
@@ -275,22 +281,22 @@ class Llama2c(Format):
 
     @classmethod
     def earlier_names(cls, folder: Path) -> set[str]:
-        """The three files of such a folder."""
+        """Return the names of the three files of such a folder."""
         return {MODEL_NAME, TOKENIZER_NAME, *SentencePieceTokenizer.file_names}
 
     def remark(self, stored: StoredModel) -> str | None:
-        """Why there is no tokenizer.bin."""
+        """Say why there is no tokenizer.bin; return None where there is one."""
         problem = self.tokenizer_problem(stored.tokenizer)
         return problem and f"no {TOKENIZER_NAME} was written ({problem}): run.c needs one for this model"
 
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
-        """run.c, and this project."""
+        """Yield how to run the export with run.c and with this project."""
         yield f"```sh\n./run {MODEL_NAME} -z {TOKENIZER_NAME}   # llama2.c\n```"
         yield from super().how_to_run(repository, runs_there)
 
 
 def _rotary_tables(config: ModelConfig) -> bytes:
-    """cos and sin of half a head for each position, float32; run.c computes its own."""
+    """Return cos and sin of half a head for each position, float32; run.c skips them and computes its own."""
     from bitnet_lit.model.layers import rotary_tables
 
     cos, sin = (table[:, : config.head_size // 2].numpy() for table in rotary_tables(config))

@@ -1,4 +1,4 @@
-"""llama2.c's training checkpoint, stories*.pt: read here, as plain data; nothing in it is executed."""
+"""Training checkpoints of llama2.c, stories*.pt, are read here as plain data; nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from bitnet_lit.errors import UserError, one_line
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive whose contents are larger than itself: torch would unpack it into memory.
+    """Refuse an archive whose contents are larger than the file: torch would unpack them into memory.
 
     Raises:
-        ValueError: so it is.
+        ValueError: the archive is compressed or its entries overlap.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -36,22 +36,22 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_tensor(name: str, tensor: Any) -> None:
-    """Refuse what is no tensor of plain numbers, each of which lies in the file.
+    """Refuse anything but a dense tensor on the CPU whose elements all lie in the file.
 
     Raises:
-        ValueError: so it is.
+        ValueError: the value is something else.
     """
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"{name} holds no plain numbers")
+        raise ValueError(f"{name} is not a dense tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, of which the file holds a part")
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, but the file holds only a part of it")
 
 
 def open_pt(path: Path) -> StoredModel:
-    """A training checkpoint of llama2.c; plain data only, nothing in it is executed.
+    """Open a training checkpoint of llama2.c without executing anything in it.
 
     Raises:
-        UserError: not such a checkpoint.
+        UserError: the file is damaged, or not such a checkpoint.
     """
     not_one = f"{path}: not a training checkpoint of llama2.c"
     try:
@@ -74,7 +74,7 @@ def open_pt(path: Path) -> StoredModel:
             int(arguments["max_seq_len"]),
             tied,
         )
-        if f"layers.{config.num_hidden_layers - 1}.ffn_norm.weight" not in state:  # before as many are laid out
+        if f"layers.{config.num_hidden_layers - 1}.ffn_norm.weight" not in state:  # before memory is used for them
             raise ValueError(f"it has fewer than {config.num_hidden_layers} layers")
         names = {tensor.name: their_name(tensor) for tensor in file_order(config)}
         shapes = {name: tuple(state[theirs].shape) for name, theirs in names.items()}

@@ -1,4 +1,4 @@
-"""The model folder: what training leaves behind, what every later command takes, what other tools open.
+"""Training writes a model folder, every later command takes one, and other tools open it.
 
 ::
 
@@ -8,26 +8,24 @@
       tokenizer.model         SentencePiece (or tokenizer.json); its sha256 is in config.json
       generation_config.json
 
-Two kinds: *latent* (full precision, training can go on from it) and *packed* (codes and scales, runs only; the
-layout is in `quant/packing.py`). The folder says what it is in the words of `transformers`, so that
-`AutoModelForCausalLM.from_pretrained` builds the same network, or refuses:
+There are two kinds. A *latent* folder holds full-precision weights, from which training can continue. A *packed* folder
+holds codes and scales, which can only be run (`quant/packing.py` has the layout). The config describes the model in the
+terms of `transformers`, so that `AutoModelForCausalLM.from_pretrained` either builds the same network or refuses:
 
     kind     quant                                  model_type   quantization_config
-    latent   nothing is rounded                     (network)    -
+    latent   no quantization                        (network)    -
     latent   absmean, 8 bits                        (network)    bitnet, autobitlinear, online
     latent   any other scheme                       bitnet_lit   bitnet_lit
     packed   ternary, one scale a matrix, 8 bits    (network)    bitnet, autobitlinear, offline
     packed   any other scheme                       bitnet_lit   bitnet_lit
 
 (network) is bitnet with sub-norms, and without them llama, qwen2 (biases on q, k, v) or qwen3 (norms on q, k).
-`bitnet_lit` is a model type that `transformers` does not know, on purpose: it would load such weights without a word
-and compute something else. A folder of latent b158 weights without `quantization_config` has the same fault, which is
-why that entry is always written. Packed codes carry their scales, so there the rule that found them does not matter.
+`transformers` does not know the model type `bitnet_lit`, on purpose: under a known type it would silently load such
+weights and compute something else. The same would happen to latent b158 weights without a `quantization_config`, so
+that entry is always written. Packed codes are stored with their scales, so the rule that computed them does not matter.
 
-The scheme stands there by its name and its settings (`QuantConfig.describe`). A name that is not known here is refused:
-nothing that a folder names is imported.
-
-Nothing here pickles.
+The config names the scheme and its settings (`QuantConfig.describe`). An unknown name is refused, and nothing that a
+folder names is imported. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -50,15 +48,15 @@ from bitnet_lit.config.checks import one_of
 from bitnet_lit.data.tokenizers import Tokenizer, tokenizer_file_names
 from bitnet_lit.errors import UserError
 
-# Where a field of the network stands in config.json: beside Hugging Face's under the name that both give it, or under
-# "bitnet_lit". What is in neither tuple goes there too, so a new field is saved without a word here.
+# These fields of the network have Hugging Face's names and stand at the top level of config.json. All other fields
+# stand under "bitnet_lit", so a new field is saved without a change here.
 THEIR_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("rope_theta", "tie_word_embeddings"),
 )
-FIRST_KEYS = ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout")  # always written, since the first version
-NOT_SAVED = ("gradient_checkpointing",)  # changes the memory of a run, and no number
+FIRST_KEYS = ("name", "sub_norm", "qkv_bias", "qk_norm", "dropout")  # known to all versions, and always written
+NOT_SAVED = ("gradient_checkpointing",)  # changes the memory of a run, but no result
 ARCHITECTURES = {
     "bitnet": "BitNetForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -76,11 +74,11 @@ def describe(
     packed: bool = False,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """config.json as a dictionary; of `info` what is no path of this machine."""
+    """Return the content of config.json; paths of this machine are removed from `info`."""
     written = {key: getattr(config, key) for key in THEIR_KEYS}
-    written |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size}  # as numbers
+    written |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size}  # as numbers, never None
     described: dict[str, Any] = {
-        **written,  # rope_theta among them, which transformers 5 reads below
+        **written,  # includes rope_theta, which transformers 5 reads below
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -113,23 +111,25 @@ def describe(
 
 
 def _our_keys() -> list[str]:
-    """The fields that stand under "bitnet_lit": all that neither Hugging Face has nor the run alone."""
+    """Return the names of the fields that stand under "bitnet_lit" in config.json."""
     return [each.name for each in fields(ModelConfig) if each.name not in THEIR_KEYS and each.name not in NOT_SAVED]
 
 
 def _our_values(config: ModelConfig) -> dict[str, Any]:
-    """Those fields; one that earlier versions do not know only where it is not at its default, so that they can read
-    the folder as long as it needs no more than they know."""
+    """Return the fields under "bitnet_lit" and their values.
+
+    A field that earlier versions do not know is left out where it has its default, so that they can read the folder.
+    """
     defaults = type(config)()
     values = {key: getattr(config, key) for key in _our_keys()}
     return {key: value for key, value in values.items() if key in FIRST_KEYS or value != getattr(defaults, key)}
 
 
 def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConfig]:
-    """Sizes and quantization of a config.json that this project wrote.
+    """Return sizes and quantization from a config.json that this project wrote.
 
     Raises:
-        UserError: values that do not fit, or what a later version wrote.
+        UserError: a value does not fit, or a later version wrote the file.
     """
     check_config(path, raw, our_shape(_our_keys()))
     ours = raw["bitnet_lit"]
@@ -151,7 +151,7 @@ def our_configs(path: Path, raw: dict[str, Any]) -> tuple[ModelConfig, QuantConf
         raise UserError(f"{path}: {error}") from None
 
 
-# A part that is matched in one pass: a text in a folder of somebody else's may be long.
+# The expression takes linear time, because a text in somebody else's folder may be long.
 PATH_IN_TEXT = re.compile(r"(?<![^\s'\"(=])(?:[A-Za-z]:[\\/]|~?/)[^\s'\"),;]*")
 
 
@@ -161,9 +161,9 @@ def _last_part(path: re.Match[str]) -> str:
 
 
 def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave the paths of this machine out of what training noted: a model folder is given to others.
+    """Shorten paths in what training recorded to their last part, because a model folder is given to others.
 
-    Of a path its last part stays, and of the folder of the data its name, under "data".
+    The name of the data folder (`data_dir`) is returned as "data".
     """
 
     def cleaned(value: Any) -> Any:
@@ -181,25 +181,28 @@ def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written_names(folder: Path) -> set[str]:
-    """The names in a model folder that this project wrote; the others are its user's.
+    """Return the names in a model folder that this project wrote; all others are the user's.
 
-    A tokenizer that the config does not know of was put there by the user, and so were the files that go with a
-    tokenizer.json where the model came with a tokenizer.model.
+    If config.json does not mention a tokenizer, the user has put it there. The same is true of the files that belong to
+    a tokenizer.json if the model was written with a tokenizer.model.
     """
     names = {CONFIG_NAME, WEIGHTS_NAME, GENERATION_NAME}
     try:
         if read_raw_config(folder).get("tokenizer_sha256") is None:
             return names
     except UserError:
-        pass  # damaged, as a kill of an old version's could leave it
+        pass  # a killed earlier version could leave a damaged file
     return names | set(tokenizer_file_names(folder))
 
 
 def open_model_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
-    """A folder that this project wrote, latent or packed.
+    """Open a latent or packed folder that this project wrote.
+
+    Args:
+        raw: the content of config.json.
 
     Raises:
-        UserError: a damaged file, or weights that do not fit the config; one line each.
+        UserError: a file is damaged, or the weights do not fit the config.
     """
     config, quant = our_configs(folder / CONFIG_NAME, raw)
     info = raw["bitnet_lit"].get("info", {})
@@ -209,7 +212,7 @@ def open_model_folder(folder: Path, raw: dict[str, Any]) -> StoredModel:
 
 
 def trained_step(folder: Path) -> int | None:
-    """The optimizer step at which a run wrote a model folder; None where there is no whole folder of a run."""
+    """Return the optimizer step at which a run wrote a model folder; None where no run wrote the whole folder."""
     try:
         step = read_raw_config(folder)["bitnet_lit"]["info"]["step"]
     except (UserError, LookupError, TypeError):
@@ -219,36 +222,36 @@ def trained_step(folder: Path) -> int | None:
 
 @dataclass(frozen=True)
 class ModelFolder(Format):
-    """What the latent and the packed folder have in common."""
+    """Implements what the latent and the packed folder have in common."""
 
     library = "transformers"
 
     dtype: str = "float32"
-    """Of everything that is no packed code: float32 or bfloat16."""
+    """The dtype of everything but codes and scales: float32 or bfloat16."""
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
 
     def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """None: every field of a network is carried, those that `transformers` does not know under "bitnet_lit"."""
+        """Return an empty list: the folder holds every field of a network."""
         return []
 
     @property
     def tool(self) -> Tool:
-        """Stock `transformers`."""
+        """Unmodified `transformers`."""
         return TRANSFORMERS
 
     def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
-        """The folder as every command opens it."""
+        """Open the folder as every command does."""
         return open_model_folder(out, read_raw_config(out))
 
     @classmethod
     def earlier_names(cls, folder: Path) -> set[str]:
-        """See `written_names`."""
+        """Return the names in the folder that this project wrote."""
         return written_names(folder)
 
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
-        """`transformers` where it computes the model, and this project."""
+        """Yield how to run the export with `transformers`, where it computes the model, and with this project."""
         if runs_there:
             yield (
                 "```python\nfrom transformers import AutoModelForCausalLM  # with the package accelerate\n\n"

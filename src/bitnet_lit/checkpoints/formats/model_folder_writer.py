@@ -1,4 +1,4 @@
-"""Writing a model folder; what is in one, `model_folder.py` says."""
+"""A model folder is written here; `model_folder.py` explains what it holds."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ def write_folder(
     tokenizer: Tokenizer | None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Fill an existing, empty folder with the four files."""
+    """Write the files of a model folder into an existing, empty folder.
+
+    Args:
+        described: the content of config.json.
+        metadata: texts for the header of model.safetensors.
+    """
     generation = {"bos_token_id": described["bos_token_id"], "eos_token_id": described["eos_token_id"]}
     if tokenizer is not None:
-        # Stories are separated by BOS alone in llama2.c's shards, so either ends a text.
+        # llama2.c's shards separate stories by BOS alone, so BOS ends a text as EOS does.
         generation["eos_token_id"] = [tokenizer.eos_id, tokenizer.bos_id]
         tokenizer.copy_to(folder)
     write_safetensors(folder / WEIGHTS_NAME, tensors, metadata)
@@ -40,8 +45,14 @@ def write_folder(
 
 
 def statistics_metadata(names: Iterable[str], read: Callable[[str], Tensor], quant: QuantConfig) -> dict[str, str]:
-    """Scale and center of latent weights, which `read` gives one at a time, as a safetensors file notes them; nothing
-    where the scheme rounds by more than these two numbers."""
+    """Return scale and center of latent weights as metadata of a safetensors file.
+
+    The result is empty for a scheme that needs more than these two numbers to quantize a weight.
+
+    Args:
+        names: the quantized weights.
+        read: returns a latent weight by its name.
+    """
     noted, rule = {}, quant.scheme.weights
     for name in sorted(names):
         assert rule is not None, "a dense model has no quantized weights"
@@ -59,11 +70,11 @@ def save_model_folder(
     info: dict[str, Any] | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a latent `folder`, replacing an older one in one step; what its user has put there stays.
+    """Write a latent model folder, replacing an older one in one step; files that the user has put there stay.
 
     Args:
-        folder: the target; its parent is made if it is missing.
-        model: gives the sizes, and the weights unless `state_dict` does (a sharded run gathers them itself).
+        folder: the target; its parent is created if it is missing.
+        model: gives the sizes, and the weights if `state_dict` is None (a sharded run gathers them itself).
         info: plain data to keep in config.json.
     """
     state = model.state_dict() if state_dict is None else state_dict

@@ -1,6 +1,7 @@
-"""The packed model folder: codes and scales, which run and do not train; everything else as in the latent one.
+"""The packed model folder holds codes and scales, which can be run but not trained.
 
-Two bits hold a ternary code (quant/packing.py has the layout, which is Hugging Face's); other codes take a byte.
+Everything else is as in the latent folder. A ternary code takes two bits, in Hugging Face's layout (quant/packing.py);
+other codes take a byte.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ if TYPE_CHECKING:
 
     from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
 
-SCALE_ERROR = 2.0**-23  # a float32 whose inverse was stored, or not
+SCALE_ERROR = 2.0**-23  # two roundings of a float32: the inverse may be stored
 
 
 @FORMATS.register
 @dataclass(frozen=True)
 class Packed(ModelFolder):
-    """The model folder with packed codes: it holds every network, and schemes of codes and scales."""
+    """Writes the model folder with packed codes; the scheme must consist of codes and scales."""
 
     name = "packed"
     title = "the model folder, packed codes"
 
     def problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """Why a packed folder cannot hold a model, whoever reads it."""
+        """List why a packed folder cannot hold a model."""
         found, scheme = [*scheme_problems(quant), *super().problems(config, quant)], quant.scheme
         if not scheme.quantizes:
             found.append(f"quant={scheme.name}: a dense model has no codes to pack: take quant=b158, or format=latent")
@@ -59,11 +60,10 @@ class Packed(ModelFolder):
         return found
 
     def tool_problems(self, config: ModelConfig, quant: QuantConfig) -> list[str]:
-        """Why stock `transformers` would compute something else, and so refuses the folder."""
+        """List why unmodified `transformers` cannot compute the model; it refuses such a folder."""
         return transformers_problems(config, quant, packed=True)
 
     def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
-        """See `Format`."""
         import torch
 
         from bitnet_lit.checkpoints.formats.model_folder_writer import write_folder
@@ -82,7 +82,10 @@ class Packed(ModelFolder):
 
 
 def packed_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTensor]:
-    """Codes as quant/packing.py keeps them, scales as float32 (1,), (O, 1) or (O, G), everything else in `dtype`."""
+    """Yield the tensors of a packed folder: codes in the layout of quant/packing.py, scales, and dense tensors.
+
+    Scales are float32 (1,), (O, 1) or (O, G). Dense tensors are in `dtype`.
+    """
     import torch
 
     from bitnet_lit.checkpoints.safetensors_writer import LazyTensor

@@ -1,10 +1,11 @@
-"""llama.cpp's Q6_K: 6.56 bits a weight, for embeddings.
+"""Embeddings are quantized here to Q6_K of llama.cpp, which takes 6.56 bits per weight.
 
-A block holds 256 weights: sixteen groups of 16, each with an 8-bit scale; one fp16 factor for all of them::
+A block holds 256 weights in sixteen groups of 16. Each group has an 8-bit scale, and the block has one fp16 factor d::
 
     weight ~= d * scale[group] * q        q in -32..31, stored as q + 32
 
-Bytes of a block (ggml-common.h, block_q6_K): the low 4 bits of q (128), the high 2 bits (64), the scales (16), d (2).
+A block is stored as 210 bytes (ggml-common.h, block_q6_K): the low 4 bits of q (128), the high 2 bits (64), the scales
+(16), and d (2).
 Within each half of 128 weights, byte l of the low bits holds the weights l and l + 64, and byte l of the high bits the
 weights l, l + 32, l + 64 and l + 96.
 """
@@ -18,16 +19,16 @@ BLOCK, GROUP = 256, 16
 
 
 def quantize_q6_k(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """float32 (R, I) with I a multiple of 256 -> uint8 (R, I / 256 * 210)."""
+    """Quantize rows to blocks of Q6_K: float32 (R, I), I a multiple of 256 -> uint8 (R, I / 256 * 210)."""
     groups = rows.reshape(-1, BLOCK // GROUP, GROUP)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
     opposite = (groups * -np.sign(largest)).max(-1, keepdims=True)
-    # The largest magnitude becomes -32. Of the other sign 31 is the last, which stands for up to 31.5 steps.
+    # The largest magnitude becomes -32. On the other side the last code is 31, which rounding gives up to 31.5 steps.
     scale = np.copysign(np.maximum(np.abs(largest) / 32, opposite / 31.5), -largest)
     top = np.take_along_axis(scale, np.abs(scale).argmax(1, keepdims=True), 1)
-    exact = top / -127.5  # in the same way: codes of scales are -128..127
+    exact = top / -127.5  # likewise: the 8-bit scales are -128..127
     d = exact.astype(np.float16)
-    # Away from zero: the largest scale must not be cut off where d is so small that it has few bits.
+    # Round away from zero: a d that is too small would clip the largest scale.
     d = np.where(np.abs(d) < np.abs(exact), np.nextafter(d, np.copysign(np.float16(np.inf), d)), d)
     wide = d.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
