@@ -169,7 +169,7 @@ def test_a_damaged_scale_of_one_group_is_named(tmp_path):
     read = stored.reader.read
     scales[3, 2] = np.nan
     stored.reader.read = lambda key: scales if key == f"{name}_scale" else read(key)
-    with pytest.raises(UserError, match=r"_scale is nan"):
+    with pytest.raises(UserError, match=r"_scale holds nan"):
         stored.scale(name)
 
 

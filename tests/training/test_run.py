@@ -111,6 +111,13 @@ def test_an_option_that_must_not_change_what_is_trained(tmp_path, shards, defaul
     assert all(torch.equal(found[name], tensor) for name, tensor in default_weights.items())
 
 
+def test_an_epoch_is_a_pass_over_the_sequences_that_are_trained_on(tmp_path, shards):
+    options = ["data.max_train_sequences=8", "trainer.max_epochs=1.5", "trainer.val_check_interval=1.0"]
+    metrics = run(tmp_path, shards, *options)
+    assert metrics["steps"] == 3  # of 4 sequences
+    assert [row["step"] for row in rows(tmp_path) if row["val/loss"]] == ["2", "3"]
+
+
 def test_accumulation_equals_the_larger_batch(tmp_path, shards):
     options = ["trainer.max_steps=3", "trainer.gradient_clip_val=0", "quant=none", "optim=adamw"]
     a = run(tmp_path, shards, *options, "data.batch_size=8", name="a")

@@ -79,8 +79,9 @@ class ShardData:
         self.vocab_size, self.tokenizer = self.shards.vocab_size, self.shards.tokenizer
 
     def num_train_sequences(self, sequence_length: int) -> int:
-        """See `RunData`."""
-        return self.shards.train(sequence_length).num_sequences
+        """Return the number of training sequences in an epoch: at most `data.max_train_sequences`."""
+        num_sequences = self.shards.train(sequence_length).num_sequences
+        return min(num_sequences, self.config.max_train_sequences or num_sequences)
 
     def rows(self, count: int, sequence_length: int) -> Tensor:
         """See `RunData`."""
