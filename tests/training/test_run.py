@@ -118,6 +118,19 @@ def test_an_epoch_is_a_pass_over_the_sequences_that_are_trained_on(tmp_path, sha
     assert [row["step"] for row in rows(tmp_path) if row["val/loss"]] == ["2", "3"]
 
 
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ("[lm_heed]", r"quant\.skip=\[lm_heed\]: no linear layer of that name: did you mean lm_head\?"),
+        ("[lm_head,q_porj]", r"quant\.skip=\[q_porj\]: .*did you mean q_proj\?"),
+        ("[experts]", r"quant\.skip=\[experts\]: .*there are down_proj, gate_proj, "),
+    ],
+)
+def test_a_layer_to_skip_that_does_not_exist_is_refused(tmp_path, shards, skip, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, shards, f"quant.skip={skip}")
+
+
 def test_accumulation_equals_the_larger_batch(tmp_path, shards):
     options = ["trainer.max_steps=3", "trainer.gradient_clip_val=0", "quant=none", "optim=adamw"]
     a = run(tmp_path, shards, *options, "data.batch_size=8", name="a")

@@ -28,11 +28,13 @@ from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
 from bitnet_lit.config.held import network_values
+from bitnet_lit.did_you_mean import nearest
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.model.custom import build_custom_network
 from bitnet_lit.quant.bit_linear import set_strength
+from bitnet_lit.quant.scheme import is_skipped
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.data import RunData
@@ -47,7 +49,8 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
     The vocabulary size then comes from the data, and with `init_from` the sizes come from the trained model.
 
     Raises:
-        UserError: the vocabulary is too small for the data, or the trained model cannot be trained further.
+        UserError: the vocabulary is too small for the data, the trained model cannot be trained further, or quant.skip
+            names a layer that does not exist.
     """
     # The weights of a resumed run come from its checkpoint, and its sizes come from its config.
     trained = None if config.init_from is None or config.resume is not None else _trained(config)
@@ -67,10 +70,13 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
         )
     if isinstance(config.model, CustomNetwork):
         L.seed_everything(config.seed, verbose=False)
-        return build_custom_network(config.model, config.quant)
+        network = build_custom_network(config.model, config.quant)
+        check_skip(network, config)
+        return network
     check_memory(config)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.quant)
+    check_skip(model, config)
     if trained is not None:
         adds_norms = config.model.sub_norm and not trained.config.sub_norm
         model.load_state_dict(trained.model.state_dict(), strict=not adds_norms)
@@ -78,6 +84,23 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
             length = min(config.model.max_position_embeddings, config.data.sequence_length or 256)
             calibrate_sub_norms(model, data.rows(CALIBRATION_SEQUENCES, length)[:, :-1])
     return model
+
+
+def check_skip(network: nn.Module, config: TrainConfig) -> None:
+    """Refuse an entry of `quant.skip` that no linear layer has: a misspelled layer would be rounded without a word.
+
+    `lm_head`, the default, may be missing. A resumed run goes on with what it began with.
+
+    Raises:
+        UserError: the entry, and the layer that is spelled almost like it.
+    """
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    for entry in config.quant.skip if config.resume is None else ():
+        if entry != "lm_head" and not any(is_skipped(layer, [entry]) for layer in layers):
+            known = sorted({layer.rpartition(".")[2] for layer in layers})
+            near = nearest(entry, known)
+            remedy = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"quant.skip=[{entry}]: no linear layer of that name: {remedy}")
 
 
 def _trained(config: TrainConfig) -> PretrainedModel:
