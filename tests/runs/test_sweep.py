@@ -94,10 +94,10 @@ def test_a_signal_before_the_first_step_of_a_job_ends_the_sweep(tmp_path):
     handlers = sweep.StopHandlers(tmp_path)
     handlers.install()
     try:
-        result = sweep.run_job(lambda: signal.raise_signal(signal.SIGHUP), tmp_path / "0", tmp_path, True)
+        result = sweep.run_job(lambda: signal.raise_signal(signal.SIGUSR1), tmp_path / "0", tmp_path, True)
     finally:
         handlers.remove()
-    assert result == float("inf") and sweep.stop_number(tmp_path) == signal.SIGHUP
+    assert result == float("inf") and sweep.stop_number(tmp_path) == signal.SIGUSR1
 
 
 @pytest.mark.parametrize("by_itself", [False, True])
