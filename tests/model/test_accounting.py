@@ -49,3 +49,12 @@ def test_matrix_flops_agree_with_torchs_counter():
     counted = account(model.config, QuantConfig(name="none"), 64)
     attention = 2 * (4 * 32 * 65 / 2)
     assert matrices == 64 * (counted.forward_flops_per_token - attention)
+
+
+def test_projections_that_stay_dense_count_their_32_bits():
+    config = tiny_config(hidden_size=32, intermediate_size=64)
+    ternary = account(config, QuantConfig()).bits_per_weight
+    found = account(config, QuantConfig(skip=["lm_head", "down_proj"])).bits_per_weight
+    share = 32 * 64 / (4 * 32 * 32 + 3 * 32 * 64)  # of down_proj among the weights of a layer
+    assert found == pytest.approx(32 * share + ternary * (1 - share), rel=0.02)  # scales are of matrices of other sizes
+    assert account(config, QuantConfig(name="none")).bits_per_weight == 32

@@ -11,7 +11,16 @@ import math
 from dataclasses import dataclass
 
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.model.tensors import Kind, layer_tensors, outer_tensors, own_tensors
+from bitnet_lit.model.tensors import (
+    Kind,
+    layer_tensors,
+    network_tensors,
+    outer_tensors,
+    own_tensors,
+    quantized_names,
+)
+
+DENSE_BITS = 32.0
 
 
 @dataclass(frozen=True)
@@ -20,12 +29,12 @@ class Accounting:
 
     Attributes:
         embedding: parameters of embed_tokens, and of lm_head where it is not tied.
-        projections: parameters of the seven projections of all layers, which a scheme quantizes.
+        projections: parameters of the seven projections of all layers, which a scheme quantizes but for `quant.skip`.
         norms: all other parameters: norms, biases of q, k and v, and the further tensors of a scheme's own layer.
         forward_flops_per_token: FLOPs of the forward pass at a given sequence length; a token attends to half of the
             sequence on average.
         bits_per_weight: mean bits of a projection weight: the information of its code (log2(3) for b158) and its share
-            of the scales; 32 for a dense model.
+            of the scales; 32 for a weight that stays dense.
     """
 
     embedding: int
@@ -64,7 +73,12 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     matrices = [tensor for tensor in in_a_layer if tensor.kind is Kind.PROJECTION]
     weights = sum(tensor.size for tensor in matrices)
     own = sum(math.prod(shape) for shape in own_tensors(config, quant).values())
-    bits = sum(tensor.size * quant.scheme.bits_per_weight(*tensor.shape) for tensor in matrices)
+    quantized = quantized_names(config, quant)
+    bits = sum(
+        tensor.size * (quant.scheme.bits_per_weight(*tensor.shape) if tensor.name in quantized else DENSE_BITS)
+        for tensor in network_tensors(config)
+        if tensor.kind is Kind.PROJECTION
+    )
     outer = outer_tensors(config)
     vectors = layers * (sum(tensor.size for tensor in in_a_layer) - weights)
     # The scores and the weighted sum of the values are two products of head_dim, for each head and each visible
@@ -75,5 +89,5 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
         projections=layers * weights,
         norms=vectors + own + sum(tensor.size for tensor in outer if tensor.kind is not Kind.EMBEDDING),
         forward_flops_per_token=2 * (layers * weights + head) + attention_flops,
-        bits_per_weight=bits / weights,
+        bits_per_weight=bits / (layers * weights),
     )
