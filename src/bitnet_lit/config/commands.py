@@ -184,7 +184,7 @@ class PlotConfig:
     metric: str = "val/loss"
     """The column of metrics.csv to plot."""
     label: str = "quant"
-    """What the legend shows for each run: a config group (quant, model, optim) or seed."""
+    """The config group (quant, model, optim) or the key (seed) that names each run in the legend."""
     out: str = "outputs/curves.png"
     """The PNG file to write."""
 

@@ -87,7 +87,7 @@ def length_of(loader: Any) -> int | None:
     """Return the number of batches of an epoch; None where the loader does not say."""
     try:
         return len(loader)
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError):  # a dataset without __len__, or with one that only raises
         return None
 
 

@@ -34,7 +34,7 @@ FEARS = ["the dark", "the thunder", "the deep water", "the tall ladder", "the lo
 
 @dataclass(frozen=True)
 class Cast:
-    """What a story is about. The pronouns are the hero's."""
+    """A Cast holds the names and things that a story is filled with. The pronouns are the hero's."""
 
     hero: str
     he: str

@@ -1,4 +1,4 @@
-"""What a source of text is: shards of text, each made of segments that can be read one by one.
+"""A source of text is a list of shards, each made of segments that can be read one by one.
 
 `prepare` writes one file of tokens for each shard of text. A segment is a part that can be read by itself: a whole
 .json file, a byte range of a large .txt file, a range of demo stories. Each encoding process reads its own segments, so
@@ -20,7 +20,7 @@ from pathlib import Path
 
 @dataclass
 class ReadCounts:
-    """What was read from segments; each reader adds to it.
+    """ReadCounts adds up what the readers found in the segments of a shard.
 
     Attributes:
         bytes_in: bytes of UTF-8.

@@ -172,7 +172,7 @@ def without_surrogates(text: str) -> str:
 
 
 class PieceKind(Enum):
-    """What a SentencePiece piece is for."""
+    """A PieceKind says what SentencePiece uses a piece for."""
 
     NORMAL = "normal"  # text
     UNKNOWN = "unknown"  # stands for text that no piece covers
@@ -197,7 +197,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceVocabulary:
-    """What a format needs that stores a SentencePiece model in its own way (GGUF, llama2.c's tokenizer.bin).
+    """This vocabulary is what GGUF and llama2.c's tokenizer.bin store of a SentencePiece model, each in its own way.
 
     Attributes:
         pieces: by id.
