@@ -89,3 +89,21 @@ def run_command(command: str, *arguments: str, cwd: Path, check: bool = True, **
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+class Killed(BaseException):
+    """Stands for a kill: no `except Exception` of a run catches it."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the runs that follow die behind an optimizer step, until `monkeypatch.undo()`."""
+    from bitnet_lit.training.callbacks.checkpoints import Checkpoints  # imports Lightning
+
+    original = Checkpoints.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *arguments):  # type: ignore[no-untyped-def]
+        original(self, trainer, *arguments)
+        if trainer.global_step == step:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)

@@ -16,11 +16,10 @@ from bitnet_lit.data.custom import CustomDataModule, open_custom, own_tokenizer
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
-from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN
+from tests.support import TINY_RUN, Killed, kill_at
 
 HERE = "tests.data.test_custom"
 QUICK = ["callbacks.sample_prompts=[]", "callbacks.throughput=false", "callbacks.progress_bar=false"]
@@ -154,15 +153,8 @@ def test_validation_takes_a_part_inside_the_run_and_all_at_its_end():
 def test_a_run_is_resumed_exactly_and_evaluated(tmp_path, monkeypatch, cls):
     options = [*TINY_RUN, *QUICK, f"data._target_={HERE}.{cls}", "data.count=23", "trainer.limit_val_batches=null"]
     metrics = train(compose("train", [f"run_dir={tmp_path}/whole", *options]))
-    original = Checkpoints.on_train_batch_end
-
-    def on_train_batch_end(self, trainer, *arguments):
-        original(self, trainer, *arguments)
-        if trainer.global_step == 6:
-            raise KeyError("killed")
-
-    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
-    with pytest.raises(KeyError):
+    kill_at(monkeypatch, 6)
+    with pytest.raises(Killed):
         train(compose("train", [f"run_dir={tmp_path}/broken", *options]))
     monkeypatch.undo()
     with pytest.raises(UserError, match=rf"names the class {HERE}.{cls}, .* allow=\[{HERE}.{cls}\]"):

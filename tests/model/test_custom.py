@@ -13,11 +13,10 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.model.custom import build_custom_network, count
 from bitnet_lit.quant import BitLinear
-from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN
+from tests.support import TINY_RUN, Killed, kill_at
 
 HERE = "tests.model.test_custom"
 SHORT = [item for item in TINY_RUN if not item.startswith("model.")]
@@ -64,15 +63,8 @@ def options(shards, *overrides):
 def test_a_run_is_resumed_exactly_written_and_evaluated(tmp_path, shards, monkeypatch, optim):
     overrides = options(shards, f"optim={optim}")
     metrics = train(compose("train", [f"run_dir={tmp_path}/whole", *overrides]))
-    original = Checkpoints.on_train_batch_end
-
-    def on_train_batch_end(self, trainer, *arguments):
-        original(self, trainer, *arguments)
-        if trainer.global_step == 6:
-            raise KeyError("killed")
-
-    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
-    with pytest.raises(KeyError):
+    kill_at(monkeypatch, 6)
+    with pytest.raises(Killed):
         train(compose("train", [f"run_dir={tmp_path}/broken", *overrides]))
     monkeypatch.undo()
     with pytest.raises(UserError, match=rf"names the class {HERE}.Mixer, .* allow=\[{HERE}.Mixer\]"):

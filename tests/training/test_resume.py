@@ -7,25 +7,9 @@ import torch
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
-from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN
-
-
-class Killed(BaseException):
-    pass
-
-
-def die_at(monkeypatch, step):
-    original = Checkpoints.on_train_batch_end
-
-    def on_train_batch_end(self, trainer, *arguments):
-        original(self, trainer, *arguments)
-        if trainer.global_step == step:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
+from tests.support import TINY_RUN, Killed, kill_at
 
 
 def state(folder):
@@ -56,7 +40,7 @@ def metric_rows(folder):
 def test_resumed_equals_unbroken_bit_for_bit(tmp_path, shards, monkeypatch, overrides):
     options = [f"data.dir={shards}", *TINY_RUN, *overrides]
     train(compose("train", [f"run_dir={tmp_path}/whole", *options]))
-    die_at(monkeypatch, 6)  # after the checkpoint of step 4 (or 5), before the validation of step 8
+    kill_at(monkeypatch, 6)  # after the checkpoint of step 4 (or 5), before the validation of step 8
     with pytest.raises(Killed):
         train(compose("train", [f"run_dir={tmp_path}/broken", *options]))
     monkeypatch.undo()

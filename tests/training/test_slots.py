@@ -17,7 +17,7 @@ from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN
+from tests.support import TINY_RUN, Killed, kill_at
 
 HERE = "tests.training.test_slots"
 QUICK = ["callbacks.sample_prompts=[]", "callbacks.throughput=false", "callbacks.progress_bar=false"]
@@ -97,21 +97,6 @@ def assert_same(one, other):
         assert torch.equal(tensor, weights(other)[name]), name
 
 
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, step):
-    original = Checkpoints.on_train_batch_end
-
-    def on_train_batch_end(self, trainer, *arguments):
-        original(self, trainer, *arguments)
-        if trainer.global_step == step:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_train_batch_end)
-
-
 def test_a_slot_takes_keys_with_and_without_a_plus_and_groups_stay_typed():
     for sign in ("", "+", "++"):
         overrides = [f"{sign}callbacks.extra.early.{item}" for item in ("_target_=a.B", "patience=3")]
@@ -150,7 +135,7 @@ def own(tmp_path_factory, shards):
     ]
     run(root / "whole", shards, *overrides)
     with pytest.MonkeyPatch.context() as patch:
-        killed_at(patch, 6)
+        kill_at(patch, 6)
         with pytest.raises(Killed):
             run(root / "broken", shards, *overrides)
     return root
@@ -200,7 +185,7 @@ def test_every_slot_is_used_and_a_resumed_run_is_the_unbroken_one(own, tmp_path)
 def test_schedules_resume_exactly(tmp_path, shards, monkeypatch, schedule):
     overrides = ["optim=adamw", *schedule]
     run(tmp_path / "whole", shards, *overrides)
-    killed_at(monkeypatch, 6)
+    kill_at(monkeypatch, 6)
     with pytest.raises(Killed):
         run(tmp_path / "broken", shards, *overrides)
     monkeypatch.undo()
