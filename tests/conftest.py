@@ -1,8 +1,14 @@
-"""What many tests share, and an environment without network, login or compiler runs."""
+"""What many tests share, and an environment without network, login or compiler runs.
+
+A test tests the CPU, and sees no GPU where there is one. The marker `gpu` says that a test needs one, and
+`@pytest.mark.gpu(count=2)` that it needs two: it sees them, `torch.compile` compiles there, and on a machine with fewer
+it is skipped with the reason.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +29,43 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 
 torch.set_num_threads(1)
+GPUS = torch.cuda.device_count()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (marker := item.get_closest_marker("gpu")) is None:
+        return
+    needed = marker.kwargs.get("count", 1)
+    if needed > GPUS:
+        pytest.skip("needs an NVIDIA GPU" if needed == 1 else f"needs {needed} NVIDIA GPUs, and there are {GPUS}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """`pytest -m gpu` is one process: each process on a GPU takes half a GB of it, and they wait for each other."""
+    return 1 if config.option.markexpr == "gpu" else None
+
+
+@pytest.fixture(autouse=True)
+def devices_of_the_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test with the marker `gpu` see the GPUs and compile for them, and every other test see none.
+
+    Processes that the test starts see the same, through their environment.
+    """
+    if request.node.get_closest_marker("gpu") is None:
+        if GPUS:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
+        return
+    from torch import _dynamo  # takes a second, and only these tests need it
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(_dynamo.config, "disable", False)
+    yield
+    _dynamo.reset()  # a function compiled for many shapes is not compiled again: dynamo counts them in a process
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")
