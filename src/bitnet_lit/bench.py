@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import os
 import platform
-from typing import TYPE_CHECKING
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 from bitnet_lit.entry_point import run_command
+from bitnet_lit.errors import UserError
 
 if TYPE_CHECKING:
     from bitnet_lit.config import BenchConfig
+
+
+def _machine() -> dict[str, Any]:
+    """Return what a figure depends on: the processor, the GPU and the version of torch."""
+    import torch
+
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return machine
 
 
 def _bench(config: BenchConfig) -> None:
@@ -19,23 +31,16 @@ def _bench(config: BenchConfig) -> None:
 
     from bitnet_lit.terminal import wide_console
 
-    if config.suite == "data":
-        from bitnet_lit.data.benchmark import data_rows
-
-        rows = data_rows(config.rounds)
-    else:
-        from bitnet_lit.inference.benchmark import cpu_rows
-        from bitnet_lit.inference.engines.cpu.cores import allowed_threads
-
-        rows = cpu_rows(config.rounds, allowed_threads(config.threads))
+    if config.suite.startswith("gpu") and not torch.cuda.is_available():
+        raise UserError(f"suite={config.suite}: this machine has no CUDA device: take suite=data, cpu or cpu_train")
+    rows = resolve_name(config.SUITES[config.suite])(config)
     table = Table(title=f"suite={config.suite}, median of {config.rounds} interleaved rounds")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
         table.add_row(*[f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()])
     wide_console(160).print(table)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    print(json.dumps({"suite": config.suite, "machine": machine, "rows": rows}))
+    print(json.dumps({"suite": config.suite, "machine": _machine(), "rows": rows}))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bitnet_lit.config import BenchConfig
 from bitnet_lit.inference import benchmark
 from bitnet_lit.inference.engines.cpu import native
 from tests.inference.test_cpu_engine import needs_compiler
@@ -13,7 +14,7 @@ from tests.inference.test_cpu_engine import needs_compiler
 def test_rows_of_every_peer_and_of_the_memory(monkeypatch):
     monkeypatch.setattr(benchmark, "SHAPES", ((256, 1, 256, 4),))
     monkeypatch.setattr(benchmark, "BANDWIDTH_BYTES", 2**24)
-    rows = benchmark.cpu_rows(rounds=2, threads=2)
+    rows = benchmark.cpu_rows(BenchConfig(suite="cpu", rounds=2, threads=2))
     assert json.loads(json.dumps(rows)) == rows
     assert {row["shape"] for row in rows} == {"256/1/256/4"}
     compared = {(row["peer"], row["what"]) for row in rows if row["unit"] == "tokens/s"}

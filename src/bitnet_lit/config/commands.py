@@ -194,14 +194,23 @@ class BenchConfig(Checked):
     """`python -m bitnet_lit.bench` compares our speed with that of other software. Its last line is JSON."""
 
     suite: str = "data"
-    """data: encoding text, and loading batches. cpu: decode and prefill of the native engine."""
+    """data: encoding text, and loading batches. cpu: decode and prefill of the native engine. cpu_train: training on
+    the CPU. gpu_train: training on one GPU. gpu_decode: generation on one GPU."""
     rounds: int = 7
     """Measurements of each program, interleaved (ours, theirs, ours, ...). The table shows medians."""
     threads: int | None = None
-    """For suite=cpu, the threads of every engine. null: one on each physical core."""
+    """For the suites of the CPU, the threads of every program. null: one on each physical core."""
 
     RANGES: ClassVar[dict[str, Range]] = {"rounds": SIZE, "threads": SIZE}
+    SUITES: ClassVar[dict[str, str]] = {
+        "data": "bitnet_lit.data.benchmark.data_rows",
+        "cpu": "bitnet_lit.inference.benchmark.cpu_rows",
+        "cpu_train": "bitnet_lit.training.cpu_benchmark.cpu_train_rows",
+        "gpu_train": "bitnet_lit.training.benchmark.gpu_train_rows",
+        "gpu_decode": "bitnet_lit.inference.gpu_benchmark.gpu_decode_rows",
+    }
+    """The function that measures each suite: it takes this config and returns the rows of the table."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("suite", self.suite, ("data", "cpu"))
+        one_of("suite", self.suite, tuple(self.SUITES))

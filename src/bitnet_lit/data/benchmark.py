@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitnet_lit.config import BenchConfig
 from bitnet_lit.data.batches import TrainBatches
 from bitnet_lit.data.order import SampleOrder
 from bitnet_lit.data.shard_folder import find_shards, shard_path
@@ -112,7 +113,7 @@ def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
     )
 
 
-def data_rows(rounds: int) -> list[dict[str, Any]]:
+def data_rows(config: BenchConfig) -> list[dict[str, Any]]:
     """Measure all rows of `bench suite=data`."""
     with tempfile.TemporaryDirectory() as encoding, tempfile.TemporaryDirectory() as loading:
-        return [encoding_row(Path(encoding), rounds), loader_row(Path(loading), rounds)]
+        return [encoding_row(Path(encoding), config.rounds), loader_row(Path(loading), config.rounds)]

@@ -28,13 +28,14 @@ from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.checkpoints.pretrained import build_pretrained
 from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.config import BenchConfig, ModelConfig, QuantConfig
 from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.tokenizers.train_sentencepiece import TRAINED_NAME, train_tokenizer
 from bitnet_lit.extras import installed
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu import native
+from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.model.tensors import quantized_names, tensor_shapes
@@ -204,12 +205,13 @@ def _rows(shape: str, peer: str, ours: tuple[Timed, Timed], theirs: tuple[Timed,
     return rows
 
 
-def cpu_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
+def cpu_rows(config: BenchConfig) -> list[dict[str, Any]]:
     """The rows of `bench suite=cpu`: shape, what is measured, ours, the peer, theirs, unit, ratio, spread.
 
     llama.cpp and transformers are left out where they are not installed.
     """
     rows: list[dict[str, Any]] = []
+    rounds, threads = config.rounds, allowed_threads(config.threads)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(demo_stories(2000), 1024, Path(scratch) / TRAINED_NAME)
