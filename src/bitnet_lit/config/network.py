@@ -12,6 +12,9 @@ from bitnet_lit.quant.scheme import Scheme
 from bitnet_lit.quant.schemes import SCHEMES, register
 from bitnet_lit.registry import with_settings
 
+KERNELS = ("auto", "reference", "triton")
+"""The values of `quant.kernel`."""
+
 
 @dataclass
 class ModelConfig(Checked):
@@ -134,9 +137,9 @@ class ModelConfig(Checked):
 class QuantConfig(Checked):
     """QuantConfig has the keys of the group `quant`, which say how the seven projections are quantized.
 
-    The keys are of three kinds. `name`, `weight_scale`, `activation_bits` and `settings` choose the scheme, which the
+    The keys are of four kinds. `name`, `weight_scale`, `activation_bits` and `settings` choose the scheme, which the
     property `scheme` returns as an object. `skip` lists the layers that stay dense. `lambda_warmup_*` say how training
-    goes from full precision to quantized.
+    goes from full precision to quantized. `kernel` and `grad` say how it is computed; they are not saved with a model.
     """
 
     name: str = "b158"
@@ -158,6 +161,12 @@ class QuantConfig(Checked):
     """The curve of lambda: linear, cosine (slow at both ends) or exponential (fast at the beginning)."""
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
     """Linear layers that stay dense: a name, or the last part of a dotted name."""
+    kernel: str = "auto"
+    """What computes the quantized projections. auto: the fastest kernels that can. reference: plain PyTorch. triton:
+    int8 products on a GPU of the Hopper generation. All compute the same integers."""
+    grad: str = "fp8"
+    """How kernels on a GPU multiply output gradients by codes, for the gradient of the input. fp8: each row of the
+    gradient is rounded to FP8 (e4m3), in runs in bfloat16; the codes are exact. bf16: the gradient is not rounded."""
 
     OWNER: ClassVar[str] = "quant."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -171,6 +180,8 @@ class QuantConfig(Checked):
             self.name = SCHEMES.imported(self._target_, f"quant._target_={self._target_}").name
         self.describe()  # makes the scheme, which checks its settings
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
+        one_of("quant.kernel", self.kernel, KERNELS)
+        one_of("quant.grad", self.grad, ("fp8", "bf16"))
 
     @property
     def scheme(self) -> Scheme:

@@ -8,12 +8,16 @@ A layer computes in the order of BitNet b1.58 2B4T, as Hugging Face and llama.cp
 Every projection has a norm right before it, because int8 activations have one scale per token: where one value of a
 token is much larger than the others, these are rounded to zero. Without the two sub-norms this is a Llama layer.
 
+Projections that read the same normed input are called together (`normed_linears`, `MLP`), so that kernels can compute
+the norm, the rounding and the products in fewer passes over memory.
+
 Axis letters: B batch, T time, D hidden, H attention heads, K key/value heads, P head_dim, F feed-forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,8 @@ from torch import Tensor, nn
 
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.model.kv_cache import KVCache
+from bitnet_lit.quant.bit_linear import BitLinear
+from bitnet_lit.quant.kernels.choose import Kernels, Norm, are_alike, are_unobserved, chosen
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +39,29 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def _as_norm(norm: nn.Module) -> Norm | None:
+    return Norm(norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
+
+
+def _kernels(x: Tensor, norms: Sequence[nn.Module], linears: Sequence[nn.Module]) -> Kernels | None:
+    """Return the kernels that compute the norms and the linear layers together, or None where there are none."""
+    if not are_alike(linears) or not are_unobserved([*norms, *linears]):
+        return None
+    return chosen(cast(list[BitLinear], linears), x)
+
+
+def normed_linears(x: Tensor, norm: nn.Module, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Return linear(norm(x)) of each linear layer; x (B..., I) -> (B..., O) each.
+
+    Args:
+        norm: an RMSNorm, or an Identity where there is no norm.
+    """
+    if (kernels := _kernels(x, [norm], linears)) is not None:
+        return kernels.normed_linears(x, _as_norm(norm), cast(list[BitLinear], linears))
+    x = norm(x)
+    return tuple(linear(x) for linear in linears)
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -54,7 +83,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention is causal self-attention with grouped queries; x (B, T, D) -> (B, T, D)."""
+    """Attention is causal self-attention with grouped queries; x (B, T, D) -> (B, T, D).
+
+    The norm before it is an argument, because its projections compute it.
+    """
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
@@ -74,11 +106,12 @@ class Attention(nn.Module):
         heads: Tensor = x_BTD.unflatten(-1, (-1, self.head_dim))
         return heads.transpose(1, 2)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         length = x_BTD.shape[1]
-        q_BHTP = apply_rotary(self.q_norm(self._heads(self.q_proj(x_BTD))), cos, sin)
-        k_BKTP = apply_rotary(self.k_norm(self._heads(self.k_proj(x_BTD))), cos, sin)
-        v_BKTP = self._heads(self.v_proj(x_BTD))
+        q, k, v = normed_linears(x_BTD, norm, self.q_proj, self.k_proj, self.v_proj)
+        q_BHTP = apply_rotary(self.q_norm(self._heads(q)), cos, sin)
+        k_BKTP = apply_rotary(self.k_norm(self._heads(k)), cos, sin)
+        v_BKTP = self._heads(v)
         mask, is_causal = None, length > 1
         if cache is not None:
             past = cache.length
@@ -95,8 +128,7 @@ class Attention(nn.Module):
             is_causal=is_causal,
             enable_gqa=q_BHTP.shape[1] != k_BKTP.shape[1],
         )
-        y_BTD = y_BHTP.transpose(1, 2).flatten(-2)
-        output: Tensor = self.o_proj(self.attn_sub_norm(y_BTD))
+        (output,) = normed_linears(y_BHTP.transpose(1, 2).flatten(-2), self.attn_sub_norm, self.o_proj)
         return output
 
 
@@ -109,7 +141,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu2": r
 
 
 class MLP(nn.Module):
-    """MLP is the gated feed-forward layer; x (B, T, D) -> (B, T, F) -> (B, T, D)."""
+    """MLP is the gated feed-forward layer; x (B, T, D) -> (B, T, F) -> (B, T, D).
+
+    The norm before it is an argument, because its projections compute it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -117,11 +152,20 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        y_BTF = self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
-        output: Tensor = self.down_proj(self.ffn_sub_norm(y_BTF))
+    def forward(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+        linears = cast(list[BitLinear], [self.gate_proj, self.up_proj, self.down_proj])
+        if (kernels := _kernels(x_BTD, [norm, self.ffn_sub_norm], linears)) is not None:
+            *gate_up, down = linears
+            output = kernels.gated_mlp(
+                x_BTD, _as_norm(norm), gate_up, self.hidden_act, _as_norm(self.ffn_sub_norm), down
+            )
+            if output is not None:
+                return output
+        gate_BTF, up_BTF = normed_linears(x_BTD, norm, self.gate_proj, self.up_proj)
+        y_BTF = ACTIVATIONS[self.hidden_act](gate_BTF) * up_BTF
+        (output,) = normed_linears(y_BTF, self.ffn_sub_norm, self.down_proj)
         return output
 
 
@@ -137,6 +181,6 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache))
-        x_BTD = x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
+        x_BTD = x_BTD + self.dropout(self.self_attn(x_BTD, self.input_layernorm, cos, sin, cache))
+        x_BTD = x_BTD + self.dropout(self.mlp(x_BTD, self.post_attention_layernorm))
         return x_BTD

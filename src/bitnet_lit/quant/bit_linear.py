@@ -9,6 +9,8 @@ in any order of summation as long as |sum| <= 2**24, that is, for in_features up
 2-bit kernel and this layer agree in every integer accumulator, and only the last multiplication can round differently.
 This is why the trained model and the exported model are the same model.
 
+The code of this module is the reference. Faster kernels compute a layer where there are some for its device (kernels/).
+
 Scales per row are also applied after the product, one to each output. Scales per group cannot be applied at the end:
 there the product runs on codes * scale. A kernel that sums the integers of each group agrees with it up to the rounding
 of float32 sums.
@@ -40,6 +42,7 @@ from torch import Tensor, nn
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.activations import ActivationRule
+from bitnet_lit.quant.kernels.choose import chosen, compute_dtype
 from bitnet_lit.quant.scheme import Scheme
 from bitnet_lit.quant.schemes import scheme_named
 from bitnet_lit.quant.weights import WeightRule, spread_scale
@@ -133,13 +136,6 @@ def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y if y.dtype == dtype else y.to(dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
-
-
 class BitLinearFunction(torch.autograd.Function):
     """Compute y = x @ weight.T on integer codes, with a straight-through backward pass.
 
@@ -148,7 +144,7 @@ class BitLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, weights: WeightRule, activations: ActivationRule) -> Tensor:
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         x_codes, x_scale = activations.quantize(x)
         weight_codes, weight_scale = weights.quantize(weight)
         ctx.save_for_backward(x_codes.to(torch.int8), x_scale, weight_codes.to(torch.int8), weight_scale)
@@ -180,6 +176,8 @@ class BitLinear(nn.Linear):
     Attributes:
         scheme: how the layer is quantized.
         strength: lambda of the warm-up as a float32 tensor of shape (), or None where the layer is fully quantized.
+        kernel: what computes the layer, as `quant.kernel` says it: auto, reference, or the name of kernels.
+        grad: the dtype of the gradient of the input's product, as `quant.grad` says it: fp8 or bf16.
 
     Raises:
         UserError: the group size of the scheme does not divide in_features, or `quant` is unknown.
@@ -201,6 +199,7 @@ class BitLinear(nn.Linear):
         # Kept as attributes: a scheme makes its rules anew at each access, and every forward pass reads them.
         self._weights, self._activations = self.scheme.weights, self.scheme.activations
         self.strength: Tensor | None = None
+        self.kernel, self.grad = "auto", "fp8"
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant: str | Scheme | QuantConfig) -> BitLinear:
@@ -227,6 +226,8 @@ class BitLinear(nn.Linear):
         if self.strength is not None or self._weights is None:
             strength = 1.0 if self.strength is None else self.strength
             return bit_linear_reference(input, self.weight, self.bias, self.scheme, strength)
+        if (kernels := chosen([self], input)) is not None:
+            return kernels.normed_linears(input, None, [self])[0]
         y: Tensor = BitLinearFunction.apply(input, self.weight, self._weights, self._activations)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 

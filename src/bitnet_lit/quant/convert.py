@@ -92,6 +92,7 @@ def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: 
             return None
         try:
             new = make.from_linear(layer, scheme)
+            new.kernel, new.grad = getattr(quant, "kernel", new.kernel), getattr(quant, "grad", new.grad)
             _take_over(new, layer)
         except UserError as error:
             raise UserError(f"{name}: {error}, or leave it dense with skip=[{name!r}]") from None

@@ -23,6 +23,8 @@ _FREE = {
     *(f"model.{key}" for key in ModelConfig.TRAINING),
     "quant.lambda_warmup_steps",
     "quant.lambda_warmup_shape",
+    "quant.kernel",
+    "quant.grad",
     "quant._target_",  # only where a scheme's class is defined; its name and its settings are compared
 }
 

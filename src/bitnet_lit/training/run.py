@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
@@ -26,6 +27,7 @@ from bitnet_lit.errors import TrainingStopped, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
 from bitnet_lit.model.custom import count
+from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
 from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks import build_callbacks
@@ -168,6 +170,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         callbacks=build_callbacks(config, plan, run_dir, tokenizer, facts, checkpoints),
         logger=build_loggers(config, run_dir, csv_logger, start.step if start else 0),
     )
+    dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
+    kernels = describe(model, trainer.strategy.root_device, dtype)
     uses_cuda = trainer.strategy.root_device.type == "cuda"
     if config.compile == "true" or (config.compile == "auto" and uses_cuda):
         model.compile()  # in place: parameter names stay
@@ -178,6 +182,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
             rows["from"] = f"step {start.step}, {start.path}"
         elif config.init_from:
             rows["from"] = f"{config.init_from}, {'with' if moments else 'without'} its optimizer's state"
+        if kernels is not None:
+            rows["kernels"] = kernels
         print_plan(config, plan, rows)
     with in_one_line(lambda: checkpoints.folder.parent, trainer.world_size, trainer.global_rank):
         try:

@@ -1,0 +1,173 @@
+"""This module chooses what computes a quantized layer, when it is called: kernels for its device, or the reference.
+
+The reference is the plain PyTorch code of bit_linear.py. Kernels are a class that derives from `Kernels`. One object of
+it stands in `KERNELS` under the type of its device, and says of each layer whether it can compute it::
+
+    kernels = chosen([q_proj, k_proj, v_proj], x)     # by the device and the dtype of x
+    if kernels is not None:
+        q, k, v = kernels.normed_linears(x, Norm(weight, eps), [q_proj, k_proj, v_proj])
+
+`quant.kernel` is auto, reference, or the name of kernels. A layer falls back to the reference where its kernels refuse
+it: the plan of a run prints the reason (`describe`). Kernels that were named and cannot run are an error there.
+
+Kernels must keep to this:
+
+- The integers of a product equal those of the reference. Only float operations may round differently.
+- Parameters keep their names, and each gets a gradient of its own.
+- While lambda is warmed up (`strength` is set), the reference computes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from bitnet_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from bitnet_lit.quant.bit_linear import BitLinear
+
+
+class Norm(NamedTuple):
+    """An RMSNorm: x / sqrt(mean(x**2) + eps) * weight, computed in float32 and returned in the dtype of x."""
+
+    weight: Tensor
+    eps: float
+
+
+class Kernels(ABC):
+    """Kernels compute quantized layers on one type of device.
+
+    Attributes:
+        name: the value of `quant.kernel` that asks for them.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why one of these layers cannot be computed, in a few words; None if all can.
+
+        `torch.compile` traces this at each call of a layer, so it must be cheap and plain.
+
+        Args:
+            layers: layers of one scheme. Each of them can be computed together with others of which this is true.
+            dtype: the dtype in which the layers return their outputs.
+        """
+
+    @abstractmethod
+    def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
+        """Compute layer(norm(x)) of each layer, biases included.
+
+        Args:
+            x: float, (B..., I).
+            norm: the norm before the layers, or None where x is their input.
+
+        Returns:
+            For each layer, (B..., O) in the dtype of the reference's output.
+        """
+
+    def gated_mlp(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        gate_up: Sequence[BitLinear],
+        activation: str,
+        sub_norm: Norm | None,
+        down: BitLinear,
+    ) -> Tensor | None:
+        """Compute down(sub_norm(activation(gate(norm(x))) * up(norm(x)))), or return None to have it done in parts.
+
+        Args:
+            x: float, (B..., I).
+            gate_up: the layers of gate and of up.
+            activation: "silu" or "relu2".
+        """
+        return None
+
+
+KERNELS: dict[str, Kernels] = {}
+"""Kernels by the type of their device, "cuda" or "cpu"."""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which layers that read `x` compute their products: autocast's, or that of `x`."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:
+    """Return the kernels that compute `layers` on the device of `x`, or None where the reference does.
+
+    Args:
+        layers: one layer or several, which read `x` or its norm.
+    """
+    kernels = KERNELS.get(x.device.type)
+    if kernels is None or layers[0].kernel not in ("auto", kernels.name) or layers[0].strength is not None:
+        return None
+    return kernels if kernels.refusal(layers, x.device, compute_dtype(x)) is None else None
+
+
+def are_alike(layers: Sequence[nn.Module]) -> bool:
+    """Return whether `layers` are plain BitLinear layers of one kind, which kernels may compute together."""
+    from bitnet_lit.quant.bit_linear import BitLinear
+
+    first = layers[0]
+    return type(first) is BitLinear and all(
+        type(layer) is BitLinear and layer.scheme == first.scheme and layer.kernel == first.kernel for layer in layers
+    )
+
+
+def are_unobserved(modules: Sequence[nn.Module]) -> bool:
+    """Return whether no hook waits for a call of one of `modules`. Where one does, each of them must be called."""
+    return not _has_any_global_hook() and not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what will compute the quantized layers of a network, as a line for the plan of a run.
+
+    Args:
+        network: has the sizes that the run has. It may still be on another device.
+        device: where it will be trained.
+        dtype: the dtype of its products there (autocast's).
+
+    Returns:
+        "triton (112 layers), reference (2 layers: in_features 100 is not a multiple of 16)"; None where nothing is
+        quantized.
+
+    Raises:
+        UserError: `quant.kernel` names kernels that cannot compute any layer there.
+    """
+    from bitnet_lit.quant.bit_linear import BitLinear
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BitLinear)]
+    if not layers:
+        return None
+    asked, kernels = layers[0].kernel, KERNELS.get(device.type)
+    name = "reference" if kernels is None else kernels.name
+    counts: dict[str | None, int] = {}
+    for layer in layers:
+        if kernels is None:
+            reason: str | None = f"there are no kernels for {device.type}"
+        elif asked not in ("auto", name):
+            reason = "quant.kernel=reference" if asked == "reference" else f"they are for another device than {device}"
+        else:
+            reason = kernels.refusal([layer], device, dtype)
+        counts[reason] = counts.get(reason, 0) + 1
+    if asked not in ("auto", "reference") and None not in counts:
+        raise UserError(f"quant.kernel={asked}: cannot run here ({next(iter(counts))}): take quant.kernel=auto")
+    parts = [
+        f"{name} ({count} layers)" if reason is None else f"reference ({count} layers: {reason})"
+        for reason, count in counts.items()
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,119 @@
+"""Which kernels compute a layer: by the device of its input, the key quant.kernel, and what the kernels refuse."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.model import build_model
+from bitnet_lit.quant import BitLinear
+from bitnet_lit.quant.bit_linear import bit_linear_reference, set_strength
+from bitnet_lit.quant.kernels import choose
+from bitnet_lit.quant.kernels.choose import Kernels, describe
+from tests.support import tiny_config
+
+IDS = torch.arange(24).reshape(2, 12)
+CPU = torch.device("cpu")
+
+
+class Recording(Kernels):
+    """Kernels for the CPU that compute the reference, and note what they were asked for."""
+
+    name = "triton"
+
+    def __init__(self, refuses=None):
+        self.refuses, self.calls = refuses, []
+
+    def refusal(self, layers, device, dtype):
+        return self.refuses
+
+    def normed_linears(self, x, norm, layers):
+        self.calls.append(len(layers))
+        if norm is not None:
+            x = torch.nn.functional.rms_norm(x.float(), norm.weight.shape, norm.weight, norm.eps).to(x.dtype)
+        return tuple(bit_linear_reference(x, layer.weight, layer.bias, layer.scheme) for layer in layers)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    recording = Recording()
+    monkeypatch.setitem(choose.KERNELS, "cpu", recording)
+    return recording
+
+
+def tiny(**quant):
+    torch.manual_seed(0)
+    return build_model(tiny_config(vocab_size=64), QuantConfig(**quant))
+
+
+def test_projections_of_one_input_are_computed_together(kernels):
+    model = tiny()
+    logits = model(IDS)
+    layers = model.config.num_hidden_layers
+    assert kernels.calls == [3, 1, 2, 1] * layers  # q, k, v; o; gate, up; down
+    kernels.refuses = "no"
+    assert_close(logits, model(IDS), atol=1e-5, rtol=1e-5)  # float32 sums in another order
+    assert kernels.calls == [3, 1, 2, 1] * layers
+
+
+@pytest.mark.parametrize("quant", [{"kernel": "reference"}, {"name": "none"}], ids=str)
+def test_kernels_that_are_not_wanted(kernels, quant):
+    tiny(**quant)(IDS)
+    assert kernels.calls == []
+
+
+def test_the_reference_computes_while_lambda_is_warmed_up(kernels):
+    model = tiny()
+    set_strength(model, torch.tensor(0.5))
+    model(IDS)
+    assert kernels.calls == []
+
+
+def test_a_layer_that_stays_dense_splits_its_group(kernels):
+    model = tiny(skip=["lm_head", "k_proj"])
+    model(IDS)
+    assert kernels.calls[:3] == [1, 1, 1]  # q, v and o by themselves
+
+
+def test_hooks_are_called(kernels):
+    model, seen = tiny(), []
+    first = model.model.layers[0]
+    for module in (first.self_attn.k_proj, first.post_attention_layernorm, first.mlp.ffn_sub_norm):
+        module.register_forward_hook(lambda module, *_: seen.append(type(module)))
+    model(IDS)
+    assert [kind.__name__ for kind in seen] == ["BitLinear", "RMSNorm", "RMSNorm"]
+    assert kernels.calls[:4] == [1, 1, 1, 1]  # q, k, v by themselves, and o
+    assert 3 in kernels.calls  # the other layers are computed together
+
+
+def test_a_layer_alone_is_computed_by_kernels_too(kernels):
+    layer = BitLinear(8, 4, quant="b1")
+    assert layer(torch.randn(3, 8)).shape == (3, 4)
+    assert kernels.calls == [1]
+
+
+def test_the_line_of_the_plan(kernels):
+    model = tiny()
+    count = 7 * model.config.num_hidden_layers
+    assert describe(model, CPU, torch.float32) == f"triton ({count} layers)"
+    kernels.refuses = "scales per group"
+    assert describe(model, CPU, torch.float32) == f"reference ({count} layers: scales per group)"
+    assert describe(model, torch.device("mps"), torch.float32).endswith("there are no kernels for mps)")
+    assert describe(tiny(name="none"), CPU, torch.float32) is None
+
+
+def test_kernels_that_were_asked_for_and_cannot_run(kernels):
+    kernels.refuses = "no Triton"
+    with pytest.raises(UserError, match=r"quant.kernel=triton: cannot run here \(no Triton\): take quant.kernel=auto"):
+        describe(tiny(kernel="triton"), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("key", ["kernel", "grad"])
+def test_a_value_that_does_not_exist(key):
+    with pytest.raises(UserError, match=f"quant.{key}=fast: must be one of"):
+        QuantConfig(**{key: "fast"})
+
+
+def test_a_saved_model_does_not_hold_them():
+    assert QuantConfig(kernel="reference", grad="bf16").describe() == QuantConfig().describe()
