@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
-from bitnet_lit.config import MuonConfig, PrepareConfig, TrainConfig
+from bitnet_lit.config import MuonConfig, PrepareConfig, TrainConfig, training
 from bitnet_lit.errors import UserError
 
 GROUPS = ("model", "quant", "data", "trainer", "mode", "optim", "schedule", "callbacks", "logger", "experiment")
@@ -33,15 +33,31 @@ def test_every_option_of_every_group_composes(group, option):
         ("texts/*.json", "data/texts"),
         ("a/b/**/*.txt", "data/b"),
         ("texts/", "data/texts"),
+        ("texts.v2", "data/texts.v2"),
+        ("texts.v2/*.txt", "data/texts.v2"),
     ],
 )
-def test_prepare_names_its_folder_after_the_source(source, folder):
+def test_prepare_names_its_folder_after_the_source(source, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("texts.v2").mkdir()
     assert compose("prepare", [f"source={source}"]).folder == Path(folder) == PrepareConfig(source=source).folder
 
 
 @pytest.mark.parametrize("command", sorted(set(SCHEMAS) - {"train"}))
 def test_every_command_composes(command):
     assert isinstance(compose(command), SCHEMAS[command])
+
+
+def test_a_training_config_made_in_python_has_a_run_folder():
+    assert compose("train", ["seed=2"]).run_dir == TrainConfig.run_dir
+    assert compose("train", ["run_dir=mine"]).run_dir == "mine"
+
+
+def test_a_text_in_a_group_without_a_schema_is_not_resolved_again():
+    group = training.GROUPS["data"].filled("data", {"dir": "a${b}", "batch_size": 4})
+    assert (group.dir, group.batch_size) == ("a${b}", 4)
+    with pytest.raises(UserError, match="data.batch_size='\${b}': must be a whole number"):
+        training.GROUPS["data"].filled("data", {"batch_size": "${b}"})
 
 
 def test_a_group_selects_its_own_schema():

@@ -41,11 +41,18 @@ def answer(override, command="train"):
         ("block_size=64", "'model.max_position_embeddings'"),
         ("optimizer=adamw", "'optim'"),
         ("quant.group_size=64", "'quant.settings.group_size'"),
+        ("quant.activation_bit=4", "'quant.activation_bits'"),
         ("trainer.profiler=simple", "trainer.extra.<flag>="),
     ],
 )
 def test_words_of_other_trainers_are_answered_with_ours(override, word):
     assert word in answer(override)
+
+
+def test_a_command_is_answered_with_words_of_its_own():
+    assert "resume=<run folder>" in answer("+ckpt_path=x")
+    assert "it is checkpoint=<run or model folder>" in answer("+ckpt_path=x", "infer")
+    assert "nothing reads it" in answer("+test=x", "infer")  # the words for `test` are those of `train`
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,17 @@ def _with_custom(overrides: list[str]) -> list[str]:
     return [f"{group}=custom" for group in GROUPS if f"{group}._target_" in keys and group not in keys] + overrides
 
 
-def _check_keys(node: DictConfig, prefix: str = "") -> None:
+def _check_keys(node: DictConfig, prefix: str = "", command: str = "") -> None:
     """Refuse a key that `+key=value` added to a dataclass without such a field: no code would read it."""
     schema = OmegaConf.get_type(node)
+    command = command or next((name for name, cls in SCHEMAS.items() if cls is schema), "")
     fields = {field.name for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
     for key in map(str, node):
         if fields is not None and key not in fields and f"{prefix}{key}" != "hydra.env":  # set by Hydra, in no schema
-            words = words_for("train", f"{prefix}{key}") or f"nothing reads it; leave out +{prefix}{key}=..."
+            words = words_for(command, f"{prefix}{key}") or f"nothing reads it; leave out +{prefix}{key}=..."
             raise UserError(f"unknown key '{prefix}{key}': {words}")
         if isinstance(child := node._get_node(key), DictConfig) and not child._is_none():
-            _check_keys(child, f"{prefix}{key}.")
+            _check_keys(child, f"{prefix}{key}.", command)
 
 
 def _check_given(node: DictConfig, key: str, full_key: str) -> None:
@@ -128,6 +129,8 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         UserError: a key is unknown, a type is wrong, or a value does not fit.
     """
     register_schemas()
+    if command == "train":  # the command sets the run folder to Hydra's, and here there is none
+        overrides = [f"run_dir={schema.TrainConfig.run_dir}", *overrides]
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return to_object(hydra.compose(command, _with_custom(as_typed(SCHEMAS[command], overrides))))
@@ -263,5 +266,5 @@ def advise(overrides: Sequence[str]) -> None:
     """Print which export targets a training config can reach, and what to change for the others (`export --advise`)."""
     from bitnet_lit.exports.targets import print_advice
 
-    config = compose("train", ["run_dir=unused", *overrides])
+    config = compose("train", overrides)
     print_advice(config.model, config.quant)

@@ -14,15 +14,12 @@ import difflib
 import functools
 import inspect
 import re
-import sysconfig
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from bitnet_lit.config.slots import TARGET
-from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.errors import UserError
+from bitnet_lit.registry import import_named, reason
 
 HARMLESS = re.compile(
     r"torch\.optim\.[A-Z]\w+|torch\.optim\.lr_scheduler\.[A-Z]\w+|"
@@ -79,17 +76,6 @@ def check_allowed(
         )
 
 
-def _place(error: BaseException) -> str:
-    """Return the file and line of the user's own code where an error was raised, or an empty text."""
-    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent))
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(libraries) and Path(frame.filename).is_file()
-    ]
-    return f", {Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
-
-
 def locate(target: str, key: str) -> Any:
     """Import and return a class or function.
 
@@ -100,16 +86,7 @@ def locate(target: str, key: str) -> Any:
     Raises:
         UserError: it cannot be imported.
     """
-    try:
-        return resolve_name(target)
-    except Exception as error:  # importing the user's module can raise anything
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise UserError(
-            f"{key}.{TARGET}={target}: cannot be imported ({type(cause).__name__}: {cause}{_place(cause)}): give "
-            "<module>.<class> of a module in this folder, beside the --config-dir, on PYTHONPATH, or of a package"
-        ) from error
+    return import_named(target, f"{key}.{TARGET}={target}")
 
 
 def takes(target: Any, name: str) -> bool:
@@ -160,9 +137,7 @@ def instantiate(values: Mapping[str, Any], key: str, *arguments: Any, **options:
 
     if not isinstance(values, Mapping) or not isinstance(values.get(TARGET), str):
         raise UserError(f"{key}={values}: names no class: give {key}.{TARGET}=<module>.<class>")
-    for name, target in named_classes(values, key):
-        found = locate(target, name)
-    found = locate(values[TARGET], key)
+    found = {name: locate(target, name) for name, target in named_classes(values, key)}[key]
     try:
         make = hydra.utils.instantiate({"_convert_": "all", **_plain(values), "_partial_": True})
         if values.get("_partial_"):
@@ -171,13 +146,8 @@ def instantiate(values: Mapping[str, Any], key: str, *arguments: Any, **options:
     except UserError:
         raise
     except Exception as error:  # the constructor can raise anything
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        hint = ""
-        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(cause)):
+        hint, why = "", reason(error)
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", why):
             near = difflib.get_close_matches(unknown[1], list(inspect.signature(found).parameters), n=1)
             hint = f": did you mean {near[0]}?" if near else ""
-        text = one_line(cause)
-        why = f"{type(cause).__name__}: {text}{_place(cause)}"
         raise UserError(f"{key}: {values[TARGET]} cannot be made ({why}){hint}") from error

@@ -12,10 +12,13 @@ A file that is opened can only give a name. It never causes an import of code th
 from __future__ import annotations
 
 import math
+import sysconfig
+import traceback
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +27,39 @@ from bitnet_lit.errors import UserError, one_line
 T = TypeVar("T")
 C = TypeVar("C")
 _TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def reason(error: BaseException) -> str:
+    """Return what the user's own code raised: type, text, and the file and line of that code where it is known."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent))
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(libraries) and Path(frame.filename).is_file()
+    ]
+    place = f", {Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"
+
+
+def import_named(target: str, given: str) -> Any:
+    """Import and return a class or function that the user names.
+
+    Args:
+        target: <module>.<class> or <module>.<function>.
+        given: the option as the user gave it, for the error.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    try:
+        return resolve_name(target)
+    except Exception as error:  # importing the user's module can raise anything
+        raise UserError(
+            f"{given}: cannot be imported ({reason(error)}): give <module>.<class> of a module in this folder, beside "
+            "the --config-dir, on PYTHONPATH, or of a package"
+        ) from error
 
 
 class Registry(Generic[T]):
@@ -96,10 +132,9 @@ class Registry(Generic[T]):
         try:
             found = point.load()
         except Exception as error:  # importing somebody else's package can raise anything
-            reason = one_line(error, 200)
             raise UserError(
                 f"{self._key}={name}: the package {package} names {point.value} for it, which cannot be imported "
-                f"({type(error).__name__}: {reason}): mend or remove that package"
+                f"({reason(error)}): mend or remove that package"
             ) from None
         self.register(found)
         if found.name != name:
@@ -118,13 +153,7 @@ class Registry(Generic[T]):
         Raises:
             UserError: there is no such module or class, or the class is of another kind.
         """
-        try:
-            found = resolve_name(target)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"{given}: cannot be imported ({type(error).__name__}: {error}): give <module>.<class> of "
-                "a module in this folder, on PYTHONPATH, or of an installed package"
-            ) from None
+        found = import_named(target, given)
         self.register(found)
         return self.registered[found.name]
 

@@ -114,6 +114,7 @@ def test_what_a_path_leads_to(runs, monkeypatch):
         ("outputs/half", "no model there"),
         ("dangling", "a link to nowhere, which is not there"),
         ("x.gguf", "is written here and not read"),
+        ("README", "give the folder with config.json and model.safetensors"),
         ("pickled", "is a pickle, which is not opened"),
         ("x" * 5000, "cannot be read"),
         ("a\0b", "no such file or folder|no path"),
@@ -123,6 +124,7 @@ def test_what_a_path_leads_to(runs, monkeypatch):
 def test_what_is_no_model_says_what_to_give(runs, typed, says):
     Path("dangling").symlink_to("nowhere")
     Path("x.gguf").touch()
+    Path("README").touch()
     Path("pickled").mkdir()
     Path("pickled/pytorch_model.bin").touch()
     with pytest.raises(UserError, match=says) as error:

@@ -85,12 +85,17 @@ def test_a_scheme_checks_its_own_settings_too():
             cls(activation_bits=9)
 
 
-def test_a_class_of_ones_own_is_named_by_its_user_alone():
+def test_a_class_of_ones_own_is_named_by_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "raises.py").write_text("\nraise KeyError('boom')\n")
+    (tmp_path / "unfinished.py").write_text("Scheme = (\n")
     config = QuantConfig(_target_="tests.quant.toy_schemes.Threshold", settings={"factor": 0.5})
     assert config.name == "threshold" and config.scheme.factor == 0.5 and "_target_" not in config.describe()
     for target, says in (
         ("no_such_module.Scheme", "cannot be imported"),
         ("tests.quant.toy_schemes.Nothing", "cannot be imported"),
+        ("raises.Scheme", r"cannot be imported \(KeyError: 'boom', raises.py line 2\)"),
+        ("unfinished.Scheme", "cannot be imported .SyntaxError"),
         ("pathlib.Path", "is no quantization scheme"),
         ("bitnet_lit.quant.schemes.register", "is no quantization scheme"),
     ):

@@ -83,7 +83,7 @@ def _no_model(path: Path) -> str:
     """Say why there is no model at a path that exists, or what to give instead."""
     if path.is_file():
         for each in map(formats().named, formats().names):
-            if path.suffix == each.extension:
+            if each.extension and path.suffix == each.extension:
                 return f"{each.title} is written here and not read: give the model it was exported from"
         return REMEDIES.get(path.suffix, f"give the folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
     if not os.access(path, os.R_OK | os.X_OK):

@@ -60,7 +60,9 @@ class PrepareConfig(Checked):
         source = Path(self.source)
         while any(sign in source.name for sign in "*?["):
             source = source.parent
-        return Path("data") / (source.resolve() if source.name in ("", "..") else source).stem
+        if source.name in ("", ".."):
+            source = source.resolve()
+        return Path("data") / (source.name if source.is_dir() else source.stem)
 
 
 @dataclass

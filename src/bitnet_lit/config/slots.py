@@ -99,7 +99,7 @@ class Group:
 
         schema = self.schema(values)
         typed = OmegaConf.merge(OmegaConf.create({name: OmegaConf.structured(schema)}), {name: dict(values)})
-        made: Any = OmegaConf.to_container(typed, resolve=True)
+        made: Any = OmegaConf.to_container(typed)  # the values are resolved: a `${` in them is text
         return schema(**made[name])
 
 
