@@ -1,74 +1,25 @@
 """A run trains with AdamW, with Muon for hidden matrices and AdamW for the rest, or with a class of the user's own.
 
-Weight decay acts on matrices only. Muon replaces the momentum of each hidden matrix by the nearest (semi-)orthogonal
-matrix, computed by Newton-Schulz iterations (Jordan et al. 2024), so every direction of the matrix moves at the same
-rate. Embeddings, the head and norms do not map one hidden space to another, and stay with AdamW. A step of the same
-size in all directions flips more ternary codes: at small scale Muon gains more than any other choice in the recipe
+Weight decay acts on matrices only. Muon (`muon.py`) moves every direction of a hidden matrix at the same rate.
+Embeddings, the head and norms do not map one hidden space to another, and stay with AdamW. A step of the same size in
+all directions flips more ternary codes: at small scale Muon gains more than any other choice in the recipe
 (docs/results.md).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from bitnet_lit.config import CustomOptim, MuonConfig, OptimConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import instantiate, locate, takes
-
-
-def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Bring the singular values of a matrix near to 1 by Newton-Schulz iterations, and keep its singular vectors.
-
-    Args:
-        matrix: (M, N); its dtype is the dtype of the computation and of the result.
-        coefficients: of the polynomial a x + b x^3 + c x^5 that each iteration applies to the singular values.
-        steps: number of iterations.
-        eps: smallest norm to divide by.
-
-    Returns:
-        (M, N).
-    """
-    a, b, c = coefficients
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # so that the Gram matrix is the smaller one
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-class Float32Muon(Muon):
-    """Runs `torch.optim.Muon` on CPUs, with Newton-Schulz in float32 instead of bfloat16.
-
-    Most CPUs have no bfloat16 arithmetic, and PyTorch then multiplies bfloat16 matrices in plain loops: on AVX2 a step
-    of a small model took ten times as long. The results differ from Muon's only by rounding. The state is the same, so
-    a checkpoint fits both classes.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Do one optimizer step. `closure` must be None, because `MuonAdamW` has already called it."""
-        assert closure is None
-        for group in self.param_groups:
-            lr, momentum = float(group["lr"]), group["momentum"]
-            for parameter in group["params"]:
-                if (gradient := parameter.grad) is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(gradient)
-                average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-                direction = gradient.lerp(average, momentum) if group["nesterov"] else average
-                update = orthogonalize(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update, alpha=-lr * math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1])))
+from bitnet_lit.training.muon import Muon
 
 
 class MuonAdamW(Optimizer):
@@ -156,8 +107,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig | CustomOptim) -> Opti
     no_maps = vectors | _outer(model)
     hidden = [p for name, p in named if name not in no_maps]
     others = [(name, p) for name, p in named if name in no_maps]
-    on_cpu = all(parameter.device.type == "cpu" for parameter in hidden)
-    muon = (Float32Muon if on_cpu else Muon)(
+    muon = Muon(
         hidden,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,

@@ -1,0 +1,96 @@
+"""Muon moves every direction of a hidden matrix at the same rate.
+
+It keeps the momentum of each matrix, as SGD does, and replaces it by the nearest (semi-)orthogonal matrix before the
+step (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). With the singular value decomposition U S V^T of
+the momentum, the update is close to U V^T. Newton-Schulz iterations compute it from matrix products alone: each one
+applies the odd polynomial a x + b x^3 + c x^5 to the singular values, which brings them near to 1.
+
+The products are what Muon costs. A matrix (M, N), M <= N, takes 4 M^2 N + 2 M^3 FLOPs an iteration. So this class
+orthogonalizes all matrices of one shape as a stack, in bfloat16, and shares the matrices among the ranks of a
+distributed run (`sharing.py`). A CPU takes the matrices one by one, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_lit.training.sharing import Exchange, exchange_for, local
+
+# Elements of a stack on one rank. A stack of 64 Mi elements fills a GPU with work and takes 128 MiB; the copies that
+# the products need are as large again.
+STACK_ELEMENTS = 2**26
+
+
+def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Bring the singular values of matrices near to 1 by Newton-Schulz iterations, and keep their singular vectors.
+
+    Args:
+        matrices: one matrix (M, N) or a stack (S, M, N); its dtype is that of the computation and of the result.
+        coefficients: of the polynomial a x + b x^3 + c x^5 that each iteration applies to the singular values.
+        steps: number of iterations.
+        eps: smallest norm to divide by.
+
+    Returns:
+        The shape of `matrices`.
+    """
+    a, b, c = coefficients
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
+    x = matrices.mT if is_tall else matrices  # so that the Gram matrix is the smaller one
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Muon):
+    """Runs `torch.optim.Muon` on stacks of matrices, alone, under DDP, or on the shards of FSDP2.
+
+    The state and the options of a parameter group are those of `torch.optim.Muon`, so a checkpoint fits both. The
+    numbers differ from its numbers only by rounding.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Do one optimizer step. `closure` must be None, because `MuonAdamW` has already called it."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+            for parameters in by_shape.values():
+                exchange = exchange_for(parameters[0])
+                length = max(1, STACK_ELEMENTS // parameters[0].numel()) * exchange.world_size
+                for first in range(0, len(parameters), length):
+                    self._step(group, parameters[first : first + length], exchange)
+
+    def _step(self, group: dict[str, Any], parameters: list[nn.Parameter], exchange: Exchange) -> None:
+        """Move parameters of one shape."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        gradients = [local(parameter.grad) for parameter in parameters]
+        directions = averages = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        if group["nesterov"]:
+            directions = list(torch._foreach_lerp(gradients, averages, group["momentum"]))
+
+        def orthogonalized(stack: Tensor) -> Tensor:
+            options = group["ns_coefficients"], group["ns_steps"], group["eps"]
+            if stack.device.type == "cpu":  # a CPU gains nothing from a stack
+                return torch.stack([orthogonalize(matrix, *options) for matrix in stack])
+            return orthogonalize(stack, *options)
+
+        rows, columns = parameters[0].shape
+        learning_rate = float(group["lr"])
+        updates = exchange.apply(orthogonalized, directions)
+        shards = [local(parameter) for parameter in parameters]
+        torch._foreach_mul_(shards, 1 - learning_rate * group["weight_decay"])
+        torch._foreach_add_(shards, updates, alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))

@@ -1,0 +1,114 @@
+"""The ranks of a distributed run share work on whole matrices: each rank does some of them.
+
+Under DDP every rank has every matrix. A rank takes its share, and afterwards all ranks gather all results. Under FSDP2
+a rank has some rows of every matrix. It sends the rows of each matrix to the rank that works on it, and gets back its
+rows of all results. So each matrix is gathered once, on one rank, for the time of the work.
+
+The work gets its matrices as a stack. On GPUs the stack is in bfloat16, also while it is exchanged; on CPUs, most of
+which have no bfloat16 arithmetic, it is in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Work = Callable[[Tensor], Tensor]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds: its rows of a DTensor, otherwise the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _stack(matrices: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Return matrices as a stack of `shape`. Where there are fewer matrices or rows, the rest is zero."""
+    is_full = len(matrices) == shape[0] and matrices[0].shape == shape[1:]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    stack = (torch.empty if is_full else torch.zeros)(shape, dtype=dtype, device=device)
+    if matrices:
+        rows = matrices[0].shape[0]
+        torch._foreach_copy_(list(stack[: len(matrices), :rows].unbind()), matrices)
+    return stack
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Does the work on matrices of one shape that this process alone has. The subclasses share it among ranks.
+
+    Attributes:
+        shape: (M, N), the shape of a whole matrix.
+        world_size: number of ranks that share the work.
+    """
+
+    shape: tuple[int, int]
+    world_size: int = 1
+
+    def apply(self, work: Work, matrices: list[Tensor]) -> list[Tensor]:
+        """Return the results of `work`.
+
+        Args:
+            work: maps a stack (S, M, N) to a stack (S, M, N), each matrix for itself.
+            matrices: the matrices, under FSDP2 this rank's rows of them. All are of one dtype, on one device.
+
+        Returns:
+            For each of `matrices` the result, in the dtype of the stack.
+        """
+        return list(work(_stack(matrices, (len(matrices), *self.shape), matrices[0].device)).unbind())
+
+
+@dataclass(frozen=True)
+class Replicas(Exchange):
+    """Shares the work where every rank has every matrix: DDP."""
+
+    def apply(self, work: Work, matrices: list[Tensor]) -> list[Tensor]:
+        """See `Exchange`."""
+        each = -(-len(matrices) // self.world_size)
+        first = each * dist.get_rank()
+        done = work(_stack(matrices[first : first + each], (each, *self.shape), matrices[0].device)).contiguous()
+        gathered = done.new_empty(self.world_size * each, *self.shape)
+        dist.all_gather_into_tensor(gathered, done)
+        return list(gathered[: len(matrices)].unbind())
+
+
+@dataclass(frozen=True)
+class Shards(Exchange):
+    """Shares the work where every rank has some rows of every matrix: FSDP2.
+
+    FSDP2 gives each rank ceil(M / world_size) rows, and the last ranks what is left. Here every part is filled up to
+    that number of rows, so all ranks exchange the same number of bytes.
+
+    Attributes:
+        group: the ranks that hold the rows.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def apply(self, work: Work, matrices: list[Tensor]) -> list[Tensor]:
+        """See `Exchange`."""
+        (size, columns), ranks = self.shape, self.world_size
+        rows, each = -(-size // ranks), -(-len(matrices) // ranks)
+        sent = _stack(matrices, (ranks * each, rows, columns), matrices[0].device)
+        got = torch.empty_like(sent)  # (rank, matrix of mine), as one axis; before, it was (rank, matrix of that rank)
+        dist.all_to_all_single(got, sent, group=self.group)
+        whole = got.view(ranks, each, rows, columns).transpose(0, 1).reshape(each, ranks * rows, columns)
+        whole[:, :size] = work(whole[:, :size])
+        sent = whole.view(each, ranks, rows, columns).transpose(0, 1).reshape_as(got)
+        dist.all_to_all_single(got, sent, group=self.group)
+        return [result[: part.shape[0]] for result, part in zip(got, matrices, strict=False)]
+
+
+def exchange_for(parameter: Tensor) -> Exchange:
+    """Return how the work on matrices like `parameter` is shared."""
+    shape = (parameter.shape[0], parameter.shape[1])
+    if isinstance(parameter, DTensor):
+        group = parameter.device_mesh.get_group()
+        return Shards(shape, dist.get_world_size(group), group)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Replicas(shape, dist.get_world_size())
+    return Exchange(shape)

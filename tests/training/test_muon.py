@@ -1,0 +1,127 @@
+"""Muon against torch.optim.Muon, on stacks, on replicas and on shards."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from bitnet_lit.training import muon
+from bitnet_lit.training.muon import Muon, orthogonalize
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SHAPES = [(24, 16), (16, 24), (16, 16), (24, 16), (24, 16), (7, 16), (16, 16)]  # 7 rows: no multiple of two ranks
+
+
+def draw(shapes, seed, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def trained(make, shapes=SHAPES, device="cpu", place=lambda matrix: matrix, steps=3, **options):
+    """The parameters after some steps, whole, and the optimizer."""
+    parameters = [torch.nn.Parameter(place(matrix)) for matrix in draw(shapes, 0, device)]
+    optimizer = make(parameters, lr=0.02, **options)
+    for step in range(steps):
+        for parameter, gradient in zip(parameters, draw(shapes, step + 1, device), strict=True):
+            parameter.grad = place(gradient)
+        optimizer.step()
+    return [getattr(p.detach(), "full_tensor", p.detach)() for p in parameters], optimizer
+
+
+def one_by_one(parameters, lr, nesterov=True, **unused):
+    """Muon as it is defined, one matrix after the other, in float32."""
+
+    class Plain(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                state = self.state[p]
+                average = state.setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                direction = p.grad.lerp(average, 0.95) if nesterov else average
+                p.mul_(1 - lr * 0.1)
+                update = orthogonalize(direction, COEFFICIENTS, 5, 1e-7)
+                p.add_(update, alpha=-lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+
+    return Plain(parameters, {})
+
+
+def off(ours, theirs, shapes=SHAPES):
+    """The largest relative difference of an update of a matrix."""
+    start = draw(shapes, 0, ours[0].device)
+    return max(float((a - b).norm() / (b - s).norm()) for a, b, s in zip(ours, theirs, start, strict=True))
+
+
+def test_orthogonalize_keeps_directions():
+    matrix = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(matrix, COEFFICIENTS, 5, 1e-7)
+    core = u.T @ result @ v.T
+    assert float((core - torch.diag(core.diagonal())).abs().max()) < 1e-4  # float32 through five iterations
+    assert 0.6 < float(core.diagonal().min()) <= float(core.diagonal().max()) < 1.3  # the source's: 0.5 to 1.5
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (16, 16)])
+def test_a_stack_is_its_matrices(shape):
+    matrices = draw([shape] * 3, 0)
+    stack = orthogonalize(torch.stack(matrices), COEFFICIENTS, 5, 1e-7)
+    for ours, matrix in zip(stack, matrices, strict=True):
+        alone = orthogonalize(matrix, COEFFICIENTS, 5, 1e-7)
+        assert float((ours - alone).norm() / alone.norm()) < 1e-4  # products of a batch sum in another order
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_on_a_cpu_it_is_its_definition_bit_for_bit(monkeypatch, nesterov):
+    wanted, _ = trained(one_by_one, nesterov=nesterov)
+    for elements in (2**26, 500):  # 500: stacks of one matrix
+        monkeypatch.setattr(muon, "STACK_ELEMENTS", elements)
+        ours, _ = trained(Muon, nesterov=nesterov)
+        assert all(map(torch.equal, ours, wanted))
+
+
+def test_it_is_torchs_up_to_bfloat16():
+    ours, optimizer = trained(Muon)
+    theirs, other = trained(torch.optim.Muon)
+    assert off(ours, theirs) < 0.03  # bfloat16 has 8 bits, and five iterations amplify its rounding
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        assert torch.equal(optimizer.state[a]["momentum_buffer"], other.state[b]["momentum_buffer"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shapes", [[(768, 768)] * 3 + [(2048, 768)] * 2 + [(768, 2048)], SHAPES])
+def test_on_a_gpu_it_is_torchs_up_to_bfloat16(shapes):
+    ours, _ = trained(Muon, shapes, "cuda")
+    theirs, _ = trained(torch.optim.Muon, shapes, "cuda")
+    exact, _ = trained(one_by_one, shapes)
+    # Both round to bfloat16, in another order. So both are about equally far from float32, and from each other.
+    assert off([p.cpu() for p in ours], exact, shapes) < 1.2 * off([p.cpu() for p in theirs], exact, shapes) + 0.005
+
+
+def test_a_parameter_without_a_gradient_stays():
+    parameters = [torch.nn.Parameter(matrix) for matrix in draw([(8, 8)] * 2, 0)]
+    before = parameters[1].detach().clone()
+    parameters[0].grad = torch.ones(8, 8)
+    optimizer = Muon(parameters, lr=0.1)
+    optimizer.step()
+    assert torch.equal(parameters[1], before) and parameters[1] not in optimizer.state
+
+
+def _on_a_rank(rank, folder, kind):
+    """One of two processes that train replicas, or shards of the same matrices."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    place = (lambda matrix: matrix) if kind == "replicas" else (lambda matrix: distribute_tensor(matrix, mesh, [Shard(0)]))
+    ours, _ = trained(Muon, place=place)
+    torch.save(ours, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["replicas", "shards"])
+def test_two_ranks_are_one_bit_for_bit(tmp_path, kind):
+    torch.multiprocessing.spawn(_on_a_rank, (tmp_path, kind), nprocs=2)
+    wanted, _ = trained(Muon)
+    for rank in range(2):
+        assert all(map(torch.equal, torch.load(tmp_path / f"{rank}.pt"), wanted))
