@@ -75,8 +75,8 @@ class Muon(torch.optim.Muon):
         """Move parameters of one shape."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
-        gradients = [local(parameter.grad) for parameter in parameters]
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         directions = averages = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         if group["nesterov"]:

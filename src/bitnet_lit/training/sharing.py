@@ -94,11 +94,12 @@ class Shards(Exchange):
         (size, columns), ranks = self.shape, self.world_size
         rows, each = -(-size // ranks), -(-len(matrices) // ranks)
         sent = _stack(matrices, (ranks * each, rows, columns), matrices[0].device)
-        got = torch.empty_like(sent)  # (rank, matrix of mine), as one axis; before, it was (rank, matrix of that rank)
+        got = torch.empty_like(sent)
         dist.all_to_all_single(got, sent, group=self.group)
+        # The first axis of `sent` is (rank, its matrix), that of `got` is (rank, my matrix).
         whole = got.view(ranks, each, rows, columns).transpose(0, 1).reshape(each, ranks * rows, columns)
         whole[:, :size] = work(whole[:, :size])
-        sent = whole.view(each, ranks, rows, columns).transpose(0, 1).reshape_as(got)
+        sent.view(ranks, each, rows, columns).copy_(whole.view(each, ranks, rows, columns).transpose(0, 1))
         dist.all_to_all_single(got, sent, group=self.group)
         return [result[: part.shape[0]] for result, part in zip(got, matrices, strict=False)]
 
