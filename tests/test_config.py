@@ -56,7 +56,7 @@ def test_a_training_config_made_in_python_has_a_run_folder():
 def test_a_text_in_a_group_without_a_schema_is_not_resolved_again():
     group = training.GROUPS["data"].filled("data", {"dir": "a${b}", "batch_size": 4})
     assert (group.dir, group.batch_size) == ("a${b}", 4)
-    with pytest.raises(UserError, match="data.batch_size='\${b}': must be a whole number"):
+    with pytest.raises(UserError, match=r"data.batch_size='\${b}': must be a whole number"):
         training.GROUPS["data"].filled("data", {"batch_size": "${b}"})
 
 

@@ -158,7 +158,8 @@ def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list
         for option in sorted((conf_dir / "quant").glob("*.yaml")):  # the settings of every scheme
             keys += [f"quant.settings.{setting.name}" for setting in fields(SCHEMES.named(option.stem))]
         keys += [path.name for path in sorted(conf_dir.iterdir()) if path.is_dir()]
-    return list(dict.fromkeys(key for key in keys if not key.endswith(("settings.weight_scale", "settings.activation_bits"))))
+    has_a_key_of_its_own = ("quant.settings.weight_scale", "quant.settings.activation_bits")
+    return list(dict.fromkeys(key for key in keys if key not in has_a_key_of_its_own))
 
 
 def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
