@@ -8,7 +8,7 @@ it is skipped with the reason.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -46,26 +46,28 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 1 if config.option.markexpr == "gpu" else None
 
 
-@pytest.fixture(autouse=True)
-def devices_of_the_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a test with the marker `gpu` see the GPUs and compile for them, and every other test see none.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test with the marker `gpu`, and its fixtures, see the GPUs and compile for them, and other tests see none.
 
     Processes that the test starts see the same, through their environment.
     """
-    if request.node.get_closest_marker("gpu") is None:
-        if GPUS:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-            monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        yield
-        return
-    from torch import _dynamo  # takes a second, and only these tests need it
+    if not GPUS:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            return (yield)
+        from torch import _dynamo  # takes a second, and only these tests need it
 
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(_dynamo.config, "disable", False)
-    yield
-    _dynamo.reset()  # a function compiled for many shapes is not compiled again: dynamo counts them in a process
-    torch.cuda.empty_cache()
+        patch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+        patch.setattr(_dynamo.config, "disable", False)
+        result = yield
+        _dynamo.reset()  # dynamo stops compiling a function that was compiled for many shapes in one process
+        torch.cuda.empty_cache()
+        return result
 
 
 @pytest.fixture(scope="session")
