@@ -5,6 +5,7 @@ The command line is `key=value` overrides and Hydra's own flags. `run` serves th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import sys
@@ -21,10 +22,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, StringNode
 
 from bitnet_lit import config as schema
+from bitnet_lit.config import CustomNetwork
+from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
 from bitnet_lit.entry_point import interruptions
 from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
+from bitnet_lit.instantiate import locate, takes
 from bitnet_lit.overrides import as_typed, quoted
 from bitnet_lit.runs import own_folder  # noqa: F401  # its resolvers are named in conf/train.yaml
 from bitnet_lit.runs.ranks import command_of_a_job
@@ -122,6 +126,29 @@ def to_object(cfg: DictConfig) -> Any:
     return build(cfg, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), "")
 
 
+def fit_mode(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the config of a run without the sizes that a mode sets and a network of the user's own does not take.
+
+    mode=smoke sets sizes of this package's network, such as model.hidden_size. A class of the user's own gets those
+    that it has arguments for.
+
+    Args:
+        overrides: what was typed. A size that was typed stays.
+    """
+    mode = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("mode=")), None)
+    path = CONF_DIR / "mode" / f"{mode}.yaml"
+    target = cfg.model.get(TARGET)
+    if target is None or not path.is_file():
+        return cfg
+    typed = {item.lstrip("+").partition("=")[0] for item in overrides}
+    cfg = copy.deepcopy(cfg)
+    network = locate(target, "model")
+    for key in cast(DictConfig, OmegaConf.load(path)).get("model", {}):
+        if key not in CustomNetwork.__dataclass_fields__ and f"model.{key}" not in typed and not takes(network, key):
+            cfg.model.pop(key, None)
+    return cfg
+
+
 def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     """Compose the config of a command in Python: `compose("train", ["model=15m", "seed=2"])` returns its dataclass.
 
@@ -133,7 +160,9 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
         overrides = [f"run_dir={schema.TrainConfig.run_dir}", *overrides]
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return to_object(hydra.compose(command, _with_custom(as_typed(SCHEMAS[command], overrides))))
+            spelled = _with_custom(as_typed(SCHEMAS[command], overrides))
+            cfg = hydra.compose(command, spelled)
+            return to_object(fit_mode(cfg, spelled) if command == "train" else cfg)
     except COMPOSITION_ERRORS as error:
         raise UserError(explain(command, error, overrides, CONF_DIR)) from error
 

@@ -7,7 +7,6 @@ key is suggested only if it is very similar.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.quant.schemes import SCHEMES
 
 # Hydra raises a ValueError for an option of a group that is a number (model=15). A UserError is a ValueError too.
@@ -160,17 +159,6 @@ def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list
         keys += [path.name for path in sorted(conf_dir.iterdir()) if path.is_dir()]
     has_a_key_of_its_own = ("quant.settings.weight_scale", "quant.settings.activation_bits")
     return list(dict.fromkeys(key for key in keys if key not in has_a_key_of_its_own))
-
-
-def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
-    """Return the one of `words` that is spelled almost like `word`, or None.
-
-    Args:
-        cutoff: the least similarity, 0 to 1, as in `difflib.get_close_matches`.
-    """
-    found = difflib.get_close_matches(word, words, n=3, cutoff=cutoff)
-    swapped = [each for each in found if sorted(each) == sorted(word)]  # "modle" means "model" and not "mode"
-    return next(iter([*swapped, *found]), None)
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:

@@ -13,9 +13,10 @@ The commands print the line and exit with the status. Any other exception is a b
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 LONGEST_LINE = 2000  # characters; about one screen
@@ -32,6 +33,17 @@ def one_line(message: object, longest: int = LONGEST_LINE) -> str:
     text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
     half = longest // 2 - 3
     return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+
+
+def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
+    """Return the one of `words` that is spelled almost like `word`, or None.
+
+    Args:
+        cutoff: the least similarity, 0 to 1, as in `difflib.get_close_matches`.
+    """
+    found = difflib.get_close_matches(word, words, n=3, cutoff=cutoff)
+    swapped = [each for each in found if sorted(each) == sorted(word)]  # "modle" means "model" and not "mode"
+    return next(iter([*swapped, *found]), None)
 
 
 class UserError(ValueError):

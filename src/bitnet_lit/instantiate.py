@@ -10,7 +10,6 @@ compute (`is_harmless`).
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bitnet_lit.config.slots import TARGET
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.registry import import_named, reason
 
 HARMLESS = re.compile(
@@ -148,6 +147,6 @@ def instantiate(values: Mapping[str, Any], key: str, *arguments: Any, **options:
     except Exception as error:  # the constructor can raise anything
         hint, why = "", reason(error)
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", why):
-            near = difflib.get_close_matches(unknown[1], list(inspect.signature(found).parameters), n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
+            near = nearest(unknown[1], list(inspect.signature(found).parameters))
+            hint = f": did you mean {near}?" if near else ""
         raise UserError(f"{key}: {values[TARGET]} cannot be made ({why}){hint}") from error

@@ -22,7 +22,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
-from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.errors import UserError, nearest, one_line
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -56,10 +56,20 @@ def import_named(target: str, given: str) -> Any:
     try:
         return resolve_name(target)
     except Exception as error:  # importing the user's module can raise anything
-        raise UserError(
-            f"{given}: cannot be imported ({reason(error)}): give <module>.<class> of a module in this folder, beside "
-            "the --config-dir, on PYTHONPATH, or of a package"
-        ) from error
+        where = "a module in this folder, beside the --config-dir, on PYTHONPATH, or of a package"
+        near = _similar(target)
+        remedy = f"did you mean {near}?" if near else f"give <module>.<class> of {where}"
+        raise UserError(f"{given}: cannot be imported ({reason(error)}): {remedy}") from error
+
+
+def _similar(target: str) -> str | None:
+    """Return the public name, of a module that is there, that is spelled almost like the last part of `target`."""
+    path, _, name = target.rpartition(".")
+    try:
+        near = nearest(name, [each for each in dir(resolve_name(path)) if not each.startswith("_")])
+    except Exception:  # importing the user's module can raise anything
+        return None
+    return f"{path}.{near}" if near and near != name else None
 
 
 class Registry(Generic[T]):

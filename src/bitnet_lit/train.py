@@ -31,14 +31,15 @@ def _configure(cfg: DictConfig) -> TrainConfig:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from bitnet_lit.cli import to_object
-    from bitnet_lit.training.initialize import check_typed_network
+    from bitnet_lit.cli import fit_mode, to_object
+    from bitnet_lit.training.initialize import check_typed_network, sizes_are_given
     from bitnet_lit.training.resume import resume_config
 
     typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # interpolations are not resolved
     overrides = {item: item.lstrip("+").partition("=")[0] for item in typed}
     if cfg.resume is None:
-        config: TrainConfig = to_object(cfg)
+        with sizes_are_given(None if cfg.init_from is None else f"init_from={cfg.init_from}", overrides.values()):
+            config: TrainConfig = to_object(fit_mode(cfg, typed))
         if config.init_from is not None:
             check_typed_network(config, overrides.values())
         return config

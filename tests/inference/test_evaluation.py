@@ -65,7 +65,8 @@ def test_a_loss_beyond_float64s_exponent_has_a_perplexity():
     [
         ({}, "does not say what it was trained on: give data_dir="),
         ({"sequence_length": 33}, "sequence_length=33: is beyond the model's context of 32 tokens: give 32 or less"),
-        ({"data_dir": "nowhere"}, "nowhere"),
+        ({"data_dir": "nowhere"}, r"^data_dir=nowhere: no such folder: .*bitnet_lit.prepare source=<text> out="),
+        ({"data_dir": "data/demo"}, r"data_dir=data/demo: no such folder: .*bitnet_lit.prepare source=demo$"),
     ],
     ids=str,
 )

@@ -54,6 +54,11 @@ class Plain(nn.Module):
         return self.table(ids)
 
 
+class Narrow(Mixer):
+    def __init__(self, vocab_size, hidden_size=16):
+        super().__init__(vocab_size, hidden_size)
+
+
 def options(shards, *overrides):
     mine = [f"model._target_={HERE}.Mixer", "model.width=24", "model.max_position_embeddings=32"]
     return [*SHORT, "callbacks.progress_bar=false", f"data.dir={shards}", *mine, *overrides]
@@ -124,3 +129,18 @@ def test_what_does_not_fit_is_one_line(tmp_path, shards, overrides, message):
     with pytest.raises(UserError, match=message) as error:
         train(compose("train", [f"run_dir={tmp_path}/run", *options(shards, *overrides)]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width"), [([], 64), (["model.hidden_size=24"], 24)], ids=["the mode's size", "a typed size"]
+)
+def test_a_mode_sets_the_sizes_that_the_network_has(overrides, width):
+    """mode=smoke sets seven sizes of this package's network."""
+    config = compose("train", ["run_dir=unused", "mode=smoke", f"model._target_={HERE}.Narrow", *overrides])
+    assert config.model.arguments == {"hidden_size": width} and config.model.max_position_embeddings == 64
+    config = compose("train", ["run_dir=unused", "mode=smoke", f"model._target_={HERE}.Mixer", "model.width=8"])
+    assert config.model.arguments == {"width": 8}
+    with pytest.raises(UserError, match="unexpected keyword argument 'hidden_size'"):  # typed, so it is not left out
+        typed = [f"model._target_={HERE}.Mixer", "model.hidden_size=24", "model.vocab_size=64"]
+        config = compose("train", ["run_dir=unused", "mode=smoke", *typed])
+        build_custom_network(config.model, config.quant)

@@ -77,6 +77,21 @@ def test_one_name_to_skip_is_a_name_and_not_its_letters():
     assert convert_linears(Net(), "b158", skip="ab") == ["a"]
 
 
+@pytest.mark.parametrize("quant", ["b158", "none"])
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        ("haed", r"skip=\[haed\]: no linear layer of that name: did you mean head\?"),
+        (["head", "block"], r"skip=\[block\]: no linear layer of that name: there are first, head, proj, shared"),
+    ],
+)
+def test_a_name_to_skip_that_no_layer_has_is_refused(quant, skip, message):
+    model = Network()
+    with pytest.raises(UserError, match=message):
+        convert_linears(model, quant, skip=skip)
+    assert not any(isinstance(layer, BitLinear) for layer in model.modules())
+
+
 @pytest.mark.parametrize("quant", [None, 158, ["b158"]], ids=str)
 def test_what_is_no_rule_is_refused(quant):
     with pytest.raises(UserError, match="must be a scheme, its name"):

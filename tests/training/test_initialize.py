@@ -11,7 +11,7 @@ from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.cli import compose
 from bitnet_lit.config import MuonConfig, QuantConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.training.initialize import calibrate_sub_norms, check_typed_network, optimizer_state
+from bitnet_lit.training.initialize import calibrate_sub_norms, check_typed_network, optimizer_state, sizes_are_given
 from bitnet_lit.training.module import warmup_strength
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.resume import resume_config
@@ -155,6 +155,16 @@ def test_a_typed_network_that_is_another_one_is_refused(plain, typed, message):
     config = compose("train", ["run_dir=x", f"init_from={plain}", typed])
     with pytest.raises(UserError, match=message):
         check_typed_network(config, [typed.partition("=")[0]])
+
+
+def test_sizes_that_contradict_each_other_are_left_out_too():
+    """Their own error asks for other sizes."""
+    wrong, typed = ["run_dir=x", "model.hidden_size=999"], ["seed", "model.hidden_size"]
+    given = pytest.raises(UserError, match=r"^init_from=run with model.hidden_size=: .*: leave model.hidden_size= out")
+    with given, sizes_are_given("init_from=run", typed):
+        compose("train", [*wrong, "init_from=run"])
+    with pytest.raises(UserError, match="does not divide .*: change one of them"), sizes_are_given(None, typed):
+        compose("train", wrong)
 
 
 def test_a_typed_network_that_is_the_trained_one_is_taken(plain):

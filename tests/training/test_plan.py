@@ -139,3 +139,11 @@ def test_the_table_says_the_lengths_and_prints_what_it_is_given_as_it_stands(cap
     assert "data data/[/b]{x}" in printed
     for part in ("250 of 512 tokens", "(8 x 64 x 1 batches)", "128,000 in all, 2.00 epochs", "every 12 steps"):
         assert part in printed
+
+
+@pytest.mark.parametrize(("skip", "said"), [(["q_proj"], True), (["q_proj", "lm_head"], False)], ids=str)
+def test_a_head_that_is_rounded_is_told(capsys, skip, said):
+    chosen = config()
+    chosen.quant = QuantConfig(skip=skip)
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {})
+    assert ("rounded too: add it to quant.skip=['q_proj']" in re.sub(r"\s+", " ", capsys.readouterr().err)) is said

@@ -74,6 +74,10 @@ def test_refusals(tmp_path, shards):
         resume_config(str(tmp_path))
     with pytest.raises(UserError, match="a resumed run keeps its optim"):
         resume_config(run, ["optim=adamw"])
+    with pytest.raises(UserError, match=r"a resumed run keeps its mode; override single values .such as trainer.max"):
+        resume_config(run, ["mode=smoke"])
+    with pytest.raises(UserError, match=r"resume=.* with model.hidden_size=: .*: leave model.hidden_size= out"):
+        resume_config(run, ["model.hidden_size=999"])
     with pytest.raises(UserError, match="nonsense"):
         resume_config(run, ["nonsense=1"])
     for checkpoint in ("last.ckpt", "best.ckpt"):

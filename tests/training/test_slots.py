@@ -236,6 +236,11 @@ def test_a_callback_that_stops_within_a_step_ends_behind_it(tmp_path, shards):
     [
         (["callbacks.extra.a.b=1"], r"callbacks.extra.a=.*: names no class: give callbacks.extra.a._target_="),
         (["callbacks.extra.a._target_=nowhere.B"], r"extra.a._target_=nowhere.B: cannot be imported .*No module"),
+        (
+            ["callbacks.extra.a._target_=lightning.pytorch.callbacks.EarlyStoping"],
+            r"cannot be imported .*: did you mean lightning.pytorch.callbacks.EarlyStopping\?",
+        ),
+        ([f"schedule._target_={HERE}.havling"], rf"cannot be imported .*: did you mean {HERE}.halving\?"),
         ([*EARLY, "callbacks.extra.early.patence=1"], r"callbacks.extra.early: .* did you mean patience\?"),
         (
             [EARLY[0], "callbacks.extra.early.monitor=val_loss"],
@@ -270,6 +275,13 @@ def test_what_cannot_be_made_is_one_line(tmp_path, shards, overrides, message):
         run(tmp_path / "run", shards, *overrides)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_progress_bar_of_lightning_takes_the_place_of_ours(tmp_path, shards, capsys):
+    bar = "callbacks.extra.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar"
+    assert run(tmp_path / "run", shards, bar, "trainer.max_steps=2")["steps"] == 2  # callbacks.progress_bar=false
+    printed = capsys.readouterr()
+    assert "it/s" in printed.out + printed.err
 
 
 def test_a_scheduler_of_pytorch_keeps_its_class(tmp_path, shards):

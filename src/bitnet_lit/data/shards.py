@@ -36,7 +36,12 @@ FULL_CHECK_BYTES = 256 * 2**20
 CHECK_BLOCKS, CHECK_BLOCK_TOKENS = 16, 2**15
 CHECK_AT_ONCE_TOKENS = 2**22
 DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 16, 2**16
-_WRITE = "write shards with python -m bitnet_lit.prepare source=<text> out=<folder>"
+
+
+def _write_shards(folder: Path) -> str:
+    """Return the remedy for a folder that has no shards. data/demo is where the demo corpus is written by default."""
+    source = "demo" if folder.parts[-2:] == ("data", "demo") else "<text> out=<folder>"
+    return f"give another folder, or write shards with python -m bitnet_lit.prepare source={source}"
 
 
 @dataclass
@@ -145,14 +150,14 @@ def _vocab_size(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer | None)
     return stated
 
 
-def _shard_paths(folder: Path, meta: dict[str, Any]) -> list[Path]:
+def _shard_paths(folder: Path, meta: dict[str, Any], key: str) -> list[Path]:
     """Return the paths of the shards in order; refuse a folder that does not hold just those that meta.json names."""
     try:
         paths = find_shards(folder)
     except OSError as error:
-        raise UserError(f"data.dir={folder}: cannot be read ({error.strerror}): check its permissions") from None
+        raise UserError(f"{key}={folder}: cannot be read ({error.strerror}): check its permissions") from None
     if not paths:
-        raise UserError(f"data.dir={folder}: no .bin shards in it: {_WRITE}")
+        raise UserError(f"{key}={folder}: no .bin shards in it: {_write_shards(folder)}")
     if "shards" in meta:
         names = {path.name for path in paths}
         if lost := set(meta["shards"]) - names:
@@ -199,11 +204,12 @@ def _checked_size(path: Path, dtype: np.dtype, vocab_size: int, meta: dict[str, 
     return tokens
 
 
-def open_shards(folder: Path, tokenizer: Path | None = None) -> ShardDirectory:
+def open_shards(folder: Path, tokenizer: Path | None = None, key: str = "data.dir") -> ShardDirectory:
     """Open a folder of shards and check it.
 
     Args:
         tokenizer: the tokenizer's file, for a folder that comes without one.
+        key: the key of the command that names the folder, for errors.
 
     Raises:
         UserError: there is no such folder, there are no shards in it, a file is not a shard, or the tokenizer is not
@@ -212,11 +218,11 @@ def open_shards(folder: Path, tokenizer: Path | None = None) -> ShardDirectory:
     folder = Path(folder)
     if not os.path.isdir(folder):
         what = "not a folder" if os.path.lexists(folder) else "no such folder"
-        raise UserError(f"data.dir={folder}: {what}: {_WRITE}")
+        raise UserError(f"{key}={folder}: {what}: {_write_shards(folder)}")
     meta = read_meta(folder)
     if not meta.get("complete", True):
         raise UserError(f"{folder}: not finished: run the same python -m bitnet_lit.prepare again")
-    paths = _shard_paths(folder, meta)
+    paths = _shard_paths(folder, meta, key)
     tokenizer_path = tokenizer or find_shard_tokenizer(folder)
     opened = open_tokenizer(tokenizer_path) if tokenizer_path else None
     vocab_size = _vocab_size(folder, meta, opened)

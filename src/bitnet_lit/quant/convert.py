@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.quant.bit_linear import BitLinear, scheme_of
 from bitnet_lit.quant.packing import CODES_PER_BYTE, PackedBitLinear
 from bitnet_lit.quant.scheme import Scheme, is_skipped
@@ -59,6 +59,26 @@ def _replace(module: nn.Module, swap: Callable[[str, nn.Module], nn.Module | Non
     return list(new_layers)
 
 
+def check_skip(module: nn.Module, skip: Sequence[str], key: str) -> None:
+    """Refuse a name that no linear layer has: a misspelled layer would be rounded without a word.
+
+    Args:
+        skip: names of layers, as `convert_linears` takes them.
+        key: what the user calls this list, for the error.
+
+    Raises:
+        UserError: the name, and the layer that is spelled almost like it.
+    """
+    modules = module.named_modules(remove_duplicate=False)  # a layer used in two places has two names
+    layers = [name for name, layer in modules if isinstance(layer, nn.Linear | PackedBitLinear)]
+    for entry in skip:
+        if not any(is_skipped(layer, [entry]) for layer in layers):
+            known = sorted({layer.rpartition(".")[2] for layer in layers})
+            near = nearest(entry, known) or nearest(entry, layers)
+            remedy = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"{key}=[{entry}]: no linear layer of that name: {remedy}")
+
+
 def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: str | Sequence[str] = ()) -> list[str]:
     """Replace the `nn.Linear` layers in `module` by BitLinear, in place. Weights, biases and hooks are kept.
 
@@ -78,13 +98,15 @@ def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: 
         The names of the replaced layers, in definition order.
 
     Raises:
-        UserError: `quant` is unknown, the group size of the scheme does not divide a layer's in_features, or `module`
-            is itself a linear layer.
+        UserError: `quant` is unknown, no layer has a name in `skip`, the group size of the scheme does not divide a
+            layer's in_features, or `module` is itself a linear layer.
     """
     scheme = scheme_of(quant)
+    skip = [skip] if isinstance(skip, str) else list(skip)
+    check_skip(module, skip, "skip")
     if not scheme.quantizes:
         return []
-    left_alone = [*([skip] if isinstance(skip, str) else skip), *getattr(quant, "skip", ())]
+    left_alone = [*skip, *getattr(quant, "skip", ())]
     make = scheme.layer or BitLinear
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:

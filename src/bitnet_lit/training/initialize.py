@@ -14,7 +14,8 @@ key of the network that was typed and contradicts the trained model is refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,12 @@ from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
 from bitnet_lit.config.held import network_values
-from bitnet_lit.did_you_mean import nearest
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.model.custom import build_custom_network
 from bitnet_lit.quant.bit_linear import set_strength
-from bitnet_lit.quant.scheme import is_skipped
+from bitnet_lit.quant.convert import check_skip
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.data import RunData
@@ -71,12 +71,12 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
     if isinstance(config.model, CustomNetwork):
         L.seed_everything(config.seed, verbose=False)
         network = build_custom_network(config.model, config.quant)
-        check_skip(network, config)
+        _check_skip(network, config)
         return network
     check_memory(config)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(config.model, config.quant)
-    check_skip(model, config)
+    _check_skip(model, config)
     if trained is not None:
         adds_norms = config.model.sub_norm and not trained.config.sub_norm
         model.load_state_dict(trained.model.state_dict(), strict=not adds_norms)
@@ -86,21 +86,13 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
     return model
 
 
-def check_skip(network: nn.Module, config: TrainConfig) -> None:
-    """Refuse an entry of `quant.skip` that no linear layer has: a misspelled layer would be rounded without a word.
+def _check_skip(network: nn.Module, config: TrainConfig) -> None:
+    """Refuse an entry of `quant.skip` that no linear layer has.
 
     `lm_head`, the default, may be missing. A resumed run goes on with what it began with.
-
-    Raises:
-        UserError: the entry, and the layer that is spelled almost like it.
     """
-    layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-    for entry in config.quant.skip if config.resume is None else ():
-        if entry != "lm_head" and not any(is_skipped(layer, [entry]) for layer in layers):
-            known = sorted({layer.rpartition(".")[2] for layer in layers})
-            near = nearest(entry, known)
-            remedy = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
-            raise UserError(f"quant.skip=[{entry}]: no linear layer of that name: {remedy}")
+    if config.resume is None:
+        check_skip(network, [entry for entry in config.quant.skip if entry != "lm_head"], "quant.skip")
 
 
 def _trained(config: TrainConfig) -> PretrainedModel:
@@ -113,6 +105,29 @@ def _trained(config: TrainConfig) -> PretrainedModel:
     config.model = replace(trained.config.trained_as(config.model), sub_norm=sub_norm)
     check_targets(config.export.targets, config.model, config.quant)
     return trained
+
+
+@contextlib.contextmanager
+def sizes_are_given(source: str | None, keys: Collection[str]) -> Iterator[None]:
+    """Give the right remedy for sizes that were typed beside a trained model and contradict each other in the block.
+
+    Their own error asks for other sizes. But the trained model has the sizes, so none may be typed.
+
+    Args:
+        source: what names the trained model, such as "init_from=outputs/run"; None where there is none.
+        keys: the keys that were typed.
+
+    Raises:
+        UserError: an error of the block, with this remedy where it is about a key that was typed.
+    """
+    try:
+        yield
+    except UserError as error:
+        for key in keys if source else ():
+            if key.startswith("model.") and f"{key}=" in str(error) and key[6:] not in ModelConfig.TRAINING:
+                text = f"{source} with {key}=: the sizes of the network are those of its weights: leave {key}= out"
+                raise UserError(text) from None
+        raise
 
 
 def check_typed_network(config: TrainConfig, keys: Collection[str]) -> None:

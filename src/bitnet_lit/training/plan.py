@@ -27,6 +27,7 @@ from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig, TrainerCo
 from bitnet_lit.control_groups import memory_limit
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import Accounting, account
+from bitnet_lit.quant.scheme import is_skipped
 from bitnet_lit.terminal import console
 
 
@@ -257,6 +258,9 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         "compute": f"{count.training_flops_per_token * plan.tokens / 1e12:,.1f} TFLOP",
         "memory": f"about {memory_estimate_bytes(config, plan) / 2**30:.2f} GiB a device",
     }
+    rounds_head = config.quant.scheme.quantizes and not is_skipped("lm_head", config.quant.skip)
+    if rounds_head and isinstance(config.model, ModelConfig):
+        rows["lm_head"] = f"rounded too: add it to quant.skip={list(config.quant.skip)} to leave it dense"
     for name, value in rows.items():
         table.add_row(Text(name, "bold"), str(value))
     console(stderr=True).print(table)

@@ -34,6 +34,7 @@ from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, CONFIG_NAME, LAST, METRICS_NAME, MODEL, MODEL_LAST, find_run
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.identity import check_identity
+from bitnet_lit.training.initialize import sizes_are_given
 
 _METRICS = Record({"steps": Integer(0, 2**63 - 1)})
 _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
@@ -81,7 +82,8 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
         before = _length(cfg.trainer)
         for override in overrides:
             _apply(cfg, override, resume)
-        config: Any = _unguarded(OmegaConf.to_object(cfg))
+        with sizes_are_given(f"resume={resume}", [key for key, _ in typed]):
+            config: Any = _unguarded(OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
         raise UserError(f"resume={resume}: {' '.join(str(error).split())}") from None
     except (TypeError, AttributeError, ValueError) as error:
@@ -151,9 +153,10 @@ def _apply(cfg: Any, override: str, resume: str) -> None:
     present = OmegaConf.select(cfg, key, default=None)
     is_entry = OmegaConf.is_dict(present) and OmegaConf.get_type(present) is dict and key.count(".") > 1
     if (OmegaConf.is_dict(present) and not (is_entry and isinstance(value, dict | None))) or key in _ONLY_AT_FIRST:
+        single = "such as trainer.max_steps=..." if key in _ONLY_AT_FIRST else f"{key}.<name>=..."
         raise UserError(
-            f"resume={resume} with {override}: a resumed run keeps its {key}; override single values "
-            f"({key}.<name>=...), or start another run with init_from={resume}"
+            f"resume={resume} with {override}: a resumed run keeps its {key}; override single values ({single}), or "
+            f"start another run with init_from={resume}"
         )
     try:
         OmegaConf.update(cfg, key, _guarded(value))

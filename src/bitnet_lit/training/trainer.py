@@ -13,12 +13,12 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO as AnyCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.config.slots import TARGET
-from bitnet_lit.did_you_mean import nearest
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.instantiate import instantiate
 from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.checkpoint_file import CheckpointIO
@@ -148,7 +148,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # our data module splits the data over the ranks
             enable_checkpointing=False,  # `Checkpoints` writes them
-            enable_progress_bar=config.callbacks.progress_bar,
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in parts.get("callbacks", ())),
             **flags,
             **parts,
         )
