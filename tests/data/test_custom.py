@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -16,8 +17,9 @@ from bitnet_lit.data.custom import CustomDataModule, open_custom, own_tokenizer
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
+from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.training.checkpoint_file import read_checkpoint
-from bitnet_lit.training.resume import resume_config
+from bitnet_lit.training.resume import resume_config, save_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, Killed, kill_at
 
@@ -59,6 +61,26 @@ class Counting(Squares):
 
     def load_state_dict(self, state_dict):
         self.next = state_dict["next"]
+
+
+class Live(Counting):
+    """It returns the dictionary that it goes on changing as its state."""
+
+    def __init__(self, **options):
+        self.kept = {}
+        super().__init__(**options)
+
+    next = property(lambda self: self.kept["next"], lambda self, value: self.kept.update(next=value))
+
+    def state_dict(self):
+        return self.kept
+
+
+class Folder(Squares):
+    """Its arguments have the names of those of a folder of shards."""
+
+    def __init__(self, batch_size, sequence_length, dir, tokenizer):
+        super().__init__(batch_size, sequence_length)
 
 
 class ByteTokenizer(Tokenizer):
@@ -116,7 +138,7 @@ def taken(made, count):
     return [next(batches) for _ in range(count)]
 
 
-@pytest.mark.parametrize("cls", ["Squares", "Counting"])
+@pytest.mark.parametrize("cls", ["Squares", "Counting", "Live"])
 def test_the_order_does_not_depend_on_random_numbers_processes_or_where_it_was_resumed(cls):
     whole = taken(module(cls), 24)  # more than four epochs of five batches
     torch.rand(7)
@@ -188,6 +210,16 @@ def test_a_module_that_does_not_fit_is_one_line(tmp_path, what, message):
     with pytest.raises(UserError, match=message) as error:
         train(compose("train", [f"run_dir={tmp_path}/run", *options]))
     assert "\n" not in str(error.value)
+
+
+def test_arguments_of_a_module_of_the_users_own_stay_as_they_were_typed(tmp_path):
+    """They are part of the run's identity: with another path a resume would be refused."""
+    own = [f"data._target_={HERE}.Folder", "data.dir=corpus", "data.tokenizer={_target_: a.B}"]
+    for overrides, folder in ((own, "corpus"), (["data.dir=corpus"], str(Path("corpus").absolute()))):
+        save_config(compose("train", overrides), tmp_path)
+        data = read_yaml(tmp_path / "config.yaml", "")["data"]
+        assert data["dir"] == folder
+    assert data["tokenizer"] is None
 
 
 def test_what_is_no_data_module_is_refused():

@@ -19,6 +19,7 @@ same order again, and a resumed run passes over the batches that were consumed. 
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -259,7 +260,8 @@ class CustomDataModule(L.LightningDataModule):
         """Keep the state after a batch: the trainer reads ahead, but saves the state of what was consumed."""
         if self._has_state:
             place = {"number": number, "epoch": epochs.epoch, "batch": epochs.batch}
-            self._states.append({**place, "own": self.own.state_dict()})
+            own = copy.deepcopy(self.own.state_dict())  # the module may return what it goes on changing
+            self._states.append({**place, "own": own})
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many batches the run has consumed, and the state of the user's module there or before."""

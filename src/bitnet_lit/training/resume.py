@@ -19,7 +19,7 @@ from torch import nn
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.checkpoints.formats.model_folder import trained_step
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import DataConfig, TrainConfig
 from bitnet_lit.config.network import import_schemes
 from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.config.slots import TARGET, as_values
@@ -41,13 +41,15 @@ _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml: the whole config with every default filled in, and with absolute paths for the data.
+    """Write config.yaml: the whole config with every default filled in, and with absolute paths of shards.
+
+    The arguments of a data module of the user's own are written as they were typed: the run's identity has them.
 
     `resume` is not written, so the folder of a resumed run is the same as that of an uninterrupted one.
     """
     values = as_values(config) | {"resume": None, "allow": []}
-    for key in ("dir", "tokenizer"):
-        if values["data"].get(key) is not None:
+    for key in ("dir", "tokenizer") if isinstance(config.data, DataConfig) else ():
+        if values["data"][key] is not None:
             values["data"][key] = str(Path(values["data"][key]).absolute())
     with atomic_file(run_dir / CONFIG_NAME) as temporary:
         temporary.write_text(dump_yaml(values), encoding="utf-8")
