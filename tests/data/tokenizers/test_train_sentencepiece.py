@@ -1,5 +1,7 @@
 """Training a SentencePiece model: the sizes that a text supports, long lines, and text that cannot be read."""
 
+import os
+
 import pytest
 
 from bitnet_lit.data.sources.demo import demo_stories
@@ -22,6 +24,15 @@ def test_vocabulary_too_small_says_what_is_needed(tmp_path):
         with pytest.raises(UserError, match=rf"vocab_size={size} is too small.* take {needed}"):
             train_tokenizer(demo_stories(50), size, tmp_path / "t.model")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_file_does_not_depend_on_the_machine(tmp_path, monkeypatch):
+    """Its hash identifies the tokenizer: a run and shards of another machine must agree on it."""
+    hashes = set()
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        hashes.add(train_tokenizer(demo_stories(50), 400, tmp_path / "t.model").sha256)
+    assert len(hashes) == 1
 
 
 def test_no_text_to_train_on(tmp_path):

@@ -7,7 +7,6 @@ UTF-8 bytes, and characters are not normalized (no NFKC): a ligature stays a lig
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from bitnet_lit.errors import UserError
 
 TRAINED_NAME = SentencePieceTokenizer.file_names[0]
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's default max_sentence_length, with which llama2.c trains
+THREADS = 16  # SentencePiece writes this number into the model's file, so it must not be this machine's
 BYTE_AND_CONTROL_TOKENS = 256 + 3  # <unk>, <s>, </s>
 
 
@@ -48,7 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
                 vocab_size=vocab_size,
                 self_test_sample_size=0,
                 character_coverage=1.0,
-                num_threads=os.cpu_count() or 1,
+                num_threads=THREADS,
                 split_digits=True,
                 allow_whitespace_only_pieces=True,
                 byte_fallback=True,
