@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 
 class Profile(Callback):
-    """Traces `steps` batches, after three that are left out, and writes profile/trace.json and profile/table.txt."""
+    """Traces `steps` batches of rank 0 after the first three, and writes profile/trace.json and profile/table.txt."""
 
     def __init__(self, run_dir: Path, steps: int) -> None:
         self.folder = run_dir / "profile"
@@ -22,6 +22,8 @@ class Profile(Callback):
         self._profiler: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         activities = [ProfilerActivity.CPU]
         sort_by = "self_cpu_time_total"
         if pl_module.device.type == "cuda":
