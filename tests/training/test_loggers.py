@@ -4,9 +4,11 @@ import csv
 
 import pytest
 
+from bitnet_lit.config import LoggerConfig, TrainConfig
+from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.runs.metrics_csv import read_metrics
-from bitnet_lit.training.loggers import CsvLogger
+from bitnet_lit.training.loggers import CsvLogger, build_loggers
 
 
 def rows(folder):
@@ -72,6 +74,12 @@ def test_a_checkpoint_that_counted_no_rows_keeps_those_up_to_its_step(tmp_path):
         logger.log_metrics({"train/loss": 1.0}, step=step)
     CsvLogger(tmp_path, resume_step=2)
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
+
+
+def test_weights_and_biases_gets_the_config(tmp_path):
+    config = TrainConfig(logger=LoggerConfig(wandb=True))
+    wandb = build_loggers(config, tmp_path, CsvLogger(tmp_path), resume_step=0)[1]
+    assert wandb._wandb_init["config"] == as_values(config)
 
 
 def test_half_a_last_line_is_left_out(tmp_path):

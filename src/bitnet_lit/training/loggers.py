@@ -145,6 +145,7 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
                 name=run_dir.name,
                 save_dir=run_dir,
                 mode=mode,
+                config=as_values(config),
                 # One run per folder: a resumed run goes on in the same one.
                 id=re.sub(r"[:;,#?/'\\]", "-", f"{run_dir.parent.name}-{run_dir.name}"),  # wandb refuses these
                 resume="allow",
