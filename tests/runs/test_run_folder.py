@@ -160,8 +160,12 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     number = dead.stdout.strip()
     for name in (f".metrics.csv.{number}.tmp", f"checkpoints/.last.ckpt.{number}.tmp", "checkpoints/.best.ckpt.tmp"):
         (tmp_path / name).write_text("half")
+    (tmp_path / "error.txt").write_text("of the user's own: no job ran here")
     clean(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "error.txt"]
+    (tmp_path / ".hydra").mkdir()
+    clean(tmp_path)  # of a job that failed and runs again
+    assert not (tmp_path / "error.txt").exists()
 
 
 def test_a_new_run_never_writes_into_another(tmp_path, shards):

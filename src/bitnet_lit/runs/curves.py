@@ -26,7 +26,8 @@ def _label(folder: Path, key: str) -> str:
     """Return the legend's text for a run: a value of its config, or the folder's name where it has no config.
 
     Args:
-        key: the key of that value in the config, such as "optim.learning_rate". A group stands for its name.
+        key: the key of that value in the config, such as "optim.learning_rate". A group stands for its name, or for the
+            class of the user's own that it names.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -35,7 +36,7 @@ def _label(folder: Path, key: str) -> str:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, dict):  # the key names a group
-        value = value.get("name")
+        value = value.get("name", value.get("_target_"))
     return f"{key}={value}"
 
 

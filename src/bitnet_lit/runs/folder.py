@@ -168,7 +168,9 @@ def claim(folder: Path, is_locked: bool) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove the temporary files of killed processes from a run folder that this process has locked."""
+    """Remove from a run folder that this process has locked what killed processes and a failed job left there."""
+    if (folder / RECORD).is_dir():
+        (folder / ERROR_NAME).unlink(missing_ok=True)
     for inside in (folder, folder / CHECKPOINTS):
         remove_leftovers(inside)
     for name in (LAST, BEST):
