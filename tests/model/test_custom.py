@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitnet_lit.checkpoints.custom_folder import open_custom_folder, save_custom_folder
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.cli import compose
 from bitnet_lit.config import CustomNetwork, EvaluateConfig, QuantConfig
@@ -101,6 +102,29 @@ def test_a_folder_with_another_class_inside_the_arguments_is_refused(tmp_path, s
     config = EvaluateConfig(checkpoint=str(path.parent), accelerator="cpu", networks=[f"{HERE}.Mixer"])
     with pytest.raises(UserError, match=r"names the class os.getpid"):
         evaluate(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"info": {"sequence_length": "64"}}, "bitnet_lit.info.sequence_length: must be a whole number"),
+        ({"network": {"_target_": 5}}, "bitnet_lit.network._target_: must be text"),
+        ({"network": {"_target_": f"{HERE}.Mixer", "vocab_size": "x"}}, "config.json: model.vocab_size='x'"),
+        ({"quant": []}, "bitnet_lit.quant: must be an object"),
+        ({"quant": {"name": "b9", "skip": []}}, "config.json: quant.name=b9"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, change, message):
+    config = CustomNetwork(f"{HERE}.Mixer", vocab_size=50)
+    state = build_custom_network(config, QuantConfig()).state_dict()
+    save_custom_folder(tmp_path / "model", config, QuantConfig(), None, {}, state)
+    path = tmp_path / "model" / "config.json"
+    raw = json.loads(path.read_text())
+    raw["bitnet_lit"] |= change
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=message) as error:
+        open_custom_folder(path.parent, [HERE])
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_is_rounded_and_counted():

@@ -39,7 +39,7 @@ LARGEST_SIZE = 2**24  # of any axis of a tensor
 LARGEST_NUMBER = 2.0**100  # well within float32
 SIZE = Integer(1, LARGEST_SIZE)
 FORMAT_VERSION = 1  # of the values under "bitnet_lit"
-NETWORK = "network"  # key under "bitnet_lit" for a user's own class and its arguments
+NETWORK = "network"  # a key under "bitnet_lit" for a user's own class and its arguments
 
 REQUIRED = (  # the fields of a network that every config.json has
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
@@ -54,6 +54,20 @@ QUANT = Record(
         "lambda_warmup_shape": Text(),
     },
 )
+INFO = Record(
+    optional={
+        "data": Text(),
+        "data_dir": OrNull(Text()),  # of folders of earlier versions
+        "sequence_length": OrNull(SIZE),
+        "recipe": MapOf(Anything()),
+        "metrics": MapOf(Anything()),
+    }
+)
+CUSTOM = Record(
+    {"bitnet_lit": Record({"quant": QUANT, NETWORK: Record({"_target_": Text()})}, {"info": INFO})},
+    {"tokenizer_sha256": OrNull(Text())},
+)
+"""The config.json of a network of the user's own, whose class checks its arguments itself."""
 
 
 @cache
@@ -84,14 +98,7 @@ def our_shape(ours: Iterable[str]) -> Record:
         ours: the fields of the network under "bitnet_lit"; the others have Hugging Face's names at the top level.
     """
     shapes = field_shapes(ModelConfig)
-    info: dict[str, Shape] = {
-        "data": Text(),
-        "data_dir": OrNull(Text()),  # of folders of earlier versions
-        "sequence_length": OrNull(SIZE),
-        "recipe": MapOf(Anything()),
-        "metrics": MapOf(Anything()),
-    }
-    optional: dict[str, Shape] = {"format_version": Integer(1, 2**31), "info": Record(optional=info)}
+    optional: dict[str, Shape] = {"format_version": Integer(1, 2**31), "info": INFO}
     inside = Record({"quant": QUANT}, {**optional, **{key: shapes[key] for key in ours}})
     return Record({"vocab_size": SIZE, "bitnet_lit": inside, **_required(shapes)}, _optional(shapes))
 

@@ -24,7 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitnet_lit.atomic import atomic_folder
-from bitnet_lit.checkpoints.config_json import FORMAT_VERSION, NETWORK, network_in, read_raw_config
+from bitnet_lit.checkpoints.config_json import (
+    CUSTOM,
+    FORMAT_VERSION,
+    NETWORK,
+    check_config,
+    network_in,
+    read_raw_config,
+)
 from bitnet_lit.checkpoints.file_names import CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME, folder_tokenizer
 from bitnet_lit.checkpoints.formats.model_folder import public_info, written_names
 from bitnet_lit.config import QuantConfig
@@ -98,12 +105,12 @@ def open_custom_folder(folder: Path, networks: Sequence[str]) -> CustomPretraine
     if (target := network_in(raw)) is None:
         return None
     path, ours = folder / CONFIG_NAME, raw["bitnet_lit"]
+    check_config(path, raw, CUSTOM)
     check_allowed(ours[NETWORK], networks, str(path), f"checkpoint={folder}", "networks")
     try:
         config, quant = custom(CustomNetwork, ours[NETWORK]), QuantConfig.described(ours["quant"])
-        info = ours["info"] if isinstance(ours.get("info"), dict) else {}
-    except (LookupError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): copy it again") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     network = build_custom_network(config, quant)
     try:
         network.load_state_dict(load_file(folder / WEIGHTS_NAME))
@@ -114,7 +121,7 @@ def open_custom_folder(folder: Path, networks: Sequence[str]) -> CustomPretraine
         raise UserError(f"{folder / WEIGHTS_NAME}: holds a weight that is not finite: copy it again")
     expected = raw.get("tokenizer_sha256")
     tokenizer = folder_tokenizer(folder)
-    if tokenizer is not None and isinstance(expected, str) and tokenizer.sha256 != expected:
+    if tokenizer is not None and expected not in (None, tokenizer.sha256):
         raise UserError(f"{folder}: its tokenizer is not the one that {CONFIG_NAME} names: copy it again")
     network.eval()
-    return CustomPretrained(folder, network, config, quant, tokenizer, info, expected)
+    return CustomPretrained(folder, network, config, quant, tokenizer, ours.get("info", {}), expected)
