@@ -20,11 +20,13 @@ MAX_BYTES = 2**17  # a config with all defaults has 3,000; PyYAML reads about 10
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Loads plain data as `SafeLoader` does, but refuses aliases."""
+    """Loads plain data as `SafeLoader` does, but refuses aliases and tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
+        if self.peek_event().tag is not None:
+            raise yaml.YAMLError("tags (!name) are not allowed")
         return super().compose_node(parent, index)
 
 

@@ -170,6 +170,8 @@ def test_a_run_of_an_earlier_version_goes_on(run):
         ("seed: [1\n", "damaged"),
         ("optim: !!python/object/apply:os.system [id]\n", "damaged"),
         ("optim: !mine {}\n", "damaged"),
+        ("seed: !!int 1\n", r"tags \(!name\) are not allowed"),
+        ("seed: !!binary aGVsbG8=\n", r"tags \(!name\) are not allowed"),
         ("a: &a [x]\nb: *a\n", r"aliases \(\*name\) are not allowed"),
         ("[" * 10000, "damaged"),
         ("seed: 1\n", "optim.name is None"),
