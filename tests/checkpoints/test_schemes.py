@@ -154,9 +154,10 @@ def test_packed_codes_that_no_level_has_are_refused(tmp_path):
     codes = stored.reader.read(name)
     assert codes.dtype == np.int8 and codes.min() == -2 and codes.max() == 2
     read = stored.reader.read
-    stored.reader.read = lambda key: np.full_like(codes, 3) if key == name else read(key)
-    with pytest.raises(UserError, match=r"holds codes that are not in -2\.\.2"):
-        stored.codes(name)
+    for wrong in (np.full_like(codes, 3), np.full(codes.shape, 0.5, np.float32)):  # others store codes as bfloat16
+        stored.reader.read = lambda key, wrong=wrong: wrong if key == name else read(key)
+        with pytest.raises(UserError, match=r"holds codes that are not in -2\.\.2"):
+            stored.codes(name)
 
 
 def test_a_damaged_scale_of_one_group_is_named(tmp_path):

@@ -345,7 +345,7 @@ class StoredModel:
                 raise UserError(f"{self.path}: tensor {name} is {stored.dtype}, but packed codes are uint8")
             are_codes = are_packed_codes(stored)
         else:
-            are_codes = bool(((stored >= lowest) & (stored <= highest)).all())
+            are_codes = bool(((stored >= lowest) & (stored <= highest) & (stored == stored.round())).all())
         if not are_codes:
             raise UserError(
                 f"{self.path}: tensor {name} holds codes that are not in {lowest}..{highest}: copy it again"
