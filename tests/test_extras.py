@@ -17,6 +17,16 @@ def test_a_missing_package_is_one_line_with_what_needs_it():
         raise ModuleNotFoundError("No module named 'gguf'")
 
 
+def test_a_package_that_is_there_and_cannot_be_imported_is_told_as_that():
+    for broken in (
+        ModuleNotFoundError("No module named 'numpy'", name="numpy"),
+        ImportError("an old ABI", name="gguf"),
+    ):
+        expected = rf"format=gguf: the package gguf cannot be imported \({broken}\): mend it$"
+        with pytest.raises(UserError, match=expected), needs("gguf", "format=gguf"):
+            raise broken
+
+
 def test_every_extra_is_one_of_the_project_and_brings_its_package():
     pyproject = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     section = pyproject[pyproject.index("[project.optional-dependencies]") :]

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 
 EXTRAS = {
     "gguf": "export",
@@ -25,17 +25,20 @@ def installed(*packages: str) -> bool:
 
 @contextlib.contextmanager
 def needs(package: str, what: str) -> Iterator[None]:
-    """Report a missing package in one line when the block imports it.
+    """Report a package that is missing, or that cannot be imported, in one line when the block imports it.
 
     Args:
         package: its name on PyPI.
         what: the option that needs it, such as "format=gguf".
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not installed, or its import fails.
     """
     try:
         yield
-    except ImportError:
+    except ImportError as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and (error.name or package).partition(".")[0] == package
+        if not is_missing:
+            raise UserError(f"{what}: the package {package} cannot be imported ({one_line(error)}): mend it") from error
         extra = f", or pip install 'bitnet-lit[{EXTRAS[package]}]'" if package in EXTRAS else ""
         raise UserError(f"{what}: needs the package {package}: pip install {package}{extra}") from None
