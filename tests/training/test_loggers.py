@@ -82,6 +82,15 @@ def test_weights_and_biases_gets_the_config(tmp_path):
     assert wandb._wandb_init["config"] == as_values(config)
 
 
+def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_gets_another(tmp_path):
+    config = TrainConfig(logger=LoggerConfig(wandb=True))
+    for folder in ("offline-run-20260131_120000-abc-1", "debug.log", "latest-run"):
+        (tmp_path / "wandb" / folder).mkdir(parents=True)
+    for resume_step, expected in ((0, None), (5, "abc-1")):
+        wandb = build_loggers(config, tmp_path, CsvLogger(tmp_path), resume_step)[1]
+        assert wandb._wandb_init["id"] == expected
+
+
 def test_half_a_last_line_is_left_out(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train/loss\n1,6.25\n2,6.")
     assert read_metrics(tmp_path / "metrics.csv") == [{"step": "1", "train/loss": "6.25"}]

@@ -119,6 +119,17 @@ def _wandb_logged_in() -> bool:
         return False
 
 
+def _wandb_id(run_dir: Path) -> str | None:
+    """Return the id that wandb gave a run, from the folder that it wrote; None where it wrote none.
+
+    A resumed run goes on under this id. A new run gets an id of its own: under one that the service knows already,
+    steps that were logged before would be dropped.
+    """
+    written = re.compile(r"(?:offline-)?run-\d+_\d+-(.+)")
+    found = [match[1] for path in sorted(run_dir.glob("wandb/*")) if (match := written.fullmatch(path.name))]
+    return found[-1] if found else None
+
+
 def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, resume_step: int) -> list[Logger]:
     """Return the loggers of `config`. Their files are written below `run_dir`.
 
@@ -146,8 +157,7 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
                 save_dir=run_dir,
                 mode=mode,
                 config=as_values(config),
-                # One run per folder: a resumed run goes on in the same one.
-                id=re.sub(r"[:;,#?/'\\]", "-", f"{run_dir.parent.name}-{run_dir.name}"),  # wandb refuses these
+                id=_wandb_id(run_dir) if resume_step else None,
                 resume="allow",
             )
         )
