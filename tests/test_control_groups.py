@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from bitnet_lit.control_groups import cpu_quota, memory_limit
+from bitnet_lit import control_groups
+from bitnet_lit.control_groups import cpu_quota, memory_limit, processors
 
 V2_NESTED = {
     "proc/self/cgroup": "0::/a/b\n",
@@ -60,3 +61,10 @@ def test_the_smallest_limit_of_the_groups_counts(tmp_path, files, processors, me
         (tmp_path / name).write_text(text)
     assert cpu_quota(tmp_path) == processors
     assert memory_limit(tmp_path) == memory
+
+
+def test_a_quota_limits_the_processors(monkeypatch):
+    monkeypatch.setattr(control_groups, "usable_cpus", lambda: set(range(8)))
+    for quota, expected in ((math.inf, 8), (2.5, 3), (0.1, 1), (64, 8)):
+        monkeypatch.setattr(control_groups, "cpu_quota", lambda quota=quota: quota)
+        assert processors() == expected

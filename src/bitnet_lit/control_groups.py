@@ -8,13 +8,15 @@ controller. See the kernel's Documentation/admin-guide/cgroup-v2.rst.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the content of a file of the kernel; an empty text where there is no such file."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
@@ -38,14 +40,14 @@ def _limits(controller: str, name: str, names_v1: tuple[str, ...], root: Path) -
         names_v1: the limit's files in version 1, one for each number.
         root: the root of the file system.
     """
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = [*line.split(":", 2), "", ""][:3]
         if controllers and controller not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / (controllers and controller)  # version 2 names no controllers in the line
         folder = Path(group.lstrip("/"))
         for above in (mount / each for each in (folder, *folder.parents)):
-            texts = [_read(above / each) for each in names_v1] if controllers else _read(above / name).split()
+            texts = [read_text(above / each) for each in names_v1] if controllers else read_text(above / name).split()
             yield [_number(text) for text in texts]
 
 
@@ -60,6 +62,20 @@ def cpu_quota(root: Path = ROOT) -> float:
         if len(numbers) == 2 and numbers[0] > 0 and numbers[1] > 0:
             allowed = min(allowed, numbers[0] / numbers[1])
     return allowed
+
+
+def usable_cpus() -> set[int]:
+    """Return the numbers of the logical processors that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def processors(cpus: int | None = None) -> int:
+    """Return how many processors' time this process may use: those it may run on, or fewer where there is a quota.
+
+    Args:
+        cpus: what to count in place of the logical processors, such as the physical cores.
+    """
+    return max(1, math.ceil(min(cpu_quota(), len(usable_cpus()) if cpus is None else cpus)))
 
 
 def memory_limit(root: Path = ROOT) -> float:

@@ -29,7 +29,7 @@ class PrepareConfig(Checked):
     vocab_size: int | None = None
     """Pieces of the tokenizer to train. null: 1024 for the demo corpus, 4096 otherwise."""
     num_workers: int | None = None
-    """Processes that encode text. null: as many as there are cores."""
+    """Processes that encode text. null: as many as there are processors that it may use."""
     seed: int = 0
     """source=demo: the seed of the stories."""
     num_stories: int = 20000

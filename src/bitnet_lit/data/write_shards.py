@@ -21,6 +21,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from bitnet_lit.atomic import atomic_file
+from bitnet_lit.control_groups import processors
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.shard_folder import dtype_for, shard_path
 from bitnet_lit.data.sources.source import ReadCounts, TextShard, fingerprint
@@ -109,13 +110,13 @@ def write_shards(
 
     Args:
         texts: all shards of the folder, for the progress bar.
-        num_workers: the most processes to use. None: one for each core.
+        num_workers: the most processes to use. None: one for each processor that this process may use.
         done: called in this process with each shard that has been written and its entry in meta.json.
 
     Raises:
         UserError: the text cannot be read, or a worker process was killed; shards that are written stay.
     """
-    workers = min(num_workers or os.cpu_count() or 1, len(todo))
+    workers = min(num_workers or processors(), len(todo))
     columns = (TextColumn("encoding"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     terminal = console(stderr=True)
     with Progress(*columns, console=terminal, disable=not todo or not terminal.is_terminal) as progress:
