@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, is_out_of_memory, one_line
+from bitnet_lit.errors import MESSAGES, is_out_of_memory, one_line
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 interruptions: list[int] = []
@@ -101,10 +101,8 @@ def _status_of(work: Callable[[], object]) -> int:
         except SystemExit as end:  # Hydra's flags, and the end of a sweep
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush()
-    except (UserError, TrainingStopped) as error:
+    except MESSAGES as error:
         return _fail(error, error.status)
-    except (ParityError, ModelError) as error:
-        return _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -89,11 +89,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class ParityError(RuntimeError):
-    """Reports an export that differs from the model it was written from; the export is removed. The status is 1."""
+    """Reports an export that differs from the model it was written from; the export is removed."""
+
+    status = 1
 
 
 class ModelError(RuntimeError):
-    """Reports a model whose results are not finite, or that runs out of memory. The status is 1."""
+    """Reports a model whose results are not finite, or that runs out of memory."""
+
+    status = 1
+
+
+MESSAGES = (UserError, TrainingStopped, ParityError, ModelError)
+"""All messages to users; each has its exit status."""
 
 
 # The system's error number: what to say. The remedy of `disk_errors` is `full` for the first two tables.

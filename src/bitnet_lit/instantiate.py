@@ -109,12 +109,11 @@ def takes(target: Any, name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    r"""Return values with every `${` escaped as `\${`.
-
-    The config is resolved already, so a `${` that is left is text. Hydra would resolve it again.
-    """
+    """Return values with every `${` escaped: the config is resolved, and Hydra would resolve such a text again."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+        from bitnet_lit.overrides import escaped  # imports Hydra
+
+        return escaped(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

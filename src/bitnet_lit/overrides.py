@@ -115,12 +115,14 @@ def _parse(override: str) -> Override | None:
         return None
 
 
+def escaped(text: str) -> str:
+    r"""Write `${` as `\${`, which OmegaConf reads as the text `${`. It halves the backslashes before it."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
 def quoted(text: str, resolves: bool = False) -> str:
     """Write a text in Hydra's quotes; unless `resolves` is set, `${` is escaped."""
-    if not resolves:
-        # OmegaConf reads \${ as ${ and halves the backslashes before it.
-        text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-    return QuotedString(text, Quote.single).with_quotes()
+    return QuotedString(text if resolves else escaped(text), Quote.single).with_quotes()
 
 
 def _is_quoted(value: str) -> bool:

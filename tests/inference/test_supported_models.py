@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 import pytest
 
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.inference.engines.cpu import supported_models
 from bitnet_lit.inference.engines.cpu.supported_models import COMPUTED, why_unsupported
+from bitnet_lit.model import tensors
 from bitnet_lit.model.tensors import Kind, TensorSpec
 from bitnet_lit.quant import register
 from tests.quant.toy_schemes import Centered, Quinary, Threshold
@@ -83,7 +83,7 @@ def test_an_activation_that_was_added_since_is_refused():
 
 def test_a_tensor_that_was_added_since_is_refused(monkeypatch):
     added = TensorSpec("mlp.extra_norm.weight", Kind.NORM, ("intermediate_size",))
-    monkeypatch.setattr(supported_models, "LAYER", (*supported_models.LAYER, added))
+    monkeypatch.setattr(tensors, "LAYER", (*tensors.LAYER, added))
     assert why_unsupported(tiny_config(), QuantConfig()) == (
         "tensor mlp.extra_norm.weight: the native engine has no place for it"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.extras import needs
 
 HUB_SECONDS = 10  # for the first answer: a firewall that drops packets gives none
@@ -36,5 +36,5 @@ def download_model(repository: str) -> Path:
         reason = unreachable or error
         raise UserError(
             f"checkpoint={repository}: no such file or folder here, and the hub says: {type(reason).__name__}: "
-            f"{' '.join(str(reason).split())[:200]}"
+            f"{one_line(reason, 200)}"
         ) from None

@@ -86,12 +86,12 @@ def check_out(out: Path, stored: StoredModel, format: Format) -> None:
     except UserError as error:
         raise UserError(f"out={error}") from None
     note = note_of(out, is_file)
-    noted = (_read_note(note) or {}).get("files", {})
-    if is_file and out.exists() and not (format.recognizes(out) or out.name in noted):
+    noted = _read_note(note)
+    if is_file and out.exists() and not (format.recognizes(out) or out.name in (noted or {}).get("files", {})):
         raise UserError(f"out={out}: is a file, but not {format.title}: {remedy}")
-    if is_file and os.path.lexists(note) and _read_note(note) is None:
+    if is_file and os.path.lexists(note) and noted is None:
         raise UserError(f"out={out}: the note of the export goes to {note}, which no export wrote: {remedy}")
-    if out.is_dir() and _read_note(note) is None and any(out.iterdir()):
+    if out.is_dir() and noted is None and any(out.iterdir()):
         raise UserError(f"out={out}: a folder that no export wrote: {remedy}")
 
 

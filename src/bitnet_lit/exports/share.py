@@ -14,7 +14,7 @@ from bitnet_lit.checkpoints.file_names import NOTE_NAME
 from bitnet_lit.checkpoints.formats.format import Format
 from bitnet_lit.checkpoints.formats.model_folder import public_info
 from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.extras import needs
 
 LONGEST_CELL = 300  # characters
@@ -108,7 +108,7 @@ def share(repository: str, stored: StoredModel, report: dict[str, Any], format: 
         api.create_commit(repository, operations=operations, commit_message=f"{format.name} export")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"share={repository}: {type(error).__name__}: {' '.join(str(error).split())[:200]}: the export is in "
+            f"share={repository}: {type(error).__name__}: {one_line(error, 200)}: the export is in "
             f"{out}; log in with `hf auth login` (or set HF_TOKEN) and run the same command again"
         ) from None
     return str(address)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.errors import ModelError, ParityError, TrainingStopped, UserError, is_out_of_memory, one_line
+from bitnet_lit.errors import MESSAGES, TrainingStopped, is_out_of_memory, one_line
 from bitnet_lit.runs.folder import ERROR_NAME, is_taken
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.signals import handling
@@ -122,8 +122,7 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
     except Exception as error:
         if isinstance(error, TrainingStopped) and error.status > 128:
             request_stop(sweep_dir, error.status - 128)
-        told = isinstance(error, UserError | TrainingStopped | ParityError | ModelError | OSError)
-        if not told and not is_out_of_memory(error):
+        if not isinstance(error, (*MESSAGES, OSError)) and not is_out_of_memory(error):
             traceback.print_exc()
         line = f"{type(error).__name__}: {one_line(error)}"
         print(f"error: {folder}: {line}", file=sys.stderr)

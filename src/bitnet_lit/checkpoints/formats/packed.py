@@ -72,11 +72,11 @@ class Packed(ModelFolder):
         described = describe(stored.config, stored.quant, stored.tokenizer, stored.info, True, self.dtype)
         write_folder(out, described, tensors, stored.tokenizer)
         kinds = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8"}
-        sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+        written = {tensor.name: tensor for tensor in tensors}
         rows = []
         for name, shape in stored.tensors.items():
-            kind = next(kinds[tensor.dtype] for tensor in tensors if tensor.name == name)
-            nbytes = sizes[name] + sizes.get(f"{name}_scale", 0)
+            kind = kinds[written[name].dtype]
+            nbytes = sum(written[each].nbytes for each in (name, f"{name}_scale") if each in written)
             rows.append(WrittenTensor(name, kind, shape, nbytes, FLOAT_ERRORS.get(kind, SCALE_ERROR)))
         return rows
 

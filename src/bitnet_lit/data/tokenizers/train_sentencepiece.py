@@ -15,7 +15,7 @@ import sentencepiece
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 
 TRAINED_NAME = SentencePieceTokenizer.file_names[0]
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's default max_sentence_length, with which llama2.c trains
@@ -76,7 +76,7 @@ def _refusal(message: str, vocab_size: int) -> UserError:
         return UserError(
             f"vocab_size={vocab_size} is too small: bytes and control tokens alone take {BYTE_AND_CONTROL_TOKENS}"
         )
-    return UserError(f"vocab_size={vocab_size}: SentencePiece says {' '.join(message.split())}")
+    return UserError(f"vocab_size={vocab_size}: SentencePiece says {one_line(message)}")
 
 
 def _training_sentences(texts: Iterable[str]) -> Iterator[str]:
