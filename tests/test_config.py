@@ -88,7 +88,7 @@ def test_overrides_win_over_modes_and_experiments():
         ("model.hidden_act=gelu", "must be one of silu, relu2"),
         ("model.dropout=1", r"must lie in \[0, 1\)"),
         ("quant.activation_bits=16", "must lie in 2..8"),
-        ("trainer.precision=16-mixed", "must be one of 32-true"),
+        ("trainer.precision=16-mixed", "must be one of auto"),
         ("trainer.max_steps=0", "must be greater than zero"),
         ("data.batch_size=-1", "must be greater than zero"),
         ("optim.learning_rate=0", "must be greater than zero"),

@@ -43,12 +43,12 @@ def test_the_figures_are_those_of_their_definitions(folder, shards, tokenizer):
 def test_sums_of_parts_are_those_of_the_whole(tokenizer):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 512, (6, 9), generator=generator)
-    logits = torch.randn(6, 8, 512, generator=generator)
+    losses, hits = torch.rand(6, 8, generator=generator) * 6, torch.rand(6, 8, generator=generator) < 0.5
     whole, parts = LossSums(), LossSums()
-    whole.add(logits, ids, tokenizer)
+    whole.add(losses.flatten(), hits.flatten(), ids, tokenizer)
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        parts.add(logits[rows], ids[rows], tokenizer)
-    parts.add(logits[:0], ids[:0], tokenizer)  # a rank without valid rows
+        parts.add(losses[rows].flatten(), hits[rows].flatten(), ids[rows], tokenizer)
+    parts.add(losses[:0].flatten(), hits[:0].flatten(), ids[:0], tokenizer)  # a rank without valid rows
     assert LossSums.from_tensor(parts.as_tensor()) == parts
     assert (parts.tokens, parts.correct, parts.text_bytes) == (whole.tokens, whole.correct, whole.text_bytes)
     assert parts.nats == pytest.approx(whole.nats, rel=1e-12)  # float64 sums of equal numbers, in another order

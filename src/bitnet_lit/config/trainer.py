@@ -33,8 +33,8 @@ class TrainerConfig(Checked):
     num_nodes: int = 1
     strategy: str = "auto"
     """auto, ddp or fsdp."""
-    precision: str = "32-true"
-    """32-true, bf16-mixed or bf16-true."""
+    precision: str = "auto"
+    """auto, 32-true, bf16-mixed or bf16-true. auto: bf16-mixed on GPUs that have bfloat16, elsewhere 32-true."""
     max_steps: int = 1000
     """Optimizer steps of the run."""
     max_tokens: int | None = None
@@ -84,7 +84,7 @@ class TrainerConfig(Checked):
             )
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
         one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
-        one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed", "bf16-true"))
+        one_of("trainer.precision", self.precision, ("auto", "32-true", "bf16-mixed", "bf16-true"))
 
 
 @dataclass

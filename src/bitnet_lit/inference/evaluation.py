@@ -21,6 +21,7 @@ from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.evaluation_data import validation_batches
 from bitnet_lit.inference.loss_sums import LossSums
+from bitnet_lit.model import token_losses
 
 
 @torch.inference_mode()
@@ -31,7 +32,7 @@ def evaluate_batches(
     sums = LossSums()
     for batch in batches:
         ids = batch.to(device)
-        sums.add(model(ids[:, :-1]), ids, tokenizer)
+        sums.add(*token_losses(model, ids), ids, tokenizer)
     return sums
 
 

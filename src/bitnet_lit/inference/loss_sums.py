@@ -1,4 +1,4 @@
-"""From logits to the figures of an evaluation: loss, perplexity, accuracy, bits per byte.
+"""From losses to the figures of an evaluation: loss, perplexity, accuracy, bits per byte.
 
 All of them follow from four sums over target tokens. Sums can be added up over batches and over the ranks of a
 distributed run, and the figures do not depend on how the data was divided. (A mean of means would.)
@@ -14,7 +14,6 @@ import math
 from dataclasses import astuple, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -36,21 +35,20 @@ class LossSums:
     correct: int = 0
     text_bytes: int = 0
 
-    def add(self, logits: Tensor, ids: Tensor, tokenizer: Tokenizer | None) -> None:
+    def add(self, losses: Tensor, hits: Tensor, ids: Tensor, tokenizer: Tokenizer | None) -> None:
         """Add a batch.
 
         Args:
-            logits: (B, T, V), computed from ids[:, :-1].
+            losses: float32 (B * T,), the loss of each target in nats.
+            hits: bool (B * T,), whether the target had the largest logit.
             ids: int64 (B, T + 1); the targets are ids[:, 1:].
         """
         if not len(ids):
             return
-        targets = ids[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         # Summed in float64, so that the result does not depend on how the data was divided into batches.
         self.nats += float(losses.cpu().double().sum())
-        self.tokens += targets.numel()
-        self.correct += int((logits.argmax(-1) == targets).sum())
+        self.tokens += losses.numel()
+        self.correct += int(hits.sum())
         if tokenizer is not None:
             array = ids.cpu().numpy()
             self.text_bytes += tokenizer.text_bytes(array[:, :-1], array[:, 1:])

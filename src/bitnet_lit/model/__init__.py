@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitnet_lit.model.kv_cache import KVCache
-    from bitnet_lit.model.transformer import CausalLM, build_model, next_token_loss
+    from bitnet_lit.model.loss import next_token_loss
+    from bitnet_lit.model.transformer import CausalLM, batch_loss, build_model, token_losses
 
-__all__ = ["CausalLM", "KVCache", "build_model", "next_token_loss"]
+__all__ = ["CausalLM", "KVCache", "batch_loss", "build_model", "next_token_loss", "token_losses"]
 _HOMES = {
     "CausalLM": "bitnet_lit.model.transformer",
     "KVCache": "bitnet_lit.model.kv_cache",
+    "batch_loss": "bitnet_lit.model.transformer",
     "build_model": "bitnet_lit.model.transformer",
-    "next_token_loss": "bitnet_lit.model.transformer",
+    "next_token_loss": "bitnet_lit.model.loss",
+    "token_losses": "bitnet_lit.model.transformer",
 }
 
 

@@ -6,14 +6,22 @@ a map of names. `build_model` makes the dense network first, and then applies th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.model.kv_cache import KVCache
 from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
+from bitnet_lit.model.loss import (
+    SoftmaxGradient,
+    TokenLosses,
+    linear_cross_entropy,
+    linear_token_losses,
+    next_token_loss,
+)
 from bitnet_lit.quant import convert_linears
 
 
@@ -79,6 +87,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary, bias=False)
+        self.softmax_gradient, self.token_losses = SoftmaxGradient(), TokenLosses()  # without parameters
         self.reset_parameters()
         self.tie_weights()
 
@@ -103,33 +112,64 @@ class CausalLM(nn.Module):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the logits of every position.
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, targets: Tensor | None = None, per_token: bool = False
+    ) -> Any:
+        """Return the logits of every position, or with `targets` the loss.
+
+        On CUDA a loss never holds all logits (loss.py).
 
         Args:
             ids: int64 (B, T).
             cache: the keys and values of earlier positions; the T new ones are added to it. None: `ids` start at
                 position 0.
+            targets: int64 (B, T).
+            per_token: return what `token_losses` returns.
 
         Returns:
-            Logits (B, T, V), in autocast's dtype under autocast, otherwise in the dtype of the weights.
+            Logits (B, T, V), in autocast's dtype under autocast, otherwise in the dtype of the weights. With `targets`,
+            the mean loss in nats, float32 ().
 
         Raises:
             ValueError: there are more positions than the context has.
         """
-        logits: Tensor = self.lm_head(self.model(ids, cache))
-        return logits
+        hidden_BTD = self.model(ids, cache)
+        if targets is None:
+            return self.lm_head(hidden_BTD)
+        if hidden_BTD.is_cuda and type(self.lm_head) is nn.Linear:  # a quantized head has no such product
+            hidden_ND, weight, flat = hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten()
+            if per_token:
+                return linear_token_losses(hidden_ND, weight, flat, self.token_losses)
+            return linear_cross_entropy(hidden_ND, weight, flat, self.softmax_gradient)
+        logits_BTV = self.lm_head(hidden_BTD)
+        if per_token:
+            return self.token_losses(logits_BTV.flatten(0, 1), targets.flatten())
+        return next_token_loss(logits_BTV, targets)
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Return the cross entropy in nats, computed in float32.
+def batch_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the mean next-token loss of a batch, in nats per token, float32 ().
 
     Args:
-        logits: (B, T, V).
-        targets: int64 (B, T).
-        reduction: "mean" or "sum" over all tokens; "none" returns one number for each, (B * T,).
+        model: a `CausalLM`, or any network of ids (B, T) -> logits (B, T, V).
+        ids: int64 (B, T + 1).
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+    if isinstance(model, CausalLM):
+        loss: Tensor = model(ids[:, :-1], targets=ids[:, 1:])
+        return loss
+    return next_token_loss(model(ids[:, :-1]), ids[:, 1:])
+
+
+def token_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the next-token loss of every target in nats, and whether the target had the largest logit.
+
+    The losses are float32 (B * T,), and the hits are bool (B * T,). Neither has a gradient. The arguments are those of
+    `batch_loss`.
+    """
+    if isinstance(model, CausalLM):
+        found: tuple[Tensor, Tensor] = model(ids[:, :-1], targets=ids[:, 1:], per_token=True)
+        return found
+    return TokenLosses().forward(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
 
 def build_model(config: ModelConfig, quant: QuantConfig, device: torch.device | str | None = None) -> CausalLM:

@@ -17,11 +17,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bitnet_lit.config import CustomNetwork, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.errors import Diverged
 from bitnet_lit.inference.loss_sums import LossSums
-from bitnet_lit.model import next_token_loss
+from bitnet_lit.model import batch_loss, token_losses
 from bitnet_lit.quant.bit_linear import set_strength
-from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
+from bitnet_lit.training.divergence import Divergence, skips_on_device
+from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.schedule import build_schedule
@@ -53,6 +53,11 @@ class BitNetModule(L.LightningModule):
         model: takes int64 ids (B, T) and returns logits (B, T, V).
         tokenizer: measures bits per byte; None where the data has no tokenizer.
         moments: state of the optimizer that trained the weights of `init_from`; None starts with a new state.
+
+    Attributes:
+        step_figures: what the last optimizer step measured, by the name of the metric. Callbacks add theirs, and
+            `StepLog` logs them.
+        divergence: whether a step was not finite.
     """
 
     def __init__(
@@ -70,7 +75,9 @@ class BitNetModule(L.LightningModule):
         self.plan = plan
         self.tokenizer = tokenizer
         self.validation_sums = LossSums()
+        self.step_figures: dict[str, Figure] = {}
         self._step_loss = torch.zeros(())  # mean over the accumulated batches
+        self.divergence = Divergence()
         self._strength: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -111,9 +118,10 @@ class BitNetModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of the batch, in nats per token."""
-        loss = next_token_loss(self.model(batch[:, :-1]), batch[:, 1:])
+        loss = batch_loss(self.model, batch)
         self._batch = batch
-        self._step_loss = self._step_loss.to(self.device) + loss.detach() / self.trainer.accumulate_grad_batches
+        part = loss.detach() / self.trainer.accumulate_grad_batches
+        self._step_loss = part if batch_idx % self.trainer.accumulate_grad_batches == 0 else self._step_loss + part
         return loss
 
     def configure_gradient_clipping(
@@ -122,10 +130,10 @@ class BitNetModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient and log it. Lightning calls this once per optimizer step.
+        """Clip the gradient, and note the figures of the step. Lightning calls this once per optimizer step.
 
         Raises:
-            Diverged: the norm of the gradient is not finite.
+            Diverged: the norm of the gradient is not finite (divergence.py says when that is noticed).
         """
         limit = self.config.trainer.gradient_clip_val or float("inf")
         wrapped = self.trainer.strategy.model
@@ -133,27 +141,26 @@ class BitNetModule(L.LightningModule):
             norm = wrapped.clip_grad_norm_(limit)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
-            self._stop_diverged(norm)
+        self.divergence.note(self.global_step, self._step_loss, norm, self._batch)
+        if self.device.type == "cuda" and skips_on_device(optimizer):
+            optimizer.found_inf = self.divergence.found_inf  # type: ignore[attr-defined]
+        else:
+            self.divergence.check(self.model, has_gradients=True)
         if not isinstance(wrapped, FullyShardedDataParallel):
             # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
-        self.log("train/loss", self._step_loss, sync_dist=True)
-        self.log("train/grad_norm", norm)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        self._step_loss = torch.zeros(())
+        rate = torch.tensor(optimizer.param_groups[0]["lr"])
+        figures = {"train/loss": self._step_loss, "train/grad_norm": norm, "train/learning_rate": rate}
+        self.trainer.callback_metrics.update(figures)  # for callbacks of the user's own
+        self.step_figures = {**figures}
 
-    def _stop_diverged(self, norm: Tensor) -> None:
-        if layer := first_nonfinite_output(self.model, self._batch[:, :-1]):
-            what = f"the output of {layer} is not finite"
-        elif parameter := last_nonfinite_gradient(self.model):
-            what = f"the gradient of {parameter} is not finite"
-        else:  # every gradient is finite, but the sum of their squares overflows
-            what = f"the norm of the gradient is not finite (the largest is that of {largest_gradient(self.model)})"
-        raise Diverged(
-            f"step {self.global_step}: {what} (loss {float(self._step_loss):.4g}, gradient norm {float(norm):.4g}): "
-            "lower optim.learning_rate"
-        )
+    def check_finite(self) -> None:
+        """Wait for the device, and make sure that the weights are those of steps with finite gradients.
+
+        Raises:
+            Diverged: a step was not finite. The weights are those before it.
+        """
+        self.divergence.check(self.model)
 
     def on_validation_epoch_start(self) -> None:
         self.validation_sums = LossSums()
@@ -161,8 +168,9 @@ class BitNetModule(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
         """Add the valid rows of a batch to the sums. The other rows only give every rank the same number of batches."""
         ids, num_valid = batch
-        logits = self.model(ids[:, :-1])
-        self.validation_sums.add(logits[:num_valid], ids[:num_valid], self.tokenizer)
+        losses, hits = token_losses(self.model, ids)
+        num_tokens = num_valid * (ids.shape[1] - 1)
+        self.validation_sums.add(losses[:num_tokens], hits[:num_tokens], ids[:num_valid], self.tokenizer)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:

@@ -29,6 +29,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import Accounting, account
 from bitnet_lit.quant.scheme import is_skipped
 from bitnet_lit.terminal import console
+from bitnet_lit.training.precision import resolved_precision
 
 
 def _check_nodes(num_nodes: int) -> None:
@@ -233,7 +234,7 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
     per_token_layer = 14 * model.hidden_size + 8 * model.intermediate_size
     if model.gradient_checkpointing:
         per_token_layer = 2 * model.hidden_size
-    element = 4 if config.trainer.precision == "32-true" else 2
+    element = 4 if resolved_precision(config.trainer) == "32-true" else 2
     activations = tokens * (model.num_hidden_layers * per_token_layer * element + 12 * model.vocab_size)
     return states + activations
 

@@ -32,6 +32,7 @@ from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean
 from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import link_checkpoint
 from bitnet_lit.training.data import open_data, sequence_length
 from bitnet_lit.training.failures import in_one_line
@@ -41,6 +42,7 @@ from bitnet_lit.training.loggers import CsvLogger, build_loggers
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit
+from bitnet_lit.training.precision import resolved_precision, tf32
 from bitnet_lit.training.resume import Start, read_start, save_config
 from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.started_ranks import left_as_found
@@ -151,6 +153,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         identity = identity or run_identity(config, data.identity(), tokenizer, length)
         _take_folder(config, run_dir, start, holding)
     csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
+    precision = resolved_precision(config.trainer)
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS,
         config.callbacks.checkpoint_every_n_steps,
@@ -158,7 +161,9 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         max_time,
         signals,
         csv_logger,
+        StepLog(),
         identity,
+        precision,
         config.trainer.limit_val_batches is not None,
         config.callbacks.extra,
     )
@@ -176,10 +181,12 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     if config.compile == "true" or (config.compile == "auto" and uses_cuda):
         model.compile()  # in place: parameter names stay
     if trainer.is_global_zero:
-        device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {config.trainer.precision}"
+        device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {precision}"
         rows = {"run": run_dir, "data": data.name, "device": device}
         if start is not None:
             rows["from"] = f"step {start.step}, {start.path}"
+            if start.state.get("precision", precision) != precision:
+                rows["device"] = f"{device} (up to step {start.step} it was {start.state['precision']})"
         elif config.init_from:
             rows["from"] = f"{config.init_from}, {'with' if moments else 'without'} its optimizer's state"
         if kernels is not None:
@@ -187,7 +194,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         print_plan(config, plan, rows)
     with in_one_line(lambda: checkpoints.folder.parent, trainer.world_size, trainer.global_rank):
         try:
-            with left_as_found(trainer):
+            with left_as_found(trainer), tf32(config.trainer):
                 trainer.fit(module, datamodule=datamodule, ckpt_path=start.path if start else None)
         finally:
             if config.logger.wandb:

@@ -23,6 +23,7 @@ from bitnet_lit.instantiate import instantiate
 from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.checkpoint_file import CheckpointIO
 from bitnet_lit.training.plan import Plan
+from bitnet_lit.training.precision import resolved_precision
 
 # Flags of Lightning's Trainer that `trainer.extra` must not set, and what to do instead.
 _OWN_KEY = "has a key of its own: trainer.{flag}="
@@ -134,7 +135,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
             devices=options.devices if isinstance(options.devices, int | str) else list(options.devices),
             num_nodes=options.num_nodes,
             strategy=_strategy(config),
-            precision=options.precision,  # type: ignore[arg-type]  # checked by the schema
+            precision=resolved_precision(options),  # type: ignore[arg-type]  # one of Lightning's names
             max_epochs=-1,  # the data repeats without end, so steps are counted
             max_steps=-1,  # `Checkpoints` ends the run, so a resumed run can still do the work of the end
             check_val_every_n_epoch=None,

@@ -1,5 +1,6 @@
 """Tokens a second, utilisation and waiting, on a clock that the test turns."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -7,25 +8,39 @@ import torch
 
 from bitnet_lit.training.callbacks import throughput
 from bitnet_lit.training.callbacks.throughput import Throughput, peak_flops, peak_memory_bytes
+from bitnet_lit.training.module import BitNetModule
 
 PLAN = SimpleNamespace(tokens_per_step=100, accounting=SimpleNamespace(training_flops_per_token=1e6))
 
 
-class Module:
+class Module(BitNetModule):
+    """A module that was not built, and keeps what it is given."""
+
     device = torch.device("cpu")
+
+    def __init__(self):
+        object.__setattr__(self, "step_figures", Given())
+
+    @property
+    def logged(self):
+        return self.step_figures.logged
+
+
+class Given(dict):
+    """Reads the figures of each logged step, which are functions until then."""
 
     def __init__(self):
         self.logged = []
 
-    def log_dict(self, figures, rank_zero_only):
-        assert rank_zero_only
-        self.logged.append(figures)
+    def __ior__(self, figures):
+        self.logged.append({name: figure() if callable(figure) else figure for name, figure in figures.items()})
+        return self
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now.seconds)
+    monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e9)
     return now
 

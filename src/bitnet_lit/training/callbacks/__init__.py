@@ -23,6 +23,7 @@ from bitnet_lit.training.callbacks.samples import SampleStories
 from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
 from bitnet_lit.training.callbacks.throughput import Throughput
 from bitnet_lit.training.plan import Plan
+from bitnet_lit.training.precision import resolved_precision
 
 # Lightning before 2.6 has only the first.
 AVERAGING = tuple(
@@ -79,8 +80,8 @@ def build_callbacks(
 ) -> list[Callback]:
     """Return the callbacks of a run in the order in which they are called.
 
-    First come those that measure and the user's own, then `Checkpoints`, then the export of the model folder. So a
-    checkpoint holds the state that the earlier callbacks have after the same step.
+    First come those that measure and the user's own, then `StepLog`, `Checkpoints`, and the export of the model folder.
+    So a checkpoint holds the state that the earlier callbacks have after the same step.
 
     Args:
         facts: plain data for config.json of the model folder (see `ExportModelFolder`).
@@ -90,14 +91,14 @@ def build_callbacks(
     if wanted.ternary_health and config.quant.scheme.quantizes:
         callbacks.append(TernaryHealth(run_dir))
     if wanted.throughput:
-        callbacks.append(Throughput(plan, config.trainer.precision))
+        callbacks.append(Throughput(plan, resolved_precision(config.trainer)))
     # Generation needs the key-value cache, which a network of the user's own does not have.
     if wanted.sample_prompts and tokenizer is not None and isinstance(config.model, ModelConfig):
         callbacks.append(SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens))
     if wanted.profile_steps:
         callbacks.append(Profile(run_dir, wanted.profile_steps))
     callbacks += extra_callbacks(config)
-    callbacks += [checkpoints, ExportModelFolder(run_dir, config, tokenizer, facts, checkpoints)]
+    callbacks += [checkpoints.step_log, checkpoints, ExportModelFolder(run_dir, config, tokenizer, facts, checkpoints)]
     if wanted.progress_bar:
-        callbacks.append(RichBar(plan))
+        callbacks.append(RichBar(plan, checkpoints.step_log))
     return callbacks

@@ -30,6 +30,7 @@ from bitnet_lit.checkpoints.formats.model_folder import trained_step
 from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError
 from bitnet_lit.runs.folder import BEST, LAST, MODEL
 from bitnet_lit.runs.signals import StopSignals
+from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, read_checkpoint
 from bitnet_lit.training.loggers import CsvLogger
 
@@ -49,7 +50,9 @@ class Checkpoints(Callback):
         max_time: the time after which the run validates, saves and ends; None sets no limit.
         signals: the signals that ask the run to stop.
         csv: the logger of metrics.csv, whose rows are flushed to the disk before a checkpoint.
+        step_log: writes the rows of steps. What waits in it is written before a validation and before a checkpoint.
         identity: the identity of the run, which each checkpoint holds (see `identity.py`).
+        precision: the precision of the run, which each checkpoint holds, so that a resume can say that it changes.
         validates_part: whether validations before the last one cover only a part of the validation split.
         others: `callbacks.extra` of the config. A run that one of these callbacks ended goes on only if they changed.
 
@@ -68,17 +71,20 @@ class Checkpoints(Callback):
         max_time: timedelta | None,
         signals: StopSignals,
         csv: CsvLogger,
+        step_log: StepLog,
         identity: dict[str, Any],
+        precision: str,
         validates_part: bool,
         others: dict[str, Any],
     ) -> None:
         self.folder, self.every_n_steps, self.steps, self.max_time = folder, every_n_steps, steps, max_time
-        self.signals, self.csv, self.identity = signals, csv, identity
+        self.signals, self.csv, self.step_log, self.identity = signals, csv, step_log, identity
         self.best_loss, self.improved = math.inf, False
         self.best_step: int | None = None
         self.figures: dict[str, float] = {}
         self.validated_step: int | None = None
         self.saved_step: int | None = None
+        self.precision = precision
         self.validates_part, self.others = validates_part, others
         self._validated_all = False
         self._stopped_by: dict[str, Any] | None = None  # `others`, if one of them has ended the run
@@ -207,6 +213,7 @@ class Checkpoints(Callback):
         return reason
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step_log.settle(trainer)
         self._validated_all = trainer.should_stop or not self.validates_part  # the same rule as in `ValidationOrder`
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -237,20 +244,14 @@ class Checkpoints(Callback):
             and trainer.training
             and trainer.global_step > (self.saved_step or 0)
         ):
-            with contextlib.suppress(OSError):  # the user must see the error that ended the run, not this one
+            with contextlib.suppress(OSError, Diverged):  # the user must see the error that ended the run, not this one
                 self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
         """Write last.ckpt. Every rank must call this method."""
+        # The row of this step must be on the disk before the checkpoint, and no weights that are not finite in it.
+        self.step_log.settle(trainer, is_end=trainer.training and trainer.global_step >= self.steps)
         self._note_figures(trainer)  # a resumed run with no steps left takes its figures from the checkpoint
-        is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if trainer.training and (is_logged or trainer.global_step >= self.steps):
-            # The row of this step must be on the disk now. Lightning logs it again after the callbacks, and `CsvLogger`
-            # ignores the second one.
-            names = ("train/", "perf/") if is_logged else ("train/",)  # speeds are measured at logged steps only
-            metrics = trainer.logged_metrics
-            row = {name: float(metrics[name]) for name in metrics if name.startswith(names)}
-            self.csv.log_metrics(row, trainer.global_step - 1)
         self.csv.sync()
         trainer.save_checkpoint(self.folder / LAST)
         self.saved_step = trainer.global_step
@@ -265,6 +266,7 @@ class Checkpoints(Callback):
             "figures": self.figures,
             "csv_rows": self.csv.num_rows,
             "identity": self.identity,
+            "precision": self.precision,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

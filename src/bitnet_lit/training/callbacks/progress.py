@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bitnet_lit.terminal import console
+from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.plan import Plan
 
 LINE_SECONDS = 10.0  # least time between two lines in a log file
@@ -21,9 +22,9 @@ LINE_SECONDS = 10.0  # least time between two lines in a log file
 class RichBar(ProgressBar):
     """Shows one bar for the whole run, counted in optimizer steps."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, step_log: StepLog) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.step_log = plan, step_log
         self._console = console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -31,6 +32,7 @@ class RichBar(ProgressBar):
         self._last_line = 0.0
         self._clock = (0, 0.0)  # step and time of the last speed reading
         self._tokens_per_s = 0.0
+        self._validation_loss: float | None = None
 
     def disable(self) -> None:
         self._enabled = False
@@ -74,17 +76,18 @@ class RichBar(ProgressBar):
             self._console.print(f"step {step}/{self.plan.steps} {figures} {left:.0f} s left")
 
     def _figures(self, trainer: L.Trainer) -> str:
-        metrics = trainer.callback_metrics
+        # The loss is that of the last logged step, because reading the newest would wait for the device.
         parts = []
-        if "train/loss" in metrics:
-            parts.append(f"loss {metrics['train/loss']:.3f}")
-        if "val/loss" in metrics:
-            parts.append(f"val {metrics['val/loss']:.3f}")
+        if "train/loss" in self.step_log.last:
+            parts.append(f"loss {self.step_log.last['train/loss']:.3f}")
+        if self._validation_loss is not None:
+            parts.append(f"val {self._validation_loss:.3f}")
         parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2e}")
         parts.append(f"{self._tokens_per_s:,.0f} tokens/s")
         return "  ".join(parts)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation_loss = float(trainer.callback_metrics["val/loss"])
         self._clock = (trainer.global_step, time.perf_counter())
 
     def _stop(self) -> None:

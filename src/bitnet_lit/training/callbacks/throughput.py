@@ -16,6 +16,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from bitnet_lit.training.figures import Figure, Moment
+from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.plan import Plan
 
 # Dense bfloat16 FLOP/s without sparsity, from NVIDIA's data sheets (SXM versions).
@@ -58,56 +60,61 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Throughput(Callback):
-    """Logs perf/* at every logging step, measured over the steps since the last one. Validation time is left out."""
+    """Measures perf/* at every logging step, over the steps since the last one. Validation time is left out.
+
+    On a GPU the times are those at which the GPU has done the steps, and the host does not wait for them.
+    """
 
     def __init__(self, plan: Plan, precision: str) -> None:
         self.plan, self.precision = plan, precision
         self._peak = 0.0
-        self._reset()
+        self._steps, self._data_seconds, self._waiting_since = 0, 0.0, 0.0
+        self._spans: list[tuple[Moment, Moment]] = []
 
-    def _reset(self) -> None:
-        self._steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
-        self._since = time.perf_counter()
+    def _start(self, device: torch.device) -> None:
+        self._since, self._waiting_since = Moment(device), time.perf_counter()
+
+    def _end_span(self, device: torch.device) -> None:
+        self._spans.append((self._since, Moment(device)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._peak = peak_flops(pl_module.device, self.precision) * trainer.world_size
-        self._reset()
+        self._start(pl_module.device)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._seconds += time.perf_counter() - self._since
+        self._end_span(pl_module.device)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since = time.perf_counter()
+        self._start(pl_module.device)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        now = time.perf_counter()
-        self._data_seconds += now - self._since  # from the end of the last batch: loading and moving this one
-        self._seconds += now - self._since
-        self._since = now
+        self._data_seconds += time.perf_counter() - self._waiting_since  # since the end of the last batch
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert isinstance(pl_module, BitNetModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._steps += 1
-        logs = self._steps and trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if logs and pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # otherwise the clock would stop before the GPU has finished
-        now = time.perf_counter()
-        self._seconds += now - self._since
-        self._since = now
-        if not logs:
-            return
-        tokens_per_s = self._steps * self.plan.tokens_per_step / self._seconds
-        pl_module.log_dict(
-            {
-                "perf/tokens_per_s": tokens_per_s,
-                "perf/mfu": tokens_per_s * self.plan.accounting.training_flops_per_token / self._peak,
-                "perf/data_wait_share": self._data_seconds / self._seconds,
-                "perf/peak_memory_gib": peak_memory_bytes(pl_module.device) / 2**30,
-            },
-            rank_zero_only=True,
-        )
-        self._reset()
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                self._end_span(pl_module.device)
+                pl_module.step_figures |= self._figures(pl_module.device)
+                self._steps, self._data_seconds, self._spans = 0, 0.0, []
+                self._since = Moment(pl_module.device)
+        self._waiting_since = time.perf_counter()
+
+    def _figures(self, device: torch.device) -> dict[str, Figure]:
+        tokens, waited, spans = self._steps * self.plan.tokens_per_step, self._data_seconds, self._spans
+        flops_per_token = self.plan.accounting.training_flops_per_token
+
+        def seconds() -> float:
+            return sum(end.seconds_since(start) for start, end in spans)
+
+        return {
+            "perf/tokens_per_s": lambda: tokens / seconds(),
+            "perf/mfu": lambda: tokens / seconds() * flops_per_token / self._peak,
+            "perf/data_wait_share": lambda: waited / seconds(),
+            "perf/peak_memory_gib": peak_memory_bytes(device) / 2**30,
+        }

@@ -1,0 +1,90 @@
+"""A run diverges when its loss or gradient is no longer finite. `Divergence` notices it without waiting for the device.
+
+Reading one number from a GPU stops the host until the GPU has done all of its work, and then the GPU waits for the
+host. So the norm of each gradient is tested on the device, and the answer is read only when figures are logged, before
+a validation, and before a checkpoint is written. Until then every later optimizer step does nothing: `found_inf` is how
+PyTorch's gradient scaler tells an optimizer to skip a step, also on the device. So the weights stay those before the
+bad step, no checkpoint holds others, and the layer that failed can still be found.
+
+Where reading costs nothing (a CPU), or where the optimizer has no `found_inf`, the norm is read before each step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bitnet_lit.errors import Diverged
+from bitnet_lit.model import batch_loss
+from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Return whether a step of the optimizer does nothing where its attribute `found_inf` is 1."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+class Divergence:
+    """Keeps whether the run has diverged, and the batch and the figures of the first step that did.
+
+    Attributes:
+        found_inf: float32 (), 1 from the first norm on that is not finite, before that 0. None before the first step.
+    """
+
+    def __init__(self) -> None:
+        self.found_inf: Tensor | None = None
+        self._figures: Tensor | None = None  # float32 (3,): step, loss, norm; of the first bad step once there is one
+        self._batch: Tensor | None = None
+
+    def note(self, step: int, loss: Tensor, norm: Tensor, batch: Tensor) -> None:
+        """Test an optimizer step. It is a few small operations on the device.
+
+        Args:
+            step: number of steps before this one.
+            loss: float32 (), of the step.
+            norm: float32 (), the norm of the gradient.
+            batch: int64 (B, T + 1), the last batch of the step.
+        """
+        norm = norm.float()
+        figures = torch.stack([torch.full_like(norm, step), loss.float(), norm])
+        if self.found_inf is None or self._figures is None or self._batch is None or self._batch.shape != batch.shape:
+            self.found_inf, self._figures, self._batch = torch.zeros_like(norm), figures, batch.clone()
+        else:
+            had_diverged = self.found_inf.bool()
+            self._figures = torch.where(had_diverged, self._figures, figures)
+            self._batch = torch.where(had_diverged, self._batch, batch)
+        self.found_inf = torch.maximum(self.found_inf, 1 - norm.isfinite().float())
+
+    def check(self, model: nn.Module, has_gradients: bool = False) -> None:
+        """Read the result, which waits for the device.
+
+        Args:
+            model: has the weights before the first bad step.
+            has_gradients: whether the model holds the gradients of the step that was noted last, and every step before
+                it was checked. If not, they are computed again.
+
+        Raises:
+            Diverged: a step was bad. The text names the step and the layer.
+        """
+        if self.found_inf is None or not self.found_inf.item():
+            return
+        assert self._figures is not None and self._batch is not None
+        step, loss, norm = self._figures.tolist()
+        what = self._where(model, self._batch, has_gradients)
+        raise Diverged(
+            f"step {step:.0f}: {what} (loss {loss:.4g}, gradient norm {norm:.4g}): lower optim.learning_rate"
+        )
+
+    @staticmethod
+    def _where(model: nn.Module, batch: Tensor, has_gradients: bool) -> str:
+        if layer := first_nonfinite_output(model, batch[:, :-1]):
+            return f"the output of {layer} is not finite"
+        if not has_gradients:
+            model.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                batch_loss(model, batch).backward()
+        if parameter := last_nonfinite_gradient(model):
+            return f"the gradient of {parameter} is not finite"
+        # Every gradient is finite, but the sum of their squares overflows.
+        return f"the norm of the gradient is not finite (the largest is that of {largest_gradient(model)})"
