@@ -84,7 +84,7 @@ def extra_flags(extra: Mapping[str, Any]) -> dict[str, Any]:
             near = nearest(flag, known)
             raise UserError(
                 f"{key}: Lightning's Trainer has no such flag: "
-                + (f"did you mean {near}?" if near else f"it has {', '.join(set(known) - DECIDED.keys())}")
+                + (f"did you mean {near}?" if near else f"it has {', '.join(sorted(set(known) - DECIDED.keys()))}")
             )
         if isinstance(value, Mapping) and TARGET in value:
             value = instantiate(value, key)

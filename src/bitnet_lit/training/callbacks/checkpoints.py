@@ -213,7 +213,7 @@ class Checkpoints(Callback):
         return reason
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.step_log.settle(trainer)
+        self.step_log.settle(trainer, is_end=trainer.should_stop)
         self._validated_all = trainer.should_stop or not self.validates_part  # the same rule as in `ValidationOrder`
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
