@@ -62,8 +62,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             return (yield)
         from torch import _dynamo  # takes a second, and only these tests need it
 
-        patch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-        patch.setattr(_dynamo.config, "disable", False)
+        patch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # PyTorch reads it at each compilation
         result = yield
         _dynamo.reset()  # dynamo stops compiling a function that was compiled for many shapes in one process
         torch.cuda.empty_cache()

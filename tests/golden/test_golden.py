@@ -32,16 +32,21 @@ def batches():
     return ids[: 50 * 4 * 65].view(50, 4, 65)
 
 
-def trained(quant, batches, weights=None):
-    """Train on the batches; returns the loss of each, and the model."""
+def trained(quant, batches, weights=None, device="cpu", autocast=None, **options):
+    """Train on the batches; returns the loss of each, and the model.
+
+    `autocast` is its dtype, None for none, and `options` are keys of `QuantConfig`.
+    """
     torch.manual_seed(0)
-    model = build_model(tiny_config(vocab_size=128), QuantConfig(name=quant))
+    model = build_model(tiny_config(vocab_size=128), QuantConfig(name=quant, **options))
     if weights is not None:
         model.load_state_dict(weights, strict=False)  # the head is the embedding
+    model, batches = model.to(device), batches.to(device)
     optimizer = build_optimizer(model, MuonConfig())
     losses = []
     for batch in batches:
-        loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -49,10 +54,10 @@ def trained(quant, batches, weights=None):
     return losses, model
 
 
-def two_steps(quant):
+def two_steps(quant, **options):
     """The loss of one batch with trained weights, and of the same batch after an optimizer step on it."""
-    batch = batches()[TRAINED_STEPS]
-    return trained(quant, [batch, batch], load_file(GOLDEN.with_name(f"{quant}.safetensors")))[0]
+    twice = batches()[TRAINED_STEPS].repeat(2, 1, 1)
+    return trained(quant, twice, load_file(GOLDEN.with_name(f"{quant}.safetensors")), **options)[0]
 
 
 def greedy_tokens(quant):
