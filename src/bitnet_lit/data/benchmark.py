@@ -1,4 +1,4 @@
-"""How fast text becomes tokens and tokens become batches, each measured in turns with what it replaces."""
+"""`bench suite=data` measures, in turns with what they replace, how fast text becomes tokens and tokens become batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers.train_sentencepiece import TRAINED_NAME, train_tokenizer
 
 NUM_STORIES = 20_000  # about 9 MB of text
-# As TinyStories comes: fifty shards, together larger than a cache.
+# TinyStories comes in fifty shards, which together are larger than a cache.
 NUM_SHARDS, TOKENS_PER_SHARD = 50, 1_000_000
 BATCH, LENGTH = 128, 256
 

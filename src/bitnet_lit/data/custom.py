@@ -1,4 +1,4 @@
-"""A data module of the user's own, as a run needs it: batches without end, and the same ones again after a resume.
+"""A data module of the user's own is made to give batches without end, and the same ones again after a resume.
 
 A LightningDataModule serves if it has
 
@@ -185,7 +185,7 @@ class _Validation(IterableDataset):
 
 
 class CustomDataModule(L.LightningDataModule):
-    """Batches of a data module of the user's own.
+    """Gives Lightning the batches of a data module of the user's own.
 
     Args:
         own: the module that `open_custom` returned.

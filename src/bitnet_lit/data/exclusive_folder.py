@@ -1,4 +1,4 @@
-"""A folder that one call writes at a time, with the disk's refusals in one line.
+"""`exclusive_folder` lets one call at a time write a folder, and turns the disk's refusals into one line.
 
 Two calls that write one folder would overwrite each other's meta.json, and append to the same download. So a call locks
 the folder (`flock`, which ends with the process, also if that is killed) and a second call waits. When all ranks of a

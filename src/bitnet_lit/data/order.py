@@ -1,4 +1,4 @@
-"""Which sample comes when: a shuffle without a table.
+"""`SampleOrder` says which sample comes when: it is a shuffle without a table.
 
 Global sample i is at place i % N of epoch i // N, and a permutation of 0..N-1, keyed by seed and epoch, says which
 sequence is at that place. The permutation is a Feistel network (Luby and Rackoff 1988): a number is cut into two

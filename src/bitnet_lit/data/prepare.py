@@ -1,4 +1,4 @@
-"""Text to llama2.c's shards: what `python -m bitnet_lit.prepare` does.
+"""`prepare` turns text into llama2.c's shards; the command `python -m bitnet_lit.prepare` calls it.
 
 The bytes are those of llama2.c's `tinystories.py pretokenize`: for each story a BOS and its tokens. A shard appears
 under its name when it is whole, and meta.json lists it then. An interrupted call therefore leaves whole shards, and the
@@ -45,8 +45,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Write a folder of shards, or finish one.
 
     Returns:
-        Of the whole folder: shards, stories, tokens, text_bytes, bytes_per_token, vocab_size, and what was read for it:
-        files, documents, bytes_in, empty, carriage_returns. Of this call: seconds, and megabytes_per_s of encoded text.
+        Figures by name. These describe the whole folder: shards, stories, tokens, text_bytes, bytes_per_token,
+        vocab_size, and what was read for it: files, documents, bytes_in, empty, carriage_returns. These describe this
+        call: seconds, and megabytes_per_s of encoded text.
 
     Raises:
         UserError: text, tokenizer or folder cannot be used. Whole shards stay; nothing half-written does.

@@ -1,4 +1,4 @@
-"""Starting processes that do not run the caller's script again.
+"""Processes that start inside `without_main_script` do not run the caller's script again.
 
 With multiprocessing's "spawn", a new process imports the script that its parent runs, so that functions defined there
 exist in it, too. A script that does its work without `if __name__ == "__main__":` would then run again in each process,

@@ -1,4 +1,4 @@
-"""The shard folder: which files lie in it and what its meta.json says. Nothing else knows their names.
+"""This module knows which files lie in a shard folder and what its meta.json says. No other module knows their names.
 
 A folder that `prepare` wrote holds
 

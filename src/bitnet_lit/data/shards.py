@@ -1,4 +1,4 @@
-"""Opening a folder of shards: everything that can be checked before the first step is checked here.
+"""A folder of shards is opened here, and everything that can be checked before the first step is checked.
 
 Shard 0 is for validation, the rest for training, as in llama2.c. A single shard is divided: its first tenth, cut on a
 sequence border and at least one sequence long, is for validation.
@@ -46,7 +46,7 @@ def _write_shards(folder: Path) -> str:
 
 @dataclass
 class ShardDirectory:
-    """An opened and checked folder of shards.
+    """Describes a folder of shards that was opened and checked.
 
     Attributes:
         sizes: the number of tokens of each shard, by path, in order; the first one is for validation.

@@ -1,4 +1,4 @@
-"""Sequences out of shards: where sequence j lies, and how a batch of sequences is read.
+"""Shards are cut into sequences here: `TokenSplit` knows where sequence j lies, and reads batches of sequences.
 
 Sequence j of a shard is its tokens [j * T, j * T + T + 1): T inputs and their T targets. A `pread` reads the bytes of
 each sequence, so a folder of 30 GB takes no memory. A memory map would be as fast, but reading a map of a file that was
@@ -48,7 +48,7 @@ class _Descriptors:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a shard: `num_sequences` sequences, the first of which begins at token `start`."""
+    """Names a part of a shard: `num_sequences` sequences, the first of which begins at token `start`."""
 
     path: Path
     start: int
@@ -56,7 +56,7 @@ class Piece:
 
 
 class TokenSplit:
-    """The training or the validation part of a folder, cut into sequences.
+    """Reads the training or the validation part of a folder, cut into sequences.
 
     Attributes:
         num_sequences: the number of sequences of all pieces.

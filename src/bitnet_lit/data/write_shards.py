@@ -1,4 +1,4 @@
-"""Writing shards: in this process, or in several where there are several shards to write.
+"""Shards are written by this process, or by several where there are several shards to write.
 
 A worker process encodes whole shards, so the processes share nothing but the tokenizer's file. A worker ends with its
 parent, however that ends: a worker that waited for work for ever would keep the terminal's output open.

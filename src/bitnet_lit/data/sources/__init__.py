@@ -1,4 +1,4 @@
-"""Sources of text: stories, and nothing of tokens. `source.py` says what a source is; there is one file for each."""
+"""Sources give stories, and know nothing of tokens. `source.py` says what a source is; each has a file here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo corpus: small stories from a grammar, so that everything can be tried in minutes without a download.
+"""The demo corpus has small stories from a grammar, so that everything can be tried in minutes without a download.
 
 Story i is a pure function of (seed, i). A story picks a hero, a friend, a place, weather, a thing and a plot. Each plot
 is a list of sentences in several wordings, which are filled with what was picked. Names, things and pronouns are picked
@@ -224,7 +224,7 @@ def demo_stories(count: int, seed: int = 0) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class DemoSegment(Segment):
-    """Stories [start, stop) of the corpus `seed`."""
+    """Gives the stories [start, stop) of the corpus `seed`."""
 
     start: int
     stop: int

@@ -1,4 +1,4 @@
-"""A download that an interrupted call leaves resumable."""
+"""`download` fetches a file; a call that was interrupted is continued by the next one."""
 
 from __future__ import annotations
 

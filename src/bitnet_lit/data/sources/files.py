@@ -1,4 +1,4 @@
-"""Text files as a source, and how they are cut into shards.
+"""Text files are a source, and are cut into shards here.
 
 Each .json file is one shard, as in llama2.c, under the name of the file if it is llama2.c's (data00, data01, ...).
 Small .jsonl and .txt files share a shard; large ones are cut between documents. Both kinds give shards of about

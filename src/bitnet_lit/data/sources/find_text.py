@@ -1,4 +1,4 @@
-"""Which files `source=` means, and which files of a folder are passed over.
+"""`find_text` says which files `source=` means, and which files of a folder are passed over.
 
 A source is a file, a folder with everything below it, or a glob. A folder holds more than text: pictures, hidden files
 of editors, links to files that are read already. What is passed over is counted by reason and named, so that no text is
@@ -27,7 +27,7 @@ NAMED = 3  # of the files that are passed over for one reason
 
 @dataclass
 class FoundText:
-    """The files of a source, sorted, and the files that are passed over, by reason."""
+    """Holds the files of a source, sorted, and the files that are passed over, by reason."""
 
     files: list[Path] = field(default_factory=list)
     passed_over: dict[str, list[Path]] = field(default_factory=dict)

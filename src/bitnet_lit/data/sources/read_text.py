@@ -1,4 +1,4 @@
-"""Reading stories out of text files.
+"""Stories are read out of text files here.
 
     .json    llama2.c's form: a list of {"story": ...}
     .jsonl   an object with "story" or "text" on each line
@@ -39,7 +39,7 @@ READ_REMEDY = "check the file and its permissions"
 
 @dataclass(frozen=True)
 class FileSegment(Segment):
-    """Bytes [start, stop) of a text file."""
+    """Reads the bytes [start, stop) of a text file."""
 
     path: Path
     start: int

@@ -36,7 +36,7 @@ class ReadCounts:
 
 
 class Segment(ABC):
-    """A part of a source that can be read by itself, in any process: it is sent there with pickle."""
+    """A segment is a part of a source that can be read by itself, in any process: it is sent there with pickle."""
 
     @property
     @abstractmethod
@@ -58,7 +58,7 @@ class Segment(ABC):
 
 @dataclass(frozen=True)
 class TextShard:
-    """The text of one shard.
+    """Describes the text of one shard.
 
     Attributes:
         name: the file name of the shard without its suffix, such as data00.
@@ -76,7 +76,7 @@ class TextShard:
 
 @dataclass(frozen=True)
 class Source:
-    """Text to prepare.
+    """Describes text to prepare.
 
     Attributes:
         identity: where the text comes from. A shard folder notes it, and is never continued with another text.

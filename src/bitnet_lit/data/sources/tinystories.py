@@ -1,4 +1,4 @@
-"""TinyStories (Eldan and Li, arXiv 2305.07759) as a source: llama2.c's archive, downloaded and unpacked.
+"""TinyStories (Eldan and Li, arXiv 2305.07759) is a source: llama2.c's archive is downloaded and unpacked.
 
 The archive is TinyStories_all_data.tar.gz: 1.5 GB, fifty .json files of about 100,000 stories each.
 """

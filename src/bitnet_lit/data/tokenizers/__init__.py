@@ -1,4 +1,4 @@
-"""Tokenizers: one interface (`tokenizer.py`), and one file for each kind of tokenizer."""
+"""All tokenizers have one interface (`tokenizer.py`), and each kind has one file here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding word by word: SentencePiece's ids at several times its speed.
+"""`FastEncoder` encodes word by word: it gives SentencePiece's ids at several times its speed.
 
 A BPE piece holds a space at its front only, so no merge joins a character with a space that follows it. A text can
 therefore be cut in front of each run of spaces. Merges inside such a unit do not depend on what stands around it, so
@@ -31,7 +31,7 @@ CONTROL, USER_DEFINED, UNKNOWN, BYTE = 3, 4, 2, 6  # SentencePiece.Type there
 
 
 class _UnitCache(dict[str, bytes]):
-    """The bytes of the ids of each unit; a unit that is not there yet is encoded when it is looked up.
+    """Holds the bytes of the ids of each unit; a unit that is not there yet is encoded when it is looked up.
 
     Args:
         num_prefix_ids: the number of ids of the dummy prefix in front of a line break.
@@ -53,7 +53,7 @@ class _UnitCache(dict[str, bytes]):
 
 
 class FastEncoder:
-    """The encoder of a SentencePiece model for many texts.
+    """Encodes many texts with one SentencePiece model.
 
     Attributes:
         by_words: whether the model allows encoding by words; every text is encoded whole otherwise.

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: llama2.c's, Llama 2's and the ones that `prepare` trains.
+"""This module opens SentencePiece models: llama2.c's, Llama 2's and those that `prepare` trains.
 
 Two facts about SentencePiece shape the code here. First, it writes a space as U+2581 in front of the word that follows,
 and puts one in front of the first word of each text (the "dummy prefix"), which decoding takes away again. Second, a
@@ -39,7 +39,7 @@ NORMALIZED_BY_NFKC = "\N{LATIN SMALL LIGATURE FI}\N{FULLWIDTH LATIN CAPITAL LETT
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """An opened SentencePiece model.
+    """Encodes and decodes with a SentencePiece model.
 
     Attributes:
         processor: the SentencePieceProcessor.
@@ -141,7 +141,7 @@ def _open(path: Path | str, content: bytes) -> sentencepiece.SentencePieceProces
 
 
 class SentencePieceDecoder:
-    """A stream decoder that gives exactly what SentencePiece gives for the whole text, in constant time for each token.
+    """Decodes a stream to exactly what SentencePiece gives for the whole text, in constant time for each token.
 
     The texts that `feed` and `flush` return, joined, are what decoding prompt and continuation together adds to the
     decoded prompt.

@@ -1,4 +1,4 @@
-"""The tokenizer interface: what training, generation and exports ask of a tokenizer.
+"""`Tokenizer` is the interface: what training, generation and exports ask of a tokenizer.
 
 Two kinds come with the project, one file each: `sentencepiece.py` opens SentencePiece models (llama2.c's, Llama 2's and
 those that `prepare` trains), `tokenizer_json.py` opens Hugging Face's tokenizer.json. Code outside this package sees
@@ -41,7 +41,7 @@ MAX_FILE_BYTES = 2**26  # of a tokenizer's file; those of 260,000 entries have 3
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back.
+    """A tokenizer turns text into token ids and back.
 
     Attributes:
         vocab_size: all ids are below this number.
@@ -128,7 +128,7 @@ class StreamDecoder(Protocol):
 
 
 class PieceDecoder:
-    """The stream decoder of any tokenizer: the bytes of its pieces, decoded as UTF-8.
+    """Decodes a stream of any tokenizer: the bytes of its pieces are decoded as UTF-8.
 
     Args:
         prompt_ids: the tokens that stand before the stream. Their text decides whether the first piece of the stream
@@ -183,7 +183,7 @@ class PieceKind(Enum):
 
 @dataclass(frozen=True)
 class Piece:
-    """One entry of a SentencePiece vocabulary.
+    """A Piece is one entry of a SentencePiece vocabulary.
 
     Attributes:
         text: with U+2581 for a space.

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json, read with the `tokenizers` library.
+"""This module reads Hugging Face's tokenizer.json with the `tokenizers` library.
 
 Models of others come with such a file: BitNet b1.58 2B4T, Llama 3, Qwen. It writes the bytes of a token in one of two
 ways. *Byte level* is GPT-2's: one printable character stands for each byte. *Metaspace* is SentencePiece's: U+2581
@@ -41,7 +41,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 class JsonTokenizer(Tokenizer):
-    """An opened tokenizer.json.
+    """Encodes and decodes with a tokenizer.json.
 
     The file does not say which tokens are BOS and EOS: tokenizer_config.json or config.json beside it does.
 

@@ -1,4 +1,4 @@
-"""Training a SentencePiece model on text, with the options of llama2.c's `tinystories.py train_vocab`.
+"""`train_tokenizer` trains a SentencePiece model on text, with the options of llama2.c's `tinystories.py train_vocab`.
 
 The model is a BPE. Each digit is a token of its own, a character that no piece covers becomes one token for each of its
 UTF-8 bytes, and characters are not normalized (no NFKC): a ligature stays a ligature.
