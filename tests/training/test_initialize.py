@@ -11,6 +11,7 @@ from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.cli import compose
 from bitnet_lit.config import MuonConfig, QuantConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.training.checkpoint_file import write_checkpoint
 from bitnet_lit.training.initialize import calibrate_sub_norms, check_typed_network, optimizer_state, sizes_are_given
 from bitnet_lit.training.module import warmup_strength
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
@@ -87,7 +88,6 @@ def test_the_optimizers_state_comes_along_where_it_fits(dense):
     wider = build_optimizer(tiny_model(), MuonConfig())  # as many parameters, of other sizes
     with pytest.raises(UserError, match=r"momentum_buffer of parameter 0 is .* in init_from's run and .* here"):
         restore_optimizer(wider, state)
-    assert optimizer_state("tests") is None
 
 
 def test_sub_norms_are_added_without_changing_what_the_network_does(tmp_path, tokenizer):
@@ -213,3 +213,18 @@ def test_the_last_validation_is_of_the_fully_quantized_model(tmp_path, shards):
     folder = tmp_path / "run" / ("model_last" if (tmp_path / "run" / "model_last").exists() else "model")
     # the same sums in batches of another size: float rounding only
     assert evaluate(EvaluateConfig(checkpoint=str(folder)))["loss"] == pytest.approx(metrics["val/loss"], abs=1e-5)
+
+
+def test_the_optimizers_state_is_that_of_the_step_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for folder, checkpoint, step in (("model", "best.ckpt", 3), ("model_last", "last.ckpt", 5)):
+        save_model_folder(run / folder, tiny_model(), QuantConfig(), None, {"step": step})
+        parts = {"state_dict": {}, "lr_schedulers": [], "loops": {}, "callbacks": {}, "pytorch-lightning_version": "2"}
+        state = {"optimizer_states": [{"of_step": step}], "global_step": step}
+        write_checkpoint({**parts, **state}, run / "checkpoints" / checkpoint)
+    for typed, step in ((run, 3), (run / "model", 3), (run / "model_last", 5), ("~/run", 3)):
+        assert optimizer_state(str(typed)) == {"of_step": step}
+    save_model_folder(run / "model", tiny_model(), QuantConfig(), None, {"step": 4})  # it is of no checkpoint
+    assert optimizer_state(str(run)) is None

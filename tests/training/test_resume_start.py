@@ -318,7 +318,7 @@ def test_a_run_that_lost_its_best_model_takes_the_last_one(run, capsys):
     shutil.rmtree(run / "model")
     (run / "model_last" / "notes.md").write_text("mine")
     metrics = train(resume_config(str(run)))
-    assert "the best model, of step 2, is lost" in capsys.readouterr().out
+    assert "the best model, of step 2, is lost" in capsys.readouterr().err
     assert metrics["val/best_loss"] == metrics["val/loss"] and metrics["steps"] == 4
     assert read_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 4
     assert (run / "model" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""`bench suite=data` measures, in turns with what they replace, how fast text becomes tokens and tokens become batches."""
+"""`bench suite=data` measures how fast text becomes tokens and tokens become batches, beside what they replace."""
 
 from __future__ import annotations
 

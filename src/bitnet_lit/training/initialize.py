@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -25,6 +24,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from bitnet_lit.checkpoints.formats.model_folder import trained_step
 from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
@@ -35,7 +35,7 @@ from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.model.custom import build_custom_network
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.quant.convert import check_skip
-from bitnet_lit.runs.folder import BEST, CHECKPOINTS
+from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.data import RunData
 from bitnet_lit.training.plan import check_memory
@@ -193,14 +193,17 @@ def calibrate_sub_norms(model: CausalLM, ids: Tensor) -> None:
 
 
 def optimizer_state(init_from: str) -> dict[str, Any] | None:
-    """Return the state of the optimizer from the run that `init_from` names, or None where it has no best.ckpt.
+    """Return the state of the optimizer after the step of the model of `init_from`; None where no checkpoint has it.
+
+    A run writes model/ from best.ckpt, and model_last/ from last.ckpt.
 
     Args:
-        init_from: a run folder, or the model folder in one.
+        init_from: a run folder, or a model folder in one.
     """
-    folder = Path(init_from)
-    for run in (folder, folder.parent):
-        path = run / CHECKPOINTS / BEST  # model/ is the best model, so this is its state
-        if path.is_file():
-            return dict(read_checkpoint(path)["optimizer_states"][0])
+    model = find_model(init_from, "init_from")
+    step = trained_step(model)
+    for name in (BEST, LAST):
+        path = model.parent / CHECKPOINTS / name
+        if path.is_file() and (checkpoint := read_checkpoint(path))["global_step"] == step:
+            return dict(checkpoint["optimizer_states"][0])
     return None

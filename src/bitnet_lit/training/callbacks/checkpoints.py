@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -172,7 +173,8 @@ class Checkpoints(Callback):
         if found == self.best_step or (step != self.best_step == trained_step(self.folder.parent / MODEL)):
             return
         if self.best_step != step:  # neither best.ckpt nor the model folder made from it is left
-            print(f"note: the best model, of step {self.best_step}, is lost ({why}): this one is taken instead")
+            line = f"note: the best model, of step {self.best_step}, is lost ({why}): this one is taken instead"
+            print(line, file=sys.stderr)
             self.best_loss, self.best_step = math.inf, None
             if self.validated_step == step:
                 self.best_loss, self.best_step = self.figures["val/loss"], step
