@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from bitnet_lit import cli, entry_point
 from bitnet_lit.cli import SCHEMAS, compose, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.overrides import as_typed, quoted, readable, text_keys
+from bitnet_lit.overrides import PATHS, as_typed, quoted, readable, text_keys
 from bitnet_lit.plain_yaml import dump_yaml
 from tests.support import run_command
 
@@ -94,6 +95,27 @@ def test_a_text_arrives_through_hydra_itself(prompt):
     seen = []
     cli.run("infer", seen.append, [f"++prompt={prompt}", "--run", "seed=1"])
     assert [(config.prompt, config.seed) for config in seen] == [(prompt, 1)]
+
+
+def test_a_path_begins_at_home_where_the_shell_leaves_that_to_us(monkeypatch):
+    """A folder of the name ~ would be made otherwise."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert compose("prepare", ["out=~/data", "source=~x"]).folder == Path("/home/me/data")
+    assert compose("plot", ["runs=[~/a, b, '~/c d']"]).runs == ["/home/me/a", "b", "/home/me/c d"]
+    assert compose("infer", ["prompt=~/x"]).prompt == "~/x"
+    typed = ["hydra.run.dir=~/${seed}", "resume=~/run", "data.dir=~/a,b", "~model.dropout"]
+    assert as_typed(TrainConfig, typed) == [
+        "hydra.run.dir='/home/me/${seed}'",
+        "resume='/home/me/run'",
+        "data.dir='/home/me/a,b'",
+        "~model.dropout",
+    ]
+    assert as_typed(TrainConfig, ["data.dir=~/a"], sweep=True) == ["data.dir='/home/me/a'"]
+
+
+def test_every_path_is_a_key_of_some_command():
+    known = {key for schema in SCHEMAS.values() for key in text_keys(schema)}
+    assert known >= PATHS
 
 
 def test_a_text_arrives_from_python():

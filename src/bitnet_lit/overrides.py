@@ -8,6 +8,7 @@ Hydra or OmegaConf would interpret is escaped. Where each key has one value, the
 - Text (`prompt`, `data.dir`, ...): every character belongs to the text. The one exception is a value that is a whole
   string in Hydra's quotes, `'...'` or `"..."`: Hydra removes the quotes and resolves interpolations (`${...}`) in it.
   `null` is None where the key may be None.
+- A path (`PATHS`) is text, and `~/` at its start is the home folder: not every shell expands it behind an `=`.
 - A list of texts (`stop`, `callbacks.sample_prompts`, ...): `[a, 'b, c', "\n"]` is read as YAML, or in Hydra's grammar
   where YAML cannot read it. Any other value is a list of that one text, and an empty value is the empty list.
 - Hydra's own text (`hydra.run.dir`, ...): every character belongs to the text, and interpolations are resolved.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import types
 import typing
@@ -39,6 +41,12 @@ from omegaconf._utils import OmegaConfDumper, get_omega_conf_dumper
 
 from bitnet_lit.errors import UserError
 
+PATHS = frozenset(
+    (
+        *("checkpoint", "data.dir", "data.tokenizer", "data_dir", "download_dir", "init_from", "out", "prompts"),
+        *("resume", "run_dir", "runs", "source", "tokenizer", "hydra.run.dir", "hydra.sweep.dir"),
+    )
+)
 _LINE_END = re.compile("[\n\r\x85\u2028\u2029]")
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$-]*(?:\.[\w$-]+)*)=(.*)", re.DOTALL)
 
@@ -153,14 +161,19 @@ def _texts(key: str, value: str) -> list[str] | None:
     raise UserError(f"{key}={value}: a list that cannot be read: put its texts in quotes: {key}=['...', '...']")
 
 
+def _at_home(key: str, text: str) -> str:
+    """Return a text with the home folder in place of `~/` at its start, if the key holds a path."""
+    return os.path.expanduser(text) if key in PATHS and text.startswith("~/") else text
+
+
 def _spelled(key: str, value: str, text: TextKey) -> str:
     """Write the value of one text key in Hydra's grammar."""
     if text.is_list:
         texts = _texts(key, value) if value else []
-        return "[" + ",".join(map(quoted, [value] if texts is None else texts)) + "]"
+        return "[" + ",".join(quoted(_at_home(key, each)) for each in ([value] if texts is None else texts)) + "]"
     if _is_quoted(value) or (text.optional and value.lower() == "null"):
         return value
-    return quoted(value, text.resolves)
+    return quoted(_at_home(key, value), text.resolves)
 
 
 def _sweep_elements(value: str) -> list[str]:
