@@ -22,6 +22,7 @@ def answer(override, command="train"):
         ("trainer.fast_dev_run=true", "mode=smoke"),
         ("+trainer.overfit_batches=1", "mode=overfit"),
         ("trainer.limit_train_batches=10", "trainer.max_steps="),
+        ("trainer.min_steps=10", "trainer.max_steps="),
         ("trainer.check_val_every_n_epoch=1", "trainer.val_check_interval=1.0"),
         ("paths.data_dir=data", "data.dir="),
         ("data.data_dir=data", "did you mean 'data.dir'"),

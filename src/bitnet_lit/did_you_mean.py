@@ -84,6 +84,8 @@ _EARLY = (
     "it is callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping "
     "callbacks.extra.early.monitor=val/loss"
 )
+_LENGTH = "trainer.max_steps=<steps> or trainer.max_epochs=<epochs> is the length of a run"
+_BAR = "callbacks.progress_bar=false leaves the bar out"
 # Keys and groups of other trainers that this package does not have, and what to use instead. An entry holds for a key
 # and for every key in the group of that name.
 WORDS = {
@@ -97,6 +99,17 @@ WORDS = {
         "trainer.limit_test_batches": "python -m bitnet_lit.evaluate measures the whole validation split",
         "trainer.check_val_every_n_epoch": "trainer.val_check_interval=1.0 validates once an epoch",
         "trainer.default_root_dir": "hydra.run.dir=<folder> is the run folder",
+        "trainer.min_epochs": _LENGTH,
+        "trainer.min_steps": _LENGTH,
+        "trainer.callbacks": "callbacks are callbacks.extra.<name>._target_=<class>",
+        "trainer.logger": "loggers are logger.extra.<name>._target_=<class>",
+        "trainer.enable_checkpointing": _CHECKPOINTS,
+        "trainer.enable_progress_bar": _BAR,
+        "trainer.num_sanity_val_steps": "mode=smoke tries a whole run in seconds",
+        "trainer.gradient_clip_algorithm": "gradients are clipped by their norm: trainer.gradient_clip_val=<norm>",
+        "trainer.use_distributed_sampler": "the order of the data does not depend on the number of devices",
+        "trainer.reload_dataloaders_every_n_epochs": "the data has no end, so it is opened once",
+        "trainer.barebones": "callbacks=quiet callbacks.throughput=false callbacks.ternary_health=false cost no time",
         "paths.data_dir": "it is data.dir=<folder of shards>",
         "paths": "the paths are data.dir=<folder of shards> and hydra.run.dir=<run folder>",
         "task_name": _NAME,
@@ -108,7 +121,7 @@ WORDS = {
         "extras": "--cfg job prints the config",
         "callbacks.early_stopping": _EARLY,
         "callbacks.model_checkpoint": _CHECKPOINTS,
-        "callbacks.rich_progress_bar": "callbacks.progress_bar=false leaves the bar out",
+        "callbacks.rich_progress_bar": _BAR,
         "callbacks.model_summary": "the plan is printed; trainer.extra.enable_model_summary=true adds Lightning's",
         "logger.mlflow": "it is logger.extra.mlflow._target_=lightning.pytorch.loggers.MLFlowLogger",
         "logger.comet": "it is logger.extra.comet._target_=lightning.pytorch.loggers.CometLogger",

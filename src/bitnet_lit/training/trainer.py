@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import TrainConfig, TrainerConfig
 from bitnet_lit.config.slots import TARGET
+from bitnet_lit.did_you_mean import words_for
 from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.instantiate import instantiate
 from bitnet_lit.model.layers import DecoderLayer
@@ -25,66 +27,33 @@ from bitnet_lit.training.checkpoint_file import CheckpointIO
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.precision import resolved_precision
 
-# Flags of Lightning's Trainer that `trainer.extra` must not set, and what to do instead.
-_OWN_KEY = "has a key of its own: trainer.{flag}="
-DECIDED = {
-    **dict.fromkeys(
-        (
-            "accelerator",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "precision",
-            "max_epochs",
-            "max_steps",
-            "max_time",
-            "val_check_interval",
-            "limit_val_batches",
-            "accumulate_grad_batches",
-            "gradient_clip_val",
-            "log_every_n_steps",
-            "deterministic",
-            "benchmark",
-            "detect_anomaly",
-        ),
-        _OWN_KEY,
-    ),
-    "callbacks": "callbacks are callbacks.extra.<name>._target_=",
-    "logger": "loggers are logger.extra.<name>._target_=",
-    "default_root_dir": "the run folder is hydra.run.dir=",
-    "enable_checkpointing": "checkpoints are always written: callbacks.checkpoint_every_n_steps= writes more often",
-    "enable_progress_bar": "the bar is callbacks.progress_bar=",
-    "fast_dev_run": "mode=smoke runs everything in seconds",
-    "overfit_batches": "mode=overfit learns one batch by heart",
-    "limit_train_batches": "trainer.max_steps= ends a run, data.max_train_sequences= trains on a part of the corpus",
-    "check_val_every_n_epoch": "trainer.val_check_interval=1.0 validates once an epoch",
-    "min_epochs": "trainer.max_steps= or trainer.max_epochs= is the length of a run",
-    "min_steps": "trainer.max_steps= or trainer.max_epochs= is the length of a run",
-    "num_sanity_val_steps": "mode=smoke tries a whole run in seconds",
-    "gradient_clip_algorithm": "gradients are clipped by their norm: trainer.gradient_clip_val=",
-    "use_distributed_sampler": "the order of the data does not depend on the number of devices",
-    "reload_dataloaders_every_n_epochs": "the data has no end, so it is opened once",
-    "barebones": "callbacks=quiet callbacks.throughput=false callbacks.ternary_health=false leaves out what costs time",
-}
-
 
 def extra_flags(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags of `trainer.extra` for Lightning's Trainer. A value with a `_target_` becomes an object.
 
     Raises:
-        UserError: Lightning has no such flag, or the flag is one of `DECIDED`.
+        UserError: Lightning has no such flag, the flag has a key of its own in `TrainerConfig`, or every run here
+            decides it (`WORDS` in did_you_mean.py).
     """
     known = list(inspect.signature(L.Trainer.__init__).parameters)[1:]
+    own_keys = {field.name for field in fields(TrainerConfig)}
+    decided = {flag: words for flag in known if (words := words_for("train", f"trainer.{flag}"))}
     flags: dict[str, Any] = {}
     for flag, value in extra.items():
         key = f"trainer.extra.{flag}"
-        if flag in DECIDED:
-            raise UserError(f"{key}={value}: {DECIDED[flag].format(flag=flag)}")
+        if flag in own_keys:
+            raise UserError(f"{key}={value}: has a key of its own: trainer.{flag}=")
+        if flag in decided:
+            raise UserError(f"{key}={value}: {decided[flag]}")
         if flag not in known:
             near = nearest(flag, known)
             raise UserError(
                 f"{key}: Lightning's Trainer has no such flag: "
-                + (f"did you mean {near}?" if near else f"it has {', '.join(sorted(set(known) - DECIDED.keys()))}")
+                + (
+                    f"did you mean {near}?"
+                    if near
+                    else f"it has {', '.join(sorted({*known} - own_keys - decided.keys()))}"
+                )
             )
         if isinstance(value, Mapping) and TARGET in value:
             value = instantiate(value, key)
