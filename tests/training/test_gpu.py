@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import bitnet_lit
 from bitnet_lit.cli import compose
 from bitnet_lit.config import EvaluateConfig, ExportConfig
+from bitnet_lit.errors import TrainingStopped
 from bitnet_lit.exports.write import export
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.training.resume import resume_config
@@ -127,6 +128,28 @@ def test_a_killed_command_goes_on(tmp_path, shards):
     run_command("train", "resume=run", f"trainer.max_steps={steps}", f"schedule.total_steps={steps}", cwd=tmp_path)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert step % 50 == 0 and metrics["steps"] == steps and metrics["val/loss"] < 6.2
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_is_named_and_changes_no_weight(tmp_path, shards, monkeypatch, optim):
+    """The host learns of it some steps later, but the optimizer has skipped every step from it on."""
+    from bitnet_lit.model.layers import MLP
+
+    forward, calls = MLP.forward, []
+
+    def poisoned(self, *arguments):
+        calls.append(self.training)
+        y = forward(self, *arguments)
+        return y * float("nan") if self.training and sum(calls) > 2 * 12 else y  # two layers, twelve good steps
+
+    monkeypatch.setattr(MLP, "forward", poisoned)
+    late = ["compile=false", "trainer.max_steps=60", "trainer.log_every_n_steps=50", "trainer.val_check_interval=30"]
+    with pytest.raises(TrainingStopped, match=r"step 12: the (output|gradient) of \S+ is not finite"):
+        run(tmp_path / "bad", shards, *late, f"optim={optim}", "callbacks.checkpoint_every_n_steps=10")
+    assert len(calls) >= 2 * 20, "it was found at once: the host has waited for a step"
+    monkeypatch.undo()
+    whole = last_state(tmp_path / "bad")
+    assert whole["global_step"] == 10 and all(tensor.isfinite().all() for tensor in whole["state_dict"].values())
 
 
 def test_a_run_of_the_gpu_goes_on_on_a_cpu_and_back(tmp_path, shards):
