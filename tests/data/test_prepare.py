@@ -188,6 +188,19 @@ def test_two_calls_at_once_write_one_after_the_other(tmp_path, capsys):
     assert len(open_shards(tmp_path).paths) == 2
 
 
+def test_an_empty_folder_is_removed_before_its_lock_is_released(tmp_path, monkeypatch):
+    """A call that waits for the lock would otherwise go on in a folder that is removed a moment later."""
+    there, close = [], os.close
+
+    def release(descriptor):
+        there.append((tmp_path / "out").exists())
+        close(descriptor)
+
+    with exclusive_folder(tmp_path / "out"):
+        monkeypatch.setattr(os, "close", release)
+    assert there == [False]
+
+
 def test_a_source_that_does_not_exist_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="no such file, folder or glob"):
         prepare(PrepareConfig(source=str(tmp_path / "none"), out=str(tmp_path / "out")))

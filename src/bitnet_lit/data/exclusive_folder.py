@@ -38,9 +38,9 @@ def exclusive_folder(folder: Path, key: str = "out") -> Iterator[None]:
             remove_leftovers(folder, alone=has_lock)
             yield
         finally:
-            os.close(descriptor)
             with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+                folder.rmdir()  # under the lock: a call that waits for it then finds that the folder is gone
+            os.close(descriptor)
 
 
 def _open_locked(folder: Path) -> tuple[int, bool]:
