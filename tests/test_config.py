@@ -19,7 +19,7 @@ def train(*overrides):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_of_every_group_composes(group, option):
-    beside = {"fsdp": ["optim=adamw"], "convert_dense": ["init_from=x"], "custom": [f"{group}._target_=a.B"]}.get(
+    beside = {"convert_dense": ["init_from=x"], "custom": [f"{group}._target_=a.B"]}.get(
         option, []
     )  # what they cannot do without
     assert isinstance(train(f"{group}={option}", *beside), TrainConfig)
@@ -94,7 +94,6 @@ def test_overrides_win_over_modes_and_experiments():
         ("optim.learning_rate=0", "must be greater than zero"),
         ("schedule.switch_at=2", r"must lie in \[0, 1\]"),
         ("compile=maybe", "must be one of auto, true, false"),
-        ("trainer=fsdp", "Muon needs whole matrices"),
     ],
 )
 def test_mistakes_are_one_line_with_a_remedy(override, message):

@@ -2,11 +2,15 @@
 
 import copy
 
+import pytest
 import torch
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, OptimStateKeyType, StateDictType
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from bitnet_lit.config import AdamWConfig, MuonConfig
 from bitnet_lit.model import next_token_loss
-from bitnet_lit.training.optimizers import build_optimizer
+from bitnet_lit.model.layers import DecoderLayer
+from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer, sharded_state
 from tests.support import tiny_model
 
 
@@ -68,3 +72,58 @@ def test_state_survives_a_checkpoint_as_plain_data(tmp_path):
         backward(model)
         its_optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_where_a_gradient_is_not_finite_no_parameter_changes():
+    """The training loop says so in `found_inf`, as it does for PyTorch's fused optimizers."""
+    model = tiny_model()
+    optimizer = build_optimizer(model, MuonConfig())
+    backward(model)
+    next(model.parameters()).grad[0, 0] = model.model.layers[0].mlp.up_proj.weight.grad[0, 0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    muon = optimizer.parts[0]
+    muon.found_inf = torch.ones(())
+    muon.step()  # AdamW has the protocol on GPUs only
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    muon.found_inf = torch.zeros(())
+    model.zero_grad()
+    backward(model)
+    muon.state.clear()
+    muon.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "_proj" in name}
+
+
+@pytest.mark.filterwarnings("ignore:.*are being deprecated:FutureWarning")
+def test_a_run_of_fsdp1_goes_on(tmp_path):
+    """Lightning numbered the parameters of FSDP1 in the order of the network, and not in that of the groups."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(
+            tiny_model(tie_word_embeddings=False),
+            auto_wrap_policy=ModuleWrapPolicy({DecoderLayer}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+        optimizer = build_optimizer(wrapped, AdamWConfig())
+        backward(wrapped)
+        optimizer.step()
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+            saved = FullyShardedDataParallel.optim_state_dict(wrapped, optimizer)
+        saved = FullyShardedDataParallel.rekey_optim_state_dict(saved, OptimStateKeyType.PARAM_ID, wrapped)
+        moments = {
+            name.replace("_fsdp_wrapped_module.", ""): optimizer.state[parameter]["exp_avg"]
+            for name, parameter in wrapped.named_parameters()
+        }
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [key for group in saved["param_groups"] for key in group["params"]] != sorted(saved["state"])
+    model = tiny_model(tie_word_embeddings=False)
+    for load in (
+        lambda optimizer: optimizer.load_state_dict(sharded_state(optimizer, saved)),
+        lambda optimizer: restore_optimizer(optimizer, saved),
+    ):
+        ours = build_optimizer(model, AdamWConfig())
+        load(ours)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(ours.state[parameter]["exp_avg"], moments[name]), name

@@ -27,8 +27,6 @@ class OptimConfig(Checked):
     RANGES: ClassVar[dict[str, Range]] = {"learning_rate": POSITIVE, "weight_decay": FACTOR, "eps": POSITIVE}
     STATES: ClassVar[float] = 2.0
     """Elements of optimizer state for each parameter, for the estimate of memory."""
-    WHOLE_MATRICES: ClassVar[bool] = False
-    """Whether the optimizer needs whole matrices, which FSDP does not give it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +46,7 @@ class AdamWConfig(OptimConfig):
 
 @dataclass
 class MuonConfig(OptimConfig):
-    """MuonConfig chooses torch.optim.Muon for the hidden matrices, and AdamW for embeddings, head and norms.
+    """MuonConfig chooses Muon for the hidden matrices, and AdamW for embeddings, head and norms.
 
     `betas` and `eps` are those of AdamW.
     """
@@ -69,7 +67,6 @@ class MuonConfig(OptimConfig):
         "ns_steps": Range(1, 99),  # torch.optim.Muon refuses more
     }
     STATES: ClassVar[float] = 1.3
-    WHOLE_MATRICES: ClassVar[bool] = True
 
 
 OPTIMIZERS: dict[str, type[OptimConfig]] = {"adamw": AdamWConfig, "muon": MuonConfig}
@@ -103,7 +100,6 @@ class CustomOptim(Custom):
     RANGES: ClassVar[dict[str, Range]] = {"learning_rate": POSITIVE, "weight_decay": FACTOR}
     RENAMED: ClassVar[dict[str, str]] = {"lr": "learning_rate"}
     STATES: ClassVar[float] = 2.0
-    WHOLE_MATRICES: ClassVar[bool] = False
 
 
 @dataclass

@@ -119,13 +119,8 @@ class TrainConfig(Checked):
                 )
         if self.init_from is None and (self.init_optimizer or self.init_sub_norm):
             raise UserError("init_optimizer and init_sub_norm need init_from=<a trained model>")
-        if self.init_optimizer and (self.init_sub_norm or self.trainer.strategy == "fsdp"):
+        if self.init_optimizer and self.init_sub_norm:
             raise UserError(
-                "init_optimizer=true: the optimizer's state must have the same parameters, and not in shards: leave it "
-                "out with init_sub_norm=true and with trainer.strategy=fsdp"
-            )
-        if self.optim.WHOLE_MATRICES and self.trainer.strategy == "fsdp":
-            raise UserError(
-                f"optim={self.optim.name} with trainer.strategy=fsdp: Muon needs whole matrices: take trainer=ddp or "
-                "optim=adamw"
+                "init_optimizer=true: the optimizer's state must have the same parameters: leave it out with "
+                "init_sub_norm=true"
             )

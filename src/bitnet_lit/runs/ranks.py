@@ -13,15 +13,23 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-# Environment variables in which launchers give the rank, in the order in which Lightning reads them.
-_NAMES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 # Hydra's settings that belong to a sweep, or that Lightning sets for the new rank.
 _NOT_OF_A_JOB = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher", "hydra/sweeper", "hydra/launcher")
 
 
 def rank() -> int:
-    """Return the rank of this process. Rank 0 owns the run folder."""
-    return next((int(os.environ[name]) for name in _NAMES if name in os.environ), 0)
+    """Return the rank of this process, or a number above 0 for a process whose rank only Lightning will know.
+
+    Rank 0 owns the run folder. torchrun sets RANK. Lightning sets LOCAL_RANK for the processes that it starts, and a
+    user who starts one process on each node sets NODE_RANK (and MASTER_ADDR). SLURM and LSF have names of their own.
+    """
+    given = os.environ
+    if "RANK" in given:
+        return int(given["RANK"])
+    node = int(given.get("NODE_RANK", "0")) if "MASTER_ADDR" in given else 0
+    if node or "LOCAL_RANK" in given:
+        return node + int(given.get("LOCAL_RANK", "0"))
+    return int(given.get("SLURM_PROCID", given.get("JSM_NAMESPACE_RANK", "0")))
 
 
 @contextlib.contextmanager

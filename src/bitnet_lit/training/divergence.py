@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from bitnet_lit.errors import Diverged
 from bitnet_lit.model import batch_loss
 from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
+from bitnet_lit.training.sharing import first_of_ranks
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
@@ -78,13 +79,14 @@ class Divergence:
 
     @staticmethod
     def _where(model: nn.Module, batch: Tensor, has_gradients: bool) -> str:
-        if layer := first_nonfinite_output(model, batch[:, :-1]):
+        # The ranks have other batches, and under FSDP2 they must go through the network together.
+        if layer := first_of_ranks(first_nonfinite_output(model, batch[:, :-1])):
             return f"the output of {layer} is not finite"
         if not has_gradients:
             model.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 batch_loss(model, batch).backward()
-        if parameter := last_nonfinite_gradient(model):
+        if parameter := first_of_ranks(last_nonfinite_gradient(model)):
             return f"the gradient of {parameter} is not finite"
         # Every gradient is finite, but the sum of their squares overflows.
         return f"the norm of the gradient is not finite (the largest is that of {largest_gradient(model)})"

@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from bitnet_lit.config import CustomNetwork, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -25,6 +24,7 @@ from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.schedule import build_schedule
+from bitnet_lit.training.sharing import gradient_norm
 
 # An odd multiplier spreads (seed, batch, rank) over 63 bits. This one is splitmix64's (Steele 2014); any would do.
 _MIX = 0x9E3779B97F4A7C15
@@ -136,19 +136,14 @@ class BitNetModule(L.LightningModule):
             Diverged: the norm of the gradient is not finite (divergence.py says when that is noticed).
         """
         limit = self.config.trainer.gradient_clip_val or float("inf")
-        wrapped = self.trainer.strategy.model
-        if isinstance(wrapped, FullyShardedDataParallel):  # FSDP sums the norm over the shards, and clips at once
-            norm = wrapped.clip_grad_norm_(limit)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = gradient_norm(self.model.parameters())
         self.divergence.note(self.global_step, self._step_loss, norm, self._batch)
         if self.device.type == "cuda" and skips_on_device(optimizer):
             optimizer.found_inf = self.divergence.found_inf  # type: ignore[attr-defined]
         else:
             self.divergence.check(self.model, has_gradients=True)
-        if not isinstance(wrapped, FullyShardedDataParallel):
-            # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])
         figures = {"train/loss": self._step_loss, "train/grad_norm": norm, "train/learning_rate": rate}
         self.trainer.callback_metrics.update(figures)  # for callbacks of the user's own

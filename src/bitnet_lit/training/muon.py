@@ -40,12 +40,16 @@ def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, e
     """
     a, b, c = coefficients
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
     x = matrices.mT if is_tall else matrices  # so that the Gram matrix is the smaller one
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
-        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if x.ndim == 2:
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        else:  # cuBLAS would copy the addend of a product first; here `a` is added to the diagonal of the polynomial
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+            x = polynomial @ x
     return x.mT if is_tall else x
 
 
@@ -54,7 +58,12 @@ class Muon(torch.optim.Muon):
 
     The state and the options of a parameter group are those of `torch.optim.Muon`, so a checkpoint fits both. The
     numbers differ from its numbers only by rounding.
+
+    As in PyTorch's fused optimizers, a tensor `found_inf` that is 1 (set by the training loop where a gradient is not
+    finite) keeps a step from changing the parameters, and the host need not wait to learn it. The momentum is lost.
     """
+
+    found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -85,12 +94,15 @@ class Muon(torch.optim.Muon):
         def orthogonalized(stack: Tensor) -> Tensor:
             options = group["ns_coefficients"], group["ns_steps"], group["eps"]
             if stack.device.type == "cpu":  # a CPU gains nothing from a stack
-                return torch.stack([orthogonalize(matrix, *options) for matrix in stack])
-            return orthogonalize(stack, *options)
+                updates = torch.stack([orthogonalize(matrix, *options) for matrix in stack])
+            else:
+                updates = orthogonalize(stack, *options)
+            return updates if self.found_inf is None else torch.where(self.found_inf > 0, 0, updates)
 
         rows, columns = parameters[0].shape
         learning_rate = float(group["lr"])
+        shrinkage = learning_rate * group["weight_decay"]
         updates = exchange.apply(orthogonalized, directions)
         shards = [local(parameter) for parameter in parameters]
-        torch._foreach_mul_(shards, 1 - learning_rate * group["weight_decay"])
+        torch._foreach_mul_(shards, 1 - (shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)))
         torch._foreach_add_(shards, updates, alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))

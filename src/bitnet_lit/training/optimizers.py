@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 from bitnet_lit.config import CustomOptim, MuonConfig, OptimConfig
@@ -23,10 +23,17 @@ from bitnet_lit.training.muon import Muon
 
 
 class MuonAdamW(Optimizer):
-    """Combines Muon and AdamW, so that a training loop, a schedule and a checkpoint see one optimizer."""
+    """Combines Muon and AdamW, so that a training loop, a schedule and a checkpoint see one optimizer.
+
+    Attributes:
+        found_inf: float32, (), on the device: where it is 1, a step changes no parameter; None is 0. It is the protocol
+            of PyTorch's fused optimizers (`_step_supports_amp_scaling`).
+    """
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self.parts: tuple[Optimizer, ...] = (muon, adamw)
+        self.parts: tuple[Muon, AdamW] = (muon, adamw)
+        self.found_inf: Tensor | None = None
+        self._step_supports_amp_scaling = bool(getattr(adamw, "_step_supports_amp_scaling", False))
         # These are the same dictionaries as in the parts, so a learning rate that a schedule sets here is set there.
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
@@ -37,6 +44,7 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self.parts:
+            part.found_inf = self.found_inf  # type: ignore[union-attr]  # AdamW looks for the attribute
             part.step()
         return loss
 
@@ -52,15 +60,11 @@ class MuonAdamW(Optimizer):
 
 
 def _vectors(model: nn.Module) -> set[str]:
-    """Return the names of norms, biases and a scheme's own parameters: all but the weight matrices.
-
-    Under FSDP every parameter is a flat shard, so only the name decides.
-    """
-    is_sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    """Return the names of norms, biases and a scheme's own parameters: all but the weight matrices."""
     return {
         name
         for name, parameter in model.named_parameters()
-        if name.endswith("norm.weight") or not name.endswith(".weight") or (parameter.ndim < 2 and not is_sharded)
+        if name.endswith("norm.weight") or not name.endswith(".weight") or parameter.ndim < 2
     }
 
 
@@ -127,11 +131,46 @@ def _custom_optimizer(groups: list[dict[str, Any]], config: CustomOptim) -> Opti
     return optimizer
 
 
-def _check_shapes(part: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+def _parts(optimizer: Optimizer) -> list[Optimizer]:
+    return [*optimizer.parts] if isinstance(optimizer, MuonAdamW) else [optimizer]
+
+
+def _parameters(part: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in part.param_groups for parameter in group["params"]]
+
+
+def _keys(state: dict[str, Any]) -> list[Any]:
+    """Return the keys of a state's parameters in the order of its groups. FSDP1 did not number them in this order."""
+    return [key for group in state["param_groups"] for key in group["params"]]
+
+
+def sharded_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved state for an optimizer whose parameters are sharded: of each moment, this rank's part.
+
+    Args:
+        optimizer: its DTensors say which part. Moments of other parameters stay as they are.
+        saved: the `state_dict` of an optimizer like it, with whole tensors. It is not changed.
+    """
+    if "parts" in saved:
+        parts = zip(_parts(optimizer), saved["parts"], strict=True)
+        return {"parts": [sharded_state(part, state) for part, state in parts]}
+    states = dict(saved["state"])
+    for key, parameter in zip(_keys(saved), _parameters(optimizer), strict=True):
+        if isinstance(parameter, DTensor) and key in states:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            states[key] = {
+                name: distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+                if isinstance(value, Tensor) and value.shape == parameter.shape
+                else value
+                for name, value in states[key].items()
+            }
+    return {**saved, "state": states}
+
+
+def _check_shapes(part: Optimizer, saved: dict[str, Any]) -> None:
     """Refuse moments with other shapes than the parameters: `load_state_dict` accepts them, but a step would fail."""
-    parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-    for number, parameter in enumerate(parameters):
-        for name, value in saved.get(number, {}).items():
+    for number, (key, parameter) in enumerate(zip(_keys(saved), _parameters(part), strict=True)):
+        for name, value in saved["state"].get(key, {}).items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                 raise UserError(
                     f"init_optimizer=true: {name} of parameter {number} is {tuple(value.shape)} in init_from's run "
@@ -143,19 +182,20 @@ def restore_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Load the moments of `saved` into a new optimizer, which keeps its own learning rates and weight decay.
 
     Args:
-        saved: the `state_dict` of the optimizer of another run.
+        saved: the `state_dict` of the optimizer of another run, with whole tensors.
 
     Raises:
         UserError: `saved` comes from another optimizer, or from one with other parameters.
     """
-    parts: list[Any] = [*optimizer.parts] if isinstance(optimizer, MuonAdamW) else [optimizer]
-    states = saved.get("parts", [saved])
-    groups = [[len(group["params"]) for group in part.state_dict()["param_groups"]] for part in parts]
+    parts, states = _parts(optimizer), saved.get("parts", [saved])
+    groups = [[len(group["params"]) for group in part.param_groups] for part in parts]
     if groups != [[len(group["params"]) for group in state["param_groups"]] for state in states]:
         raise UserError(
             "init_optimizer=true: the run of init_from had another optimizer or other parameters: take its optim=, or "
             "init_optimizer=false"
         )
     for part, state in zip(parts, states, strict=True):
-        _check_shapes(part, state["state"])
-        part.load_state_dict({"state": state["state"], "param_groups": part.state_dict()["param_groups"]})
+        _check_shapes(part, state)
+        keys = iter(_keys(state))
+        own = [group | {"params": [next(keys) for _ in group["params"]]} for group in part.state_dict()["param_groups"]]
+        part.load_state_dict({"state": sharded_state(part, state)["state"], "param_groups": own})

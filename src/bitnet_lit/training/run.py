@@ -29,6 +29,7 @@ from bitnet_lit.instantiate import locate, named_classes
 from bitnet_lit.model.custom import count
 from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
+from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
@@ -115,7 +116,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
-    run_dir, is_owner = Path(config.run_dir), rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    run_dir, is_owner = Path(config.run_dir), rank() == 0
+    rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # Lightning does not read NODE_RANK until fit
     # A class that cannot be imported is reported before any data is read. The class of the scheme is left out: in a
     # resumed run the folder may be the only one to name it, and then the scheme is looked up by its name.
     slots = {name: values for name, values in as_values(config).items() if name != "quant"}

@@ -1,8 +1,9 @@
-"""The ranks of a distributed run share work on whole matrices: each rank does some of them.
+"""What the ranks of a distributed run tell each other, and how they share work on whole matrices.
 
-Under DDP every rank has every matrix. A rank takes its share, and afterwards all ranks gather all results. Under FSDP2
-a rank has some rows of every matrix. It sends the rows of each matrix to the rank that works on it, and gets back its
-rows of all results. So each matrix is gathered once, on one rank, for the time of the work.
+Each rank works on some of the matrices. Under DDP every rank has every matrix. A rank takes its share, and afterwards
+all ranks gather all results. Under FSDP2 a rank has some rows of every matrix. It sends the rows of each matrix to the
+rank that works on it, and gets back its rows of all results. So each matrix is gathered once, on one rank, for the time
+of the work.
 
 The work gets its matrices as a stack. On GPUs the stack is in bfloat16, also while it is exchanged; on CPUs, most of
 which have no bfloat16 arithmetic, it is in float32.
@@ -10,20 +11,57 @@ which have no bfloat16 arithmetic, it is in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+T = TypeVar("T")
 Work = Callable[[Tensor], Tensor]
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds: its rows of a DTensor, otherwise the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with the parts of all ranks. Where it is a DTensor, every rank must call this function."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the norm of all gradients together: float, (), on their device, the same on every rank.
+
+    Under DDP the gradients are averaged already, and under FSDP2 the squares of all shards are summed. Nothing waits
+    for the device.
+    """
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def world_size() -> int:
+    """Return the number of ranks that are connected; 1 where the run is not distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks, which must call this function. Nothing waits for the device."""
+    total = value.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total / world_size()
+
+
+def first_of_ranks(value: T | None) -> T | None:
+    """Return the value of the first rank that has one. All ranks must call this function, and they wait for it."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return next((value for value in values if value is not None), None)
 
 
 def _stack(matrices: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> Tensor:
@@ -110,6 +148,4 @@ def exchange_for(parameter: Tensor) -> Exchange:
     if isinstance(parameter, DTensor):
         group = parameter.device_mesh.get_group()
         return Shards(shape, dist.get_world_size(group), group)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Replicas(shape, dist.get_world_size())
-    return Exchange(shape)
+    return Replicas(shape, world_size()) if world_size() > 1 else Exchange(shape)

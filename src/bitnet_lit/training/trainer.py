@@ -15,17 +15,16 @@ import lightning as L
 from lightning.fabric.plugins import CheckpointIO as AnyCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from bitnet_lit.config import TrainConfig, TrainerConfig
 from bitnet_lit.config.slots import TARGET
 from bitnet_lit.did_you_mean import words_for
 from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.instantiate import instantiate
-from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.checkpoint_file import CheckpointIO
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.precision import resolved_precision
+from bitnet_lit.training.strategies import strategy_of
 
 
 def extra_flags(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,15 +72,6 @@ def _plugins(given: Any) -> list[Any]:
     return [CheckpointIO(), *plugins]
 
 
-def _strategy(config: TrainConfig) -> str | Strategy:
-    if config.trainer.strategy == "ddp":
-        # The only buffers are constant tables, so they need not be broadcast before each forward pass.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    if config.trainer.strategy == "fsdp":
-        return FSDPStrategy(auto_wrap_policy={DecoderLayer}, state_dict_type="full")
-    return "auto"
-
-
 def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) -> L.Trainer:
     """Return Lightning's Trainer for a run.
 
@@ -95,15 +85,17 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
     extra = extra_flags(options.extra)
     flags: dict[str, Any] = {
         "enable_model_summary": False,
+        # A tensor of inference mode cannot be trained on later, and FSDP2 keeps the tensors into which it gathers.
+        "inference_mode": options.strategy != "fsdp",
         **extra,
         "plugins": _plugins(extra.get("plugins")),
     }
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=options.accelerator,
             devices=options.devices if isinstance(options.devices, int | str) else list(options.devices),
             num_nodes=options.num_nodes,
-            strategy=_strategy(config),
+            strategy=strategy_of(config),
             precision=resolved_precision(options),  # type: ignore[arg-type]  # one of Lightning's names
             max_epochs=-1,  # the data repeats without end, so steps are counted
             max_steps=-1,  # `Checkpoints` ends the run, so a resumed run can still do the work of the end
@@ -122,6 +114,10 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
             **flags,
             **parts,
         )
+        # Since 2.6 the ranks ask each other about SIGTERM before every batch, and wait for their devices to hear the
+        # answer. `Checkpoints` does it without waiting.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        return trainer
     except MisconfigurationException as error:
         # Lightning's text names no flag. If there are no extra flags, the cause is a device that does not exist.
         where = "trainer.extra" if extra else f"trainer.accelerator={options.accelerator}"

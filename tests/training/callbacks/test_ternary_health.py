@@ -5,14 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.model import build_model
-from bitnet_lit.model.layers import DecoderLayer
 from bitnet_lit.training.callbacks import ternary_health
 from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
+from bitnet_lit.training.strategies import shard_model
 
 
 class Module(torch.nn.Module):
@@ -102,16 +100,14 @@ def test_other_ranks_and_dense_models_write_nothing(tmp_path, module):
 
 
 def _on_a_rank(rank, folder):
-    """One of two processes that FSDP has given a part of each matrix."""
+    """One of two processes that have some rows of each matrix."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     ternary_health.BitNetModule = Module
     module = Module("b158")
-    sharded = FullyShardedDataParallel(
-        module, auto_wrap_policy=ModuleWrapPolicy({DecoderLayer}), use_orig_params=True, device_id=torch.device("cpu")
-    )
+    shard_model(module.model, torch.device("cpu"), 2)
     with torch.no_grad():
-        sharded(torch.zeros(1, 4, dtype=torch.int64))  # the callback comes behind a forward pass
-    trainer = SimpleNamespace(global_step=10, is_global_zero=rank == 0, strategy=SimpleNamespace(model=sharded))
+        module.model(torch.zeros(1, 4, dtype=torch.int64))  # the callback comes behind a forward pass
+    trainer = SimpleNamespace(global_step=10, is_global_zero=rank == 0)
     callback = TernaryHealth(folder)
     callback.on_validation_epoch_end(trainer, module)
     callback.on_validation_epoch_end(trainer, module)

@@ -92,6 +92,7 @@ class Checkpoints(Callback):
         self._ends, self._stops_behind_step = False, False
         self._was_restored = False
         self._deadline = math.inf
+        self._agreed: tuple[torch.Tensor, torch.cuda.Event] | None = None  # the ranks' reason to stop, on its way here
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = trainer.strategy.broadcast(self.folder)  # under torchrun only rank 0 knows the folder so far
@@ -209,10 +210,22 @@ class Checkpoints(Callback):
         reason = _TIME_IS_UP if time.monotonic() >= self._deadline else 0
         if self.signals.number is not None:
             reason = self.signals.number + 1
-        if trainer.world_size > 1:
-            mine = torch.tensor(reason, device=trainer.strategy.root_device)
-            reason = int(trainer.strategy.reduce(mine, reduce_op="max"))
-        return reason
+        return self._largest(trainer, reason) if trainer.world_size > 1 else reason
+
+    def _largest(self, trainer: L.Trainer, reason: int) -> int:
+        """Return the largest reason of all ranks. On GPUs it is that of the step before, so that no step waits."""
+        largest = torch.full((), reason, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        if largest.device.type != "cuda":
+            return int(largest)
+        before, copy, done = self._agreed, torch.empty_like(largest, device="cpu", pin_memory=True), torch.cuda.Event()
+        copy.copy_(largest, non_blocking=True)
+        done.record()
+        self._agreed = copy, done
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step_log.settle(trainer, is_end=trainer.should_stop)
@@ -282,6 +295,12 @@ class Checkpoints(Callback):
         self._was_restored = True
         if "validated_step" not in state:
             self._restore_earlier_version(checkpoint, step)
+        # A run may go on with other batches, on another number of ranks. Lightning's counters of batches are moved to
+        # what they would be if it had begun so. Otherwise its next optimizer step would have too few batches.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counters in (progress["total"], progress["current"]):
+            missing = step * trainer.accumulate_grad_batches - counters["processed"]
+            counters.update({name: count + missing for name, count in counters.items()})
 
     def _restore_earlier_version(self, checkpoint: dict[str, Any], step: int) -> None:
         """Restore the state from a checkpoint of an earlier version, which held only the best loss."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.text import Text
@@ -19,6 +20,7 @@ from bitnet_lit.runs.folder import SAMPLES_NAME
 from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.strategies import is_sharded, whole_copy
 
 
 class SampleStories(Callback):
@@ -33,11 +35,16 @@ class SampleStories(Callback):
         self.options = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or not trainer.callback_metrics["val/loss"].isfinite():
+        if not trainer.callback_metrics["val/loss"].isfinite():
             return  # a model with a loss that is not finite generates nothing useful; `Checkpoints` ends the run
         assert isinstance(pl_module, BitNetModule)
-        assert isinstance(pl_module.model, CausalLM)  # other networks have no key-value cache to generate with
-        generator = Generator(TorchEngine(pl_module.model, pack=False), self.tokenizer)
+        model: torch.nn.Module | None = pl_module.model
+        if is_sharded(pl_module.model):
+            model = whole_copy(pl_module, trainer.is_global_zero)
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(model, CausalLM)  # other networks have no key-value cache to generate with
+        generator = Generator(TorchEngine(model, pack=False), self.tokenizer)
         stories = generator.generate_batch(self.prompts, self.options)
         self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))
         line = Text.assemble((f"step {trainer.global_step}: ", "dim"), stories[0])

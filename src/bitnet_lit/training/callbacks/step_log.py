@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from bitnet_lit.training.figures import Figure, StepFigures
 from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.sharing import mean_over_ranks
 
 CHECK_STEPS = 50
 """Steps between two looks at whether the run has diverged, where it logs less often."""
@@ -44,8 +45,13 @@ class StepLog(Callback):
                 self._take(trainer, pl_module)
             elif trainer.global_step % CHECK_STEPS == 0:
                 self._waiting.append(StepFigures(trainer.global_step, self._found_inf(pl_module), pl_module.device))
-        while self._waiting and self._waiting[0].has_arrived():
+        while self._waiting and self._may_be_read(trainer, self._waiting[0]):
             self._write(trainer, pl_module)
+
+    @staticmethod
+    def _may_be_read(trainer: L.Trainer, waiting: StepFigures) -> bool:
+        """Return whether to read figures. Several ranks read them one step later, so that all stop at the same step."""
+        return waiting.has_arrived() if trainer.world_size == 1 else waiting.step < trainer.global_step
 
     @staticmethod
     def _found_inf(module: BitNetModule) -> dict[str, Figure]:
@@ -56,7 +62,7 @@ class StepLog(Callback):
     def _share_loss(trainer: L.Trainer, module: BitNetModule) -> None:
         """Make train/loss the mean over the ranks, which meet here. They do not at every step."""
         if trainer.world_size > 1 and "train/loss" in module.step_figures:
-            loss = torch.as_tensor(trainer.strategy.reduce(module.step_figures["train/loss"], reduce_op="mean"))
+            loss = mean_over_ranks(torch.as_tensor(module.step_figures["train/loss"]))
             module.step_figures["train/loss"] = trainer.callback_metrics["train/loss"] = loss
 
     def _take(self, trainer: L.Trainer, module: BitNetModule) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch import Tensor
 
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.packing import CODES_PER_BYTE, pack_codes, unpack_codes
@@ -27,6 +25,7 @@ from bitnet_lit.quant.scheme import Scheme
 from bitnet_lit.runs.folder import HEALTH_NAME
 from bitnet_lit.training.callbacks.appended import AppendedFile
 from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.sharing import whole
 
 COLUMNS = ("step", "layer", "minus", "zero", "plus", "flip_rate", "weight_scale")
 
@@ -46,33 +45,6 @@ def _unpack(packed: Tensor, like: Tensor) -> Tensor:
     return unpack_codes(packed.to(like.device)[:, None]).flatten()[: like.numel()].view(like.shape)
 
 
-def _quantized_layers(trained: nn.Module | None, model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
-    """Yield the name of every quantized layer of `model`, and the layer with its whole weight matrix.
-
-    The matrix is whole only until the next layer is taken. Under FSDP each rank holds a part of each matrix, as a flat
-    vector. The matrices of one FSDP module (a decoder layer) at a time are gathered on every rank, so every rank must
-    take all layers.
-
-    Args:
-        trained: the module that the strategy trains: the LightningModule, or a wrapper around it.
-    """
-    layers: dict[BitLinear, str] = {
-        layer: name.replace("_fsdp_wrapped_module.", "")
-        for name, layer in model.named_modules()
-        if isinstance(layer, BitLinear)
-    }
-    units = [] if trained is None else FullyShardedDataParallel.fsdp_modules(trained)
-    for unit in units:
-        inside = {module for other in FullyShardedDataParallel.fsdp_modules(unit)[1:] for module in other.modules()}
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            for layer in unit.modules():
-                if isinstance(layer, BitLinear) and layer in layers and layer not in inside:
-                    yield layers[layer], layer
-    if not units:
-        for layer, name in layers.items():
-            yield name, layer
-
-
 class TernaryHealth(Callback):
     """Logs means over all quantized matrices (ternary/*) and writes a row per matrix to ternary_health.csv.
 
@@ -88,8 +60,11 @@ class TernaryHealth(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, BitNetModule)
         rows: list[tuple[Any, ...]] = []
-        for name, layer in _quantized_layers(trainer.strategy.model, pl_module.model):
-            codes, weight_scale = layer.quantized_weight()
+        for name, layer in pl_module.model.named_modules():
+            if not isinstance(layer, BitLinear) or layer.scheme.weights is None:
+                continue
+            # Under FSDP2 a rank holds some rows, and the codes are those of the whole matrix, so every rank comes here.
+            codes, weight_scale = layer.scheme.weights.quantize(whole(layer.weight))
             codes = codes.to(torch.int8)
             signs = codes.sign()  # a scheme may have more than three levels: below zero, zero, above zero
             shares = [(signs == sign).float().mean().item() for sign in (-1, 0, 1)]
