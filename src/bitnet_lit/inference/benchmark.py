@@ -1,4 +1,4 @@
-"""`bench suite=cpu`: decode and prefill of the native engine, beside llama.cpp, PyTorch and transformers.
+"""`bench suite=cpu` measures decode and prefill of the native engine, beside llama.cpp, PyTorch and transformers.
 
 All of them run the same model. The shapes (hidden/layers/feed-forward/heads) are those of models with 15, 110 and 700
 million parameters; the weights are random, because speed does not depend on their values. Rounds are interleaved (ours,
@@ -50,7 +50,7 @@ Timed = Callable[[], float]
 
 
 def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Tokenizer) -> StoredModel:
-    """A packed model folder of `shape` with random codes."""
+    """Write a packed model folder of `shape` with random codes, and open it."""
     hidden, layers, ffn, heads = shape
     config = ModelConfig(
         name="/".join(map(str, shape)),
@@ -92,7 +92,7 @@ def _rate(tokens: int, run: Callable[[], object]) -> float:
 
 
 def _engine_pair(engine: Engine, new: int) -> tuple[Timed, Timed]:
-    """Two functions that measure decode and prefill once, in tokens/s.
+    """Return two functions that measure decode and prefill once, in tokens/s.
 
     Args:
         new: tokens to decode.
@@ -117,7 +117,7 @@ def _engine_pair(engine: Engine, new: int) -> tuple[Timed, Timed]:
 
 
 def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
-    """The same for llama.cpp, by calls of its C functions: no more Python between two tokens than for our engine."""
+    """Return them for llama.cpp, by calls of its C functions: no more Python between two tokens than for our engine."""
     import llama_cpp
 
     model = llama_cpp.Llama(
@@ -155,7 +155,7 @@ def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
 
 
 def _transformers_pair(folder: Path) -> tuple[Timed, Timed]:
-    """The same for `transformers` on the packed folder; it unpacks each matrix whenever it is used."""
+    """Return them for `transformers` on the packed folder; it unpacks each matrix whenever it is used."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -206,7 +206,7 @@ def _rows(shape: str, peer: str, ours: tuple[Timed, Timed], theirs: tuple[Timed,
 
 
 def cpu_rows(config: BenchConfig) -> list[dict[str, Any]]:
-    """The rows of `bench suite=cpu`: shape, what is measured, ours, the peer, theirs, unit, ratio, spread.
+    """Return the rows of `bench suite=cpu`: shape, what is measured, ours, the peer, theirs, unit, ratio, spread.
 
     llama.cpp and transformers are left out where they are not installed.
     """

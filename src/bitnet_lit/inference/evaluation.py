@@ -1,4 +1,4 @@
-"""Evaluation of a trained model: one deterministic pass over a whole validation split.
+"""`evaluate` measures a trained model in one deterministic pass over a whole validation split.
 
 It gives the figures that training logs as `val/...` (loss_sums.py), for any model that can be opened and any data with
 the model's tokenizer (evaluation_data.py).
@@ -37,7 +37,7 @@ def evaluate_batches(
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """What `python -m bitnet_lit.evaluate` does.
+    """Evaluate a model, as `python -m bitnet_lit.evaluate` does.
 
     Returns:
         The figures of `LossSums.metrics`, and what they were measured on: `tokens`, `sequence_length`, `data_dir` and
@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _device(accelerator: str) -> str:
-    """PyTorch's name of the device that `accelerator`, Lightning's name, means.
+    """Return PyTorch's name of the device that `accelerator`, Lightning's name, means.
 
     Raises:
         UserError: this machine does not have it.

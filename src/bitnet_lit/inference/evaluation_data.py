@@ -1,4 +1,4 @@
-"""The batches that a model is evaluated on: the shards that the user names, or what the model was trained on.
+"""A model is evaluated on the shards that the user names, or on what it was trained on; batches are made here.
 
 A model folder says nothing about folders of the machine it was trained on. The run that it lies in does, in its
 config.yaml: a folder of shards, or a data module of the user's own, which is imported only if the user names it again.
@@ -32,7 +32,7 @@ from bitnet_lit.runs.folder import CONFIG_NAME
 def validation_batches(
     pretrained: PretrainedModel | CustomPretrained, config: EvaluateConfig, length: int
 ) -> tuple[str, Iterator[Tensor], Tokenizer | None]:
-    """The validation split to evaluate on.
+    """Return the validation split to evaluate on.
 
     Args:
         length: tokens that a sequence predicts.
@@ -57,7 +57,7 @@ def validation_batches(
 
 
 def _data_of_run(model: Path) -> dict[str, Any]:
-    """The keys of `data` in the config of the run that a model folder lies in; none where it lies in no run."""
+    """Return the keys of `data` in the config of the run that a model folder lies in; none where it lies in no run."""
     config = model.parent / CONFIG_NAME
     if not config.is_file():
         return {}
@@ -66,7 +66,7 @@ def _data_of_run(model: Path) -> dict[str, Any]:
 
 
 def _open_shards(pretrained: PretrainedModel | CustomPretrained, data_dir: str) -> ShardDirectory:
-    """A folder of shards of the model's tokenizer."""
+    """Open a folder of shards, which must be of the model's tokenizer."""
     path, vocabulary = pretrained.path, pretrained.config.vocab_size or 0
     tokenizer = pretrained.tokenizer.path if pretrained.tokenizer else None
     shards = open_shards(Path(data_dir), tokenizer, "data_dir")
@@ -85,7 +85,7 @@ def _open_shards(pretrained: PretrainedModel | CustomPretrained, data_dir: str) 
 
 
 def _split_batches(split: TokenSplit, batch_size: int) -> Iterator[Tensor]:
-    """Every sequence of a split once, in order."""
+    """Yield every sequence of a split once, in order."""
     for start in range(0, split.num_sequences, batch_size):
         indices = np.arange(start, min(start + batch_size, split.num_sequences))
         yield torch.from_numpy(split.gather(indices))
@@ -94,7 +94,7 @@ def _split_batches(split: TokenSplit, batch_size: int) -> Iterator[Tensor]:
 def _own_batches(
     pretrained: PretrainedModel | CustomPretrained, data: dict[str, Any], length: int, config: EvaluateConfig
 ) -> tuple[Iterator[Tensor], Tokenizer | None]:
-    """The validation batches of the user's own data module that a run was trained with, and its tokenizer."""
+    """Return the validation batches of the user's own data module that a run was trained with, and its tokenizer."""
     where = str(pretrained.path.parent / CONFIG_NAME)
     check_allowed({"data": data}, config.allow, where, f"checkpoint={config.checkpoint or pretrained.path}")
     opened = custom(CustomData, data)

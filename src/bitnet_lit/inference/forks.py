@@ -1,4 +1,4 @@
-"""PyTorch after a fork: importing this module lets a forked child compute with torch.
+"""Importing this module lets a forked child process compute with torch.
 
 torch divides loops among OpenMP's threads. A fork copies only the thread that calls it, so the first loop that the
 child divides would wait for threads that are not there, for ever. With one thread there is nothing to divide; torch's

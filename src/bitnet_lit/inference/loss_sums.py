@@ -1,4 +1,4 @@
-"""From losses to the figures of an evaluation: loss, perplexity, accuracy, bits per byte.
+"""`LossSums` turns losses into the figures of an evaluation: loss, perplexity, accuracy, bits per byte.
 
 All of them follow from four sums over target tokens. Sums can be added up over batches and over the ranks of a
 distributed run, and the figures do not depend on how the data was divided. (A mean of means would.)
@@ -21,7 +21,7 @@ from bitnet_lit.data.tokenizers import Tokenizer
 
 @dataclass
 class LossSums:
-    """Sums over target tokens.
+    """Holds sums over target tokens.
 
     Attributes:
         nats: sum of the cross-entropies.
@@ -54,17 +54,17 @@ class LossSums:
             self.text_bytes += tokenizer.text_bytes(array[:, :-1], array[:, 1:])
 
     def as_tensor(self) -> Tensor:
-        """The four sums as float64 (4,), for a reduction over ranks."""
+        """Return the four sums as float64 (4,), for a reduction over ranks."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, sums: Tensor) -> LossSums:
-        """The inverse of `as_tensor`."""
+        """Make the sums again from what `as_tensor` returned."""
         nats, tokens, correct, text_bytes = sums.tolist()
         return cls(nats, int(tokens), int(correct), int(text_bytes))
 
     def metrics(self) -> dict[str, float]:
-        """loss (nats per token), perplexity, accuracy (share of the targets), and bits_per_byte where there is text."""
+        """Return loss (nats per token), perplexity, accuracy (a share), and bits_per_byte if there is text."""
         loss = self.nats / self.tokens
         metrics = {
             "loss": loss,

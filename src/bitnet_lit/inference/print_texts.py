@@ -1,4 +1,4 @@
-"""What `python -m bitnet_lit.infer` does: prompts in, texts to stdout.
+"""`infer` reads prompts and writes texts to stdout; `python -m bitnet_lit.infer` calls it.
 
 The prompts come from the command line, from a file, or from the keyboard. Stdout gets the texts and nothing else. On a
 terminal the prompt is dimmed, and the model and a line of statistics go to stderr, unless quiet=true. Warnings always
@@ -59,7 +59,7 @@ class _Page:
 
 
 def _print_texts(model: LanguageModel, config: InferConfig, prompts: Sequence[str], fancy: bool) -> list[str]:
-    """Generate `num_samples` texts from each prompt, some at a time; returns them, prompts included."""
+    """Generate `num_samples` texts from each prompt, some at a time. Return them, prompts included."""
     texts: list[str] = []
     every = (prompt for prompt in prompts for _ in range(config.num_samples))
     while some := list(islice(every, TEXTS_AT_ONCE)):
@@ -99,7 +99,7 @@ def _typed_prompts() -> Iterator[str]:
 
 
 def _prompts_of(path: Path) -> list[str]:
-    """The lines of a file of prompts.
+    """Return the lines of a file of prompts.
 
     Only line ends divide lines; str.splitlines would divide at form feeds and at Unicode's separators too. A byte order
     mark, which some editors put before a text in UTF-8, is no part of the first line.
@@ -120,7 +120,7 @@ def _prompts_of(path: Path) -> list[str]:
 
 
 def infer(config: InferConfig) -> list[str]:
-    """Write the texts to stdout; returns them, prompts included.
+    """Write the texts to stdout. Return them, prompts included.
 
     Raises:
         UserError: no model, no tokenizer, or no such device.

@@ -1,4 +1,4 @@
-"""Stop texts: they end a generated text and never show in it, whatever pieces the text comes in.
+"""Stop texts end a generated text and never show in it, whatever pieces the text comes in.
 
 A tokenizer's pieces do not end where a stop text ends: "cake." may come as "ca", "ke. A". So text that could be the
 beginning of a stop text is held back until it is certain. Each character costs a constant amount of work for each stop
@@ -29,7 +29,7 @@ class _Stop:
             self._shorter.append(length + (text[length] == text[end]))
 
     def feed(self, character: str) -> bool:
-        """Whether the stop text is complete with this character."""
+        """Return whether the stop text is complete with this character."""
         while self.matched and self.text[self.matched] != character:
             self.matched = self._shorter[self.matched - 1]
         self.matched += self.text[self.matched] == character
@@ -54,7 +54,7 @@ class StopFilter:
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """Take the next piece; returns the text that is certain to belong to no stop text."""
+        """Take the next piece. Return the text that is certain to belong to no stop text."""
         before = self._held
         self._held += text
         if not self._stops:
@@ -69,6 +69,6 @@ class StopFilter:
         return passed
 
     def flush(self) -> str:
-        """The text that is still held back, at the end of the whole text."""
+        """Return the text that is still held back, at the end of the whole text."""
         held, self._held = self._held, ""
         return held

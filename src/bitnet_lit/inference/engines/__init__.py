@@ -1,4 +1,4 @@
-"""Engines: from token ids to logits. Everything above them works with any engine.
+"""An engine computes logits from token ids. Everything above works with any engine.
 
 An engine keeps no state of a text. The keys and values of each text lie in a cache of its own, so one engine serves
 many texts at the same time, and a step can take several of them: they share one pass over the weights.
@@ -16,21 +16,21 @@ from bitnet_lit.errors import UserError
 
 
 class Cache(Protocol):
-    """The keys and values of one text."""
+    """Holds the keys and values of one text."""
 
     @property
     def length(self) -> int:
-        """How many tokens it holds."""
+        """Return how many tokens it holds."""
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
 
     def fork(self) -> Any:
-        """A copy that can go on by itself: several texts from one prompt."""
+        """Return a copy that can go on by itself: several texts from one prompt."""
 
 
 class Engine(Protocol):
-    """What generation needs of an engine."""
+    """Describes what generation needs of an engine."""
 
     name: str
     """What runs: "PyTorch", or the native engine with its instruction set and threads."""
@@ -38,7 +38,7 @@ class Engine(Protocol):
     """The context, in tokens."""
 
     def new_cache(self) -> Any:
-        """An empty cache of the kind that `forward` takes."""
+        """Return an empty cache of the kind that `forward` takes."""
 
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[Any]) -> NDArray[np.float32]:
         """Append ids[i], one token or more, to the text of caches[i], and compute what follows.

@@ -1,4 +1,4 @@
-"""The PyTorch engine: runs everywhere, and is the reference for the others."""
+"""The PyTorch engine runs everywhere, and is the reference for the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bitnet_lit.quant import pack_linears
 
 
 class TorchEngine:
-    """An `inference.engines.Engine` on a `CausalLM`. The texts of a step run one after the other.
+    """Runs a `CausalLM` as an `inference.engines.Engine`. The texts of a step run one after the other.
 
     Args:
         model: the network; it is not changed.
@@ -45,12 +45,12 @@ class TorchEngine:
         return self.name
 
     def new_cache(self) -> KVCache:
-        """An empty cache."""
+        """Return an empty cache."""
         return KVCache(self.model.config, 1, self.max_length, self.device)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache]) -> NDArray[np.float32]:
-        """Logits of the token after each text: float32 (len(ids), V).
+        """Return the logits of the token after each text: float32 (len(ids), V).
 
         Raises:
             UserError: a token or a position that the model does not have.

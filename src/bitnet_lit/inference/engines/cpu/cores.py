@@ -1,4 +1,4 @@
-"""How many threads the engine takes: one on each physical core that this process may use.
+"""The engine takes one thread on each physical core that this process may use; the number is found here.
 
 The system may allow a process less than the machine has: only some processors (`taskset`, a batch system), or a share
 of their time (a container's quota). More threads than that take turns, and each step waits for the last of them.
@@ -14,7 +14,7 @@ from bitnet_lit.errors import UserError
 
 
 def physical_cores() -> int:
-    """The number of cores that this process may use; hyper-threads of a core count once, if the system names them."""
+    """Return how many cores this process may use; hyper-threads of a core count once, if the system names them."""
     usable = usable_cpus()
     topology = Path("/sys/devices/system/cpu")
     siblings = {read_text(topology / f"cpu{cpu}/topology/thread_siblings_list").strip() for cpu in usable}
@@ -22,7 +22,7 @@ def physical_cores() -> int:
 
 
 def allowed_threads(threads: int | None) -> int:
-    """How many threads the engine takes where `threads` are asked for: no more than this process may use processors.
+    """Return how many of the `threads` that are asked for the engine takes: at most the processors that it may use.
 
     Raises:
         UserError: `threads` is neither None nor a whole number from 1 on.

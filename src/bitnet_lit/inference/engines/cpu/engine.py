@@ -1,4 +1,4 @@
-"""The native CPU engine: a whole step of a model, from token ids to logits, in one call of compiled code.
+"""The native CPU engine computes a whole step, from token ids to logits, in one call of compiled code.
 
 `NativeModel` is a model in memory: its projections packed into the layout of the kernels (2 bits a weight, 1.67 with
 AVX2), its output head rounded to int8 or int4 or kept in float. Tokens that could be the likeliest one get their
@@ -32,7 +32,7 @@ MAX_STEP_TOKENS = 512
 
 
 class NativeModel:
-    """A model in memory, and the compiled engine that runs it. Many texts can share one.
+    """Holds a model in memory, and the compiled engine that runs it. Many texts can share one.
 
     Args:
         stored: a model that `supported_models.why_unsupported` has nothing against.
@@ -107,11 +107,11 @@ class NativeModel:
         return ctypes.c_void_p(address)
 
     def bytes_per_token(self, length: int) -> int:
-        """Bytes that a decode step reads from memory after `length` tokens: weights, head, keys and values."""
+        """Return the bytes that a decode step reads after `length` tokens: weights, head, keys and values."""
         return self._weights.bytes_per_token + native.library().bitnet_cache_bytes(self.address, length)
 
     def new_cache(self) -> Cache:
-        """An empty cache, for a new text."""
+        """Return an empty cache, for a new text."""
         return Cache(self, self._made(native.library().bitnet_cache_new()), 0)
 
     def step(self, tokens: Sequence[int], caches: Sequence[Cache], wanted: Sequence[int]) -> NDArray[np.float32]:
@@ -156,7 +156,7 @@ class NativeModel:
 
 
 class Cache:
-    """The key/value cache of one text on a `NativeModel`.
+    """Holds the keys and values of one text on a `NativeModel`.
 
     Attributes:
         length: tokens in it.
@@ -167,7 +167,7 @@ class Cache:
         self._free = native.library().bitnet_cache_free
 
     def fork(self) -> Cache:
-        """A copy, for another text that begins in the same way."""
+        """Return a copy, for another text that begins in the same way."""
         copy = native.library().bitnet_cache_fork(self.model.address, self.address)
         return Cache(self.model, self.model._made(copy), self.length)
 
@@ -182,7 +182,7 @@ class Cache:
 
 
 class CpuEngine:
-    """A `NativeModel` as an `inference.engines.Engine`."""
+    """Runs a `NativeModel` as an `inference.engines.Engine`."""
 
     def __init__(self, model: NativeModel) -> None:
         self.model = model
@@ -193,11 +193,11 @@ class CpuEngine:
         return self.name
 
     def new_cache(self) -> Cache:
-        """An empty cache."""
+        """Return an empty cache."""
         return self.model.new_cache()
 
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[Cache]) -> NDArray[np.float32]:
-        """Logits of the token after each text: float32 (len(ids), V).
+        """Return the logits of the token after each text: float32 (len(ids), V).
 
         Raises:
             UserError: a token beyond the vocabulary, a text beyond the context, or a model whose file was shortened.

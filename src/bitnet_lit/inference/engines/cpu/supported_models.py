@@ -1,4 +1,4 @@
-"""Which models the native engine can run.
+"""This module says which models the native engine can run.
 
 The kernels multiply ternary codes with one scale for the matrix by 8-bit activations, and compute the network of
 model/transformer.py. The lists of fields and of tensors are allow-lists: a part of the network that was added since is
@@ -31,7 +31,7 @@ LONGEST_ROW = 2**18  # inputs of a matrix: 63 * 127 times as much fits the 32 bi
 
 
 def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
-    """Why the native engine cannot run a model, naming the field or the scheme; None if it can."""
+    """Say why the native engine cannot run a model, naming the field or the scheme; return None if it can."""
     unplaced = [f"tensor {name}: the native engine has no place for it" for name in unnamed_tensors(config, TENSORS)]
     found = refused_fields(config, COMPUTED) or unplaced  # a refused field explains the tensors that it adds
     if config.hidden_act not in ACTIVATIONS:

@@ -1,4 +1,4 @@
-"""From a `StoredModel` to weights in the layout of the kernels (csrc/packing.h), without torch, one matrix at a time.
+"""Weights of a `StoredModel` are brought into the kernels' layout (csrc/packing.h), without torch, one at a time.
 
 Packed bytes of a model folder go to the kernels' layout in one pass. Latent weights are rounded on the way, by the
 scale that is noted beside them or, where none is, by the definition in `quant/weights.py`, which needs torch. A
@@ -34,7 +34,7 @@ HEAD_PANEL = np.dtype([("scale", np.float32, 16), ("zero_term", np.int32, 16)])
 
 
 class Arena:
-    """Memory for weights in large pieces, on huge pages where the system has them.
+    """Gives memory for weights in large pieces, on huge pages where the system has them.
 
     A step walks through all weights; on 4 KiB pages the processor would look up a new page every 4 KiB.
     """
@@ -43,7 +43,7 @@ class Arena:
         self._piece, self._used = mmap.mmap(-1, CACHE_LINE), CACHE_LINE
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """An array of zeros that begins at a cache line."""
+        """Return an array of zeros that begins at a cache line."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if self._used + size > len(self._piece):
             # Shared memory, which is mmap's default, gets no huge pages.
@@ -57,12 +57,12 @@ class Arena:
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, or a copy of one that lies at an address where C++ cannot read such a number."""
+    """Return the array, or a copy if it lies at an address where C++ cannot read such a number."""
     return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
 def _addresses(array: NDArray[Any]) -> tuple[int | None, int | None]:
-    """The address of a dense matrix as (float32, bfloat16) pointers, one of them None."""
+    """Return the address of a dense matrix as (float32, bfloat16) pointers, one of them None."""
     return (None, array.ctypes.data) if array.dtype == np.uint16 else (array.ctypes.data, None)
 
 
@@ -114,7 +114,7 @@ def quantize_head(weight: NDArray[Any], bits: int, arena: Arena) -> tuple[NDArra
 
 
 class Weights:
-    """The weights of `stored` for the engine, which points into them: they live as long as this object.
+    """Holds the weights of `stored` for the engine, which points into them: they live as long as this object.
 
     Attributes:
         bytes_per_token: what a decode step reads of them.
@@ -133,12 +133,12 @@ class Weights:
         return array
 
     def _dense(self, name: str) -> NDArray[Any]:
-        """A dense matrix (O, I): float32, or bfloat16 as its bits where it is stored so."""
+        """Return a dense matrix (O, I): float32, or bfloat16 as its bits where it is stored so."""
         raw = self.stored.reader.raw(name)
         return _aligned(self.stored.array(name) if raw is None or raw.dtype == np.uint8 else raw)
 
     def _finite(self, name: str) -> NDArray[Any]:
-        """`_dense`, checked for NaN and infinity. (Latent weights are checked by their sums.)"""
+        """Return `_dense` after a check for NaN and infinity. (Latent weights are checked by their sums.)"""
         values = self._dense(name)
         if name not in self._checked:
             self.stored.check_finite(name, values)
@@ -146,11 +146,11 @@ class Weights:
         return values
 
     def vector(self, name: str) -> int | None:
-        """The address of a float32 vector; None where the network has none of that name."""
+        """Return the address of a float32 vector; None where the network has none of that name."""
         return self._keep(_aligned(self.stored.array(name))).ctypes.data if name in self.stored.tensors else None
 
     def _place(self, name: str) -> Place | None:
-        """Where a table stays in its file; None where it is kept in memory."""
+        """Return where a table stays in its file; None where it is kept in memory."""
         place = self.stored.reader.place(name)
         if place is None or place.dtype == "u1":  # the engine reads float32 and bfloat16
             return None
@@ -158,7 +158,7 @@ class Weights:
         return place if size > TABLE_IN_MEMORY else None
 
     def _table(self, name: str) -> NDArray[Any]:
-        """The values of a table, which are kept where they stay in memory."""
+        """Return the values of a table, which are kept if they stay in memory."""
         if name in self._in_memory:
             return self._in_memory[name]
         values = self._finite(name)
@@ -167,7 +167,7 @@ class Weights:
         return values
 
     def row_table(self, name: str) -> native.RowTable:
-        """A dense matrix of which a step reads some rows, in memory or in its file."""
+        """Return a dense matrix of which a step reads some rows, in memory or in its file."""
         place = self._place(name)
         if place is None:
             values = self._table(name)
@@ -177,7 +177,7 @@ class Weights:
         return native.RowTable(offset=place.offset, file=place.descriptor, is_bfloat16=place.dtype == "<u2")
 
     def projection(self, name: str) -> native.Matrix:
-        """A matrix that a step reads from beginning to end: packed, or dense and copied to where reading is fastest."""
+        """Return a matrix that a step reads whole: packed, or dense and copied to where reading is fastest."""
         if name in self.stored.quantized:
             packed, scale = self._packed(name)
             self.bytes_per_token += self._keep(packed).nbytes
@@ -190,7 +190,7 @@ class Weights:
         return native.Matrix(floats=floats, bfloats=bfloats, scale=1.0)
 
     def integer_head(self, name: str, bits: int) -> tuple[int, int, int]:
-        """Addresses of `quantize_head`'s results."""
+        """Return the addresses of `quantize_head`'s results."""
         codes, panels, int8_rows = map(self._keep, quantize_head(self._table(name), bits, self._arena))
         self.bytes_per_token += codes.nbytes + panels.nbytes  # a step reads few of the int8 rows
         return codes.ctypes.data, panels.ctypes.data, int8_rows.ctypes.data
@@ -211,7 +211,7 @@ class Weights:
         return packed, float(stored.scale(name))
 
     def _rounded(self, name: str) -> tuple[NDArray[np.uint8], float]:
-        """Latent weights as packed codes, and their scale."""
+        """Return latent weights as packed codes, and their scale."""
         rule = self.stored.quant.scheme.weights
         if rule not in ROUNDED_HERE:
             codes, own_scale = self.stored.codes(name)
@@ -234,7 +234,7 @@ class Weights:
         return packed, scale
 
     def _plausible(self, rounding: native.Rounding, count: int) -> bool:
-        """Whether the noted scale and center are those of these weights, not of others that were put in their place."""
+        """Return whether the noted scale and center are those of these weights, not of others put in their place."""
         scale, tolerance = rounding.scale, 1e-4 * rounding.scale  # float32 sums are right to a few millionths
         if not math.isfinite(rounding.magnitude):
             return False
