@@ -91,7 +91,10 @@ def test_it_is_torchs_up_to_bfloat16():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shapes", [[(768, 768)] * 3 + [(2048, 768)] * 2 + [(768, 2048)], SHAPES])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(768, 768)] * 3 + [(2048, 768)] * 2 + [(768, 2048)], [(1024, 1024)] * 3 + [(2048, 1024), (1024, 1280)], SHAPES],
+)
 def test_on_a_gpu_it_is_torchs_up_to_bfloat16(shapes):
     ours, _ = trained(Muon, shapes, "cuda")
     theirs, _ = trained(torch.optim.Muon, shapes, "cuda")
