@@ -68,6 +68,14 @@ def test_one_word_trains_on_the_gpu(trained):
     assert saved["quantization_config"]["quant_method"] == "bitnet"
 
 
+@pytest.mark.parametrize("accelerator", ["auto", "gpu", "cuda"])
+def test_each_name_of_the_gpu_means_it(tmp_path, shards, capsys, accelerator):
+    run(tmp_path / "run", shards, f"trainer.accelerator={accelerator}", "compile=false", "trainer.max_steps=1")
+    device = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("device"))
+    assert "1 x cuda" in device
+    assert ("bf16-mixed" in device) is (torch.cuda.get_device_capability() >= (8, 0))
+
+
 def test_evaluate_gives_the_loss_of_the_run_on_both_devices(trained):
     """In training the activations are bfloat16 outside of the sums: 2^-9 of each value, which averages out."""
     folder, metrics, _ = trained
@@ -164,7 +172,11 @@ def test_a_run_of_the_gpu_goes_on_on_a_cpu_and_back(tmp_path, shards):
         assert train(resume_config(str(tmp_path / "run"), longer))["steps"] == steps
 
 
-@pytest.mark.parametrize("options", [["trainer.strategy=ddp"], ["trainer.strategy=fsdp", "optim=adamw"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [["trainer.strategy=ddp"], ["trainer.strategy=fsdp"], ["trainer.strategy=fsdp", "optim=adamw"]],
+    ids=" ".join,
+)
 @pytest.mark.gpu(count=2)
 def test_two_gpus_train_as_one_does(tmp_path, shards, options):
     """The samples of each step are the same, so the losses are the same but for the order of sums."""
