@@ -165,8 +165,9 @@ class QuantConfig(Checked):
     """What computes the quantized projections. auto: the fastest kernels that can. reference: plain PyTorch. triton:
     int8 products on a GPU of the Hopper generation. All compute the same integers."""
     grad: str = "fp8"
-    """How kernels on a GPU multiply output gradients by codes, for the gradient of the input. fp8: each row of the
-    gradient is rounded to FP8 (e4m3), in runs in bfloat16; the codes are exact. bf16: the gradient is not rounded."""
+    """How kernels on a GPU compute gradients, in runs in bfloat16. fp8: for the gradient of the input, each row of the
+    output gradient is rounded to FP8 (e4m3); weight codes are exact there. fp8_all: the gradient of the weights is an
+    FP8 product too, in which activation codes are rounded. bf16: neither is."""
 
     OWNER: ClassVar[str] = "quant."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -181,7 +182,7 @@ class QuantConfig(Checked):
         self.describe()  # makes the scheme, which checks its settings
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
         one_of("quant.kernel", self.kernel, KERNELS)
-        one_of("quant.grad", self.grad, ("fp8", "bf16"))
+        one_of("quant.grad", self.grad, ("fp8", "fp8_all", "bf16"))
 
     @property
     def scheme(self) -> Scheme:

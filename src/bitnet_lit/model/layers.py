@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.model.kv_cache import KVCache
 from bitnet_lit.quant.bit_linear import BitLinear
-from bitnet_lit.quant.kernels.choose import Kernels, Norm, are_alike, are_unobserved, chosen
+from bitnet_lit.quant.kernels.choose import are_alike, are_unobserved, chosen
+from bitnet_lit.quant.kernels.interface import Kernels, Norm
 
 
 class RMSNorm(nn.Module):
@@ -106,12 +107,22 @@ class Attention(nn.Module):
         heads: Tensor = x_BTD.unflatten(-1, (-1, self.head_dim))
         return heads.transpose(1, 2)
 
-    def forward(self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        length = x_BTD.shape[1]
-        q, k, v = normed_linears(x_BTD, norm, self.q_proj, self.k_proj, self.v_proj)
+    def _rotated_heads(self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries (B, H, T, P), rotated keys and values (B, K, T, P)."""
+        qkv = cast(list[BitLinear], [self.q_proj, self.k_proj, self.v_proj])
+        has_norms = isinstance(self.q_norm, RMSNorm)
+        if not has_norms and (kernels := _kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)) is not None:
+            heads = kernels.rotated_heads(x_BTD, _as_norm(norm), qkv, cos, sin)
+            if heads is not None:
+                return heads
+        q, k, v = normed_linears(x_BTD, norm, *qkv)
         q_BHTP = apply_rotary(self.q_norm(self._heads(q)), cos, sin)
         k_BKTP = apply_rotary(self.k_norm(self._heads(k)), cos, sin)
-        v_BKTP = self._heads(v)
+        return q_BHTP, k_BKTP, self._heads(v)
+
+    def forward(self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        length = x_BTD.shape[1]
+        q_BHTP, k_BKTP, v_BKTP = self._rotated_heads(x_BTD, norm, cos, sin)
         mask, is_causal = None, length > 1
         if cache is not None:
             past = cache.length
@@ -167,6 +178,20 @@ class MLP(nn.Module):
         y_BTF = ACTIVATIONS[self.hidden_act](gate_BTF) * up_BTF
         (output,) = normed_linears(y_BTF, self.ffn_sub_norm, self.down_proj)
         return output
+
+
+def joint_layers(network: nn.Module) -> list[list[BitLinear]]:
+    """Return the quantized layers of a network, in the groups in which kernels compute them."""
+    groups: list[list[nn.Module]] = []
+    for module in network.modules():
+        if isinstance(module, Attention):
+            groups += [[module.q_proj, module.k_proj, module.v_proj]]
+        elif isinstance(module, MLP):
+            groups += [[module.gate_proj, module.up_proj]]
+    joint = [cast(list[BitLinear], group) for group in groups if are_alike(group)]
+    together = {layer for group in joint for layer in group}
+    alone = [layer for layer in network.modules() if isinstance(layer, BitLinear) and layer not in together]
+    return [*joint, *([layer] for layer in alone)]
 
 
 class DecoderLayer(nn.Module):

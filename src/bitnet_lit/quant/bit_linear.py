@@ -42,7 +42,8 @@ from torch import Tensor, nn
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.activations import ActivationRule
-from bitnet_lit.quant.kernels.choose import chosen, compute_dtype
+from bitnet_lit.quant.kernels.choose import chosen
+from bitnet_lit.quant.kernels.interface import compute_dtype
 from bitnet_lit.quant.scheme import Scheme
 from bitnet_lit.quant.schemes import scheme_named
 from bitnet_lit.quant.weights import WeightRule, spread_scale
@@ -177,7 +178,8 @@ class BitLinear(nn.Linear):
         scheme: how the layer is quantized.
         strength: lambda of the warm-up as a float32 tensor of shape (), or None where the layer is fully quantized.
         kernel: what computes the layer, as `quant.kernel` says it: auto, reference, or the name of kernels.
-        grad: the dtype of the gradient of the input's product, as `quant.grad` says it: fp8 or bf16.
+        grad: how kernels compute gradients, as `quant.grad` says it: fp8, fp8_all or bf16.
+        held: the rounded weights, where they are rounded less often than the layer is called (kernels/hold.py).
 
     Raises:
         UserError: the group size of the scheme does not divide in_features, or `quant` is unknown.
@@ -200,6 +202,7 @@ class BitLinear(nn.Linear):
         self._weights, self._activations = self.scheme.weights, self.scheme.activations
         self.strength: Tensor | None = None
         self.kernel, self.grad = "auto", "fp8"
+        self.held: Any = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant: str | Scheme | QuantConfig) -> BitLinear:

@@ -165,6 +165,10 @@ class WeightRule(ABC):
                 ``weight ~= codes * weight_scale``.
         """
 
+    def scale(self, weight: Tensor) -> Tensor:
+        """Return the scales that `quantize` returns."""
+        return self.quantize(weight)[1]
+
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the scale and the center of a matrix, where these two numbers are enough to round each weight.
 
@@ -192,9 +196,12 @@ class _Ternary(WeightRule):
     @abstractmethod
     def _typical(self, magnitude: Tensor) -> Tensor: ...
 
+    def scale(self, weight: Tensor) -> Tensor:
+        """See `WeightRule`."""
+        return self._typical(weight.float().abs()).clamp(min=SCALE_MIN)
+
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = weight.float()
-        scale = self._typical(weight.abs()).clamp(min=SCALE_MIN)
+        weight, scale = weight.float(), self.scale(weight)
         # Microsoft and Hugging Face multiply by the reciprocal and do not divide; the two round some ties differently.
         return (weight * spread_scale(1.0 / scale, weight.shape[1])).round().clamp(-1, 1), scale
 
@@ -202,7 +209,7 @@ class _Ternary(WeightRule):
         """See `WeightRule`. There are two numbers only where the matrix has one scale."""
         if self.granularity != PerTensor():
             return None
-        scale = self._typical(weight.abs()).clamp(min=SCALE_MIN)
+        scale = self.scale(weight)
         return scale, scale.new_zeros(())
 
 

@@ -7,10 +7,12 @@ from torch.testing import assert_close
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import build_model
+from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.bit_linear import bit_linear_reference, set_strength
 from bitnet_lit.quant.kernels import choose
-from bitnet_lit.quant.kernels.choose import Kernels, describe
+from bitnet_lit.quant.kernels.choose import describe
+from bitnet_lit.quant.kernels.interface import Kernels
 from tests.support import tiny_config
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -91,6 +93,15 @@ def test_a_layer_alone_is_computed_by_kernels_too(kernels):
     layer = BitLinear(8, 4, quant="b1")
     assert layer(torch.randn(3, 8)).shape == (3, 4)
     assert kernels.calls == [1]
+
+
+@pytest.mark.parametrize(("skip", "sizes"), [([], [3, 2, 1, 1]), (["k_proj"], [2, 1, 1, 1, 1])], ids=str)
+def test_the_groups_of_a_network_hold_each_layer_once(skip, sizes):
+    model = tiny(skip=["lm_head", *skip])
+    groups = joint_layers(model)
+    assert sorted(map(len, groups), reverse=True) == sorted(sizes * model.config.num_hidden_layers, reverse=True)
+    layers = [layer for group in groups for layer in group]
+    assert sorted(map(id, layers)) == sorted(id(layer) for layer in model.modules() if isinstance(layer, BitLinear))
 
 
 def test_the_line_of_the_plan(kernels):

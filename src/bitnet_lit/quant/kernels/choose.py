@@ -1,106 +1,36 @@
 """This module chooses what computes a quantized layer, when it is called: kernels for its device, or the reference.
 
-The reference is the plain PyTorch code of bit_linear.py. Kernels are a class that derives from `Kernels`. One object of
-it stands in `KERNELS` under the type of its device, and says of each layer whether it can compute it::
+The reference is the plain PyTorch code of bit_linear.py. Kernels are a class that derives from `Kernels`
+(interface.py). One object of it stands in `KERNELS` under the type of its device, and says of each layer whether it can
+compute it::
 
     kernels = chosen([q_proj, k_proj, v_proj], x)     # by the device and the dtype of x
     if kernels is not None:
         q, k, v = kernels.normed_linears(x, Norm(weight, eps), [q_proj, k_proj, v_proj])
 
-`quant.kernel` is auto, reference, or the name of kernels. A layer falls back to the reference where its kernels refuse
-it: the plan of a run prints the reason (`describe`). Kernels that were named and cannot run are an error there.
-
-Kernels must keep to this:
-
-- The integers of a product equal those of the reference. Only float operations may round differently.
-- Parameters keep their names, and each gets a gradient of its own.
-- While lambda is warmed up (`strength` is set), the reference computes.
+`quant.kernel` is auto, reference, or the name of kernels. The reference computes the layers that their kernels refuse;
+the plan of a run prints the reason (`describe`). Kernels that were named and cannot run are an error there. While
+lambda is warmed up (`strength` is set), the reference computes everything.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bitnet_lit.errors import UserError
+from bitnet_lit.quant.kernels.interface import Kernels, compute_dtype
+from bitnet_lit.quant.kernels.triton.kernels import TritonKernels
 
 if TYPE_CHECKING:
     from bitnet_lit.quant.bit_linear import BitLinear
 
-
-class Norm(NamedTuple):
-    """An RMSNorm: x / sqrt(mean(x**2) + eps) * weight, computed in float32 and returned in the dtype of x."""
-
-    weight: Tensor
-    eps: float
-
-
-class Kernels(ABC):
-    """Kernels compute quantized layers on one type of device.
-
-    Attributes:
-        name: the value of `quant.kernel` that asks for them.
-    """
-
-    name: ClassVar[str]
-
-    @abstractmethod
-    def refusal(self, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why one of these layers cannot be computed, in a few words; None if all can.
-
-        `torch.compile` traces this at each call of a layer, so it must be cheap and plain.
-
-        Args:
-            layers: layers of one scheme. Each of them can be computed together with others of which this is true.
-            dtype: the dtype in which the layers return their outputs.
-        """
-
-    @abstractmethod
-    def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
-        """Compute layer(norm(x)) of each layer, biases included.
-
-        Args:
-            x: float, (B..., I).
-            norm: the norm before the layers, or None where x is their input.
-
-        Returns:
-            For each layer, (B..., O) in the dtype of the reference's output.
-        """
-
-    def gated_mlp(
-        self,
-        x: Tensor,
-        norm: Norm | None,
-        gate_up: Sequence[BitLinear],
-        activation: str,
-        sub_norm: Norm | None,
-        down: BitLinear,
-    ) -> Tensor | None:
-        """Compute down(sub_norm(activation(gate(norm(x))) * up(norm(x)))), or return None to have it done in parts.
-
-        Args:
-            x: float, (B..., I).
-            gate_up: the layers of gate and of up.
-            activation: "silu" or "relu2".
-        """
-        return None
-
-
-KERNELS: dict[str, Kernels] = {}
-"""Kernels by the type of their device, "cuda" or "cpu"."""
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which layers that read `x` compute their products: autocast's, or that of `x`."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+KERNELS: dict[str, Kernels] = {"cuda": TritonKernels()}
+"""Kernels by the type of their device."""
 
 
 def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:

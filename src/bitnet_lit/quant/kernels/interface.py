@@ -1,0 +1,111 @@
+"""The interface of kernels: what they compute, and how they say what they cannot compute.
+
+Kernels must keep to this:
+
+- The integers of a product equal those of the reference. Only float operations may round differently.
+- Parameters keep their names, and each gets a gradient of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitnet_lit.quant.bit_linear import BitLinear
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which layers that read `x` compute their products: autocast's, or that of `x`."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+class Norm(NamedTuple):
+    """An RMSNorm: x / sqrt(mean(x**2) + eps) * weight, computed in float32 and returned in the dtype of x."""
+
+    weight: Tensor
+    eps: float
+
+
+class Kernels(ABC):
+    """Kernels compute quantized layers on one type of device.
+
+    Attributes:
+        name: the value of `quant.kernel` that asks for them.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why one of these layers cannot be computed, in a few words; None if all can.
+
+        `torch.compile` traces this at each call of a layer, so it must be cheap and plain.
+
+        Args:
+            layers: layers of one scheme. Each of them can be computed together with others of which this is true.
+            dtype: the dtype in which the layers return their outputs.
+        """
+
+    @abstractmethod
+    def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
+        """Compute layer(norm(x)) of each layer, biases included.
+
+        Args:
+            x: float, (B..., I).
+            norm: the norm before the layers, or None where x is their input.
+
+        Returns:
+            For each layer, (B..., O) in the dtype of the reference's output.
+        """
+
+    def rotated_heads(
+        self, x: Tensor, norm: Norm | None, qkv: Sequence[BitLinear], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Compute the heads of attention: q(norm(x)) and k(norm(x)) rotated, and v(norm(x)); None: do it in parts.
+
+        Args:
+            x: float, (B, T, I).
+            cos, sin: (T, head_dim); see `model.layers.apply_rotary`.
+
+        Returns:
+            Queries (B, heads, T, head_dim), keys and values (B, kv_heads, T, head_dim).
+        """
+        return None
+
+    def gated_mlp(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        gate_up: Sequence[BitLinear],
+        activation: str,
+        sub_norm: Norm | None,
+        down: BitLinear,
+    ) -> Tensor | None:
+        """Compute down(sub_norm(activation(gate(norm(x))) * up(norm(x)))); None: do it in parts.
+
+        Args:
+            x: float, (B..., I).
+            gate_up: the layers of gate and of up.
+            activation: "silu" or "relu2".
+        """
+        return None
+
+    def hold(self, layers: Sequence[BitLinear], dtype: torch.dtype, before: Any) -> Any:
+        """Round the weights of layers that are computed together, for several forward passes.
+
+        Args:
+            dtype: the dtype of the layers' products in these passes (autocast's).
+            before: what the last call returned for these layers; its tensors are filled again. None at first.
+
+        Returns:
+            What the first of the layers has as `held` in these passes, or None where the kernels do not use it.
+        """
+        return None

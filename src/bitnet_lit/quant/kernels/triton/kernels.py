@@ -1,0 +1,154 @@
+"""`TritonKernels` says which layers the Triton kernels compute, and calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bitnet_lit.quant.activations import AbsMax
+from bitnet_lit.quant.kernels.interface import Kernels, Norm, compute_dtype
+from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerRow, PerTensor, Sign, WeightRule
+
+if TYPE_CHECKING:
+    from bitnet_lit.quant.bit_linear import BitLinear
+    from bitnet_lit.quant.kernels.triton.functions import RoundedWeights, Rounding
+
+HAS_TRITON = find_spec("triton") is not None
+ALIGNMENT = 16
+"""Bytes at whose multiples the TMA needs each row of a matrix to start."""
+
+
+def _rule_name(rule: WeightRule | None) -> str | None:
+    """Return the name of a rule that the kernels support, a key of `weights.RULES`; None for any other rule."""
+    if isinstance(rule, Sign):
+        return "sign"
+    for kind, name in ((AbsMean, "absmean"), (AbsMedian, "absmedian")):
+        if type(rule) is kind and rule.granularity == PerTensor():
+            return name
+        if type(rule) is kind and rule.granularity == PerRow():
+            return f"{name}_row"
+    return None
+
+
+def _held(layers: Sequence[BitLinear]) -> RoundedWeights | None:
+    """Return the weights that are held for these layers together, or None if there are none."""
+    held: RoundedWeights | None = layers[0].held
+    return None if held is None or held.codes.shape[0] != sum(layer.out_features for layer in layers) else held
+
+
+class TritonKernels(Kernels):
+    """The kernels of this folder. They support all built-in rules, with one scale for a matrix or for each row."""
+
+    name = "triton"
+
+    def refusal(self, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
+        """See `Kernels`."""
+        if not HAS_TRITON:
+            return "Triton is not installed"
+        gpu = torch.cuda.get_device_properties(device)
+        if gpu.major != 9:
+            return f"compute capability {gpu.major}.{gpu.minor}, and the kernels are for 9.0 (Hopper)"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"dtype {dtype}"
+        for layer in layers:
+            if type(layer._activations) is not AbsMax:
+                return f"activations are rounded by {type(layer._activations).__name__}"
+            if _rule_name(layer._weights) is None:
+                return f"scales: {layer.scheme.granularity}" if layer._weights is not None else "nothing is rounded"
+            if layer.in_features % ALIGNMENT or layer.out_features % ALIGNMENT:
+                return f"{layer.in_features} x {layer.out_features} features are no multiples of {ALIGNMENT}"
+        return None
+
+    def _rounding(self, layer: BitLinear, dtype: torch.dtype) -> Rounding:
+        from bitnet_lit.quant.kernels.triton.functions import Rounding
+
+        rule = _rule_name(layer._weights)
+        assert rule is not None  # `refusal` has seen to that
+        fp8 = dtype == torch.bfloat16 and layer.grad != "bf16"
+        return Rounding(rule, layer._activations.bits, dtype, fp8, fp8 and layer.grad == "fp8_all")
+
+    def hold(self, layers: Sequence[BitLinear], dtype: torch.dtype, before: RoundedWeights | None) -> RoundedWeights:
+        """See `Kernels`."""
+        from bitnet_lit.quant.kernels.triton.functions import RoundedWeights
+        from bitnet_lit.quant.kernels.triton.weights import round_into, round_weights
+
+        rounding, weights = self._rounding(layers[0], dtype), [layer.weight.detach() for layer in layers]
+        if before is None:
+            return RoundedWeights(*round_weights(weights, rounding.rule, rounding.fp8))
+        codes, transposed, scale = before
+        round_into(weights, rounding.rule, codes, transposed if rounding.fp8 else None, scale)
+        return before
+
+    def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
+        """See `Kernels`."""
+        from bitnet_lit.quant.kernels.triton.functions import NormedLinearsFunction
+
+        weight, eps = (None, 0.0) if norm is None else norm
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        joint = NormedLinearsFunction.apply(
+            flat,
+            weight,
+            eps,
+            self._rounding(layers[0], compute_dtype(x)),
+            _held(layers),
+            *(layer.weight for layer in layers),
+        )
+        outputs = joint.unflatten(0, x.shape[:-1]).split([layer.out_features for layer in layers], dim=-1)
+        return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(outputs, layers, strict=True))
+
+    def rotated_heads(
+        self, x: Tensor, norm: Norm | None, qkv: Sequence[BitLinear], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `Kernels`."""
+        from bitnet_lit.quant.kernels.triton.functions import RotatedHeadsFunction
+
+        if any(layer._parameters["bias"] is not None for layer in qkv):
+            return None
+        weight, eps = (None, 0.0) if norm is None else norm
+        q, k, v = RotatedHeadsFunction.apply(
+            x.reshape(-1, x.shape[-1]).contiguous(),
+            weight,
+            eps,
+            self._rounding(qkv[0], compute_dtype(x)),
+            _held(qkv),
+            cos.contiguous(),
+            sin.contiguous(),
+            *(layer.weight for layer in qkv),
+        )
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def gated_mlp(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        gate_up: Sequence[BitLinear],
+        activation: str,
+        sub_norm: Norm | None,
+        down: BitLinear,
+    ) -> Tensor | None:
+        """See `Kernels`."""
+        from bitnet_lit.quant.kernels.triton.functions import GatedMLPFunction
+
+        gate, up = gate_up
+        if any(layer._parameters["bias"] is not None for layer in (gate, up, down)):
+            return None
+        weight, eps = (None, 0.0) if norm is None else norm
+        sub_weight, sub_eps = (None, 0.0) if sub_norm is None else sub_norm
+        y: Tensor = GatedMLPFunction.apply(
+            x.reshape(-1, x.shape[-1]).contiguous(),
+            weight,
+            eps,
+            activation,
+            sub_weight,
+            sub_eps,
+            self._rounding(gate, compute_dtype(x)),
+            _held([gate, up]),
+            _held([down]),
+            *(gate.weight, up.weight, down.weight),
+        )
+        output: Tensor = y.unflatten(0, x.shape[:-1])
+        return output
