@@ -123,6 +123,7 @@ class Wrong(Squares):
 class FakeTrainer:
     def __init__(self, rank=0, world_size=1):
         self.global_rank, self.world_size, self.global_step, self.should_stop = rank, world_size, 0, False
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def module(cls="Squares", rank=0, world_size=1, limit=None, accumulate=1):

@@ -70,6 +70,8 @@ class TrainConfig(Checked):
     """The seed of the initial weights, of the order of the data and of dropout."""
     compile: str = "auto"
     """torch.compile: auto (on for CUDA), true or false."""
+    cuda_graph: str = "auto"
+    """Record the kernels of a step once and replay them: auto (for small models on one GPU), true or false."""
     resume: str | None = None
     """The folder of a run that was stopped. The run goes on in the same folder."""
     init_from: str | None = None
@@ -95,8 +97,9 @@ class TrainConfig(Checked):
         if not self.run_dir:
             raise UserError("run_dir= is empty: give a folder")
         import_schemes(self.schemes)
-        self.compile = str(self.compile).lower()
-        one_of("compile", self.compile, ("auto", "true", "false"))
+        for key in ("compile", "cuda_graph"):
+            setattr(self, key, str(getattr(self, key)).lower())
+            one_of(key, getattr(self, key), ("auto", "true", "false"))
         if self.model.max_position_embeddings < 2:
             raise UserError("model.max_position_embeddings=1: leaves no room for a token and the next: take 2 or more")
         if self.quant.lambda_warmup_steps and not self.quant.scheme.quantizes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bitnet_lit.data.order import SampleOrder
+from bitnet_lit.data.prefetch import prefetched
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.errors import DataError
@@ -77,12 +78,20 @@ class ErrorsAsItems(Dataset):
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader whose processes do not run the caller's script, and which raises a `DataError` as one line."""
+    """A DataLoader whose processes do not run the caller's script, and which raises a `DataError` as one line.
+
+    Args:
+        device: the CUDA device to which a thread copies the batches ahead of time. None: they stay where they are.
+    """
+
+    def __init__(self, *arguments: Any, device: torch.device | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.device = device
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that the trainer needs
         with without_main_script():
             batches = super().__iter__()
-        return _raised(batches)
+        return _raised(batches) if self.device is None else prefetched(_raised(batches), self.device)
 
 
 def _raised(batches: Iterator[Any]) -> Iterator[Any]:

@@ -225,11 +225,17 @@ class CustomDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return batches without end, from the first one on that was not consumed: int64 (B, T + 1)."""
-        return DataLoader(_Train(self), batch_size=None)
+        return self._loader(_Train(self))
 
     def val_dataloader(self) -> DataLoader:
         """Return batches of the validation split, int64 (B, T + 1), and how many of their rows count."""
-        return DataLoader(_Validation(self), batch_size=None)
+        return self._loader(_Validation(self))
+
+    def _loader(self, batches: IterableDataset) -> DataLoader:
+        # The user's code runs in this thread, because it may draw PyTorch's random numbers, which all threads share.
+        # A batch in pinned memory is copied to a GPU without waiting for it.
+        assert self.trainer is not None
+        return DataLoader(batches, batch_size=None, pin_memory=self.trainer.strategy.root_device.type == "cuda")
 
     def validation_limit(self, loader: Any, world_size: int) -> int | None:
         """Return how many batches this process takes in a validation before the end of the run; None: all.

@@ -87,17 +87,16 @@ class BitNetDataModule(L.LightningDataModule):
         self.order = SampleOrder(num_sequences, seed)
         self.resumed = {"consumed_samples": 0, "step": 0}
 
-    def _loader(self, dataset: Dataset, sampler: Sampler[int], num_workers: int) -> DataLoader:
-        assert self.trainer is not None
+    def _loader(self, dataset: Dataset, sampler: Sampler[int], num_workers: int, **options: Any) -> DataLoader:
         return BatchLoader(
             ErrorsAsItems(dataset),
             batch_size=None,  # an item of the dataset is a whole batch
             sampler=sampler,
             num_workers=num_workers,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             # A process forked from one that has run OpenMP loops can hang in its own first loop.
             multiprocessing_context="spawn" if num_workers else None,
             persistent_workers=num_workers > 0,
+            **options,
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -109,9 +108,9 @@ class BitNetDataModule(L.LightningDataModule):
             self.trainer.world_size,
             self.config.batch_size,
         )
-        return self._loader(
-            TrainBatches(self.train_split, self.order, self.config.batch_size), starts, self.config.num_workers
-        )
+        batches = TrainBatches(self.train_split, self.order, self.config.batch_size)
+        device = self.trainer.strategy.root_device
+        return self._loader(batches, starts, self.config.num_workers, device=device if device.type == "cuda" else None)
 
     def val_dataloader(self) -> DataLoader:
         """Return batches of the validation split, in order: int64 (B, T + 1), and how many of their rows count."""
@@ -119,7 +118,8 @@ class BitNetDataModule(L.LightningDataModule):
         batches = ValidationBatches(
             self.validation_split, self.config.batch_size, self.trainer.global_rank, self.trainer.world_size
         )
-        return self._loader(batches, ValidationOrder(len(batches), self.limit_val_batches, self.trainer), 0)
+        order = ValidationOrder(len(batches), self.limit_val_batches, self.trainer)
+        return self._loader(batches, order, 0, pin_memory=self.trainer.strategy.root_device.type == "cuda")
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many samples the run has consumed, and at which optimizer step."""

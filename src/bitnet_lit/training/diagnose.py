@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bitnet_lit.training.compile import not_compiled
 from bitnet_lit.training.sharing import local
 
 
@@ -27,7 +28,7 @@ def first_nonfinite_output(model: nn.Module, ids: Tensor) -> str | None:
 
             handles.append(module.register_forward_hook(hook))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), not_compiled():  # a compiled network does not call its parts one by one
             model(ids)
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from bitnet_lit.errors import Diverged
 from bitnet_lit.model import batch_loss
+from bitnet_lit.training.compile import not_compiled
 from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
 from bitnet_lit.training.sharing import first_of_ranks
 
@@ -84,7 +85,7 @@ class Divergence:
             return f"the output of {layer} is not finite"
         if not has_gradients:
             model.zero_grad(set_to_none=True)
-            with torch.enable_grad():
+            with torch.enable_grad(), not_compiled():
                 batch_loss(model, batch).backward()
         if parameter := first_of_ranks(last_nonfinite_gradient(model)):
             return f"the gradient of {parameter} is not finite"

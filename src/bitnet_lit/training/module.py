@@ -7,6 +7,7 @@ random numbers of dropout depend only on the step; dropout is seeded again for e
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,9 @@ from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.inference.loss_sums import LossSums
 from bitnet_lit.model import batch_loss, token_losses
 from bitnet_lit.quant.bit_linear import set_strength
+from bitnet_lit.terminal import console
+from bitnet_lit.training.compile import compile_failure, undo_compile
+from bitnet_lit.training.cuda_graph import GraphedStep, records_graph
 from bitnet_lit.training.divergence import Divergence, skips_on_device
 from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
@@ -78,6 +82,9 @@ class BitNetModule(L.LightningModule):
         self.step_figures: dict[str, Figure] = {}
         self._step_loss = torch.zeros(())  # mean over the accumulated batches
         self.divergence = Divergence()
+        self._graph: GraphedStep | None = None
+        self._has_gradients = False  # whether the pass over the last batch was a replayed graph
+        self._may_undo_compile = config.compile == "auto"  # until the first batch
         self._strength: Tensor | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -94,6 +101,10 @@ class BitNetModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        if records_graph(self.config, self.device, self.trainer.world_size):
+            mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            batches = self.trainer.accumulate_grad_batches
+            self._graph = GraphedStep(partial(batch_loss, self.model), self.model, batches, mixed)
         if self.config.quant.lambda_warmup_steps > self.global_step:
             self._strength = torch.zeros((), device=self.device)
             set_strength(self.model, self._strength)
@@ -118,11 +129,40 @@ class BitNetModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of the batch, in nats per token."""
-        loss = batch_loss(self.model, batch)
+        is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self._graph is not None and self._strength is None and self._graph.is_due(batch, is_first):
+            loss, self._has_gradients = self._graph(batch, is_first), True
+        else:
+            loss, self._has_gradients = self._loss(batch), False
         self._batch = batch
         part = loss.detach() / self.trainer.accumulate_grad_batches
-        self._step_loss = part if batch_idx % self.trainer.accumulate_grad_batches == 0 else self._step_loss + part
+        self._step_loss = part if is_first else self._step_loss + part
         return loss
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        """Return the loss of a batch. Where compile=auto and compiling fails, go on without it."""
+        if not self._may_undo_compile:
+            return batch_loss(self.model, batch)
+        self._may_undo_compile = False
+        try:
+            return batch_loss(self.model, batch)
+        except Exception as error:
+            if (why := compile_failure(error)) is None:
+                raise
+            undo_compile(self.model)
+            if self.trainer.is_global_zero:
+                console(stderr=True).print(f"note: not compiled, so steps are slower: {why}", markup=False)
+            return batch_loss(self.model, batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients, unless a replayed graph has done it."""
+        if not self._has_gradients:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients of the last step. A graph keeps their memory, and has set them to zero."""
+        if not self._has_gradients:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def configure_gradient_clipping(
         self,

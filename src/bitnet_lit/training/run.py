@@ -35,6 +35,7 @@ from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import link_checkpoint
+from bitnet_lit.training.compile import compile_network, compiles
 from bitnet_lit.training.data import open_data, sequence_length
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
@@ -179,9 +180,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     )
     dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
     kernels = describe(model, trainer.strategy.root_device, dtype)
-    uses_cuda = trainer.strategy.root_device.type == "cuda"
-    if config.compile == "true" or (config.compile == "auto" and uses_cuda):
-        model.compile()  # in place: parameter names stay
+    if compiles(config, trainer.strategy.root_device):
+        compile_network(model)
     if trainer.is_global_zero:
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {precision}"
         rows = {"run": run_dir, "data": data.name, "device": device}

@@ -22,6 +22,7 @@ from bitnet_lit.training.callbacks.progress import RichBar
 from bitnet_lit.training.callbacks.samples import SampleStories
 from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
 from bitnet_lit.training.callbacks.throughput import Throughput
+from bitnet_lit.training.compile import CompileTime
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.precision import resolved_precision
 
@@ -90,6 +91,8 @@ def build_callbacks(
     callbacks: list[Callback] = []
     if wanted.ternary_health and config.quant.scheme.quantizes:
         callbacks.append(TernaryHealth(run_dir))
+    if config.compile != "false":
+        callbacks.append(CompileTime())
     if wanted.throughput:
         callbacks.append(Throughput(plan, resolved_precision(config.trainer)))
     # Generation needs the key-value cache, which a network of the user's own does not have.

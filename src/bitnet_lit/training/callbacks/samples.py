@@ -19,6 +19,7 @@ from bitnet_lit.model import CausalLM
 from bitnet_lit.runs.folder import SAMPLES_NAME
 from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.appended import AppendedFile
+from bitnet_lit.training.compile import not_compiled
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.strategies import is_sharded, whole_copy
 
@@ -45,7 +46,8 @@ class SampleStories(Callback):
             return
         assert isinstance(model, CausalLM)  # other networks have no key-value cache to generate with
         generator = Generator(TorchEngine(model, pack=False), self.tokenizer)
-        stories = generator.generate_batch(self.prompts, self.options)
+        with not_compiled():
+            stories = generator.generate_batch(self.prompts, self.options)
         self.file.append("".join(f"--- step {trainer.global_step}\n{story}\n\n" for story in stories))
         line = Text.assemble((f"step {trainer.global_step}: ", "dim"), stories[0])
         console(stderr=True).print(line)
