@@ -70,7 +70,7 @@ class CsvLogger(Logger):
             **{name: f"{value:.9g}" for name, value in metrics.items() if name != "epoch"},
         }
         is_there = bool(self._rows) and self._rows[-1]["step"] == row["step"] and self._rows[-1].keys() == row.keys()
-        if len(row) == 1 or is_there:  # `Checkpoints` may have written the row of this step before Lightning does
+        if len(row) == 1 or is_there:  # a resumed run may log the step of its checkpoint again
             return
         self._add(row)
         self.save()

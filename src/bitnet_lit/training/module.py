@@ -82,6 +82,7 @@ class BitNetModule(L.LightningModule):
         self.step_figures: dict[str, Figure] = {}
         self._step_loss = torch.zeros(())  # mean over the accumulated batches
         self.divergence = Divergence()
+        self._trained: list[nn.Parameter] = []
         self._graph: GraphedStep | None = None
         self._has_gradients = False  # whether the pass over the last batch was a replayed graph
         self._may_undo_compile = config.compile == "auto"  # until the first batch
@@ -101,6 +102,7 @@ class BitNetModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        self._trained = list(self.model.parameters())  # walking through all modules takes a millisecond
         if records_graph(self.config, self.device, self.trainer.world_size):
             mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             batches = self.trainer.accumulate_grad_batches
@@ -176,14 +178,14 @@ class BitNetModule(L.LightningModule):
             Diverged: the norm of the gradient is not finite (divergence.py says when that is noticed).
         """
         limit = self.config.trainer.gradient_clip_val or float("inf")
-        norm = gradient_norm(self.model.parameters())
+        norm = gradient_norm(self._trained)
         self.divergence.note(self.global_step, self._step_loss, norm, self._batch)
         if self.device.type == "cuda" and skips_on_device(optimizer):
             optimizer.found_inf = self.divergence.found_inf  # type: ignore[attr-defined]
         else:
             self.divergence.check(self.model, has_gradients=True)
         # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        torch.nn.utils.clip_grads_with_norm_(self._trained, limit, norm)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])
         figures = {"train/loss": self._step_loss, "train/grad_norm": norm, "train/learning_rate": rate}
         self.trainer.callback_metrics.update(figures)  # for callbacks of the user's own
