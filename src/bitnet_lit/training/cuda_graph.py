@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_lit.config import ModelConfig, TrainConfig
+from bitnet_lit.errors import one_line
 
 LARGEST_HIDDEN_SIZE = 1024
 FIRST_STEPS = 3
@@ -37,6 +38,10 @@ def records_graph(config: TrainConfig, device: torch.device, world_size: int) ->
     return not config.trainer.detect_anomaly and (
         config.cuda_graph == "true" or config.model.hidden_size <= LARGEST_HIDDEN_SIZE
     )
+
+
+class RecordingFailed(RuntimeError):
+    """Reports a pass that cannot be recorded, for example because it reads a number from the device."""
 
 
 class GraphedStep:
@@ -75,10 +80,15 @@ class GraphedStep:
 
         Args:
             is_first: whether this is the first batch of an optimizer step, at which the gradients start at zero.
+
+        Raises:
+            RecordingFailed: the pass cannot be recorded. Nothing has been computed.
         """
         if self._graph is None:
-            self._record(batch)
-        assert self._graph is not None
+            try:
+                self._graph = self._record(batch)
+            except RuntimeError as error:
+                raise RecordingFailed(one_line(error, 300)) from error
         self._batch.copy_(batch)
         if is_first:
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -87,15 +97,18 @@ class GraphedStep:
         self._graph.replay()
         return self._loss
 
-    def _record(self, batch: Tensor) -> None:
+    def _record(self, batch: Tensor) -> torch.cuda.CUDAGraph:
         self._batch = batch.clone()
+        # Made before the recording, so that no memory of the graph's own holds them.
         self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # Autocast's cache of weights in bfloat16 must not outlive the recording.
         autocast = torch.autocast("cuda", dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False)
-        with torch.cuda.graph(self._graph), autocast:
+        # The thread that reads batches goes on with its own CUDA calls meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:
             loss = self._loss_of(self._batch)
             (loss / self._num_batches).backward()
             self._loss = loss.detach()
+        return graph

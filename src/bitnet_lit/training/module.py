@@ -22,7 +22,7 @@ from bitnet_lit.model import batch_loss, token_losses
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.terminal import console
 from bitnet_lit.training.compile import compile_failure, undo_compile
-from bitnet_lit.training.cuda_graph import GraphedStep, records_graph
+from bitnet_lit.training.cuda_graph import GraphedStep, RecordingFailed, records_graph
 from bitnet_lit.training.divergence import Divergence, skips_on_device
 from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
@@ -132,14 +132,31 @@ class BitNetModule(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of the batch, in nats per token."""
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        if self._graph is not None and self._strength is None and self._graph.is_due(batch, is_first):
-            loss, self._has_gradients = self._graph(batch, is_first), True
-        else:
-            loss, self._has_gradients = self._loss(batch), False
+        replayed = self._replayed(batch, is_first)
+        self._has_gradients = replayed is not None
+        loss = self._loss(batch) if replayed is None else replayed
         self._batch = batch
         part = loss.detach() / self.trainer.accumulate_grad_batches
         self._step_loss = part if is_first else self._step_loss + part
         return loss
+
+    def _replayed(self, batch: Tensor, is_first: bool) -> Tensor | None:
+        """Return the loss of a batch whose pass was replayed, or None where it must be computed."""
+        if self._graph is None or self._strength is not None or not self._graph.is_due(batch, is_first):
+            return None
+        try:
+            return self._graph(batch, is_first)
+        except RecordingFailed as error:
+            if self.config.cuda_graph == "true":
+                raise
+            self._graph = None
+            self.zero_grad(set_to_none=True)
+            self._note(f"no CUDA graph, so steps are slower: {error}")
+            return None
+
+    def _note(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            console(stderr=True).print(f"note: {text}", markup=False)
 
     def _loss(self, batch: Tensor) -> Tensor:
         """Return the loss of a batch. Where compile=auto and compiling fails, go on without it."""
@@ -152,8 +169,7 @@ class BitNetModule(L.LightningModule):
             if (why := compile_failure(error)) is None:
                 raise
             undo_compile(self.model)
-            if self.trainer.is_global_zero:
-                console(stderr=True).print(f"note: not compiled, so steps are slower: {why}", markup=False)
+            self._note(f"not compiled, so steps are slower: {why}")
             return batch_loss(self.model, batch)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
