@@ -16,7 +16,7 @@ from tests.support import TINY_RUN
 @pytest.mark.parametrize(
     ("options", "device", "world_size", "expected"),
     [
-        ({}, "cuda", 1, True),
+        ({"cuda_graph": "true"}, "cuda", 1, True),
         ({"cuda_graph": "false"}, "cuda", 1, False),
         ({}, "cpu", 1, False),
         ({"cuda_graph": "true"}, "cuda", 2, False),
