@@ -17,9 +17,9 @@ from bitnet_lit.checkpoints.pretrained import build_pretrained
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines.cpu import native
-from bitnet_lit.inference.engines.cpu.build import NoCompilerError, compiler
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.cpu.weights import Arena, pack, quantize_head
+from bitnet_lit.native.build import NoCompilerError, compiler
 from tests.support import tiny_model
 
 try:

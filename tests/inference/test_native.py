@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_lit.inference.engines.cpu.build import FLAGS, SOURCES
+from bitnet_lit.inference.engines.cpu.native import ENGINE
+from bitnet_lit.native.build import FLAGS, SHARED
 
 TEST = Path(__file__).parent / "native" / "engine_test.cpp"
 COMMON = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC", "-march=native", "-O3")]
@@ -25,7 +26,17 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (insta
 def run(folder, compiler, flags, emulator=()):
     """Compile the test, run it, and return what it printed; it must have found nothing."""
     program = folder / "engine_test"
-    command = [compiler, *COMMON, *flags, *WARNINGS, f"-I{SOURCES}", str(TEST), "-o", str(program)]
+    command = [
+        compiler,
+        *COMMON,
+        *flags,
+        *WARNINGS,
+        f"-I{ENGINE.main.parent}",
+        f"-I{SHARED}",
+        str(TEST),
+        "-o",
+        str(program),
+    ]
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr[:3000]
     result = subprocess.run([*emulator, str(program)], capture_output=True, text=True, timeout=280)

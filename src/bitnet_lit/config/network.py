@@ -12,7 +12,7 @@ from bitnet_lit.quant.scheme import Scheme
 from bitnet_lit.quant.schemes import SCHEMES, register
 from bitnet_lit.registry import with_settings
 
-KERNELS = ("auto", "reference", "triton")
+KERNELS = ("auto", "reference", "triton", "native")
 """The values of `quant.kernel`."""
 
 
@@ -163,7 +163,8 @@ class QuantConfig(Checked):
     """Linear layers that stay dense: a name, or the last part of a dotted name."""
     kernel: str = "auto"
     """What computes the quantized projections. auto: the fastest kernels that can. reference: plain PyTorch. triton:
-    int8 products on a GPU of the Hopper generation. All compute the same integers."""
+    int8 products on a GPU of the Hopper generation. native: C++ on a CPU, for quant=none too. All compute the same
+    integers."""
     grad: str = "fp8"
     """How kernels on a GPU compute gradients, in runs in bfloat16. fp8: for the gradient of the input, each row of the
     output gradient is rounded to FP8 (e4m3); weight codes are exact there. fp8_all: the gradient of the weights is an

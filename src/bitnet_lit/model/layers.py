@@ -120,8 +120,21 @@ class Attention(nn.Module):
         k_BKTP = apply_rotary(self.k_norm(self._heads(k)), cos, sin)
         return q_BHTP, k_BKTP, self._heads(v)
 
+    def _self_attention(
+        self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> Tensor | None:
+        """Return the heads' outputs (B, T, H * P) where kernels compute all of attention, otherwise None."""
+        qkv = cast(list[BitLinear], [self.q_proj, self.k_proj, self.v_proj])
+        if cache is not None or isinstance(self.q_norm, RMSNorm) or (self.dropout and self.training):
+            return None
+        kernels = _kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)
+        return None if kernels is None else kernels.self_attention(x_BTD, _as_norm(norm), qkv, cos, sin)
+
     def forward(self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         length = x_BTD.shape[1]
+        if (y_BTD := self._self_attention(x_BTD, norm, cos, sin, cache)) is not None:
+            (output,) = normed_linears(y_BTD, self.attn_sub_norm, self.o_proj)
+            return output
         q_BHTP, k_BKTP, v_BKTP = self._rotated_heads(x_BTD, norm, cos, sin)
         mask, is_causal = None, length > 1
         if cache is not None:

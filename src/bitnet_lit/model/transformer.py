@@ -6,7 +6,7 @@ a map of names. `build_model` makes the dense network first, and then applies th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from bitnet_lit.model.loss import (
     linear_token_losses,
     next_token_loss,
 )
-from bitnet_lit.quant import convert_linears
+from bitnet_lit.quant import BitLinear, convert_linears
+from bitnet_lit.quant.kernels.choose import are_unobserved, chosen
+from bitnet_lit.quant.kernels.interface import Kernels, Norm
 
 
 class Decoder(nn.Module):
@@ -59,12 +61,17 @@ class Decoder(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        output: Tensor = self.norm(self.last_layer(ids, cache))
+        return output
+
+    def last_layer(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return what the last layer puts out, (B, T, D), before the final norm."""
         past = 0 if cache is None else cache.length
         end = past + ids.shape[1]
         if end > self.cos.shape[0]:
             raise ValueError(f"{end} positions, but the model's context is {self.cos.shape[0]}")
         cos, sin = self.cos[past:end], self.sin[past:end]
-        x_BTD = self.dropout(self.embed_tokens(ids))
+        x_BTD: Tensor = self.dropout(self.embed_tokens(ids))
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, cos, sin, use_reentrant=False)
@@ -72,8 +79,7 @@ class Decoder(nn.Module):
                 x_BTD = layer(x_BTD, cos, sin, cache)
         if cache is not None:
             cache.advance(ids.shape[1])
-        output: Tensor = self.norm(x_BTD)
-        return output
+        return x_BTD
 
 
 class CausalLM(nn.Module):
@@ -112,6 +118,12 @@ class CausalLM(nn.Module):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std)
 
+    def _loss_kernels(self) -> Kernels | None:
+        """Return kernels that may compute the final norm, the head and the loss together, or None."""
+        if type(self.lm_head) is not nn.Linear or not are_unobserved([self.model, self.model.norm, self.lm_head]):
+            return None
+        return chosen(cast(list[BitLinear], [self.lm_head]), self.lm_head.weight)
+
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, targets: Tensor | None = None, per_token: bool = False
     ) -> Any:
@@ -133,6 +145,10 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: there are more positions than the context has.
         """
+        if targets is not None and not per_token and (kernels := self._loss_kernels()) is not None:
+            x_BTD, norm = self.model.last_layer(ids, cache), self.model.norm
+            loss = kernels.next_token_loss(x_BTD, Norm(norm.weight, norm.eps), self.lm_head, targets)
+            return next_token_loss(self.lm_head(norm(x_BTD)), targets) if loss is None else loss
         hidden_BTD = self.model(ids, cache)
         if targets is None:
             return self.lm_head(hidden_BTD)
@@ -185,4 +201,7 @@ def build_model(config: ModelConfig, quant: QuantConfig, device: torch.device | 
     with torch.device(device or "cpu"):
         model = CausalLM(config)
     convert_linears(model, quant)
+    for layer in model.modules():
+        if type(layer) is nn.Linear:  # BitLinear has it already
+            setattr(layer, "kernel", quant.kernel)  # noqa: B010  # a tensor or a module, whatever nn.Module's type says
     return model

@@ -229,7 +229,7 @@ class BitLinear(nn.Linear):
         if self.strength is not None or self._weights is None:
             strength = 1.0 if self.strength is None else self.strength
             return bit_linear_reference(input, self.weight, self.bias, self.scheme, strength)
-        if (kernels := chosen([self], input)) is not None:
+        if (kernels := chosen([self], input)) is not None and kernels.takes_single:
             return kernels.normed_linears(input, None, [self])[0]
         y: Tensor = BitLinearFunction.apply(input, self.weight, self._weights, self._activations)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitnet_lit.native import newton_schulz
 from bitnet_lit.training.sharing import Exchange, exchange_for, local
 
 # Elements of a stack on one rank. A stack of 64 Mi elements fills a GPU with work and takes 128 MiB; the copies that
@@ -85,7 +86,6 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Do one optimizer step. `closure` must be None, because `MuonAdamW` has already called it."""
         assert closure is None
-        finish: Callable[[], None] | None = None
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -95,14 +95,10 @@ class Muon(torch.optim.Muon):
                 exchange = exchange_for(parameters[0])
                 length = max(1, STACK_ELEMENTS // parameters[0].numel()) * exchange.world_size
                 for first in range(0, len(parameters), length):
-                    before, finish = finish, self._start(group, parameters[first : first + length], exchange)
-                    if before is not None:  # the ranks exchanged it while they orthogonalized this stack
-                        before()
-        if finish is not None:
-            finish()
+                    self._step(group, parameters[first : first + length], exchange)
 
-    def _start(self, group: dict[str, Any], parameters: list[nn.Parameter], exchange: Exchange) -> Callable[[], None]:
-        """Compute the update of parameters of one shape, and return the function that moves them."""
+    def _step(self, group: dict[str, Any], parameters: list[nn.Parameter], exchange: Exchange) -> None:
+        """Move parameters of one shape."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -114,20 +110,18 @@ class Muon(torch.optim.Muon):
 
         def orthogonalized(stack: Tensor) -> Tensor:
             options = group["ns_coefficients"], group["ns_steps"], group["eps"]
-            if stack.device.type == "cpu":  # a CPU gains nothing from a stack
+            if stack.device.type == "cpu" and stack.dtype == torch.float32 and newton_schulz.is_available():
+                updates = newton_schulz.orthogonalize(stack, *options)
+            elif stack.device.type == "cpu":  # PyTorch gains nothing from a stack there
                 updates = torch.stack([orthogonalize(matrix, *options) for matrix in stack])
             else:
                 updates = orthogonalize(stack, *options)
             return updates if self.found_inf is None else torch.where(self.found_inf > 0, 0, updates)
 
-        updates = exchange.start(orthogonalized, directions)
-
-        def finish() -> None:
-            rows, columns = parameters[0].shape
-            learning_rate = float(group["lr"])
-            shrinkage = learning_rate * group["weight_decay"]
-            shards = [local(parameter) for parameter in parameters]
-            torch._foreach_mul_(shards, 1 - (shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)))
-            torch._foreach_add_(shards, updates(), alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))
-
-        return finish
+        rows, columns = parameters[0].shape
+        learning_rate = float(group["lr"])
+        shrinkage = learning_rate * group["weight_decay"]
+        updates = exchange.apply(orthogonalized, directions)
+        shards = [local(parameter) for parameter in parameters]
+        torch._foreach_mul_(shards, 1 - (shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)))
+        torch._foreach_add_(shards, updates, alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))

@@ -13,10 +13,10 @@ from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import EngineConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import Engine
-from bitnet_lit.inference.engines.cpu.build import NoCompilerError
 from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.cpu.supported_models import why_unsupported
+from bitnet_lit.native.build import NoCompilerError
 
 if TYPE_CHECKING:
     from bitnet_lit.model import CausalLM

@@ -16,20 +16,21 @@ lambda is warmed up (`strength` is set), the reference computes everything.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from bitnet_lit.errors import UserError
+from bitnet_lit.quant.kernels.cpu import CpuKernels
 from bitnet_lit.quant.kernels.interface import Kernels, compute_dtype
 from bitnet_lit.quant.kernels.triton.kernels import TritonKernels
 
 if TYPE_CHECKING:
     from bitnet_lit.quant.bit_linear import BitLinear
 
-KERNELS: dict[str, Kernels] = {"cuda": TritonKernels()}
+KERNELS: dict[str, Kernels] = {"cuda": TritonKernels(), "cpu": CpuKernels()}
 """Kernels by the type of their device."""
 
 
@@ -39,17 +40,21 @@ def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:
     Args:
         layers: one layer or several, which read `x` or its norm.
     """
-    kernels = KERNELS.get(x.device.type)
-    if kernels is None or layers[0].kernel not in ("auto", kernels.name) or layers[0].strength is not None:
+    kernels, first = KERNELS.get(x.device.type), layers[0]
+    if kernels is None or getattr(first, "kernel", "auto") not in ("auto", kernels.name):
+        return None
+    if not kernels.takes_dense if type(first) is nn.Linear else first.strength is not None:
         return None
     return kernels if kernels.refusal(layers, x.device, compute_dtype(x)) is None else None
 
 
 def are_alike(layers: Sequence[nn.Module]) -> bool:
-    """Return whether `layers` are plain BitLinear layers of one kind, which kernels may compute together."""
+    """Return whether kernels may compute `layers` together: all are BitLinear of one kind, or all are `nn.Linear`."""
     from bitnet_lit.quant.bit_linear import BitLinear
 
     first = layers[0]
+    if type(first) is nn.Linear:
+        return all(type(layer) is nn.Linear for layer in layers)
     return type(first) is BitLinear and all(
         type(layer) is BitLinear and layer.scheme == first.scheme and layer.kernel == first.kernel for layer in layers
     )
@@ -73,17 +78,20 @@ def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> st
 
     Returns:
         "triton (112 layers), reference (2 layers: in_features 100 is not a multiple of 16)"; None where nothing is
-        quantized.
+        quantized, unless there are kernels for dense layers.
 
     Raises:
         UserError: `quant.kernel` names kernels that cannot compute any layer there.
     """
     from bitnet_lit.quant.bit_linear import BitLinear
 
-    layers = [layer for layer in network.modules() if isinstance(layer, BitLinear)]
+    kernels = KERNELS.get(device.type)
+    layers: list[nn.Linear] = [layer for layer in network.modules() if isinstance(layer, BitLinear)]
+    if not layers and kernels is not None and kernels.takes_dense:
+        layers = [layer for layer in network.modules() if type(layer) is nn.Linear and hasattr(layer, "kernel")]
     if not layers:
         return None
-    asked, kernels = layers[0].kernel, KERNELS.get(device.type)
+    asked = str(layers[0].kernel)
     name = "reference" if kernels is None else kernels.name
     counts: dict[str | None, int] = {}
     for layer in layers:
@@ -92,7 +100,7 @@ def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> st
         elif asked not in ("auto", name):
             reason = "quant.kernel=reference" if asked == "reference" else f"they are for another device than {device}"
         else:
-            reason = kernels.refusal([layer], device, dtype)
+            reason = kernels.refusal(cast("list[BitLinear]", [layer]), device, dtype)
         counts[reason] = counts.get(reason, 0) + 1
     if asked not in ("auto", "reference") and None not in counts:
         raise UserError(f"quant.kernel={asked}: cannot run here ({next(iter(counts))}): take quant.kernel=auto")

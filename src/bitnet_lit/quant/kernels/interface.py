@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from bitnet_lit.quant.bit_linear import BitLinear
@@ -39,9 +39,13 @@ class Kernels(ABC):
 
     Attributes:
         name: the value of `quant.kernel` that asks for them.
+        takes_dense: whether they compute the layers of a dense network too. These are plain `nn.Linear`.
+        takes_single: whether they compute a BitLinear that is called by itself, in a network of any kind.
     """
 
     name: ClassVar[str]
+    takes_dense: ClassVar[bool] = False
+    takes_single: ClassVar[bool] = True
 
     @abstractmethod
     def refusal(self, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -80,6 +84,16 @@ class Kernels(ABC):
         """
         return None
 
+    def self_attention(
+        self, x: Tensor, norm: Norm | None, qkv: Sequence[BitLinear], cos: Tensor, sin: Tensor
+    ) -> Tensor | None:
+        """Compute causal self-attention of the heads that `rotated_heads` describes; None: do it in parts.
+
+        Returns:
+            (B, T, heads * head_dim).
+        """
+        return None
+
     def gated_mlp(
         self,
         x: Tensor,
@@ -95,6 +109,15 @@ class Kernels(ABC):
             x: float, (B..., I).
             gate_up: the layers of gate and of up.
             activation: "silu" or "relu2".
+        """
+        return None
+
+    def next_token_loss(self, x: Tensor, norm: Norm, head: nn.Linear, targets: Tensor) -> Tensor | None:
+        """Compute the mean cross-entropy of head(norm(x)) in nats, float32 (); None: do it in parts.
+
+        Args:
+            x: float, (B, T, D).
+            targets: int64 (B, T).
         """
         return None
 

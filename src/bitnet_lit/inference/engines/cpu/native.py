@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from bitnet_lit.inference.engines.cpu import build
+from bitnet_lit.native import build
+
+ENGINE = build.Source("engine", Path(__file__).parent / "csrc" / "engine.cpp")
 
 DONE, NO_MEMORY, SHORT_READ = range(3)  # `enum Status` of engine.cpp
 
@@ -87,7 +90,7 @@ def library() -> Any:
     Raises:
         NoCompilerError: it cannot be compiled or loaded here.
     """
-    loaded = build.library()
+    loaded = build.library(ENGINE)
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "bitnet_simd": (c_char_p, []),
         "bitnet_packed_bytes": (c_int64, [c_int, c_int]),

@@ -1,6 +1,6 @@
-"""Compiling the native engine for this machine: once, because later processes find the library.
+"""Compiling C++ for this machine: once, because later processes find the library.
 
-The library is kept in a cache folder as engine-<key>-<content>.so. The key is a hash of the sources, the compiler and
+A library is kept in a cache folder as <name>-<key>-<content>.so. The key is a hash of the sources, the compiler and
 the processor, so another version of the sources, or another machine that shares the home folder, compiles its own. The
 second part is a hash of the file: a library that was cut off or has flipped bits is compiled again. The wheel carries
 sources instead of a library, because the library uses the vector instructions of the very processor it runs on.
@@ -28,10 +28,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from bitnet_lit.inference.engines.cpu.private_folder import make_private, why_not_private
+from bitnet_lit.native.private_folder import make_private, why_not_private
 
-SOURCES = Path(__file__).parent / "csrc"
+SHARED = Path(__file__).parent / "csrc"
+"""The folder of headers that all libraries may include."""
 FLAGS = [
     *("-O3", "-std=c++20", "-march=native", "-fPIC", "-shared", "-pthread"),
     *("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),  # loops over floats become vector code
@@ -40,8 +42,20 @@ VERSION_SECONDS, COMPILE_SECONDS = 20, 600
 """After these a compiler is taken to hang, and is ended."""
 
 
+class Source(NamedTuple):
+    """What a library is compiled from.
+
+    Attributes:
+        name: of the library, a word.
+        main: the file to compile. It may include the headers in its folder and in `SHARED`.
+    """
+
+    name: str
+    main: Path
+
+
 class NoCompilerError(RuntimeError):
-    """The engine cannot be compiled or loaded here; the message says why."""
+    """A library cannot be compiled or loaded here; the message says why."""
 
 
 class _UnusableError(Exception):
@@ -122,27 +136,30 @@ def _processor() -> str:
 
 
 class _Recipe:
-    """How the library is compiled here.
+    """How a library is compiled here.
 
     Attributes:
+        name: that of the source.
         key: a hash of everything that the compiled library depends on.
     """
 
-    def __init__(self) -> None:
-        self._command = [*compiler(), *FLAGS]
+    def __init__(self, source: Source) -> None:
+        self.name, self._main = source
+        folders = dict.fromkeys((self._main.parent, SHARED))
+        self._command = [*compiler(), *FLAGS, *(f"-I{folder}" for folder in folders)]
         version = _run([*compiler(), "--version"], VERSION_SECONDS).stdout
-        sources = [*sorted(SOURCES.glob("*.h")), SOURCES / "engine.cpp"]
-        content = b"".join(source.read_bytes() for source in sources)
-        depends = repr((self._command, version, platform.machine(), _processor()))
+        files = [*(header for folder in folders for header in sorted(folder.glob("*.h"))), self._main]
+        content = b"".join(file.read_bytes() for file in files)
+        depends = repr((compiler(), FLAGS, version, platform.machine(), _processor()))
         self.key = hashlib.sha256(content + depends.encode()).hexdigest()[:16]
 
     def compile(self, library: Path) -> None:
-        """Compile the engine to the file `library`.
+        """Compile the source to the file `library`.
 
         Raises:
             NoCompilerError: the compiler fails, or does not end.
         """
-        result = _run([*self._command, str(SOURCES / "engine.cpp"), "-o", str(library)], COMPILE_SECONDS)
+        result = _run([*self._command, str(self._main), "-o", str(library)], COMPILE_SECONDS)
         if result.returncode or not library.is_file():
             raise NoCompilerError(f"{self._command[0]} failed: {' '.join(result.stderr.split())[:300]}")
 
@@ -151,9 +168,9 @@ def _content(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()[:32]
 
 
-def _kept(folder: Path, key: str) -> Path | None:
-    """The undamaged library of `key` in `folder`; None where there is none."""
-    for library in sorted(folder.glob(f"engine-{key}-*.so")):
+def _kept(folder: Path, recipe: _Recipe) -> Path | None:
+    """The undamaged library of `recipe` in `folder`; None where there is none."""
+    for library in sorted(folder.glob(f"{recipe.name}-{recipe.key}-*.so")):
         if library.stem.endswith(f"-{_content(library)}"):
             return library
     return None
@@ -183,19 +200,19 @@ def _library_in(folder: Path, recipe: _Recipe) -> Path:
         raise _UnusableError(reason)
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
         raise _UnusableError(f"{folder} is mounted without execution")
-    if found := _kept(folder, recipe.key):
+    if found := _kept(folder, recipe):
         return found
     with _alone_in(folder):
-        if found := _kept(folder, recipe.key):  # another process was faster
+        if found := _kept(folder, recipe):  # another process was faster
             return found
-        for damaged in (*folder.glob(f"engine-{recipe.key}-*.so"), *folder.glob(".engine-*.tmp")):
+        for damaged in (*folder.glob(f"{recipe.name}-{recipe.key}-*.so"), *folder.glob(f".{recipe.name}-*.tmp")):
             damaged.unlink(missing_ok=True)
-        temporary = folder / f".engine-{recipe.key}.{os.getpid()}.tmp"
+        temporary = folder / f".{recipe.name}-{recipe.key}.{os.getpid()}.tmp"
         if not os.access(folder, os.W_OK):
             raise _UnusableError(f"{folder} cannot be written")
         try:
             recipe.compile(temporary)
-            library = folder / f"engine-{recipe.key}-{_content(temporary)}.so"
+            library = folder / f"{recipe.name}-{recipe.key}-{_content(temporary)}.so"
             os.replace(temporary, library)
         finally:
             temporary.unlink(missing_ok=True)
@@ -203,33 +220,33 @@ def _library_in(folder: Path, recipe: _Recipe) -> Path:
 
 
 @cache
-def _loaded() -> ctypes.CDLL | NoCompilerError:
+def _loaded(source: Source) -> ctypes.CDLL | NoCompilerError:
     """The result of `load_library`, or its exception: a compiler that fails is not run again in this process."""
     try:
-        return load_library()
+        return load_library(source)
     except NoCompilerError as error:
         return error
 
 
-def library() -> ctypes.CDLL:
-    """The compiled engine, which is loaded once in a process.
+def library(source: Source) -> ctypes.CDLL:
+    """The compiled library of `source`, which is loaded once in a process.
 
     Raises:
         NoCompilerError: there is no compiler, it fails, or the system does not execute the library.
     """
-    loaded = _loaded()
+    loaded = _loaded(source)
     if isinstance(loaded, NoCompilerError):
         raise loaded
     return loaded
 
 
-def load_library() -> ctypes.CDLL:
-    """Load the compiled engine, compiling it if this machine has none.
+def load_library(source: Source) -> ctypes.CDLL:
+    """Load the compiled library of `source`, compiling it if this machine has none.
 
     Raises:
         NoCompilerError: as for `library`.
     """
-    recipe, reasons = _Recipe(), []
+    recipe, reasons = _Recipe(source), []
     for folder in cache_folders():
         try:
             return ctypes.CDLL(str(_library_in(folder, recipe)))
@@ -238,16 +255,16 @@ def load_library() -> ctypes.CDLL:
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or error}")
     with tempfile.TemporaryDirectory(prefix="bitnet_lit-") as scratch:  # for the user alone
-        path = Path(scratch) / "engine.so"
+        path = Path(scratch) / f"{source.name}.so"
         recipe.compile(path)
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError as error:
-            raise NoCompilerError(f"the compiled engine cannot be loaded ({error})") from None
+            raise NoCompilerError(f"the compiled {source.name} cannot be loaded ({error})") from None
     reason = "; ".join(reasons) or "there is no home folder"
     warnings.warn(
-        f"the compiled engine cannot be kept: {reason}: it is compiled again by each process; set BITNET_LIT_CACHE to "
-        "a folder that is yours alone",
+        f"the compiled {source.name} cannot be kept: {reason}: it is compiled again by each process; set "
+        "BITNET_LIT_CACHE to a folder that is yours alone",
         stacklevel=2,
     )
     return loaded

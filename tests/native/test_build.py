@@ -1,22 +1,25 @@
-"""Where the compiled engine is loaded from: only a folder that is the user's alone, and only as it was written."""
+"""Where compiled C++ is loaded from: only a folder that is the user's alone, and only as it was written."""
 
 import os
 import stat
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from bitnet_lit.inference.engines.cpu import build
-from bitnet_lit.inference.engines.cpu.build import NoCompilerError, cache_folders, compiler, load_library
-from bitnet_lit.inference.engines.cpu.private_folder import make_private, why_not_private
+from bitnet_lit.inference.engines.cpu.native import ENGINE
+from bitnet_lit.native import build
+from bitnet_lit.native.build import NoCompilerError, cache_folders, compiler
+from bitnet_lit.native.private_folder import make_private, why_not_private
 
 try:
     compiler()
 except NoCompilerError as error:
     pytest.skip(str(error), allow_module_level=True)
+load_library = partial(build.load_library, ENGINE)
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to another user")
 
 
@@ -250,7 +253,7 @@ def test_a_compiler_is_asked_once_in_a_process(compiled, tmp_path, monkeypatch):
     try:
         for _ in range(3):
             with pytest.raises(NoCompilerError):
-                build.library()
+                build.library(ENGINE)
         assert count() == 2  # its version, and its attempt
     finally:
         build._loaded.cache_clear()

@@ -1,0 +1,17 @@
+// The functions that Python calls: see ../library.py. The structures are filled in there.
+#include "attention.h"
+#include "gated_mlp.h"
+#include "linears.h"
+#include "loss.h"
+#include "newton_schulz.h"
+
+extern "C" {
+void bitnet_linears_forward(const Linears* a) { linears_forward(*a); }
+void bitnet_linears_backward(const Linears* a) { linears_backward(*a); }
+void bitnet_gated_mlp_forward(const GatedMlp* a) { gated_mlp_forward(*a); }
+void bitnet_gated_mlp_backward(const GatedMlp* a) { gated_mlp_backward(*a); }
+void bitnet_attention_forward(const Attention* a) { attention_forward(*a); }
+void bitnet_attention_backward(const Attention* a) { attention_backward(*a); }
+void bitnet_loss(const Loss* a) { next_token_loss(*a); }
+void bitnet_newton_schulz(const NewtonSchulz* a) { newton_schulz(*a); }
+}

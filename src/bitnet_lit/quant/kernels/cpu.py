@@ -1,0 +1,93 @@
+"""Kernels for the CPU: the C++ of native/, for quantized layers and for their dense twin.
+
+They compute in float32 and are for training: packing the weights at each call pays only where there are many tokens. So
+a process that never computes a gradient, as for inference, does not compile them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_lit.quant.kernels.interface import Kernels, Norm
+
+
+@cache
+def _missing() -> str | None:
+    """Return why the compiled functions cannot be used, or None."""
+    from bitnet_lit.native.build import NoCompilerError
+    from bitnet_lit.native.library import functions
+
+    try:
+        functions()
+    except NoCompilerError as error:
+        return str(error)
+    return None
+
+
+def _with_biases(outputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(outputs, layers, strict=True))
+
+
+class CpuKernels(Kernels):
+    """Kernels for float32 on the CPU. Each method is described by `Kernels`."""
+
+    name = "native"
+    takes_dense = True
+    takes_single = False  # the gain is small there, and gradients keep the bits of the reference
+
+    def refusal(self, layers: Sequence[nn.Linear], device: torch.device, dtype: torch.dtype) -> str | None:
+        """See `Kernels`."""
+        if torch.compiler.is_compiling():
+            return "torch.compile cannot see into them"
+        if dtype != torch.float32:
+            return f"{dtype} instead of float32"
+        if not torch.is_grad_enabled() and not _missing.cache_info().currsize:
+            return "nothing is trained"
+        from bitnet_lit.native.projections import unsupported
+
+        return unsupported(layers) or _missing()
+
+    def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+        """See `Kernels`."""
+        from bitnet_lit.native.linears import normed_linears
+
+        gain, eps = (None, 0.0) if norm is None else norm
+        return _with_biases(normed_linears(x, gain, eps, layers), layers)
+
+    def gated_mlp(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        gate_up: Sequence[nn.Linear],
+        activation: str,
+        sub_norm: Norm | None,
+        down: nn.Linear,
+    ) -> Tensor | None:
+        """See `Kernels`."""
+        from bitnet_lit.native.gated_mlp import gated_mlp
+
+        layers = [*gate_up, down]
+        if any(layer.bias is not None for layer in layers):
+            return None
+        gain, eps = (None, 0.0) if norm is None else norm
+        sub_gain, sub_eps = (None, 0.0) if sub_norm is None else sub_norm
+        return gated_mlp(x, gain, sub_gain, (eps, sub_eps), activation == "relu2", layers)
+
+    def self_attention(
+        self, x: Tensor, norm: Norm | None, qkv: Sequence[nn.Linear], cos: Tensor, sin: Tensor
+    ) -> Tensor | None:
+        """See `Kernels`."""
+        from bitnet_lit.native.attention import rotary_attention
+
+        q, k, v = self.normed_linears(x, norm, qkv)
+        return rotary_attention(q, k, v, cos, sin)
+
+    def next_token_loss(self, x: Tensor, norm: Norm, head: nn.Linear, targets: Tensor) -> Tensor | None:
+        """See `Kernels`."""
+        from bitnet_lit.native.loss import next_token_loss
+
+        return next_token_loss(x, norm.weight, norm.eps, head.weight, targets) if head.bias is None else None

@@ -1,0 +1,245 @@
+"""The C++ for training on a CPU against the plain PyTorch code it stands for: values, gradients, integers, threads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from bitnet_lit.config import QuantConfig
+from bitnet_lit.model import build_model
+from bitnet_lit.model.layers import apply_rotary, rotary_tables
+from bitnet_lit.model.transformer import batch_loss
+from bitnet_lit.native import library, newton_schulz
+from bitnet_lit.native.attention import rotary_attention
+from bitnet_lit.native.build import NoCompilerError
+from bitnet_lit.native.gated_mlp import gated_mlp
+from bitnet_lit.native.linears import normed_linears
+from bitnet_lit.native.loss import next_token_loss
+from bitnet_lit.quant import BitLinear
+from bitnet_lit.quant.bit_linear import BitLinearFunction
+from bitnet_lit.quant.kernels import cpu
+from bitnet_lit.quant.kernels.choose import describe
+from bitnet_lit.training.muon import orthogonalize
+from tests.support import tiny_config
+
+if not newton_schulz.is_available():
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+SCHEMES = [
+    QuantConfig(),
+    QuantConfig(name="b1"),
+    QuantConfig(weight_scale="absmedian"),
+    QuantConfig(activation_bits=4),
+    QuantConfig(name="b158_row"),
+    QuantConfig(name="b158_group", settings={"group_size": 4}),
+    QuantConfig(name="none"),
+]
+# Sums of up to 512 float32 products in another order, of values near 1.
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def linear(inputs, outputs, quant):
+    layer = torch.nn.Linear(inputs, outputs, bias=False)
+    return layer if quant.name == "none" else BitLinear.from_linear(layer, quant)
+
+
+def reference(x, layer):
+    if not isinstance(layer, BitLinear):
+        return layer(x)
+    return BitLinearFunction.apply(x, layer.weight, layer._weights, layer._activations)
+
+
+def gradients(outputs, tensors):
+    """The gradients of a weighted sum of the outputs, with the same weights at each call."""
+    torch.manual_seed(7)
+    total = sum((output * torch.randn_like(output)).sum() for output in outputs)
+    return torch.autograd.grad(total, tensors)
+
+
+@pytest.mark.parametrize(
+    "quant", SCHEMES, ids=lambda quant: f"{quant.name}-{quant.weight_scale}-{quant.activation_bits}"
+)
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"),
+    [((2, 50), 64, (48, 16, 16)), ((3,), 36, (7,)), ((1, 200), 260, (100, 33))],
+    ids=str,
+)
+def test_linears(quant, tokens, inputs, outputs):
+    torch.manual_seed(0)
+    layers = [linear(inputs, size, quant) for size in outputs]
+    x = torch.randn(*tokens, inputs, requires_grad=True)
+    ours, theirs = normed_linears(x, None, 0.0, layers), [reference(x, layer) for layer in layers]
+    for mine, other in zip(ours, theirs, strict=True):
+        if quant.name in ("none", "b158_group"):
+            assert_close(mine, other, **CLOSE)
+        else:  # the integers are equal, and so is what they are multiplied by
+            assert torch.equal(mine, other)
+    tensors = [x, *(layer.weight for layer in layers)]
+    for mine, other in zip(gradients(ours, tensors), gradients(theirs, tensors), strict=True):
+        assert_close(mine, other, atol=1e-4, rtol=2e-5)  # sums over 200 tokens
+
+
+def test_a_norm_before_linears():
+    torch.manual_seed(0)
+    layers = [linear(64, 48, QuantConfig(name="none"))]
+    x, gain = torch.randn(3, 40, 64, requires_grad=True), torch.rand(64, requires_grad=True)
+    ours = normed_linears(x, gain, 1e-5, layers)
+    theirs = [layers[0](F.rms_norm(x, (64,), gain, 1e-5))]
+    assert_close(ours[0], theirs[0], **CLOSE)
+    tensors = [x, gain, layers[0].weight]
+    for mine, other in zip(gradients(ours, tensors), gradients(theirs, tensors), strict=True):
+        assert_close(mine, other, atol=1e-4, rtol=2e-5)
+
+
+def test_gradients_that_do_not_lie_side_by_side():
+    torch.manual_seed(0)
+    layers = [linear(32, size, QuantConfig()) for size in (16, 8, 8)]
+    x = torch.randn(2, 20, 32, requires_grad=True)
+    ours, theirs = normed_linears(x, None, 0.0, layers), [reference(x, layer) for layer in layers]
+    upstream = [torch.randn(2, 16, 20).mT, torch.zeros(8).expand(2, 20, 8), torch.randn(2, 20, 8)]
+    tensors = [x, *(layer.weight for layer in layers)]
+    for mine, other in zip(
+        torch.autograd.grad(ours, tensors, upstream), torch.autograd.grad(theirs, tensors, upstream), strict=True
+    ):
+        assert_close(mine, other, atol=1e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("relu2", [False, True])
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_gated_mlp(relu2, has_norms):
+    torch.manual_seed(0)
+    layers = [linear(48, 80, QuantConfig(name="none")) for _ in range(2)] + [linear(80, 48, QuantConfig(name="none"))]
+    x = torch.randn(2, 60, 48, requires_grad=True)
+    gains = [torch.rand(size, requires_grad=True) for size in (48, 80)] if has_norms else [None, None]
+
+    def norm(value, gain):
+        return value if gain is None else F.rms_norm(value, value.shape[-1:], gain, 1e-5)
+
+    h = norm(x, gains[0])
+    gate = layers[0](h)
+    act = F.relu(gate).square() if relu2 else F.silu(gate)
+    theirs = layers[2](norm(act * layers[1](h), gains[1]))
+    ours = gated_mlp(x, *gains, (1e-5, 1e-5), relu2, layers)
+    assert_close(ours, theirs, **CLOSE)
+    tensors = [x, *(layer.weight for layer in layers), *(gain for gain in gains if gain is not None)]
+    for mine, other in zip(gradients([ours], tensors), gradients([theirs], tensors), strict=True):
+        assert_close(mine, other, atol=2e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "kv_heads", "size"), [(2, 130, 4, 2, 32), (1, 1, 2, 2, 16), (3, 50, 3, 1, 10)]
+)
+def test_rotary_attention(batch, length, heads, kv_heads, size):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, length, n * size, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+    cos, sin = (
+        table[:length] for table in rotary_tables(tiny_config(vocab_size=8, head_dim=size, max_position_embeddings=256))
+    )
+    split = [part.unflatten(-1, (-1, size)).transpose(1, 2) for part in (q, k, v)]
+    rotated = [apply_rotary(part, cos, sin) for part in split[:2]]
+    theirs = F.scaled_dot_product_attention(*rotated, split[2], is_causal=True, enable_gqa=True)
+    theirs = theirs.transpose(1, 2).flatten(-2)
+    ours = rotary_attention(q, k, v, cos, sin)
+    assert_close(ours, theirs, **CLOSE)
+    for mine, other in zip(gradients([ours], [q, k, v]), gradients([theirs], [q, k, v]), strict=True):
+        assert_close(mine, other, atol=5e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), [((2, 70), 64, 1000), ((1, 1), 20, 7)])
+def test_next_token_loss(tokens, hidden, vocabulary):
+    torch.manual_seed(0)
+    x, gain = torch.randn(*tokens, hidden, requires_grad=True), torch.rand(hidden, requires_grad=True)
+    head, targets = torch.randn(vocabulary, hidden, requires_grad=True), torch.randint(vocabulary, tokens)
+    ours = next_token_loss(x, gain, 1e-5, head, targets)
+    logits = F.rms_norm(x, (hidden,), gain, 1e-5) @ head.T
+    theirs = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    assert_close(ours, theirs, **CLOSE)
+    for mine, other in zip(gradients([ours], [x, gain, head]), gradients([theirs], [x, gain, head]), strict=True):
+        assert_close(mine, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 128, 128), (2, 150, 40), (2, 16, 100), (1, 1, 5)], ids=str)
+def test_newton_schulz(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    options = (3.4445, -4.775, 2.0315), 5, 1e-7
+    # Each iteration multiplies differences by up to 3.4; the results are near 1 / sqrt(size).
+    assert_close(newton_schulz.orthogonalize(matrices, *options), orthogonalize(matrices, *options), atol=5e-6, rtol=0)
+
+
+def loss_and_gradients(quant, kernel, threads=1, **sizes):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, **sizes}
+    model = build_model(tiny_config(**sizes), QuantConfig(name=quant, kernel=kernel))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        loss = batch_loss(model, torch.randint(100, (3, 65)))
+        loss.backward()
+    finally:
+        torch.set_num_threads(before)
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("quant", ["none", "b158", "b1"])
+def test_any_number_of_threads_gives_the_same_bits(quant):
+    one, two, three = (loss_and_gradients(quant, "native", threads) for threads in (1, 2, 3))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"sub_norm": False, "hidden_act": "relu2"}, {"num_attention_heads": 4, "num_key_value_heads": 2}],
+    ids=str,
+)
+def test_a_dense_model(sizes):
+    for mine, other in zip(
+        loss_and_gradients("none", "native", **sizes), loss_and_gradients("none", "reference", **sizes), strict=True
+    ):
+        assert_close(mine, other, atol=1e-6, rtol=1e-3)  # gradients are near 1e-2
+
+
+@pytest.mark.parametrize("quant", ["b158", "b1"])
+def test_a_quantized_model(quant):
+    """A norm that rounds its last bit differently turns a code here and there, so gradients can only be alike."""
+    ours, theirs = (loss_and_gradients(quant, kernel) for kernel in ("native", "reference"))
+    assert_close(ours[0], theirs[0], atol=0, rtol=1e-3)
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        assert F.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > 0.999
+
+
+def test_what_is_not_finite_stays_so():
+    x = torch.randn(4, 32)
+    x[1, 3] = float("nan")
+    (y,) = normed_linears(x, torch.ones(32), 1e-5, [linear(32, 16, QuantConfig())])
+    assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [{"dropout": 0.1}, {"qk_norm": True}, {"qkv_bias": True}], ids=str)
+def test_parts_that_only_the_reference_has(sizes):
+    ours, theirs = (loss_and_gradients("none", kernel, **sizes) for kernel in ("native", "reference"))
+    assert_close(ours[0], theirs[0], atol=0, rtol=1e-5)
+
+
+def test_without_a_compiler_the_reference_computes(monkeypatch):
+    def refuse():
+        raise NoCompilerError("no C++ compiler")
+
+    monkeypatch.setattr(library, "functions", refuse)
+    cpu._missing.cache_clear()
+    try:
+        model = build_model(tiny_config(vocab_size=100), QuantConfig())
+        line = describe(model, torch.device("cpu"), torch.float32)
+        assert line is not None and line.startswith("reference") and "no C++ compiler" in line
+        batch_loss(model, torch.randint(100, (2, 9))).backward()
+        assert not newton_schulz.is_available()
+    finally:
+        cpu._missing.cache_clear()
+
+
+def test_a_process_that_trains_nothing_compiles_nothing():
+    cpu._missing.cache_clear()
+    model = build_model(tiny_config(vocab_size=100), QuantConfig())
+    with torch.no_grad():
+        model(torch.randint(100, (1, 9)))
+    assert not cpu._missing.cache_info().currsize
