@@ -2,68 +2,141 @@
 
 import os
 import shutil
+import signal
 import socket
+import traceback
+from functools import partial
+from pathlib import Path
 
 import pytest
-import torch
 
 from bitnet_lit.cli import compose
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
+from tests.forked import ForkServer, call_command
 from tests.support import TINY_RUN
 
 STEPS, HALF = 8, 3  # of the whole run, and of the part after which another number of processes goes on
 ONE = ["trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2"]
 # Two processes take one batch each of a step's two, and sum two gradients as one process does that accumulates.
 TWO = {kind: ["trainer.devices=2", f"trainer.strategy={kind}"] for kind in ("ddp", "fsdp")}
+# The variables of two nodes of one process each: those that are set by hand, and those that torchrun sets.
+NODES = {
+    "by_hand": {"NODE_RANK": "{}"},
+    "torchrun": {
+        "RANK": "{0}",
+        "GROUP_RANK": "{0}",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "two",
+    },
+}
 # The prompt needs whole weights on rank 0.
 RUN = ["optim=muon", "model.intermediate_size=36", "callbacks.sample_prompts=[Once]", f"schedule.total_steps={STEPS}"]
 ON_CPU, ON_GPU = ["trainer.accelerator=cpu"], ["trainer.accelerator=gpu", "trainer.precision=32-true", "compile=false"]
 
 
-def begin(folder, shards, steps, how, where):
+def options(folder, shards, steps, how, where):
     length = [f"trainer.max_steps={steps}", "trainer.val_check_interval=4"]
-    train(compose("train", [f"run_dir={folder}", f"data.dir={shards}", *TINY_RUN, *RUN, *length, *how, *where]))
+    return [f"hydra.run.dir={folder}", f"data.dir={shards}", *TINY_RUN, *RUN, *length, *how, *where]
+
+
+def begin(folder, *of_the_run):
+    train(compose("train", [f"run_dir={folder}", *options(folder, *of_the_run)[1:]]))
 
 
 def go_on(folder, how):
     train(resume_config(str(folder), [f"trainer.max_steps={STEPS}", "trainer.accumulate_grad_batches=1", *how]))
 
 
-def _rank(rank, port, folder, shards, where):
-    """One of two processes, as a launcher starts them. It does every run that takes two."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
+def at_once(*bodies):
+    """Call each function in a child of its own, all at the same time. Where one fails, the others are ended."""
+    children = set()
+    for body in bodies:
+        child = os.fork()
+        if child == 0:
+            try:
+                body()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        children.add(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        for other in children if status else ():
+            os.kill(other, signal.SIGKILL)
+        assert status in (0, signal.SIGKILL) and (status == 0 or not children), status
+
+
+def at_a_port(ranks):
+    """Return what a launcher sets for each of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [{**meet, **{name: value.format(rank) for name, value in ranks.items()}} for rank in (0, 1)]
+
+
+def _one(folder, shards, where):
+    begin(folder / "one", shards, STEPS, ONE, where)
+    begin(folder / "one_then_ddp", shards, HALF, ONE, where)
+    shutil.copytree(folder / "one_then_ddp", folder / "one_then_fsdp")
+
+
+def _two(environment, folder, shards, where):
+    """One of two processes that are connected, and stay so from run to run."""
+    os.environ |= environment
     for kind, how in TWO.items():
         begin(folder / kind, shards, STEPS, how, where)
         begin(folder / f"{kind}_then_one", shards, HALF, how, where)
         go_on(folder / f"one_then_{kind}", how)
-    torch.distributed.destroy_process_group()
 
 
-def runs(folder, shards, where):
-    """Do every run, on one device and on two, and return their folder."""
-    begin(folder / "one", shards, STEPS, ONE, where)
-    begin(folder / "one_then_ddp", shards, HALF, ONE, where)
-    shutil.copytree(folder / "one_then_ddp", folder / "one_then_fsdp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, folder, shards, where), nprocs=2)
+def _node(environment, folder, run, shards, where):
+    """The command on one of two nodes. Only the first one knows the folder of the run."""
+    os.environ |= environment
+    is_first = environment.get("NODE_RANK", environment.get("RANK")) == "0"
+    work = folder / f"{run}_second_node" if not is_first else folder
+    work.mkdir(exist_ok=True)
+    os.chdir(work)
+    how = ["trainer.num_nodes=2", "trainer.devices=1", "trainer.strategy=ddp"]
+    call_command("train", options(run, shards, STEPS, how, where)[0 if is_first else 1 :])
+
+
+def _later(folder):
     for kind in TWO:
         go_on(folder / f"{kind}_then_one", ONE)
+
+
+def all_runs(folder, shards, where, nodes):
+    """Do every run. It is called in a process without threads."""
+    folder, shards = Path(folder), Path(shards)
+    at_once(partial(_one, folder, shards, where))
+    launched = at_a_port({"LOCAL_RANK": "{}", "WORLD_SIZE": "2"})
+    at_once(*(partial(_two, environment, folder, shards, where) for environment in launched))
+    at_once(partial(_later, folder))
+    for run, names in NODES.items() if nodes else ():
+        at_once(*(partial(_node, environment, folder, run, shards, where) for environment in at_a_port(names)))
+
+
+def runs(folder, *arguments):
+    """Do every run in processes that are forked: an import takes seconds."""
+    with ForkServer() as server:
+        result = server.run(all_runs, str(folder), *arguments, cwd=folder, seconds=280)
+    assert result.status == 0, result.output
     return folder
 
 
 @pytest.fixture(scope="module")
 def on_cpus(tmp_path_factory, shards):
-    return runs(tmp_path_factory.mktemp("cpus"), shards, ON_CPU)
+    return runs(tmp_path_factory.mktemp("cpus"), str(shards), ON_CPU, True)
 
 
 @pytest.fixture(scope="module")
 def on_gpus(tmp_path_factory, shards):
-    return runs(tmp_path_factory.mktemp("gpus"), shards, ON_GPU)
+    return runs(tmp_path_factory.mktemp("gpus"), str(shards), ON_GPU, False)
 
 
 def tensors(content, kind):
@@ -99,10 +172,15 @@ def compare(folder, name, tolerance, figure_tolerance, kinds=("state_dict", "opt
 NAMES = [name for kind in TWO for name in (kind, f"{kind}_then_one", f"one_then_{kind}")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *NODES])
 def test_two_processes_are_one(on_cpus, name):
     # The ranks add the same two gradients. FSDP2 adds the squares of a norm in another order: float32's rounding.
     compare(on_cpus, name, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_only_the_first_node_writes(on_cpus, name):
+    assert list((on_cpus / f"{name}_second_node").iterdir()) == []
 
 
 @pytest.mark.gpu(count=2)

@@ -24,8 +24,8 @@ from torch import nn
 
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import one_line
-from bitnet_lit.inference.engines.cpu.build import cache_folders
 from bitnet_lit.model import CausalLM
+from bitnet_lit.native.build import cache_folders
 from bitnet_lit.terminal import console
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"

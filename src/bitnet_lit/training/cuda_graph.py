@@ -31,7 +31,7 @@ def records_graph(config: TrainConfig, device: torch.device, world_size: int) ->
     A network of the user's own may read numbers from the device. Gradient checkpointing saves the generator's state in
     the pass, and anomaly detection reads every gradient.
     """
-    if config.cuda_graph == "false" or device.type != "cuda" or world_size > 1:
+    if config.cuda_graph == "false" or device.type != "cuda" or world_size > 1 or config.trainer.strategy == "fsdp":
         return False
     if not isinstance(config.model, ModelConfig) or config.model.gradient_checkpointing:
         return False

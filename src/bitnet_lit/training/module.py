@@ -19,7 +19,9 @@ from bitnet_lit.config import CustomNetwork, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.inference.loss_sums import LossSums
 from bitnet_lit.model import batch_loss, token_losses
+from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant.bit_linear import set_strength
+from bitnet_lit.quant.kernels.hold import HeldWeights
 from bitnet_lit.terminal import console
 from bitnet_lit.training.compile import compile_failure, undo_compile
 from bitnet_lit.training.cuda_graph import GraphedStep, RecordingFailed, records_graph
@@ -87,6 +89,7 @@ class BitNetModule(L.LightningModule):
         self._has_gradients = False  # whether the pass over the last batch was a replayed graph
         self._may_undo_compile = config.compile == "auto"  # until the first batch
         self._strength: Tensor | None = None
+        self._held: HeldWeights | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of int64 ids (B, T)."""
@@ -102,6 +105,8 @@ class BitNetModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        if self.trainer.accumulate_grad_batches > 1:
+            self._held = HeldWeights(joint_layers(self.model))
         self._trained = list(self.model.parameters())  # walking through all modules takes a millisecond
         if records_graph(self.config, self.device, self.trainer.world_size):
             mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
@@ -132,6 +137,8 @@ class BitNetModule(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of the batch, in nats per token."""
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self._held is not None and is_first:
+            self._held.round(torch.bfloat16 if self.trainer.precision.startswith("bf16") else torch.float32)
         replayed = self._replayed(batch, is_first)
         self._has_gradients = replayed is not None
         loss = self._loss(batch) if replayed is None else replayed
@@ -181,6 +188,10 @@ class BitNetModule(L.LightningModule):
         """Forget the gradients of the last step. A graph keeps their memory, and has set them to zero."""
         if not self._has_gradients:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._held is not None:
+            self._held.release()
 
     def configure_gradient_clipping(
         self,

@@ -86,6 +86,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Do one optimizer step. `closure` must be None, because `MuonAdamW` has already called it."""
         assert closure is None
+        finish: Callable[[], None] | None = None
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -95,10 +96,14 @@ class Muon(torch.optim.Muon):
                 exchange = exchange_for(parameters[0])
                 length = max(1, STACK_ELEMENTS // parameters[0].numel()) * exchange.world_size
                 for first in range(0, len(parameters), length):
-                    self._step(group, parameters[first : first + length], exchange)
+                    before, finish = finish, self._start(group, parameters[first : first + length], exchange)
+                    if before is not None:  # the ranks exchanged it while they orthogonalized this stack
+                        before()
+        if finish is not None:
+            finish()
 
-    def _step(self, group: dict[str, Any], parameters: list[nn.Parameter], exchange: Exchange) -> None:
-        """Move parameters of one shape."""
+    def _start(self, group: dict[str, Any], parameters: list[nn.Parameter], exchange: Exchange) -> Callable[[], None]:
+        """Compute the update of parameters of one shape, and return the function that moves them."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -118,10 +123,14 @@ class Muon(torch.optim.Muon):
                 updates = orthogonalize(stack, *options)
             return updates if self.found_inf is None else torch.where(self.found_inf > 0, 0, updates)
 
-        rows, columns = parameters[0].shape
-        learning_rate = float(group["lr"])
-        shrinkage = learning_rate * group["weight_decay"]
-        updates = exchange.apply(orthogonalized, directions)
-        shards = [local(parameter) for parameter in parameters]
-        torch._foreach_mul_(shards, 1 - (shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)))
-        torch._foreach_add_(shards, updates, alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))
+        updates = exchange.start(orthogonalized, directions)
+
+        def finish() -> None:
+            rows, columns = parameters[0].shape
+            learning_rate = float(group["lr"])
+            shrinkage = learning_rate * group["weight_decay"]
+            shards = [local(parameter) for parameter in parameters]
+            torch._foreach_mul_(shards, 1 - (shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)))
+            torch._foreach_add_(shards, updates(), alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))
+
+        return finish

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 Work = Callable[[Tensor], Tensor]
+Results = Callable[[], list[Tensor]]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -75,6 +76,17 @@ def _stack(matrices: list[Tensor], shape: tuple[int, int, int], device: torch.de
     return stack
 
 
+def _when(sent: dist.Work | None, results: Results) -> Results:
+    """Return a function that waits for what is sent, on a GPU without the host, and then returns `results()`."""
+
+    def wait() -> list[Tensor]:
+        if sent is not None:
+            sent.wait()
+        return results()
+
+    return wait
+
+
 @dataclass(frozen=True)
 class Exchange:
     """Does the work on matrices of one shape that this process alone has. The subclasses share it among ranks.
@@ -87,31 +99,34 @@ class Exchange:
     shape: tuple[int, int]
     world_size: int = 1
 
-    def apply(self, work: Work, matrices: list[Tensor]) -> list[Tensor]:
-        """Return the results of `work`.
+    def start(self, work: Work, matrices: list[Tensor]) -> Results:
+        """Do this rank's share of the work, and start to send the results. Other work may run meanwhile.
 
         Args:
             work: maps a stack (S, M, N) to a stack (S, M, N), each matrix for itself.
             matrices: the matrices, under FSDP2 this rank's rows of them. All are of one dtype, on one device.
 
         Returns:
-            For each of `matrices` the result, in the dtype of the stack.
+            A function that returns for each of `matrices` the result, in the dtype of the stack.
         """
-        return list(work(_stack(matrices, (len(matrices), *self.shape), matrices[0].device)).unbind())
+        done = work(_stack(matrices, (len(matrices), *self.shape), matrices[0].device))
+        return lambda: list(done.unbind())
 
 
 @dataclass(frozen=True)
 class Replicas(Exchange):
     """Shares the work where every rank has every matrix: DDP."""
 
-    def apply(self, work: Work, matrices: list[Tensor]) -> list[Tensor]:
+    def start(self, work: Work, matrices: list[Tensor]) -> Results:
         """See `Exchange`."""
         each = -(-len(matrices) // self.world_size)
         first = each * dist.get_rank()
         done = work(_stack(matrices[first : first + each], (each, *self.shape), matrices[0].device)).contiguous()
         gathered = done.new_empty(self.world_size * each, *self.shape)
-        dist.all_gather_into_tensor(gathered, done)
-        return list(gathered[: len(matrices)].unbind())
+        return _when(
+            dist.all_gather_into_tensor(gathered, done, async_op=True),
+            lambda: list(gathered[: len(matrices)].unbind()),
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,7 @@ class Shards(Exchange):
 
     group: dist.ProcessGroup | None = None
 
-    def apply(self, work: Work, matrices: list[Tensor]) -> list[Tensor]:
+    def start(self, work: Work, matrices: list[Tensor]) -> Results:
         """See `Exchange`."""
         (size, columns), ranks = self.shape, self.world_size
         rows, each = -(-size // ranks), -(-len(matrices) // ranks)
@@ -138,8 +153,10 @@ class Shards(Exchange):
         whole = got.view(ranks, each, rows, columns).transpose(0, 1).reshape(each, ranks * rows, columns)
         whole[:, :size] = work(whole[:, :size])
         sent.view(ranks, each, rows, columns).copy_(whole.view(each, ranks, rows, columns).transpose(0, 1))
-        dist.all_to_all_single(got, sent, group=self.group)
-        return [result[: part.shape[0]] for result, part in zip(got, matrices, strict=False)]
+        return _when(
+            dist.all_to_all_single(got, sent, group=self.group, async_op=True),
+            lambda: [result[: part.shape[0]] for result, part in zip(got, matrices, strict=False)],
+        )
 
 
 def exchange_for(parameter: Tensor) -> Exchange:

@@ -42,6 +42,20 @@ class RoundedWeights(NamedTuple):
     scale: Tensor
 
 
+class LatentWeights(NamedTuple):
+    """What the backward pass must know of the latent weights of one product: their rows and their dtype.
+
+    The weights themselves are not kept for it, so nothing depends on whether they have changed since.
+    """
+
+    rows: list[int]
+    dtype: torch.dtype
+
+
+def _latent(weights: Sequence[Tensor]) -> LatentWeights:
+    return LatentWeights([weight.shape[0] for weight in weights], weights[0].dtype)
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How a group of layers is rounded and computed.
@@ -67,7 +81,7 @@ def _product_gradients(
     x_codes: Tensor,
     x_scale: Tensor,
     rounded_weights: RoundedWeights,
-    weights: Sequence[Tensor],
+    weights: LatentWeights,
     fp8_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of the normed input, (M, I), and of each weight, from that of the joint output.
@@ -76,6 +90,7 @@ def _product_gradients(
         grad: (M, O).
         rounded: `grad` times the scales of the weights in FP8, with the scales of its rows, where it is there already.
         x_codes, x_scale: as `norm_round` returns them.
+        weights: the latent weights whose gradients are returned.
         fp8_weights: whether the gradient of the weights is an FP8 product too.
     """
     codes, transposed, scale = rounded_weights
@@ -87,13 +102,12 @@ def _product_gradients(
         normed = torch._scaled_mm(
             fp8, transposed.t(), scale_a=row_scale, scale_b=ones, out_dtype=grad.dtype, use_fast_accum=True
         )
-    dtype = weights[0].dtype
+    rows, dtype = weights
     if fp8_weights and transposed.numel() > 0 and grad.shape[0] % 16 == 0:
         joint = weight_gradient_fp8(grad, row_scale, scale, x_codes, x_scale, dtype)
     else:
         joint = weight_gradient(grad, (x_codes * x_scale).to(grad.dtype), dtype)
-    parts = joint.split([weight.shape[0] for weight in weights])
-    return normed, list(parts)
+    return normed, list(joint.split(rows))
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, norm_weight: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +115,7 @@ def _norm_gradients(grad: Tensor, x: Tensor, norm_weight: Tensor | None, rstd: T
     if norm_weight is None:
         return grad.to(x.dtype), None
     grad_x, grad_norm = norm_backward(grad, x, norm_weight, rstd)
-    return grad_x, grad_norm
+    return grad_x.to(x.dtype), grad_norm
 
 
 class NormedLinearsFunction(torch.autograd.Function):
@@ -119,17 +133,17 @@ class NormedLinearsFunction(torch.autograd.Function):
     ) -> Tensor:
         codes, transposed, scale = held or round_weights(weights, rounding.rule, rounding.fp8)
         x_codes, x_scale, rstd = norm_round(x, norm_weight, eps, "", rounding.bits)
-        ctx.fp8_weights = rounding.fp8_weights
-        ctx.save_for_backward(x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, *weights)
+        ctx.fp8_weights, ctx.weights = rounding.fp8_weights, _latent(weights)
+        ctx.save_for_backward(x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale)
         y: Tensor = int8_product(x_codes, codes, x_scale, scale, rounding.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, *weights = ctx.saved_tensors
+        x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale = ctx.saved_tensors
         held = RoundedWeights(codes, transposed, scale)
-        normed, grad_weights = _product_gradients(grad, None, x_codes, x_scale, held, weights, ctx.fp8_weights)
+        normed, grad_weights = _product_gradients(grad, None, x_codes, x_scale, held, ctx.weights, ctx.fp8_weights)
         return *_norm_gradients(normed, x, norm_weight, rstd), None, None, None, *grad_weights
 
 
@@ -155,8 +169,8 @@ class RotatedHeadsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         codes, transposed, scale = held or round_weights([q, k, v], rounding.rule, rounding.fp8)
         x_codes, x_scale, rstd = norm_round(x, norm_weight, eps, "", rounding.bits)
-        ctx.fp8_weights = rounding.fp8_weights
-        ctx.save_for_backward(x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, cos, sin, q, k, v)
+        ctx.fp8_weights, ctx.weights = rounding.fp8_weights, _latent([q, k, v])
+        ctx.save_for_backward(x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, cos, sin)
         (length, size), rows = cos.shape, (q.shape[0], k.shape[0], v.shape[0])
         rotated_heads = (rows[0] + rows[1]) // size
         joint = int8_product(x_codes, codes, x_scale, scale, rounding.dtype, cos, sin, rotated_heads)
@@ -170,13 +184,13 @@ class RotatedHeadsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, cos, sin, *weights = ctx.saved_tensors
+        x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, cos, sin = ctx.saved_tensors
         grad_q, grad_k, grad_v = grad_outputs
         has_fp8 = transposed.numel() > 0
         grad, fp8, fp8_scale = rotary_backward(grad_q, grad_k, grad_v, cos, sin, scale if has_fp8 else None)
         held = RoundedWeights(codes, transposed, scale)
         normed, grad_weights = _product_gradients(
-            grad, (fp8, fp8_scale), x_codes, x_scale, held, weights, ctx.fp8_weights
+            grad, (fp8, fp8_scale), x_codes, x_scale, held, ctx.weights, ctx.fp8_weights
         )
         return *_norm_gradients(normed, x, norm_weight, rstd), None, None, None, None, None, *grad_weights
 
@@ -206,9 +220,10 @@ class GatedMLPFunction(torch.autograd.Function):
         down_codes, down_transposed, down_scale = held_down or round_weights([down], rounding.rule, rounding.fp8)
         h_codes, h_scale, h_rstd = norm_round(gate_up, sub_norm_weight, sub_eps, activation, rounding.bits)
         ctx.activation, ctx.per_row, ctx.fp8_weights = activation, rounding.rule.endswith("_row"), rounding.fp8_weights
+        ctx.weights, ctx.down = _latent([gate, up]), _latent([down])
         ctx.save_for_backward(
-            *(x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, gate, up),
-            *(gate_up, sub_norm_weight, h_rstd, h_codes, h_scale, down_codes, down_transposed, down_scale, down),
+            *(x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale),
+            *(gate_up, sub_norm_weight, h_rstd, h_codes, h_scale, down_codes, down_transposed, down_scale),
         )
         y: Tensor = int8_product(h_codes, down_codes, h_scale, down_scale, rounding.dtype)
         return y
@@ -216,19 +231,19 @@ class GatedMLPFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, gate, up, *rest = ctx.saved_tensors
-        gate_up, sub_norm_weight, h_rstd, h_codes, h_scale, down_codes, down_transposed, down_scale, down = rest
+        x, norm_weight, rstd, x_codes, x_scale, codes, transposed, scale, *rest = ctx.saved_tensors
+        gate_up, sub_norm_weight, h_rstd, h_codes, h_scale, down_codes, down_transposed, down_scale = rest
         held, held_down = (
             RoundedWeights(codes, transposed, scale),
             RoundedWeights(down_codes, down_transposed, down_scale),
         )
-        grad_h, grad_down = _product_gradients(grad, None, h_codes, h_scale, held_down, [down], ctx.fp8_weights)
+        grad_h, grad_down = _product_gradients(grad, None, h_codes, h_scale, held_down, ctx.down, ctx.fp8_weights)
         grad_gate_up, fp8, fp8_scale, grad_sub_norm = gated_backward(
             *(grad_h, gate_up, sub_norm_weight, h_rstd, ctx.activation),
             *(scale if transposed.numel() > 0 else None, ctx.per_row),
         )
         normed, grad_weights = _product_gradients(
-            grad_gate_up, (fp8, fp8_scale), x_codes, x_scale, held, [gate, up], ctx.fp8_weights
+            grad_gate_up, (fp8, fp8_scale), x_codes, x_scale, held, ctx.weights, ctx.fp8_weights
         )
         sub_norm = (None if sub_norm_weight is None else grad_sub_norm, None)
         own = (None, None, None)  # the rounding and the weights that are held

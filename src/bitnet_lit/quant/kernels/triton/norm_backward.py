@@ -220,6 +220,9 @@ def _gated_backward(
 def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the norm's weight.
 
+    The gradient of x has the dtype of `grad`. It is added to the gradient of the residual stream, and that sum stays
+    float32. Rounding what one branch adds to it, as its product was rounded, halves the bytes of the result.
+
     Args:
         grad: float (M, I), contiguous: the gradient of the normed x.
         x: float (M, I), contiguous.
@@ -227,13 +230,13 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
         rstd: float32 (M,), from `norm_round`.
 
     Returns:
-        (M, I) in the dtype of x, and (I,) in the dtype of the weight.
+        (M, I) in the dtype of `grad`, and (I,) in the dtype of the weight.
     """
     rows, inputs = x.shape
     tile_rows = power_of_2(4096 / inputs)
     first, rest = column_blocks(inputs)
     programs = min(triton.cdiv(rows, tile_rows), 4 * multiprocessors(x.device))
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(grad)
     parts = x.new_empty((programs, inputs), dtype=torch.float32)
     with on_device_of(x):
         _norm_backward[(programs,)](
@@ -255,7 +258,7 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
 
 @norm_backward.register_fake
 def _(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(norm_weight)
+    return torch.empty_like(grad), torch.empty_like(norm_weight)
 
 
 @torch.library.custom_op("bitnet_lit::gated_backward", mutates_args=())
