@@ -25,7 +25,7 @@ from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.config.slots import TARGET, as_values
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import dotted_keys, unknown_key
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.foreign_json import Integer, Record, read_json
 from bitnet_lit.instantiate import check_allowed, named_classes
 from bitnet_lit.overrides import parsed
@@ -87,13 +87,11 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
         with sizes_are_given(f"resume={resume}", [key for key, _ in typed]):
             config: Any = _unguarded(OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
-        raise UserError(f"resume={resume}: {' '.join(str(error).split())}") from None
+        raise UserError(f"resume={resume}: {one_line(error)}") from None
     except (TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{path}: damaged ({' '.join(str(error).split())}): put the {CONFIG_NAME} of the run there"
-        ) from None
+        raise UserError(f"{path}: damaged ({one_line(error)}): put the {CONFIG_NAME} of the run there") from None
     if before != _length(config.trainer) and config.schedule.total_steps is None:
         raise UserError(
             f"resume={resume} with another length than trainer.max_steps={before[0]}: it would move the learning "

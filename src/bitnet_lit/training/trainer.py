@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from bitnet_lit.config import TrainConfig, TrainerConfig
 from bitnet_lit.config.slots import TARGET
 from bitnet_lit.did_you_mean import words_for
-from bitnet_lit.errors import UserError, nearest
+from bitnet_lit.errors import UserError, nearest, one_line
 from bitnet_lit.instantiate import instantiate
 from bitnet_lit.training.checkpoint_file import CheckpointIO
 from bitnet_lit.training.plan import Plan
@@ -125,4 +125,4 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
     except (TypeError, ValueError) as error:
         if not extra:
             raise
-        raise UserError(f"trainer.extra: {' '.join(str(error).split())}") from error
+        raise UserError(f"trainer.extra: {one_line(error)}") from error
