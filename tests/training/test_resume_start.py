@@ -189,6 +189,16 @@ def test_a_damaged_config_is_one_line(run, text, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_length_in_tokens_is_compared_as_such(run):
+    """Steps say nothing there, and they are not the length of the curve."""
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("max_tokens: null", "max_tokens: 512"))
+    assert resume_config(str(run), ["trainer.max_steps=9"]).trainer.max_tokens == 512
+    message = r"another length than trainer.max_tokens=512: .* schedule.total_steps=<the steps that its plan printed>"
+    with pytest.raises(UserError, match=message):
+        resume_config(str(run), ["trainer.max_tokens=1024"])
+
+
 def test_values_of_a_config_are_plain_text(run, monkeypatch):
     """A foreign folder's config asks for the environment: it gets its own words back."""
     monkeypatch.setenv("SECRET", "swordfish")

@@ -93,9 +93,11 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
             raise
         raise UserError(f"{path}: damaged ({one_line(error)}): put the {CONFIG_NAME} of the run there") from None
     if before != _length(config.trainer) and config.schedule.total_steps is None:
+        key, value = before
+        steps = value if key == "max_steps" else "<the steps that its plan printed>"
         raise UserError(
-            f"resume={resume} with another length than trainer.max_steps={before[0]}: it would move the learning "
-            f"rate's curve: add schedule.total_steps={before[0]} to keep the curve, or the new length to stretch it"
+            f"resume={resume} with another length than trainer.{key}={value}: it would move the learning rate's curve: "
+            f"add schedule.total_steps={steps} to keep the curve, or the new length to stretch it"
         )
     same = Path(config.run_dir).absolute() == folder.absolute()  # then run_dir stays as it was typed at first
     config = replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
@@ -105,9 +107,10 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     return config
 
 
-def _length(trainer: Any) -> tuple[Any, ...]:
-    """Return the three values that say how long a run is."""
-    return trainer.max_steps, trainer.max_tokens, trainer.max_epochs
+def _length(trainer: Any) -> tuple[str, float]:
+    """Return the key that says how long a run is, and its value: tokens or epochs, where they are given, or steps."""
+    keys = ("max_tokens", "max_epochs", "max_steps")
+    return next((key, value) for key in keys if (value := getattr(trainer, key)) is not None)
 
 
 def _check_classes(saved: dict[str, Any], path: Path, resume: str, typed: Sequence[tuple[str, Any]]) -> str | None:
