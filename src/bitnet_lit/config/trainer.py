@@ -32,7 +32,8 @@ class TrainerConfig(Checked):
     """The number of devices, a list of their indices, or auto."""
     num_nodes: int = 1
     strategy: str = "auto"
-    """auto, ddp or fsdp."""
+    """How several devices train one model: ddp (each holds all of it), fsdp (each holds a part of each parameter, by
+    FSDP2), or auto (ddp where there are several devices)."""
     precision: str = "auto"
     """auto, 32-true, bf16-mixed or bf16-true. auto: bf16-mixed on GPUs that have bfloat16, elsewhere 32-true."""
     max_steps: int = 1000

@@ -228,6 +228,8 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
     """
     tokens = config.data.batch_size * plan.sequence_length
     states, model = plan.accounting.training_bytes(config.optim.STATES), config.model
+    if config.trainer.strategy == "fsdp":  # parameters, gradients and optimizer states are sharded
+        states /= world_size(config.trainer)
     if isinstance(model, CustomNetwork):  # the activations that it keeps for the backward pass are not known
         return states + tokens * 12 * model.vocabulary
     assert model.vocab_size is not None
