@@ -1,18 +1,23 @@
 """A data module of a user's own: what it must have, its order, resuming it, and several processes."""
 
+import itertools
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from torch.distributed import TCPStore
 from torch.utils.data import DataLoader
 
 from bitnet_lit import load
 from bitnet_lit.cli import compose
 from bitnet_lit.config import CustomData, EvaluateConfig
+from bitnet_lit.data import custom
 from bitnet_lit.data.custom import CustomDataModule, open_custom, own_tokenizer
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
@@ -221,6 +226,31 @@ def test_arguments_of_a_module_of_the_users_own_stay_as_they_were_typed(tmp_path
         data = read_yaml(tmp_path / "config.yaml", "")["data"]
         assert data["dir"] == folder
     assert data["tokenizer"] is None
+
+
+class Prepared(Squares):
+    def prepare_data(self):
+        time.sleep(0.3)
+        events.append("prepared")
+
+    def setup(self, stage):
+        events.append("set up")
+
+
+events = []
+
+
+def test_processes_that_torchrun_started_wait_for_the_first_ones_data(monkeypatch):
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    for name, value in (("USE_AGENT_STORE", "True"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", str(store.port))):
+        monkeypatch.setenv(name if name.startswith("MASTER") else f"TORCHELASTIC_{name}", value)
+    monkeypatch.setattr(custom, "_PREPARED", itertools.repeat(0))  # each process counts by itself
+    config = CustomData(f"{HERE}.Prepared", batch_size=4)
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(open_custom, config, 8, seed=3, is_first=False)
+        open_custom(config, 8, seed=3)
+        second.result(timeout=60)
+    assert events == ["prepared", "set up", "set up"]
 
 
 def test_what_is_no_data_module_is_refused():
