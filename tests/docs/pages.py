@@ -40,6 +40,8 @@ class Block:
         found: list[list[str]] = []
         for line in self.code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):  # a variable for this command
+                words = words[1:]
             while "&&" in words:
                 found.append(words[: words.index("&&")])
                 words = words[words.index("&&") + 1 :]
@@ -48,9 +50,11 @@ class Block:
 
 
 def command_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """Name and arguments, where the words are a command of ours: in its long form, or in its short one."""
-    if words[:2] == ["python", "-m"] and words[2].startswith("bitnet_lit."):
-        return words[2].removeprefix("bitnet_lit."), words[3:]
+    """Name and arguments, where the words are a command of ours: in its long form, its short one, or by torchrun."""
+    if words[0] in ("python", "torchrun") and "-m" in words:
+        module = words.index("-m") + 1
+        if words[module].startswith("bitnet_lit."):
+            return words[module].removeprefix("bitnet_lit."), words[module + 1 :]
     return (words[1], words[2:]) if words[0] == "bitnet-lit" else None
 
 
