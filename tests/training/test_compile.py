@@ -10,8 +10,8 @@ from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, tiny_model
 
 
-def test_the_layers_and_the_loss_of_our_network_are_compiled_and_a_foreign_network_as_a_whole(monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")
+def test_the_layers_and_the_loss_of_our_network_are_compiled_and_a_foreign_network_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = tiny_model()
     names = set(model.state_dict())
     compile_network(model)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.errors import one_line
 
-LARGEST_HIDDEN_SIZE = 0  # until it is measured
+LARGEST_HIDDEN_SIZE = 1024
 FIRST_STEPS = 3
 """Batches that are trained on before the pass is recorded."""
 
