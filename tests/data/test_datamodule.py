@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from bitnet_lit.config import DataConfig
+from bitnet_lit.data.batches import ValidationBatches
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.shards import open_shards
 
@@ -61,3 +62,15 @@ def test_validation_covers_every_sequence_once_over_ranks(shards):
         module.trainer.should_stop = False
         assert len(list(module.val_dataloader())) == 2  # inside the run: the limit
     assert sum(len(ids) for ids in seen) == split.num_sequences
+
+
+def test_a_padded_validation_has_one_shape_and_the_same_sequences(shards):
+    split = open_shards(shards).validation(16)
+    counted = []
+    for rank in range(3):
+        plain, padded = (ValidationBatches(split, 7, rank, 3, is_padded) for is_padded in (False, True))
+        for number in range(len(plain)):
+            (ids, valid), (more, also_valid) = plain[number], padded[number]
+            assert also_valid == valid and torch.equal(more[:valid], ids[:valid]) and more.shape == (7, 17)
+            counted.append(valid)
+    assert sum(counted) == split.num_sequences and min(counted) < 7

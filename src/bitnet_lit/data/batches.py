@@ -44,10 +44,14 @@ class TrainBatches(Dataset):
 
 
 class ValidationBatches(Dataset):
-    """The validation sequences in order, dealt out to the ranks: each rank gets the same number of batches."""
+    """The validation sequences in order, dealt out to the ranks: each rank gets the same number of batches.
 
-    def __init__(self, split: TokenSplit, batch_size: int, rank: int, world_size: int) -> None:
-        self.split, self.batch_size = split, batch_size
+    Args:
+        is_padded: whether the last batch has as many rows as the others, so that a network is compiled for one shape.
+    """
+
+    def __init__(self, split: TokenSplit, batch_size: int, rank: int, world_size: int, is_padded: bool = False) -> None:
+        self.split, self.batch_size, self.is_padded = split, batch_size, is_padded
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
@@ -56,12 +60,14 @@ class ValidationBatches(Dataset):
     def __getitem__(self, batch: int) -> tuple[Tensor, int]:
         """Return token ids, int64 (B', T + 1), and how many of the rows count.
 
-        Batches have B rows, the last one fewer. A rank that has no sequence left gets one row that does not count.
+        Batches have B rows, the last one fewer unless it is padded. A rank that has no sequence left gets rows that do
+        not count.
         """
         start = (batch * self.world_size + self.rank) * self.batch_size
-        stop = min(start + self.batch_size, self.split.num_sequences)
-        indices = np.arange(start, stop) if start < stop else np.zeros(1, dtype=np.int64)
-        return torch.from_numpy(self.split.gather(indices)), max(0, stop - start)
+        num_valid = max(0, min(start + self.batch_size, self.split.num_sequences) - start)
+        indices = np.zeros(self.batch_size if self.is_padded else max(1, num_valid), dtype=np.int64)
+        indices[:num_valid] = np.arange(start, start + num_valid)
+        return torch.from_numpy(self.split.gather(indices)), num_valid
 
 
 class ErrorsAsItems(Dataset):

@@ -115,11 +115,12 @@ class BitNetDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return batches of the validation split, in order: int64 (B, T + 1), and how many of their rows count."""
         assert self.trainer is not None
+        trainer, on_gpu = self.trainer, self.trainer.strategy.root_device.type == "cuda"
         batches = ValidationBatches(
-            self.validation_split, self.config.batch_size, self.trainer.global_rank, self.trainer.world_size
+            self.validation_split, self.config.batch_size, trainer.global_rank, trainer.world_size, is_padded=on_gpu
         )
-        order = ValidationOrder(len(batches), self.limit_val_batches, self.trainer)
-        return self._loader(batches, order, 0, pin_memory=self.trainer.strategy.root_device.type == "cuda")
+        order = ValidationOrder(len(batches), self.limit_val_batches, trainer)
+        return self._loader(batches, order, 0, pin_memory=on_gpu)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many samples the run has consumed, and at which optimizer step."""
