@@ -27,9 +27,10 @@ from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig, TrainerCo
 from bitnet_lit.control_groups import memory_limit
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import Accounting, account
+from bitnet_lit.model.loss import CHUNK_ELEMENTS
 from bitnet_lit.quant.scheme import is_skipped
 from bitnet_lit.terminal import console
-from bitnet_lit.training.precision import resolved_precision
+from bitnet_lit.training.precision import resolved_precision, uses_cuda
 
 
 def _check_nodes(num_nodes: int) -> None:
@@ -224,7 +225,8 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
 
     Each token keeps about 14 vectors of the hidden size and 8 of the feed-forward size per layer: inputs of norms, int8
     codes, rotated heads, gate and up. With gradient checkpointing it keeps only the input of the layer. Logits count
-    three times: the values, their float32 copy, and their gradient. Measured peaks lie within a factor of 1.5.
+    three times: the values, their float32 copy, and their gradient; on CUDA only those of a chunk of rows are held
+    (model/loss.py). Measured peaks lie within a factor of 1.5.
     """
     tokens = config.data.batch_size * plan.sequence_length
     states, model = plan.accounting.training_bytes(config.optim.STATES), config.model
@@ -237,8 +239,10 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
     if model.gradient_checkpointing:
         per_token_layer = 2 * model.hidden_size
     element = 4 if resolved_precision(config.trainer) == "32-true" else 2
-    activations = tokens * (model.num_hidden_layers * per_token_layer * element + 12 * model.vocab_size)
-    return states + activations
+    logits = tokens * model.vocab_size
+    if uses_cuda(config.trainer):
+        logits = min(logits, CHUNK_ELEMENTS)
+    return states + tokens * model.num_hidden_layers * per_token_layer * element + 12 * logits
 
 
 def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
