@@ -1,33 +1,63 @@
 """A replayed step is the same step: losses of runs with and without the graph. And when steps are recorded."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from bitnet_lit.cli import compose
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.config.trainer import TrainerConfig
-from bitnet_lit.training.cuda_graph import records_graph
+from bitnet_lit.model import batch_loss
+from bitnet_lit.training.cuda_graph import _aliases, _together, records_graph
+from bitnet_lit.training.plan import make_plan
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN
+from tests.support import TINY_RUN, tiny_model
+
+LARGE = ModelConfig(hidden_size=8192, num_attention_heads=64, num_hidden_layers=64, vocab_size=512)
 
 
 @pytest.mark.parametrize(
-    ("options", "device", "world_size", "expected"),
+    ("options", "device", "expected"),
     [
-        ({"cuda_graph": "true"}, "cuda", 1, True),
-        ({"cuda_graph": "false"}, "cuda", 1, False),
-        ({}, "cpu", 1, False),
-        ({"cuda_graph": "true"}, "cuda", 2, False),
-        ({"model": ModelConfig(gradient_checkpointing=True), "cuda_graph": "true"}, "cuda", 1, False),
-        ({"trainer": TrainerConfig(detect_anomaly=True)}, "cuda", 1, False),
-        ({"model": ModelConfig(hidden_size=4096, num_attention_heads=32)}, "cuda", 1, False),
-        ({"model": ModelConfig(hidden_size=4096, num_attention_heads=32), "cuda_graph": "true"}, "cuda", 1, True),
+        ({}, "cuda", True),
+        ({"cuda_graph": "false"}, "cuda", False),
+        ({}, "cpu", False),
+        ({"model": ModelConfig(gradient_checkpointing=True, vocab_size=512), "cuda_graph": "true"}, "cuda", False),
+        ({"trainer": TrainerConfig(detect_anomaly=True)}, "cuda", False),
+        ({"trainer": TrainerConfig(strategy="fsdp"), "cuda_graph": "true"}, "cuda", False),
+        ({"model": LARGE}, "cuda", False),
+        ({"model": LARGE, "cuda_graph": "true"}, "cuda", True),
     ],
 )
-def test_small_networks_on_one_gpu_are_recorded(options, device, world_size, expected):
-    assert records_graph(TrainConfig(**options), torch.device(device), world_size) is expected
+def test_steps_are_recorded_where_nothing_forbids_it_and_memory_is_plenty(monkeypatch, options, device, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    config = TrainConfig(**{"model": ModelConfig(vocab_size=512), **options})
+    assert records_graph(config, make_plan(config, 64, 1000), torch.device(device)) is expected
+
+
+def test_gradients_lie_together_each_where_kernels_can_read_it_fast():
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (64,), (1,))]
+    memory, gradients = _together(parameters)
+    for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        assert gradient.shape == parameter.shape and gradient.storage_offset() % 64 == 0
+        gradient.fill_(number + 1.0)
+    assert memory.sum() == 1 * 15 + 2 * 64 + 3 * 1
+
+
+def test_aliases_get_the_gradients_and_the_network_keeps_its_parameters():
+    model = tiny_model()
+    before = dict(model.named_parameters())
+    gradients = [(parameter, torch.zeros_like(parameter)) for parameter in before.values()]
+    ids = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
+    with _aliases(model, gradients):
+        assert model.lm_head.weight is model.model.embed_tokens.weight  # tied, as before
+        batch_loss(model, ids).backward()
+    assert all(after is before[name] and after.grad is None for name, after in model.named_parameters())
+    batch_loss(model, ids).backward()
+    assert all(torch.equal(gradient, parameter.grad) for parameter, gradient in gradients)
 
 
 def losses(folder, shards, *options):
@@ -46,6 +76,7 @@ def losses(folder, shards, *options):
         ["trainer.accumulate_grad_batches=3"],
         ["quant=none", "trainer.precision=32-true"],
         ["quant.lambda_warmup_steps=5"],
+        ["model.hidden_size=64", "model.num_attention_heads=2"],  # wide enough for kernels
     ],
     ids=" ".join,
 )
@@ -54,3 +85,34 @@ def test_a_replayed_step_is_the_same_step(tmp_path, shards, options):
     replayed = losses(tmp_path / "replayed", shards, *options, "cuda_graph=true")
     # The embedding's gradient is summed by atomic operations, in another order at each step. Batches differ by 0.5 %.
     assert replayed == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_is_recorded_too(tmp_path, shards):
+    wide = ["model.hidden_size=64", "compile=true"]
+    plain = losses(tmp_path / "plain", shards, *wide, "cuda_graph=false")
+    assert losses(tmp_path / "replayed", shards, *wide, "cuda_graph=true") == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.gpu(count=2)
+def test_ranks_that_replay_average_their_gradients(tmp_path, shards):
+    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=gpu", "model.dropout=0.1"]
+    plain = losses(tmp_path / "plain", shards, *two, "cuda_graph=false")
+    assert losses(tmp_path / "replayed", shards, *two, "cuda_graph=true") == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_pass_that_reads_the_device_is_not_recorded_and_the_run_goes_on(tmp_path, shards, monkeypatch, capsys):
+    from bitnet_lit.training import module
+
+    original = module.batch_loss
+
+    def reading(model, batch):
+        loss = original(model, batch)
+        assert loss.item() > 0
+        return loss
+
+    plain = losses(tmp_path / "plain", shards, "model.dropout=0.1", "cuda_graph=false")
+    monkeypatch.setattr(module, "batch_loss", reading)
+    assert losses(tmp_path / "run", shards, "model.dropout=0.1") == pytest.approx(plain, rel=1e-3)
+    assert capsys.readouterr().err.count("note: no CUDA graph, so steps are slower") == 1

@@ -71,7 +71,7 @@ class TrainConfig(Checked):
     compile: str = "auto"
     """torch.compile: auto (on for CUDA), true or false."""
     cuda_graph: str = "auto"
-    """Record the kernels of a step once and replay them: auto (for small models on one GPU), true or false."""
+    """Record the kernels of a step once and replay them: auto (on GPUs, where memory is plenty), true or false."""
     resume: str | None = None
     """The folder of a run that was stopped. The run goes on in the same folder."""
     init_from: str | None = None

@@ -1,43 +1,52 @@
 """A CUDA graph replays the kernels of a step's forward and backward pass with one launch.
 
-A small network's kernels take a few microseconds each, and starting one from Python takes as long. At 288 hidden units
-and 6 layers the host needs 12 ms to start the kernels of a step, and an H100 less to run them. So the pass is recorded
-once, and replayed for every batch: the batch is copied into the recorded input, and the gradients appear in the tensors
-that were recorded as theirs. Clipping and the optimizer run after it as usual.
+Kernels of a small network take a few microseconds each, and starting one from Python takes as long, so the GPU waits
+for the host. A graph records the pass once and replays it for every batch: the batch is copied into the recorded input,
+and the gradients appear in the tensors that were recorded as theirs. Clipping and the optimizer run after it as usual.
 
 What a graph records must not change: shapes, the network's structure, and where tensors lie. So the first steps run
-without it (they compile, and choose algorithms), and it is left out where it cannot be or does not pay (`GraphedStep`
-says when). Dropout stays random: a replay takes the state of PyTorch's generator as a plain pass does.
+without it (they compile, and choose algorithms), and `records_graph` says where it is left out. Dropout stays random: a
+replay takes the state of PyTorch's generator as a plain pass does.
+
+With several ranks (DDP) the graph computes the gradients of this rank, and then one call averages all of them over the
+ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.errors import one_line
+from bitnet_lit.training.plan import Plan, memory_estimate_bytes
 
-LARGEST_HIDDEN_SIZE = 1024
 FIRST_STEPS = 3
 """Batches that are trained on before the pass is recorded."""
+LARGEST_SHARE = 0.5
+"""The largest share of the GPU's memory that a recorded run may need by its plan. A graph keeps the memory of its pass,
+so validations and samples need theirs beside it."""
+_ALIGNMENT = 64  # elements, between the gradients in their common memory
 
 
-def records_graph(config: TrainConfig, device: torch.device, world_size: int) -> bool:
-    """Return whether the run records its steps: by default those of a small network of this package on one GPU.
+def records_graph(config: TrainConfig, plan: Plan, device: torch.device) -> bool:
+    """Return whether the run records its steps.
 
-    A network of the user's own may read numbers from the device. Gradient checkpointing saves the generator's state in
-    the pass, and anomaly detection reads every gradient.
+    It does not for a network of the user's own, which may read numbers from the device; with gradient checkpointing,
+    which saves the generator's state in the pass; with anomaly detection, which reads every gradient; and where FSDP
+    gathers the weights anew in each pass.
     """
-    if config.cuda_graph == "false" or device.type != "cuda" or world_size > 1 or config.trainer.strategy == "fsdp":
+    if config.cuda_graph == "false" or device.type != "cuda" or not isinstance(config.model, ModelConfig):
         return False
-    if not isinstance(config.model, ModelConfig) or config.model.gradient_checkpointing:
+    if config.model.gradient_checkpointing or config.trainer.detect_anomaly or config.trainer.strategy == "fsdp":
         return False
-    return not config.trainer.detect_anomaly and (
-        config.cuda_graph == "true" or config.model.hidden_size <= LARGEST_HIDDEN_SIZE
-    )
+    if config.cuda_graph == "true":
+        return True
+    return memory_estimate_bytes(config, plan) < LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 class RecordingFailed(RuntimeError):
@@ -57,8 +66,7 @@ class GraphedStep:
     def __init__(
         self, loss_of: Callable[[Tensor], Tensor], model: nn.Module, num_batches: int, dtype: torch.dtype | None
     ) -> None:
-        self._loss_of, self._num_batches, self._dtype = loss_of, num_batches, dtype
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._loss_of, self._model, self._num_batches, self._dtype = loss_of, model, num_batches, dtype
         self._graph: torch.cuda.CUDAGraph | None = None
         self._seen = 0
 
@@ -73,13 +81,14 @@ class GraphedStep:
             return is_first and self._seen > FIRST_STEPS
         return batch.shape == self._batch.shape
 
-    def __call__(self, batch: Tensor, is_first: bool) -> Tensor:
+    def __call__(self, batch: Tensor, is_first: bool, is_last: bool) -> Tensor:
         """Compute the loss of a batch, float32 (), and add its gradients to the parameters.
 
         The loss is overwritten at the next call.
 
         Args:
             is_first: whether this is the first batch of an optimizer step, at which the gradients start at zero.
+            is_last: whether this is the last one, after which the gradients are averaged over the ranks.
 
         Raises:
             RecordingFailed: the pass cannot be recorded. Nothing has been computed.
@@ -88,27 +97,74 @@ class GraphedStep:
             try:
                 self._graph = self._record(batch)
             except RuntimeError as error:
+                _reset_generator(batch.device)
                 raise RecordingFailed(one_line(error, 300)) from error
         self._batch.copy_(batch)
         if is_first:
-            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            for parameter, gradient in self._gradients:
                 parameter.grad = gradient  # a validation takes the gradients away
-            torch._foreach_zero_(self._gradients)
+            self._memory.zero_()
         self._graph.replay()
+        if is_last and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._memory, op=dist.ReduceOp.AVG)
         return self._loss
 
     def _record(self, batch: Tensor) -> torch.cuda.CUDAGraph:
         self._batch = batch.clone()
-        # Made before the recording, so that no memory of the graph's own holds them.
-        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._memory, gradients = _together(parameters)
+        self._gradients = list(zip(parameters, gradients, strict=True))
         graph = torch.cuda.CUDAGraph()
         # Autocast's cache of weights in bfloat16 must not outlive the recording.
         autocast = torch.autocast("cuda", dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False)
         # The thread that reads batches goes on with its own CUDA calls meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:
+        recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        with _aliases(self._model, self._gradients), autocast, recording:
             loss = self._loss_of(self._batch)
             (loss / self._num_batches).backward()
             self._loss = loss.detach()
         return graph
+
+
+def _together(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+    """Return memory for all gradients of parameters of one dtype, and the part of it that is the gradient of each."""
+    sizes = [-(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for parameter in parameters]
+    memory = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    parts = memory.split(sizes)
+    return memory, [
+        part[: parameter.numel()].view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _aliases(model: nn.Module, gradients: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Put parameters of the same memory in the place of the network's in the block, with these gradients.
+
+    Autograd adds a parameter's gradient on the stream on which the parameter was first used, and DDP used it before the
+    recording began. An alias is first used inside.
+    """
+    aliases = {}
+    for parameter, gradient in gradients:
+        aliases[parameter] = nn.Parameter(parameter.data)
+        aliases[parameter].grad = gradient
+    places = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter in aliases
+    ]
+    try:
+        for owner, name, parameter in places:
+            owner[name] = aliases[parameter]
+        yield
+    finally:
+        for owner, name, parameter in places:
+            owner[name] = parameter
+
+
+def _reset_generator(device: torch.device) -> None:
+    """Give the generator of random numbers a new state: the old one still waits for the end of a failed recording."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fresh = torch.Generator(device)
+    fresh.manual_seed(torch.initial_seed())
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())

@@ -108,7 +108,7 @@ class BitNetModule(L.LightningModule):
         if self.trainer.accumulate_grad_batches > 1:
             self._held = HeldWeights(joint_layers(self.model))
         self._trained = list(self.model.parameters())  # walking through all modules takes a millisecond
-        if records_graph(self.config, self.device, self.trainer.world_size):
+        if records_graph(self.config, self.plan, self.device):
             mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             batches = self.trainer.accumulate_grad_batches
             self._graph = GraphedStep(partial(batch_loss, self.model), self.model, batches, mixed)
@@ -139,7 +139,8 @@ class BitNetModule(L.LightningModule):
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if self._held is not None and is_first:
             self._held.round(torch.bfloat16 if self.trainer.precision.startswith("bf16") else torch.float32)
-        replayed = self._replayed(batch, is_first)
+        is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        replayed = self._replayed(batch, is_first, is_last)
         self._has_gradients = replayed is not None
         loss = self._loss(batch) if replayed is None else replayed
         self._batch = batch
@@ -147,12 +148,12 @@ class BitNetModule(L.LightningModule):
         self._step_loss = part if is_first else self._step_loss + part
         return loss
 
-    def _replayed(self, batch: Tensor, is_first: bool) -> Tensor | None:
+    def _replayed(self, batch: Tensor, is_first: bool, is_last: bool) -> Tensor | None:
         """Return the loss of a batch whose pass was replayed, or None where it must be computed."""
         if self._graph is None or self._strength is not None or not self._graph.is_due(batch, is_first):
             return None
         try:
-            return self._graph(batch, is_first)
+            return self._graph(batch, is_first, is_last)
         except RecordingFailed as error:
             if self.config.cuda_graph == "true":
                 raise
