@@ -201,7 +201,7 @@ def joint_layers(network: nn.Module) -> list[list[BitLinear]]:
             groups += [[module.q_proj, module.k_proj, module.v_proj]]
         elif isinstance(module, MLP):
             groups += [[module.gate_proj, module.up_proj]]
-    joint = [cast(list[BitLinear], group) for group in groups if are_alike(group)]
+    joint = [cast(list[BitLinear], group) for group in groups if are_alike(group) and type(group[0]) is BitLinear]
     together = {layer for group in joint for layer in group}
     alone = [layer for layer in network.modules() if isinstance(layer, BitLinear) and layer not in together]
     return [*joint, *([layer] for layer in alone)]

@@ -319,6 +319,13 @@ def test_kept_for_the_backward_pass_is_less_than_the_reference_keeps(ids):
     assert kept["auto"] < 0.8 * kept["reference"]
 
 
+def test_the_line_of_the_plan():
+    model = network()
+    count = 7 * model.config.num_hidden_layers
+    assert describe(model, CUDA, torch.bfloat16) == f"triton ({count} layers), gradients of the inputs in FP8"
+    assert describe(model, CUDA, torch.float32) == f"triton ({count} layers)"
+
+
 def test_no_gpu_before_hopper(monkeypatch):
     layer = BitLinear(64, 32, quant="b158").to(CUDA)
     monkeypatch.setattr(

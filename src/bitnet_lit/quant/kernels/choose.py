@@ -108,4 +108,6 @@ def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> st
         f"{name} ({count} layers)" if reason is None else f"reference ({count} layers: {reason})"
         for reason, count in counts.items()
     ]
+    if kernels is not None and None in counts and (note := kernels.note(cast("BitLinear", layers[0]), dtype)):
+        parts.append(note)
     return ", ".join(parts)

@@ -58,6 +58,10 @@ class Kernels(ABC):
             dtype: the dtype in which the layers return their outputs.
         """
 
+    def note(self, layer: BitLinear, dtype: torch.dtype) -> str | None:
+        """Return what a user should know of how these kernels compute, for the plan of a run; None: nothing."""
+        return None
+
     @abstractmethod
     def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
         """Compute layer(norm(x)) of each layer, biases included.

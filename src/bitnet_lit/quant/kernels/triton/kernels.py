@@ -63,6 +63,13 @@ class TritonKernels(Kernels):
                 return f"{layer.in_features} x {layer.out_features} features are no multiples of {ALIGNMENT}"
         return None
 
+    def note(self, layer: BitLinear, dtype: torch.dtype) -> str | None:
+        """See `Kernels`."""
+        if dtype != torch.bfloat16 or layer.grad == "bf16":
+            return None
+        of_weights = " and of the weights" if layer.grad == "fp8_all" else ""
+        return f"gradients of the inputs{of_weights} in FP8"
+
     def _rounding(self, layer: BitLinear, dtype: torch.dtype) -> Rounding:
         from bitnet_lit.quant.kernels.triton.functions import Rounding
 
