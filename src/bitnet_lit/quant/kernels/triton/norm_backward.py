@@ -14,7 +14,7 @@ for the gradient of the weights, and rounded to FP8 for the gradient of the inpu
 both.
 
 A program works on many rows and adds up its part of the weight's gradient in registers. The parts are summed at the
-end, always in the same order.
+end, always in the same order. Its loop loads the next row while it computes one (STAGES).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def _norm_backward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     MORE_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     columns = tl.arange(0, COLUMNS)
     weight = tl.load(weight_ptr + columns).to(tl.float32)[None, :]
@@ -59,7 +60,7 @@ def _norm_backward(
         more_columns = COLUMNS + tl.arange(0, MORE_COLUMNS)
         more_weight = tl.load(weight_ptr + more_columns, mask=more_columns < I, other=0.0).to(tl.float32)[None, :]
         more_part = tl.zeros((ROWS, MORE_COLUMNS), dtype=tl.float32)
-    for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = first + tl.arange(0, ROWS)
         row_inside = (rows < M)[:, None]
         inside = row_inside & (columns >= 0)[None, :]
@@ -154,6 +155,7 @@ def _gated_backward(
     PER_ROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     MORE_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     columns = tl.arange(0, COLUMNS)
     inside = columns >= 0
@@ -167,7 +169,7 @@ def _gated_backward(
         if HAS_NORM:
             more_weight = tl.load(weight_ptr + more_columns, mask=more_inside, other=0.0).to(tl.float32)
             more_part = tl.zeros((MORE_COLUMNS,), dtype=tl.float32)
-    for row in range(tl.program_id(0), M, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
         grad, active, up, slope = _gate_block(grad_ptr, x_ptr, row, columns, inside, I, ACTIVATION)
         if MORE_COLUMNS > 0:
             more_grad, more_active, more_up, more_slope = _gate_block(
@@ -233,9 +235,9 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
         (M, I) in the dtype of `grad`, and (I,) in the dtype of the weight.
     """
     rows, inputs = x.shape
-    tile_rows = power_of_2(4096 / inputs)
+    tile_rows, num_warps = power_of_2(1024 / inputs), 8 if inputs >= 2048 else 4
     first, rest = column_blocks(inputs)
-    programs = min(triton.cdiv(rows, tile_rows), 4 * multiprocessors(x.device))
+    programs = min(triton.cdiv(rows, tile_rows), 32 // num_warps * multiprocessors(x.device))
     grad_x = torch.empty_like(grad)
     parts = x.new_empty((programs, inputs), dtype=torch.float32)
     with on_device_of(x):
@@ -251,7 +253,8 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
             ROWS=tile_rows,
             COLUMNS=first,
             MORE_COLUMNS=rest,
-            num_warps=4 if inputs <= 2048 else 8,
+            STAGES=2,
+            num_warps=num_warps,
         )
     return grad_x, parts.sum(0).to(norm_weight.dtype)
 
@@ -317,6 +320,7 @@ def gated_backward(
             PER_ROW=per_row,
             COLUMNS=first,
             MORE_COLUMNS=rest,
+            STAGES=2,
             num_warps=num_warps,
         )
     grad_norm = x.new_empty((0,)) if norm_weight is None else parts.sum(0).to(norm_weight.dtype)

@@ -100,7 +100,7 @@ def _norm_round(
     if MORE_COLUMNS > 0:
         largest = tl.maximum(largest, tl.max(tl.abs(more), axis=1))
     largest = tl.maximum(largest, SMALLEST)
-    factor = tl.div_rn(LIMIT + 0.0, largest)
+    factor = tl.div_rn(1.0, largest) * LIMIT  # PyTorch, too, divides a number by a tensor in these two steps
     at = codes_ptr + rows.to(tl.int64)[:, None] * I
     tl.store(at + columns[None, :], _codes(h, factor, LIMIT), mask=inside)
     if MORE_COLUMNS > 0:

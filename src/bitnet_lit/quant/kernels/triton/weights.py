@@ -103,13 +103,13 @@ def _round_weight(
 def _round_one(weight: Tensor, rule: str, codes: Tensor, transposed: Tensor | None, scale: Tensor) -> None:
     """Round one matrix into its rows of `codes` and `scale`, and its columns of `transposed`."""
     (rows, inputs), has_sums = weight.shape, rule in ("absmean", "sign")
-    # Each program sums at least 16 blocks, and each program of the second kernel reads all their sums.
-    parts = min(512, triton.cdiv(weight.numel(), 16 * 1024))
+    # Each program sums two blocks or more, and each program of the second kernel adds up all these sums.
+    parts = min(1024, triton.cdiv(weight.numel(), 2 * 4096))
     sums = weight.new_empty((2, parts), dtype=torch.float32) if has_sums else None
     row_scale = None if has_sums else RULES[rule].scale(weight)
     with on_device_of(weight):
         if has_sums:
-            _sums[(parts,)](weight, sums, weight.numel(), BLOCK=1024, num_warps=4)
+            _sums[(parts,)](weight, sums, weight.numel(), BLOCK=4096, num_warps=8)
         _round_weight[(triton.cdiv(rows, 128), triton.cdiv(inputs, 64))](
             weight,
             sums,
