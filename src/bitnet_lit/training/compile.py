@@ -37,7 +37,12 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 
 
 def compile_network(model: nn.Module) -> None:
-    """Compile a network in place, at its first call; the names of its parameters stay."""
+    """Compile a network in place, at its first call; the names of its parameters stay.
+
+    What was compiled for other networks in this process is forgotten. PyTorch keeps eight variants of a function, and
+    runs further ones without compiling them; the jobs of a sweep would come to more.
+    """
+    torch.compiler.reset()
     if CACHE not in os.environ and (folders := cache_folders()):
         os.environ[CACHE] = str(folders[0] / "torchinductor")
     if not isinstance(model, CausalLM):
