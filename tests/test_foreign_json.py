@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import (
-    MAX_DEPTH,
+from bitnet_lit.foreign_json import MAX_DEPTH, parse_json, read_json
+from bitnet_lit.json_shapes import (
     SHA256,
     Anything,
     Choice,
@@ -23,8 +23,6 @@ from bitnet_lit.foreign_json import (
     OrNull,
     Record,
     Text,
-    parse_json,
-    read_json,
 )
 from bitnet_lit.regular_file import open_regular
 

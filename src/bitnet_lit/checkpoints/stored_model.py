@@ -28,7 +28,8 @@ from bitnet_lit.checkpoints.file_names import CONFIG_NAME
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import ListOf, MapOf, Mismatch, Number, parse_json
+from bitnet_lit.foreign_json import parse_json
+from bitnet_lit.json_shapes import ListOf, MapOf, Mismatch, Number
 from bitnet_lit.model.tensors import EMBEDDING, HEAD, own_tensors, quantized_names, tensor_shapes
 
 if TYPE_CHECKING:

@@ -37,7 +37,8 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers import find_tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import SHA256, Choice, Flag, Integer, MapOf, OrNull, Record, Text, read_json
+from bitnet_lit.foreign_json import read_json
+from bitnet_lit.json_shapes import SHA256, Choice, Flag, Integer, MapOf, OrNull, Record, Text
 
 META_NAME = "meta.json"
 OWN_JSON_NAMES = (META_NAME, *JsonTokenizer.file_names)

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import one_line
-from bitnet_lit.foreign_json import Number, Record, read_json
+from bitnet_lit.foreign_json import read_json
+from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed
 from bitnet_lit.runs.ranks import rank

@@ -26,8 +26,9 @@ from bitnet_lit.config.slots import TARGET, as_values
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import dotted_keys, unknown_key
 from bitnet_lit.errors import UserError, one_line
-from bitnet_lit.foreign_json import Integer, Record, read_json
+from bitnet_lit.foreign_json import read_json
 from bitnet_lit.instantiate import check_allowed, named_classes
+from bitnet_lit.json_shapes import Integer, Record
 from bitnet_lit.overrides import parsed
 from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.schemes import SCHEMES

@@ -20,7 +20,8 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer, without_surrogates
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.extras import needs
-from bitnet_lit.foreign_json import Either, Integer, ListOf, OrNull, Record, Text, parse_json, read_json
+from bitnet_lit.foreign_json import parse_json, read_json
+from bitnet_lit.json_shapes import Either, Integer, ListOf, OrNull, Record, Text
 from bitnet_lit.regular_file import read_regular
 
 CONFIG_NAME = "tokenizer_config.json"
