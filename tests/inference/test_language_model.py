@@ -24,6 +24,10 @@ def test_load_generates_streams_and_gives_logits(tmp_path, tokenizer):
     text = model.generate("Once upon a time", max_new_tokens=10, seed=1)
     assert text.startswith("Once upon a time")
     assert "Once upon a time" + "".join(model.stream("Once upon a time", max_new_tokens=10, seed=1)) == text
+    prompts = ["Once", "Lily"]  # also from an iterator, which can be read once
+    assert model.generate_batch(iter(prompts), max_new_tokens=3, seed=1) == [
+        model.generate(prompt, max_new_tokens=3, seed=1, index=number) for number, prompt in enumerate(prompts)
+    ]
 
 
 def test_without_a_tokenizer_there_are_logits_but_no_text(tmp_path):

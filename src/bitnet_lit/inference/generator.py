@@ -14,13 +14,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bitnet_lit.config import GenerationConfig
 from bitnet_lit.config.checks import COUNT, list_of_texts, require_whole
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.inference.engines import Cache, Engine
+from bitnet_lit.inference.drawing import start_drawing
+from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.sampling import NotFiniteError, Sampler
 from bitnet_lit.inference.stop_texts import StopFilter
 
@@ -60,23 +58,17 @@ class _Text:
 
     Attributes:
         ids: the tokens of the prompt and those drawn since.
-        cache: the engine's keys and values of these tokens; set once the prompt was read.
         reason: why the text ended; empty while it goes on.
     """
 
-    cache: Cache
-
-    def __init__(
-        self, ids: list[int], prompt_ids: Sequence[int], sampler: Sampler, tokenizer: Tokenizer, stop: Sequence[str]
-    ) -> None:
-        self.ids, self.sampler = ids, sampler
+    def __init__(self, ids: list[int], prompt_ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.ids = ids
         self.reason = ""
-        self._ends, self._pieces = (tokenizer.eos_id, tokenizer.bos_id), tokenizer.vocab_size
+        self._ends = (tokenizer.eos_id, tokenizer.bos_id)
         self._decoder, self._stops = tokenizer.stream_decoder(prompt_ids), StopFilter(stop)
 
-    def draw(self, logits: NDArray[np.float32]) -> str:
-        """Draw the next token; returns the text that is final with it, and sets `reason` where it ends the text."""
-        token = self.sampler.draw(logits[: self._pieces], self.ids)  # a padded vocabulary has rows without a piece
+    def take(self, token: int) -> str:
+        """Take the token that was drawn; returns the text that is final with it, and sets `reason` where it ends."""
         if token in self._ends:
             return self.end("eos")
         self.ids.append(token)
@@ -131,8 +123,8 @@ class Generator:
 
     def generate_batch(self, prompts: Sequence[str], options: GenerationConfig, index: int = 0) -> list[str]:
         """Whole texts, prompts included; see `stream_batch`."""
-        texts = list(prompts)
-        for number, piece in self.stream_batch(prompts, options, index):
+        texts = list_of_texts("prompts", prompts)
+        for number, piece in self.stream_batch(list(texts), options, index):
             texts[number] += piece
         return texts
 
@@ -144,32 +136,33 @@ class Generator:
         if not prompts:
             return
         texts = []
-        for prompt, sampler in zip(prompts, samplers, strict=True):
+        for prompt in prompts:
             prompt_ids = self.tokenizer.encode(prompt)
-            ids = self._within_context(prompt_ids)
-            texts.append(_Text(ids, prompt_ids, sampler, self.tokenizer, options.stop))
+            texts.append(_Text(self._within_context(prompt_ids), prompt_ids, self.tokenizer, options.stop))
         clock = time.perf_counter()
-        logits = self._read_prompts(texts, statistics)
+        pieces = self.tokenizer.vocab_size
+        ids = [text.ids for text in texts]
+        drawing = start_drawing(self.engine, ids, samplers, pieces, options.max_new_tokens)
+        statistics.prompt_tokens = sum(map(len, set(map(tuple, ids))))
         statistics.prompt_seconds = time.perf_counter() - clock
         clock = time.perf_counter()
-        active = list(enumerate(texts))
-        for step in range(options.max_new_tokens):
-            for (number, text), row in zip(active, logits, strict=True):
-                piece = self._draw(text, row)
+        active = list(range(len(texts)))
+        for _ in range(options.max_new_tokens):
+            tokens = drawing.draw(active)
+            for number in active:
+                text = texts[number]
+                piece = text.take(self._next(tokens, text))
                 statistics.new_tokens += 1
                 statistics.new_seconds = time.perf_counter() - clock
-                if not text.reason and text.cache.length >= self.engine.max_length:
+                if not text.reason and len(text.ids) > self.engine.max_length:
                     piece += text.end("context")
                 if piece:
                     yield number, piece
-            active = [(number, text) for number, text in active if not text.reason]
-            if not active or step == options.max_new_tokens - 1:
+            active = [number for number in active if not texts[number].reason]
+            if not active:
                 break
-            logits = list(
-                self.engine.forward([text.ids[-1:] for _, text in active], [text.cache for _, text in active])
-            )
-        for number, text in active:
-            if piece := text.end("max_new_tokens"):
+        for number in active:
+            if piece := texts[number].end("max_new_tokens"):
                 yield number, piece
         statistics.reason = ", ".join(sorted({text.reason for text in texts}))
 
@@ -182,25 +175,10 @@ class Generator:
             )
         return ids[-room:]
 
-    def _read_prompts(self, texts: Sequence[_Text], statistics: Statistics) -> list[NDArray[np.float32]]:
-        """Fill the caches from the prompts, all in one step and equal prompts once; returns the logits of each text."""
-        of_prompt: dict[tuple[int, ...], list[_Text]] = {}
-        for text in texts:
-            of_prompt.setdefault(tuple(text.ids), []).append(text)
-        caches = [self.engine.new_cache() for _ in of_prompt]
-        logits = self.engine.forward(list(of_prompt), caches)
-        first: dict[int, NDArray[np.float32]] = {}
-        for row, cache, same in zip(logits, caches, of_prompt.values(), strict=True):
-            for text in same:
-                text.cache = cache if text is same[0] else cache.fork()
-                first[id(text)] = row
-        statistics.prompt_tokens = sum(map(len, of_prompt))
-        return [first[id(text)] for text in texts]
-
-    def _draw(self, text: _Text, logits: NDArray[np.float32]) -> str:
-        """`_Text.draw`, with what is wrong with the model where its logits are NaN or infinite."""
+    def _next(self, tokens: Iterator[int], text: _Text) -> int:
+        """The next token, with what is wrong with the model where its logits are NaN or infinite."""
         try:
-            return text.draw(logits)
+            return next(tokens)
         except NotFiniteError:
             raise NotFiniteError(
                 f"the model computes no numbers: the logits of token {len(text.ids)} are not finite{self.find_damage()}"

@@ -202,8 +202,9 @@ class LanguageModel:
         Returns:
             The whole texts in the order of the prompts, each with its prompt.
         """
+        texts = list_of_texts("prompts", prompts)
         pieces = self.stream_batch(
-            prompts,
+            list(texts),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -215,7 +216,6 @@ class LanguageModel:
             stop=stop,
             index=index,
         )
-        texts = list(prompts)
         for number, piece in pieces:
             texts[number] += piece
         return texts
@@ -294,7 +294,7 @@ def _take_tokenizer(stored: StoredModel, given: str | Path | Tokenizer) -> None:
 def load(
     path: str | Path | None = None,
     *,
-    engine: Literal["auto", "cpu", "torch"] = "auto",
+    engine: Literal["auto", "cpu", "cuda", "torch"] = "auto",
     device: str = "cpu",
     threads: int | None = None,
     head: Literal["auto", "int8", "int4", "float"] = "auto",
@@ -307,12 +307,13 @@ def load(
     Args:
         path: a run folder, a model folder, llama2.c's .pt or .bin, or a model of the Hugging Face hub (owner/name).
             None: the newest run below outputs/.
-        engine: cpu (the native engine: compiled code), torch, or auto: the native engine where it can run the model,
-            and PyTorch otherwise, with a warning that says why.
-        device: cpu, cuda or mps; cuda:1 is the second GPU.
+        engine: cpu (the native engine: compiled code), cuda (kernels for NVIDIA GPUs), torch, or auto: the engine of
+            the device where it can run the model, and PyTorch otherwise, with a warning that says why.
+        device: cpu, cuda or mps; cuda:1 is the second GPU. engine="cuda" alone means device="cuda".
         threads: threads of the native engine. None: one on each physical core.
-        head: how the native engine stores the output head: int8, int4, float (as stored; exact and slower), or auto.
-        kv_cache: how the native engine stores keys and values: half (float16), float (float32) or int8.
+        head: how the engine stores the output head: int8, int4 (native engine), float (as stored; exact and slower), or
+            auto.
+        kv_cache: how the engine stores keys and values: half (float16), float (float32) or int8 (native engine).
         tokenizer: a SentencePiece model, a tokenizer.json or a `Tokenizer` of your own, for a model that comes without
             a tokenizer.
         schemes: quantization schemes of your own that the model may name: classes, or their names <module>.<class>.

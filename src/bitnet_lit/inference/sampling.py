@@ -117,10 +117,13 @@ class Sampler:
         # numpy promises the same bits of PCG64 on every machine and in every version.
         self._bits = np.random.PCG64(None if seed is None else [abs(seed), seed < 0, index])
 
+    def uniform(self) -> float:
+        """The next random number in [0, 1); each token takes one."""
+        return float((self._bits.random_raw() >> 11) * 2.0**-53)
+
     def draw(self, logits: Floats, recent: Sequence[int]) -> int:
         """Draw one token id; `logits` and `recent` are those of `distribution`."""
         sums = distribution(logits, recent, self.options).cumsum(dtype=np.float64)
-        uniform = (self._bits.random_raw() >> 11) * 2.0**-53  # in [0, 1)
-        token = int(np.searchsorted(sums, uniform * sums[-1], side="right"))
+        token = int(np.searchsorted(sums, self.uniform() * sums[-1], side="right"))
         # A number that rounds to the whole sum would fall behind the last token that can be drawn.
         return min(token, int(np.searchsorted(sums, sums[-1])))
