@@ -14,23 +14,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitnet_lit.checkpoints.formats.gguf import Gguf
-from bitnet_lit.checkpoints.formats.model_folder import describe
-from bitnet_lit.checkpoints.formats.model_folder_writer import write_folder
-from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.checkpoints.pretrained import build_pretrained
-from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
-from bitnet_lit.checkpoints.stored_model import StoredModel
-from bitnet_lit.config import BenchConfig, ModelConfig, QuantConfig
+from bitnet_lit.config import BenchConfig, ModelConfig
 from bitnet_lit.data.sources.demo import demo_stories
-from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.tokenizers.train_sentencepiece import TRAINED_NAME, train_tokenizer
 from bitnet_lit.extras import installed
 from bitnet_lit.inference.engines import Engine
@@ -38,7 +30,7 @@ from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
-from bitnet_lit.model.tensors import quantized_names, tensor_shapes
+from bitnet_lit.inference.random_weights import random_folder
 
 SHAPES = ((256, 6, 768, 8), (768, 12, 2048, 12), (1536, 24, 4096, 16))
 VOCABULARY = 32000
@@ -49,10 +41,9 @@ BANDWIDTH_BYTES = 2**30  # larger than any cache
 Timed = Callable[[], float]
 
 
-def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Tokenizer) -> StoredModel:
-    """Write a packed model folder of `shape` with random codes, and open it."""
+def _config(shape: tuple[int, int, int, int]) -> ModelConfig:
     hidden, layers, ffn, heads = shape
-    config = ModelConfig(
+    return ModelConfig(
         name="/".join(map(str, shape)),
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -61,28 +52,6 @@ def random_model(folder: Path, shape: tuple[int, int, int, int], tokenizer: Toke
         vocab_size=VOCABULARY,
         max_position_embeddings=2 * (PROMPT + NEW),
     )
-    quant = QuantConfig()
-    quantized = quantized_names(config, quant)
-    generator = torch.Generator().manual_seed(0)
-
-    def dense(shape: tuple[int, ...]) -> Tensor:
-        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
-
-    def codes(shape: tuple[int, ...]) -> Tensor:
-        pairs = [torch.randint(0, 3, shape, generator=generator, dtype=torch.uint8) << 2 * i for i in range(4)]
-        return pairs[0] | pairs[1] | pairs[2] | pairs[3]
-
-    tensors = []
-    for name, shape_of in tensor_shapes(config).items():
-        if name in quantized:
-            packed = (shape_of[0] // 4, shape_of[1])
-            tensors.append(LazyTensor(name, packed, torch.uint8, partial(codes, packed)))
-            tensors.append(LazyTensor(f"{name}_scale", (1,), torch.float32, lambda: torch.tensor([0.02])))
-        else:
-            tensors.append(LazyTensor(name, shape_of, torch.float32, partial(dense, shape_of)))
-    folder.mkdir()
-    write_folder(folder, describe(config, quant, tokenizer, {}, packed=True), tensors, tokenizer)
-    return open_stored(folder)
 
 
 def _rate(tokens: int, run: Callable[[], object]) -> float:
@@ -216,7 +185,7 @@ def cpu_rows(config: BenchConfig) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(demo_stories(2000), 1024, Path(scratch) / TRAINED_NAME)
         for shape in SHAPES:
-            stored = random_model(Path(scratch) / "model", shape, tokenizer)
+            stored = random_folder(Path(scratch) / "model", _config(shape), tokenizer)
             name = stored.config.name
             model = NativeModel(stored, threads=threads)
             ours = _engine_pair(CpuEngine(model), NEW)

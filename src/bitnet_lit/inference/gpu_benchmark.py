@@ -1,0 +1,205 @@
+"""`bench suite=gpu_decode`: decode on a GPU, beside our dense twin and PyTorch without graphs.
+
+The weights are random, because speed does not depend on their values. Rounds are interleaved (ours, theirs, ours, ...).
+`decode` measures steps of the engine that draw their tokens on the GPU, greedily, without anybody looking at them;
+`generate` measures what `infer` does, from prompts to text. The dense twin is the same engine without quantization:
+bfloat16 matrices by cuBLAS in the same CUDA graphs. A step of one text reads every weight once, so the bandwidth of the
+memory, measured in the same run by copying, is its limit.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bitnet_lit.checkpoints.pretrained import build_pretrained
+from bitnet_lit.config import BenchConfig, GenerationConfig, ModelConfig, QuantConfig
+from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.inference.engines.cuda.engine import CudaEngine
+from bitnet_lit.inference.engines.cuda.sampling import Variant
+from bitnet_lit.inference.engines.torch_engine import TorchEngine
+from bitnet_lit.inference.generator import Generator
+from bitnet_lit.inference.random_weights import random_model
+
+OF_2B4T = (2560, 30, 6912, 20)
+"""BitNet b1.58 2B4T (conf/model/2b4t.yaml); its other sizes are taken too."""
+SHAPES = ((288, 6, 768, 6), (768, 12, 2048, 12), (2048, 16, 5632, 16), OF_2B4T)
+VOCABULARY = 32000
+CONTEXT = 1024
+PROMPT = NEW = 128  # tokens
+NEW_OF_SLOW = 8  # tokens that PyTorch decodes: enough for its rate
+BATCHES = (1, 64)
+COPIED_BYTES = 2**30  # larger than any cache
+
+Timed = Callable[[], float]
+
+
+class NumberTokenizer(Tokenizer):
+    """A word for each token of a vocabulary of any size: its number. No token ends a text."""
+
+    bos_id = eos_id = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """See `Tokenizer`; the text is numbers."""
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return b"".join(map(self.piece_bytes, ids)).decode()
+
+    def piece_bytes(self, token: int) -> bytes:
+        """See `Tokenizer`."""
+        return b" %d" % token
+
+
+def _config(shape: tuple[int, int, int, int]) -> ModelConfig:
+    hidden, layers, ffn, heads = shape
+    config = ModelConfig(
+        name="/".join(map(str, shape)),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=ffn,
+        num_attention_heads=heads,
+        max_position_embeddings=CONTEXT,
+        vocab_size=VOCABULARY,
+    )
+    if shape != OF_2B4T:
+        return config
+    return replace(config, num_key_value_heads=5, hidden_act="relu2", vocab_size=128256, rope_theta=5e5)
+
+
+def _rate(tokens: int, run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return tokens / (time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def _decode(engine: CudaEngine, batch: int) -> Timed:
+    """A function that measures decode steps in tokens/s: tokens are drawn on the GPU, and nobody reads them."""
+    caches = [engine.new_cache() for _ in range(batch)]
+    engine.forward([list(range(3, 3 + PROMPT))] * batch, caches)
+    variant = Variant.of(GenerationConfig(temperature=0), engine.network.config.vocabulary)
+
+    @torch.inference_mode()
+    def steps() -> None:
+        for _ in range(NEW):
+            rows.place(caches)
+            rows.run(variant)
+            for cache in caches:
+                cache.length += 1
+
+    def measure() -> float:
+        for cache in caches:
+            cache.truncate(PROMPT)
+        return _rate(batch * NEW, steps)
+
+    rows = engine.take_rows(batch)
+    return measure
+
+
+def _generate(engine: CudaEngine, batch: int) -> Timed:
+    """A function that measures what `infer` does, behind the prompts, in tokens/s; with the options' defaults."""
+    generator = Generator(engine, NumberTokenizer(engine.network.config.vocabulary))
+    prompts = [" ".join(str(3 + text + i) for i in range(PROMPT)) for text in range(batch)]
+    options = GenerationConfig(max_new_tokens=NEW, seed=0)
+
+    def measure() -> float:
+        generator.generate_batch(prompts, options)
+        return generator.statistics.new_tokens / generator.statistics.new_seconds
+
+    return measure
+
+
+def _pytorch(engine: TorchEngine, batch: int) -> Timed:
+    """The same steps of the PyTorch engine, which runs the texts of a batch one after the other."""
+
+    def measure() -> float:
+        caches = [engine.new_cache() for _ in range(batch)]
+        engine.forward([list(range(3, 3 + PROMPT))] * batch, caches)
+
+        def run() -> None:
+            for token in range(NEW_OF_SLOW):
+                engine.forward([[3 + token]] * batch, caches)
+
+        return _rate(batch * NEW_OF_SLOW, run)
+
+    return measure
+
+
+def _copy_bandwidth() -> float:
+    """Bytes/s of the memory: read and written by a copy."""
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * _rate(8 * COPIED_BYTES, lambda: [target.copy_(source) for _ in range(8)])
+
+
+def bytes_per_token(engine: CudaEngine, length: int) -> int:
+    """Bytes that a step of one text reads behind `length` tokens: matrices, head, keys and values."""
+    config, network = engine.network.config, engine.network
+    matrices = [one for layer in network.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    cache = 2 * config.num_hidden_layers * config.kv_size * length * 2
+    return sum(matrix.nbytes for matrix in matrices) + network.head.nbytes + cache
+
+
+def _row(shape: str, what: str, peer: str, ours: list[float], theirs: list[float], unit: str) -> dict[str, Any]:
+    mine, their = statistics.median(ours), statistics.median(theirs)
+    return {
+        "shape": shape,
+        "what": what,
+        "ours": mine,
+        "peer": peer,
+        "theirs": their,
+        "unit": unit,
+        "ratio": mine / their,
+        "spread": f"{min(ours):,.0f}-{max(ours):,.0f} / {min(theirs):,.0f}-{max(theirs):,.0f}",
+    }
+
+
+def _interleaved(ours: Timed, theirs: Timed, rounds: int) -> tuple[list[float], list[float]]:
+    ours(), theirs()  # compiles kernels, captures graphs
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def gpu_decode_rows(config: BenchConfig) -> list[dict[str, Any]]:
+    """The rows of `bench suite=gpu_decode`: shape, what is measured, ours, the peer, theirs, unit, ratio, spread."""
+    rows: list[dict[str, Any]] = []
+    for sizes in SHAPES:
+        shape = _config(sizes)
+        stored = random_model(shape, QuantConfig())
+        ours = CudaEngine(stored, "cuda")
+        dense = CudaEngine(random_model(shape, QuantConfig(name="none")), "cuda")
+        for batch in BATCHES:
+            what, decode = f"decode, batch {batch}", _decode(ours, batch)
+            pair = _interleaved(decode, _decode(dense, batch), config.rounds)
+            rows.append(_row(shape.name, what, "dense twin, bfloat16", *pair, "tokens/s"))
+            pair = _interleaved(_generate(ours, batch), decode, config.rounds)
+            rows.append(_row(shape.name, f"generate, batch {batch}", "the engine's decode", *pair, "tokens/s"))
+        per_token = bytes_per_token(ours, PROMPT + NEW // 2)  # on average half of the new tokens are in the cache
+        steps, copies = _interleaved(_decode(ours, 1), _copy_bandwidth, config.rounds)
+        moved, bandwidth = [rate * per_token / 1e9 for rate in steps], [rate / 1e9 for rate in copies]
+        what = f"decode reads {per_token / 1e6:,.1f} MB a token"
+        rows.append(_row(shape.name, what, "memory, by a copy", moved, bandwidth, "GB/s"))
+        del dense
+        gc.collect()
+        torch.cuda.empty_cache()
+        eager = TorchEngine(build_pretrained(stored).model.cuda())
+        few = max(1, config.rounds // 3)
+        pair = _interleaved(_decode(ours, 1), _pytorch(eager, 1), few)
+        rows.append(_row(shape.name, "decode, batch 1", "PyTorch, eager", *pair, "tokens/s"))
+        del ours, eager, decode, pair
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
