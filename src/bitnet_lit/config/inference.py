@@ -14,9 +14,11 @@ from bitnet_lit.config.checks import SIZE, Checked, Range, list_of_texts, one_of
 from bitnet_lit.config.network import import_schemes
 from bitnet_lit.errors import UserError
 
-ENGINES = ("auto", "cpu", "torch")
+ENGINES = ("auto", "cpu", "cuda", "torch")
 HEADS = ("auto", "int8", "int4", "float")
 KV_CACHES = ("half", "float", "int8")
+CUDA_HEADS = ("auto", "int8", "float")
+CUDA_KV_CACHES = ("half", "float")
 DEVICES = ("cpu", "cuda", "mps")
 
 MANY = Range(0, 1e30)  # a number above the number of tokens means all tokens
@@ -40,25 +42,28 @@ class CheckpointConfig(Checked):
 
 @dataclass
 class EngineConfig(Checked):
-    """EngineConfig says what computes the logits. `threads`, `head` and `kv_cache` are for the native engine only.
+    """EngineConfig says what computes the logits. `threads` is for the native engine only, `head` and `kv_cache` for it
+    and the CUDA engine.
 
     Raises:
-        UserError: a name is unknown, a number is outside its range, or engine=cpu is set with another device.
+        UserError: a name is unknown, a number is outside its range, or an engine is set with a device of another kind.
     """
 
     engine: str = "auto"
-    """cpu: the native engine, C++ compiled for this machine. torch: PyTorch. auto: the native engine where it can run
-    the model, and PyTorch otherwise, with a note that says why."""
+    """cpu: the native engine, C++ compiled for this machine. cuda: the CUDA engine, kernels for NVIDIA GPUs. torch:
+    PyTorch. auto: the native engine on a CPU and the CUDA engine on a GPU where they can run the model, and PyTorch
+    otherwise, with a note that says why."""
     device: str = "cpu"
-    """cpu, cuda or mps; cuda:1 is the second GPU. With cuda and mps, engine=auto is PyTorch."""
+    """cpu, cuda or mps; cuda:1 is the second GPU. engine=cuda alone means device=cuda."""
     threads: int | None = None
     """Threads of the native engine. null: one on each physical core."""
     head: str = "auto"
-    """How the native engine stores the rows of the output head: int8, int4 (with int8 for the likeliest tokens), float
-    (as in the model folder; exact and slower), or auto: int4 where int8 rows are larger than the processor's caches."""
+    """How an engine stores the rows of the output head: int8, int4 (with int8 for the likeliest tokens; the native
+    engine only), float (as in the model folder; exact and slower), or auto: int8, and in the native engine int4 where
+    int8 rows are larger than the processor's caches."""
     kv_cache: str = "half"
-    """How the native engine stores keys and values: half (float16), float (float32), or int8 with one scale for each
-    head and token."""
+    """How an engine stores keys and values: half (float16), float (float32), or, in the native engine only, int8 with
+    one scale for each head and token."""
 
     RANGES: ClassVar[dict[str, Range]] = {"threads": SIZE}
 
@@ -70,6 +75,16 @@ class EngineConfig(Checked):
         kind, colon, index = str(self.device).partition(":")
         if kind not in DEVICES or (colon and not (kind == "cuda" and index.isdecimal())):
             raise UserError(f"device={self.device}: must be one of {', '.join(DEVICES)}, or cuda:<number of the GPU>")
+        if self.engine == "cuda":
+            self.device = "cuda" if self.device == "cpu" else self.device  # cpu is the default, not what a user meant
+            if not self.device.startswith("cuda"):
+                raise UserError(
+                    f"engine=cuda and device={self.device}: the CUDA engine runs on NVIDIA GPUs alone: take "
+                    "engine=torch, or device=cuda"
+                )
+            for key, value, held in (("head", self.head, CUDA_HEADS), ("kv_cache", self.kv_cache, CUDA_KV_CACHES)):
+                if value not in held:
+                    raise UserError(f"engine=cuda and {key}={value}: the CUDA engine has {key}={'|'.join(held)}")
         if self.engine == "cpu" and self.device != "cpu":
             raise UserError(
                 f"engine=cpu and device={self.device}: the native engine runs on the CPU alone: take engine=torch, or "

@@ -20,7 +20,6 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.language_model import LanguageModel
 
 SEPARATOR = "---"
-TEXTS_AT_ONCE = 8  # they share each pass over the weights; more would gain little, and every text takes memory
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
@@ -62,7 +61,7 @@ def _print_texts(model: LanguageModel, config: InferConfig, prompts: Sequence[st
     """Generate `num_samples` texts from each prompt, some at a time. Return them, prompts included."""
     texts: list[str] = []
     every = (prompt for prompt in prompts for _ in range(config.num_samples))
-    while some := list(islice(every, TEXTS_AT_ONCE)):
+    while some := list(islice(every, model.engine.texts_at_once)):
         if texts:
             print(SEPARATOR)
         pieces = model.generator.stream_batch(some, config, index=len(texts))

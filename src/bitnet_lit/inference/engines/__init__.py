@@ -36,6 +36,8 @@ class Engine(Protocol):
     """What runs: "PyTorch", or the native engine with its instruction set and threads."""
     max_length: int
     """The context, in tokens."""
+    texts_at_once: int
+    """Texts that are best generated together: they share each pass over the weights, and every text takes memory."""
 
     def new_cache(self) -> Any:
         """Return an empty cache of the kind that `forward` takes."""

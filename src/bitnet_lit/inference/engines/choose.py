@@ -1,27 +1,28 @@
 """Which engine runs a model: the one that the user names, or the fastest that can.
 
-The native engine says what it cannot run (cpu/supported_models.py); PyTorch runs every model.
+The native engine and the CUDA engine say what they cannot run (their supported_models.py); PyTorch runs every model.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import EngineConfig
+from bitnet_lit.config.inference import CUDA_HEADS, CUDA_KV_CACHES
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 from bitnet_lit.inference.engines.cpu.engine import CpuEngine, NativeModel
 from bitnet_lit.inference.engines.cpu.supported_models import why_unsupported
+from bitnet_lit.inference.engines.cuda import supported_models
+from bitnet_lit.inference.engines.cuda.supported_models import NoKernelsError
 from bitnet_lit.native.build import NoCompilerError
 
 if TYPE_CHECKING:
     from bitnet_lit.model import CausalLM
-
-NATIVE = ("threads", "head", "kv_cache")  # options of the native engine alone
 
 
 def check_device(device: str) -> None:
@@ -41,32 +42,72 @@ def check_device(device: str) -> None:
 
 
 def choose_engine(stored: StoredModel, options: EngineConfig, network: Callable[[], CausalLM]) -> Engine:
-    """The engine that `options` name; for `auto` the native one where it can run the model, or else PyTorch.
+    """The engine that `options` name; for `auto` the fastest of the device that can run the model.
 
-    Warns where `auto` takes PyTorch on a CPU and says why, and where options of the native engine have no effect.
+    Warns where `auto` takes PyTorch and says why, and where options have no effect.
 
     Args:
         network: gives the model as a PyTorch network on its device; called only if PyTorch runs it.
 
     Raises:
-        UserError: engine=cpu, and the native engine cannot run the model.
+        UserError: an engine is named that cannot run the model.
     """
-    if options.engine == "cpu" or (options.engine == "auto" and options.device == "cpu"):
-        reason = why_unsupported(stored.config, stored.quant)
-        if reason is None:
-            try:
-                threads = allowed_threads(options.threads)
-                return CpuEngine(NativeModel(stored, options.head, options.kv_cache, threads))
-            except NoCompilerError as error:
-                reason = str(error)
-        if options.engine == "cpu":
-            raise UserError(f"engine=cpu: cannot run {stored.path}: {reason}: take engine=torch")
-        warnings.warn(f"{stored.path}: PyTorch runs it, slower than the native engine: {reason}", stacklevel=4)
-    default = EngineConfig()
-    of_native = {key: getattr(options, key) for key in NATIVE if getattr(options, key) != getattr(default, key)}
-    if of_native:
-        given = ", ".join(f"{key}={value}" for key, value in of_native.items())
-        warnings.warn(f"{given}: no effect, because PyTorch runs the model, not the native engine", stacklevel=4)
+    kind = options.device.partition(":")[0] if options.engine == "auto" else options.engine
+    engine = {"cpu": _native_engine, "cuda": _cuda_engine}.get(kind, _no_engine)(stored, options)
+    if not isinstance(engine, str):
+        return engine
+    if engine and options.engine != "auto":
+        raise UserError(f"engine={kind}: cannot run {stored.path}: {engine}: take engine=torch")
+    if engine:
+        faster = {"cpu": "native", "cuda": "CUDA"}[kind]
+        warnings.warn(f"{stored.path}: PyTorch runs it, slower than the {faster} engine: {engine}", stacklevel=4)
+    _warn_of_unused(options, ("threads", "head", "kv_cache"), "PyTorch runs the model")
     from bitnet_lit.inference.engines.torch_engine import TorchEngine
 
     return TorchEngine(network())
+
+
+def _no_engine(stored: StoredModel, options: EngineConfig) -> str:
+    return ""
+
+
+def _native_engine(stored: StoredModel, options: EngineConfig) -> Engine | str:
+    """The native engine, or why it cannot run the model."""
+    reason = why_unsupported(stored.config, stored.quant)
+    if reason is None:
+        try:
+            threads = allowed_threads(options.threads)
+            return CpuEngine(NativeModel(stored, options.head, options.kv_cache, threads))
+        except NoCompilerError as error:
+            reason = str(error)
+    return reason
+
+
+def _cuda_engine(stored: StoredModel, options: EngineConfig) -> Engine | str:
+    """The CUDA engine, or why it cannot run the model."""
+    reason = supported_models.why_unsupported(stored.config, stored.quant)
+    reason = reason or supported_models.why_unusable(options.device)
+    if reason is not None:
+        return reason
+    from bitnet_lit.inference.engines.cuda.engine import CudaEngine
+
+    _warn_of_unused(options, ("threads",), "the CUDA engine runs the model")
+    head = options.head if options.head in CUDA_HEADS else "int8"
+    kv_cache = options.kv_cache if options.kv_cache in CUDA_KV_CACHES else "half"
+    if (head, kv_cache) != (options.head, options.kv_cache):
+        warnings.warn(
+            f"head={options.head}, kv_cache={options.kv_cache}: the CUDA engine takes head={head}, kv_cache={kv_cache}",
+            stacklevel=5,
+        )
+    try:
+        return CudaEngine(stored, options.device, head, kv_cache)
+    except NoKernelsError as error:
+        return str(error)
+
+
+def _warn_of_unused(options: EngineConfig, keys: Sequence[str], why: str) -> None:
+    default = EngineConfig()
+    unused = {key: getattr(options, key) for key in keys if getattr(options, key) != getattr(default, key)}
+    if unused:
+        given = ", ".join(f"{key}={value}" for key, value in unused.items())
+        warnings.warn(f"{given}: no effect, because {why}", stacklevel=5)

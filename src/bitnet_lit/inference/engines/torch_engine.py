@@ -27,6 +27,8 @@ class TorchEngine:
             for a model that is being trained.
     """
 
+    texts_at_once = 8
+
     def __init__(self, model: CausalLM, pack: bool = True) -> None:
         self.name = "PyTorch"
         self.device = model.model.embed_tokens.weight.device

@@ -184,6 +184,8 @@ class Cache:
 class CpuEngine:
     """Runs a `NativeModel` as an `inference.engines.Engine`."""
 
+    texts_at_once = 8  # more would gain little
+
     def __init__(self, model: NativeModel) -> None:
         self.model = model
         self.name = f"native, {native.library().bitnet_simd().decode()}, {model.threads} threads"
