@@ -124,7 +124,7 @@ class Replicas(Exchange):
         done = work(_stack(matrices[first : first + each], (each, *self.shape), matrices[0].device)).contiguous()
         gathered = done.new_empty(self.world_size * each, *self.shape)
         return _when(
-            dist.all_gather_into_tensor(gathered, done, async_op=True),
+            dist.all_gather_into_tensor(gathered, done, async_op=done.is_cuda),  # gloo must keep an order
             lambda: list(gathered[: len(matrices)].unbind()),
         )
 
@@ -154,7 +154,7 @@ class Shards(Exchange):
         whole[:, :size] = work(whole[:, :size])
         sent.view(ranks, each, rows, columns).copy_(whole.view(each, ranks, rows, columns).transpose(0, 1))
         return _when(
-            dist.all_to_all_single(got, sent, group=self.group, async_op=True),
+            dist.all_to_all_single(got, sent, group=self.group, async_op=got.is_cuda),
             lambda: [result[: part.shape[0]] for result, part in zip(got, matrices, strict=False)],
         )
 
