@@ -19,7 +19,7 @@ from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.bit_linear import BitLinearFunction
 from bitnet_lit.quant.kernels import cpu
 from bitnet_lit.quant.kernels.choose import describe
-from bitnet_lit.training.muon import orthogonalize
+from bitnet_lit.training.muon import Muon, orthogonalize
 from tests.support import tiny_config
 
 if not newton_schulz.is_available():
@@ -36,6 +36,9 @@ SCHEMES = [
 ]
 # Sums of up to 512 float32 products in another order, of values near 1.
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+# On processors with AMX, products of matrices from 128 x 128 on have an error of up to 2^-16 of each product of two
+# numbers near 1, in sums of 200 and more of them (csrc/amx.h).
+LARGE_CLOSE = {"atol": 1e-3, "rtol": 1e-4}
 
 
 def linear(inputs, outputs, quant):
@@ -61,7 +64,7 @@ def gradients(outputs, tensors):
 )
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs"),
-    [((2, 50), 64, (48, 16, 16)), ((3,), 36, (7,)), ((1, 200), 260, (100, 33))],
+    [((2, 50), 64, (48, 16, 16)), ((3,), 36, (7,)), ((1, 200), 260, (100, 33)), ((2, 105), 128, (96, 64))],
     ids=str,
 )
 def test_linears(quant, tokens, inputs, outputs):
@@ -71,12 +74,13 @@ def test_linears(quant, tokens, inputs, outputs):
     ours, theirs = normed_linears(x, None, 0.0, layers), [reference(x, layer) for layer in layers]
     for mine, other in zip(ours, theirs, strict=True):
         if quant.name in ("none", "b158_group"):
-            assert_close(mine, other, **CLOSE)
+            assert_close(mine, other, **(LARGE_CLOSE if inputs >= 128 else CLOSE))
         else:  # the integers are equal, and so is what they are multiplied by
             assert torch.equal(mine, other)
     tensors = [x, *(layer.weight for layer in layers)]
+    close = LARGE_CLOSE if inputs >= 128 else {"atol": 1e-4, "rtol": 2e-5}  # sums over 100 tokens
     for mine, other in zip(gradients(ours, tensors), gradients(theirs, tensors), strict=True):
-        assert_close(mine, other, atol=1e-4, rtol=2e-5)  # sums over 200 tokens
+        assert_close(mine, other, **close)
 
 
 def test_a_norm_before_linears():
@@ -104,13 +108,13 @@ def test_gradients_that_do_not_lie_side_by_side():
         assert_close(mine, other, atol=1e-4, rtol=2e-5)
 
 
-@pytest.mark.parametrize("relu2", [False, True])
-@pytest.mark.parametrize("has_norms", [False, True])
-def test_gated_mlp(relu2, has_norms):
+@pytest.mark.parametrize(("relu2", "has_norms", "hidden"), [(False, True, 48), (True, False, 48), (False, True, 128)])
+def test_gated_mlp(relu2, has_norms, hidden):
     torch.manual_seed(0)
-    layers = [linear(48, 80, QuantConfig(name="none")) for _ in range(2)] + [linear(80, 48, QuantConfig(name="none"))]
-    x = torch.randn(2, 60, 48, requires_grad=True)
-    gains = [torch.rand(size, requires_grad=True) for size in (48, 80)] if has_norms else [None, None]
+    dense, ffn = QuantConfig(name="none"), hidden + 32
+    layers = [linear(hidden, ffn, dense), linear(hidden, ffn, dense), linear(ffn, hidden, dense)]
+    x = torch.randn(2, 60, hidden, requires_grad=True)
+    gains = [torch.rand(size, requires_grad=True) for size in (hidden, ffn)] if has_norms else [None, None]
 
     def norm(value, gain):
         return value if gain is None else F.rms_norm(value, value.shape[-1:], gain, 1e-5)
@@ -120,10 +124,10 @@ def test_gated_mlp(relu2, has_norms):
     act = F.relu(gate).square() if relu2 else F.silu(gate)
     theirs = layers[2](norm(act * layers[1](h), gains[1]))
     ours = gated_mlp(x, *gains, (1e-5, 1e-5), relu2, layers)
-    assert_close(ours, theirs, **CLOSE)
+    assert_close(ours, theirs, **(LARGE_CLOSE if hidden >= 128 else CLOSE))
     tensors = [x, *(layer.weight for layer in layers), *(gain for gain in gains if gain is not None)]
     for mine, other in zip(gradients([ours], tensors), gradients([theirs], tensors), strict=True):
-        assert_close(mine, other, atol=2e-4, rtol=2e-5)
+        assert_close(mine, other, **(LARGE_CLOSE if hidden >= 128 else {"atol": 2e-4, "rtol": 2e-5}))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,9 @@ def test_rotary_attention(batch, length, heads, kv_heads, size):
         assert_close(mine, other, atol=5e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), [((2, 70), 64, 1000), ((1, 1), 20, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary"), [((2, 70), 64, 1000), ((1, 1), 20, 7), ((3, 50), 128, 512)]
+)
 def test_next_token_loss(tokens, hidden, vocabulary):
     torch.manual_seed(0)
     x, gain = torch.randn(*tokens, hidden, requires_grad=True), torch.rand(hidden, requires_grad=True)
@@ -153,18 +159,43 @@ def test_next_token_loss(tokens, hidden, vocabulary):
     ours = next_token_loss(x, gain, 1e-5, head, targets)
     logits = F.rms_norm(x, (hidden,), gain, 1e-5) @ head.T
     theirs = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-    assert_close(ours, theirs, **CLOSE)
+    large = hidden >= 128
+    assert_close(ours, theirs, **(LARGE_CLOSE if large else CLOSE))
     for mine, other in zip(gradients([ours], [x, gain, head]), gradients([theirs], [x, gain, head]), strict=True):
-        assert_close(mine, other, atol=1e-6, rtol=1e-4)
+        assert_close(mine, other, atol=1e-5 if large else 1e-6, rtol=1e-3 if large else 1e-4)
 
 
-@pytest.mark.parametrize("shape", [(3, 128, 128), (2, 150, 40), (2, 16, 100), (1, 1, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 128, 128), (1, 256, 128), (2, 150, 40), (2, 16, 100), (1, 1, 5)], ids=str)
 def test_newton_schulz(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     options = (3.4445, -4.775, 2.0315), 5, 1e-7
-    # Each iteration multiplies differences by up to 3.4; the results are near 1 / sqrt(size).
-    assert_close(newton_schulz.orthogonalize(matrices, *options), orthogonalize(matrices, *options), atol=5e-6, rtol=0)
+    # Each iteration multiplies differences by up to 3.4, and the results are near 1 / sqrt(size).
+    tolerance = 5e-4 if min(shape[1:]) >= 128 else 5e-6
+    assert_close(
+        newton_schulz.orthogonalize(matrices, *options), orthogonalize(matrices, *options), atol=tolerance, rtol=0
+    )
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muons_whole_step(monkeypatch, nesterov):
+    """In C++ and in PyTorch, for three steps of tall and wide matrices with weight decay."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((20, 12), (20, 12), (12, 20))]
+    gradients_of = [[torch.randn_like(weight) for weight in start] for _ in range(3)]
+    results = []
+    for is_available in (True, False):
+        monkeypatch.setattr(newton_schulz, "is_available", lambda is_available=is_available: is_available)
+        parameters = [torch.nn.Parameter(weight.clone()) for weight in start]
+        optimizer = Muon(parameters, lr=0.1, weight_decay=0.1, nesterov=nesterov)
+        for step in gradients_of:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        averages = [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+        results.append([*(parameter.detach() for parameter in parameters), *averages])
+    for mine, other in zip(*results, strict=True):
+        assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
 def loss_and_gradients(quant, kernel, threads=1, **sizes):
@@ -196,7 +227,7 @@ def test_a_dense_model(sizes):
     for mine, other in zip(
         loss_and_gradients("none", "native", **sizes), loss_and_gradients("none", "reference", **sizes), strict=True
     ):
-        assert_close(mine, other, atol=1e-6, rtol=1e-3)  # gradients are near 1e-2
+        assert_close(mine, other, atol=2e-6, rtol=1e-3)  # gradients are near 1e-2
 
 
 @pytest.mark.parametrize("quant", ["b158", "b1"])

@@ -104,13 +104,31 @@ class Loss(ctypes.Structure):
     )
 
 
+class Iterations(ctypes.Structure):
+    """`struct Iterations` of newton_schulz.h, as are the next two."""
+
+    _fields_ = (*((name, c_float) for name in ("a", "b", "c", "eps")), ("steps", c_int32))
+
+
 class NewtonSchulz(ctypes.Structure):
-    """`struct NewtonSchulz` of newton_schulz.h."""
+    """`struct NewtonSchulz`."""
 
     _fields_ = (
         *_pointers("inputs outputs"),
-        *_integers("count rows columns steps threads"),
-        *((name, c_float) for name in ("a", "b", "c", "eps")),
+        *_integers("count rows columns threads"),
+        ("iterations", Iterations),
+        ("fork", c_void_p),
+    )
+
+
+class MuonStep(ctypes.Structure):
+    """`struct MuonStep`."""
+
+    _fields_ = (
+        *((name, POINTER(c_void_p)) for name in ("weights", "gradients", "averages")),
+        *_integers("count rows columns threads nesterov"),
+        *((name, c_float) for name in ("momentum", "shrinkage", "rate")),
+        ("iterations", Iterations),
         ("fork", c_void_p),
     )
 
@@ -124,6 +142,7 @@ FUNCTIONS = {
     "attention_backward": Attention,
     "loss": Loss,
     "newton_schulz": NewtonSchulz,
+    "muon_step": MuonStep,
 }
 
 

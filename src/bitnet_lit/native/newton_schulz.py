@@ -1,7 +1,8 @@
-"""Muon's Newton-Schulz iterations for a stack of matrices (csrc/newton_schulz.h)."""
+"""Muon's Newton-Schulz iterations, and its whole step, for matrices of one shape (csrc/newton_schulz.h)."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -24,10 +25,38 @@ def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, e
     """Do what `training.muon.orthogonalize` does: float32 (S, M, N) -> (S, M, N)."""
     matrices = matrices.contiguous()
     result = torch.empty_like(matrices)
-    count, rows, columns = matrices.shape
-    threads = torch.get_num_threads()
-    call = library.NewtonSchulz(
-        matrices.data_ptr(), result.data_ptr(), count, rows, columns, steps, threads, *coefficients, eps, library.fork()
-    )
+    call = library.NewtonSchulz(matrices.data_ptr(), result.data_ptr(), *matrices.shape, torch.get_num_threads())
+    call.iterations, call.fork = library.Iterations(*coefficients, eps, steps), library.fork()
     library.functions()["newton_schulz"](call)
     return result
+
+
+def muon_step(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    shrinkage: float,
+    rate: float,
+    iterations: tuple[Sequence[float], int, float],
+) -> None:
+    """Do Muon's step for matrices of one shape, contiguous and float32: weights and averages are changed.
+
+    Args:
+        averages: of the gradients, with `momentum`.
+        shrinkage: the weights are multiplied by 1 - shrinkage.
+        rate: the weights move by -rate times the orthogonalized direction.
+        iterations: coefficients, steps and eps, as `orthogonalize` takes them.
+    """
+    gradients = [gradient.contiguous() for gradient in gradients]
+    pointers = [
+        (ctypes.c_void_p * len(weights))(*[part.data_ptr() for part in parts])
+        for parts in (weights, gradients, averages)
+    ]
+    coefficients, steps, eps = iterations
+    call = library.MuonStep(*pointers, len(weights), *weights[0].shape, torch.get_num_threads(), nesterov)
+    call.momentum, call.shrinkage, call.rate, call.fork = momentum, shrinkage, rate, library.fork()
+    call.iterations = library.Iterations(*coefficients, eps, steps)
+    library.functions()["muon_step"](call)

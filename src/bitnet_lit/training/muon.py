@@ -70,6 +70,18 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return polynomial
 
 
+def _is_native(parameters: Sequence[nn.Parameter], exchange: Exchange) -> bool:
+    """Return whether the C++ for CPUs can do the whole step: float32, and no other rank has a share in it."""
+    return (
+        exchange.world_size == 1
+        and all(
+            parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
+            for parameter in parameters
+        )
+        and newton_schulz.is_available()
+    )
+
+
 class Muon(torch.optim.Muon):
     """Runs `torch.optim.Muon` on stacks of matrices, alone, under DDP, or on the shards of FSDP2.
 
@@ -107,6 +119,22 @@ class Muon(torch.optim.Muon):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        rows, columns = parameters[0].shape
+        learning_rate = float(group["lr"])
+        shrinkage, rate = learning_rate * group["weight_decay"], learning_rate * math.sqrt(max(1.0, rows / columns))
+        iterations = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        if _is_native(parameters, exchange):
+            newton_schulz.muon_step(
+                [parameter.detach() for parameter in parameters],
+                [parameter.grad for parameter in parameters if parameter.grad is not None],
+                [self.state[parameter]["momentum_buffer"] for parameter in parameters],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                shrinkage=shrinkage,
+                rate=rate,
+                iterations=iterations,
+            )
+            return lambda: None
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         directions = averages = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
@@ -114,23 +142,19 @@ class Muon(torch.optim.Muon):
             directions = list(torch._foreach_lerp(gradients, averages, group["momentum"]))
 
         def orthogonalized(stack: Tensor) -> Tensor:
-            options = group["ns_coefficients"], group["ns_steps"], group["eps"]
             if stack.device.type == "cpu" and stack.dtype == torch.float32 and newton_schulz.is_available():
-                updates = newton_schulz.orthogonalize(stack, *options)
+                updates = newton_schulz.orthogonalize(stack, *iterations)
             elif stack.device.type == "cpu":  # PyTorch gains nothing from a stack there
-                updates = torch.stack([orthogonalize(matrix, *options) for matrix in stack])
+                updates = torch.stack([orthogonalize(matrix, *iterations) for matrix in stack])
             else:
-                updates = orthogonalize(stack, *options)
+                updates = orthogonalize(stack, *iterations)
             return updates if self.found_inf is None else torch.where(self.found_inf > 0, 0, updates)
 
         updates = exchange.start(orthogonalized, directions)
 
         def finish() -> None:
-            rows, columns = parameters[0].shape
-            learning_rate = float(group["lr"])
-            shrinkage = learning_rate * group["weight_decay"]
             shards = [local(parameter) for parameter in parameters]
             torch._foreach_mul_(shards, 1 - (shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)))
-            torch._foreach_add_(shards, updates(), alpha=-learning_rate * math.sqrt(max(1.0, rows / columns)))
+            torch._foreach_add_(shards, updates(), alpha=-rate)
 
         return finish

@@ -102,7 +102,7 @@ class HeadTask {
                 const int m = std::min(BLOCK, T - first), seen = block_scores(first, m);
                 const float* const y = a.y + (tokens + first) * y_row + head * P;
                 const float* const d_y = a.d_y + (tokens + first) * y_row + head * P;
-                multiply(m, seen, P, {d_y, y_row, 1}, value_panels, d_scores, stride);
+                multiply(m, seen, P, {d_y, y_row, 1}, value_panels, d_scores, stride, false);
                 for (int i = 0; i < m; i++) {
                     float *const p = scores + i * stride, *const d = d_scores + i * stride;
                     const int mine = first + i + 1;
@@ -137,16 +137,19 @@ class HeadTask {
     }
 
    private:
-    static constexpr int BLOCK = 4 * ROWS;  // queries
+    static constexpr int BLOCK = LANES == 16 ? 64 : 4 * ROWS;  // queries
 
     int64_t at_kv() const { return tokens * a.row + kv_head * P; }
     int64_t d_at_kv() const { return tokens * a.d_row + kv_head * P; }
     void rotate_all(const float* from, float* to) const {
-        for (int64_t t = 0; t < T; t++) rotate(from + t * a.row, a.cos + t * P, a.sin + t * P, P, false, to + t * P);
+        for (int64_t t = 0; t < T; t++) {
+            prefetch_row(from + std::min<int64_t>(t + 8, T - 1) * a.row, P);
+            rotate(from + t * a.row, a.cos + t * P, a.sin + t * P, P, false, to + t * P);
+        }
     }
     // Scores of queries first..first + m, up to the last key that one of them may see. Returns their number.
     int block_scores(int first, int m) const {
-        multiply(m, first + m, P, {queries + int64_t(first) * P, P, 1}, key_columns, scores, stride);
+        multiply(m, first + m, P, {queries + int64_t(first) * P, P, 1}, key_columns, scores, stride, false);
         return first + m;
     }
     // c (m, P) = weights (m, seen) @ the first `seen` of the T rows that are packed.

@@ -86,7 +86,13 @@ inline void gated_mlp_backward(const GatedMlp& a) {
     });
     if (a.d_norm) sum_of_tiles(norm_sums, tiles, D + F, D, a.d_norm);
     if (a.d_sub_norm) sum_of_tiles(norm_sums + D, tiles, D + F, F, a.d_sub_norm);
+    const Chunks chunks = gate_up.chunks(M), down_chunks = down.chunks(M);
+    float *const inputs = scratch(17, chunks.floats()), *const down_inputs = scratch(18, down_chunks.floats());
+    parallel_for(threads, chunks.count(), [&](int64_t i) {
+        gate_up.pack_inputs(a.h, chunks, int(i), inputs);
+        down.pack_inputs(a.hf, down_chunks, int(i), down_inputs);
+    });
     for_weight_rows([&](int begin, int end) {
-        down.weight_gradient(begin, end, M, a.d_y, D, a.hf, a.d_down);
-    }, [&](int begin, int end) { gate_up.weight_gradient(begin, end, M, d_gates, 2 * F, a.h, a.d_gate_up); });
+        down.weight_gradient(begin, end, a.d_y, D, down_chunks, down_inputs, a.d_down);
+    }, [&](int begin, int end) { gate_up.weight_gradient(begin, end, d_gates, 2 * F, chunks, inputs, a.d_gate_up); });
 }

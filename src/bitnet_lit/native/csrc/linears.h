@@ -53,7 +53,10 @@ inline void linears_backward(const Linears& a) {
         a.norm.backward(a.x + first * I, I, first, m, d_x, d_norm);
     });
     if (a.d_norm) sum_of_tiles(norm_sums, tiles, I, I, a.d_norm);
+    const Chunks chunks = projection.chunks(M);
+    float* const inputs = scratch(12, chunks.floats());
+    parallel_for(threads, chunks.count(), [&](int64_t i) { projection.pack_inputs(a.h, chunks, int(i), inputs); });
     parallel_for(threads, rows.count, [&](int64_t i) {
-        projection.weight_gradient(rows.begin(i), rows.end(i), M, a.d_y, a.d_y_row, a.h, a.d_weight);
+        projection.weight_gradient(rows.begin(i), rows.end(i), a.d_y, a.d_y_row, chunks, inputs, a.d_weight);
     });
 }

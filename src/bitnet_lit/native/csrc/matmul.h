@@ -5,11 +5,16 @@
 // transposed A needs no copy. The inner loop keeps ROWS x PANEL sums in registers.
 //
 // The order of every sum is fixed: it depends on k alone. So a result is the same for any number of threads.
+//
+// With AMX (amx.h) panels whose depth is a multiple of 32 can be split after they are packed; `multiply` then gets
+// `is_split`, and splits A.
 #pragma once
 
 #include <utility>
 
+#include "amx.h"
 #include "float_simd.h"
+#include "parallel.h"
 
 #if defined(__AVX512F__)
 constexpr int PANEL_VECS = 2, ROWS = 12;
@@ -23,6 +28,14 @@ constexpr int DEPTH = 192;  // rows of a panel that are multiplied at once: with
 
 inline int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int64_t panel_floats(int k, int columns) { return int64_t(panels_of(columns)) * PANEL * k; }
+
+// The first `count` numbers at p, and zeros.
+inline FloatVec load_first(const float* p, int count) {
+    if (count >= LANES) return load_floats(p);
+    FloatVec v{};
+    for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+}
 
 struct Strided {  // element (i, p) is data[i * row + p * column]
     const float* data;
@@ -84,14 +97,66 @@ inline void multiply_panel(int m, int columns, int k, Strided a, const float* pa
     }
 }
 
-// C = A @ B, or C += A @ B. m is a tile of a few dozen rows, so that A stays in the cache.
-inline void multiply(int m, int n, int k, Strided a, const float* panels, float* c, int64_t ldc,
-                     bool accumulate = false) {
+// The transpose of LANES x LANES floats, by exchanging ever smaller blocks.
+template <int HALF, int... L>
+inline void exchange(FloatVec& x, FloatVec& y, std::integer_sequence<int, L...>) {
+    const FloatVec low = __builtin_shufflevector(x, y, (L & HALF ? LANES + L - HALF : L)...);
+    const FloatVec high = __builtin_shufflevector(x, y, (L & HALF ? LANES + L : L + HALF)...);
+    x = low, y = high;
+}
+template <int HALF>
+inline void transpose_vecs(FloatVec (&rows)[LANES]) {
+    if constexpr (HALF > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & HALF)) exchange<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>{});
+        transpose_vecs<HALF / 2>(rows);
+    }
+}
+// Tiles of A for multiply_split_panel: m x k, k a multiple of 32. Rows beyond m are zero.
+inline void split_rows(int m, int k, Strided a, uint16_t* to) {
+    for (int i = 0; i < m; i += 16)
+        for (int p = 0; p < k; p += 32, to += 1024) {
+            const float* const at = a.data + i * a.row + p * a.column;
+            const int rows = std::min(16, m - i);
+            if (a.column == 1) {
+                for (int r = 0; r < 16; r++) {
+                    const float* const row = at + r * a.row;
+                    const bool is_here = r < rows;
+                    store_split(is_here ? load_floats(row) : FloatVec{},
+                                is_here ? load_floats(row + LANES) : FloatVec{}, to + r * 32);
+                }
+                continue;
+            }
+            FloatVec left[LANES], right[LANES];  // a.row is 1
+            for (int q = 0; q < LANES; q++) {
+                left[q] = load_first(at + q * a.column, rows);
+                right[q] = load_first(at + (q + LANES) * a.column, rows);
+            }
+            transpose_vecs<LANES / 2>(left);
+            transpose_vecs<LANES / 2>(right);
+            for (int r = 0; r < LANES; r++) store_split(left[r], right[r], to + r * 32);
+        }
+}
+inline void split_panel(int k, float* panel) {
+    for (int p = 0; p < k; p += 32) split_block(panel + p * PANEL);
+}
+
+// C = A @ B, or C += A @ B. m is a tile of a few dozen rows, so that A stays in the cache. The panels may hold more
+// than k rows: `panel_rows` of them.
+inline void multiply(int m, int n, int k, Strided a, const float* panels, float* c, int64_t ldc, bool is_split,
+                     bool accumulate = false, int panel_rows = 0) {
+    const int rows = panel_rows ? panel_rows : k;
+    uint16_t* const tiles = is_split ? scratch<uint16_t>(20, int64_t(m + 31) * DEPTH * 2) : nullptr;
     for (int first = 0; first < k; first += DEPTH) {
         const int depth = std::min(DEPTH, k - first);
-        for (int j = 0; j < n; j += PANEL)
-            multiply_panel(m, n - j, depth, {a.data + first * a.column, a.row, a.column},
-                           panels + int64_t(j) * k + first * PANEL, c + j, ldc, accumulate || first > 0);
+        const Strided part{a.data + first * a.column, a.row, a.column};
+        if (is_split) split_rows(m, depth, part, tiles);
+        for (int j = 0; j < n; j += PANEL) {
+            const float* const panel = panels + int64_t(j) * rows + first * PANEL;
+            if (is_split) multiply_split_panel(m, n - j, depth, tiles, panel, c + j, ldc, accumulate || first > 0);
+            else multiply_panel(m, n - j, depth, part, panel, c + j, ldc, accumulate || first > 0);
+        }
     }
 }
 
@@ -113,25 +178,58 @@ inline void pack_columns(int k, int columns, const float* a, int64_t lda, float*
     for (int p = 0; p < k; p++) std::memcpy(to + p * ROWS, a + p * lda, sizeof(float) * ROWS);
 }
 
-// C (n x k) = A^T @ B for A (m x n) and B (m x k), both row-major: the gradient of a weight matrix. `row_of_b(p)`
-// returns row p of B, k floats. Scratch: DEPTH * (k rounded up to panels + ROWS) floats.
-template <class RowOfB>
-inline void multiply_transposed(int m, int n, int k, const float* a, int64_t lda, RowOfB row_of_b, float* c,
-                                int64_t ldc, float* scratch, bool accumulate = false) {
-    float* const packed_a = scratch + panel_floats(DEPTH, k);
-    for (int first = 0; first < m; first += DEPTH) {
-        const int depth = std::min(DEPTH, m - first);
-        for (int p = 0; p < depth; p++) {
-            const float* const row = row_of_b(first + p);
-            for (int j = 0; j < k; j += PANEL)
-                pack_row(std::min(PANEL, k - j), row + j, scratch + int64_t(j) * depth + p * PANEL);
+// B (m x k), packed by chunks of DEPTH rows, for `multiply_transposed`. The last chunk is filled up to a multiple of 32
+// rows with zeros. `row_of_b(p)` returns row p.
+struct Chunks {
+    int rows, columns;  // of B
+    bool is_split;
+
+    int64_t floats() const { return panel_floats((rows + 31) / 32 * 32, columns); }
+    int count() const { return (rows + DEPTH - 1) / DEPTH; }
+    int depth(int chunk) const { return std::min(DEPTH, (rows - chunk * DEPTH + 31) / 32 * 32); }
+    const float* at(const float* packed, int chunk) const { return packed + panel_floats(chunk * DEPTH, columns); }
+    template <class RowOfB>
+    void pack(int chunk, float* packed, RowOfB row_of_b) const {
+        float* const panels = packed + panel_floats(chunk * DEPTH, columns);
+        const int deep = depth(chunk), last = std::min(deep, rows - chunk * DEPTH);
+        for (int p = 0; p < deep; p++) {
+            const float* const row = p < last ? row_of_b(chunk * DEPTH + p) : nullptr;
+            for (int j = 0; j < columns; j += PANEL)
+                pack_row(row ? std::min(PANEL, columns - j) : 0, row + j, panels + int64_t(j) * deep + p * PANEL);
         }
-        for (int i = 0; i < n; i += ROWS) {
-            const int rows = std::min(ROWS, n - i);
-            pack_columns(depth, rows, a + first * lda + i, lda, packed_a);
-            for (int j = 0; j < k; j += PANEL)
-                multiply_panel(rows, k - j, depth, {packed_a, 1, ROWS}, scratch + int64_t(j) * depth, c + i * ldc + j,
-                               ldc, accumulate || first > 0);
+        if (is_split)
+            for (int j = 0; j < columns; j += PANEL) split_panel(deep, panels + int64_t(j) * deep);
+    }
+};
+
+// C (n x k) = A^T @ B for A (m x n), row-major, and the chunks of B: the gradient of a weight matrix.
+inline void multiply_transposed(int n, const float* a, int64_t lda, const Chunks& chunks, const float* packed, float* c,
+                                int64_t ldc, bool accumulate = false) {
+    const int step = chunks.is_split ? 32 : ROWS, k = chunks.columns;
+    float* const packed_a = scratch(20, int64_t(DEPTH) * step);
+    for (int chunk = 0; chunk < chunks.count(); chunk++) {
+        const int depth = chunks.depth(chunk), first = chunk * DEPTH, real = std::min(depth, chunks.rows - first);
+        const float* const panels = chunks.at(packed, chunk);
+        for (int i = 0; i < n; i += step) {
+            const int rows = std::min(step, n - i);
+            const float* from = a + first * lda + i;
+            int64_t stride = lda;
+            if (chunks.is_split && real < depth) {  // rows beyond the end are zero
+                float* const copy = scratch(21, int64_t(DEPTH) * 32);
+                std::fill(copy, copy + int64_t(depth) * 32, 0.0f);
+                for (int p = 0; p < real; p++) std::copy(from + p * lda, from + p * lda + rows, copy + p * 32);
+                from = copy, stride = 32;
+            }
+            if (chunks.is_split) split_rows(rows, depth, {from, 1, stride}, reinterpret_cast<uint16_t*>(packed_a));
+            else pack_columns(real, rows, from, lda, packed_a);
+            for (int j = 0; j < k; j += PANEL) {
+                const float* const panel = panels + int64_t(j) * depth;
+                float* const to = c + i * ldc + j;
+                if (chunks.is_split)
+                    multiply_split_panel(rows, k - j, depth, reinterpret_cast<uint16_t*>(packed_a), panel, to, ldc,
+                                         accumulate || chunk > 0);
+                else multiply_panel(rows, k - j, real, {packed_a, 1, ROWS}, panel, to, ldc, accumulate || chunk > 0);
+            }
         }
     }
 }
@@ -143,22 +241,6 @@ inline void pack(int k, int n, const float* b, int64_t ldb, float* panels) {
             pack_row(std::min(PANEL, n - j), b + p * ldb + j, panels + int64_t(j) * k + p * PANEL);
 }
 
-// The transpose of LANES x LANES floats, by exchanging ever smaller blocks.
-template <int HALF, int... L>
-inline void exchange(FloatVec& x, FloatVec& y, std::integer_sequence<int, L...>) {
-    const FloatVec low = __builtin_shufflevector(x, y, (L & HALF ? LANES + L - HALF : L)...);
-    const FloatVec high = __builtin_shufflevector(x, y, (L & HALF ? LANES + L : L + HALF)...);
-    x = low, y = high;
-}
-template <int HALF>
-inline void transpose_vecs(FloatVec (&rows)[LANES]) {
-    if constexpr (HALF > 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & HALF)) exchange<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>{});
-        transpose_vecs<HALF / 2>(rows);
-    }
-}
 // Panel of B = M transposed: column j of the panel is row j of M, k floats at m + j * ldm.
 inline void pack_panel_transposed(int k, int columns, const float* m, int64_t ldm, float* panel) {
     for (int v = 0; v < PANEL; v += LANES) {

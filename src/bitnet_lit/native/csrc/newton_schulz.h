@@ -10,37 +10,51 @@
 #include "parallel.h"
 #include "rows.h"
 
+struct Iterations {
+    float a, b, c, eps;
+    int32_t steps;
+};
+
 struct NewtonSchulz {
     const float* inputs;  // (count, rows, columns)
     float* outputs;
-    int32_t count, rows, columns, steps, threads;
-    float a, b, c, eps;
+    int32_t count, rows, columns, threads;
+    Iterations iterations;
+    Fork fork;
+};
+
+struct MuonStep {
+    float* const* weights;  // count matrices (rows, columns), as the next two
+    const float* const* gradients;
+    float* const* averages;
+    int32_t count, rows, columns, threads, nesterov;
+    float momentum, shrinkage, rate;  // a weight is multiplied by 1 - shrinkage, and moves by -rate * update
+    Iterations iterations;
     Fork fork;
 };
 
 // g (m, m) = A @ panels, which is symmetric.
-inline void multiply_symmetric(int m, int k, Strided a, const float* panels, float* g) {
-    for (int first = 0; first < k; first += DEPTH)
-        for (int j = 0; j < m; j += PANEL) {
-            const int begin = j / ROWS * ROWS;  // rows above the panel's first column are known by symmetry
-            multiply_panel(m - begin, m - j, std::min(DEPTH, k - first),
-                           {a.data + begin * a.row + first * a.column, a.row, a.column},
-                           panels + int64_t(j) * k + first * PANEL, g + int64_t(begin) * m + j, m, first > 0);
-        }
+inline void multiply_symmetric(int m, int k, const float* a, const float* panels, float* g, bool is_split) {
+    constexpr int STEP = LANES == 16 ? 32 : 4 * ROWS;
+    for (int i = 0; i < m; i += STEP) {  // columns beyond the rows are known by symmetry
+        const int rows = std::min(STEP, m - i);
+        multiply(rows, std::min(m, (i + rows + PANEL - 1) / PANEL * PANEL), k, {a + int64_t(i) * k, k, 1}, panels,
+                 g + int64_t(i) * m, m, is_split);
+    }
     for (int i = 0; i < m; i += PANEL)
         for (int j = 0; j < i; j += PANEL)
             transpose(std::min(PANEL, m - i), std::min(PANEL, m - j), g + int64_t(i) * m + j, m, g + int64_t(j) * m + i,
                       m);
 }
 
-inline void newton_schulz_of(const NewtonSchulz& job, int index) {
-    const bool is_tall = job.rows > job.columns;
-    const int m = std::min(job.rows, job.columns), n = std::max(job.rows, job.columns);
+// `output` may be the input.
+inline void orthogonalize(const Iterations& job, int rows, int columns, const float* input, float* output) {
+    const bool is_tall = rows > columns;
+    const int m = std::min(rows, columns), n = std::max(rows, columns);
     const int64_t size = int64_t(m) * n;
     float *x = scratch(0, size), *next = scratch(1, size);
     float *const g = scratch(2, int64_t(m) * m), *const square = scratch(3, int64_t(m) * m);
     float* const panels = scratch(4, std::max(panel_floats(n, m), panel_floats(m, n)));
-    const float* const input = job.inputs + index * size;
     double sum = 0;
     for (int64_t i = 0; i < size; i += 4096) sum += sum_of_squares(input + i, int(std::min<int64_t>(4096, size - i)));
     const float inverse = 1.0f / std::max(float(std::sqrt(sum)), job.eps);
@@ -48,23 +62,55 @@ inline void newton_schulz_of(const NewtonSchulz& job, int index) {
     else std::copy(input, input + size, x);
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) x[i] *= inverse;
+    const bool is_split = has_amx() && m % 32 == 0 && n % 32 == 0 && m >= AMX_SIZE;
+    const auto split_all = [&](int k, int columns) {
+        if (is_split)
+            for (int column = 0; column < columns; column += PANEL) split_panel(k, panels + int64_t(column) * k);
+    };
     for (int step = 0; step < job.steps; step++) {
         pack_transposed(n, m, x, n, panels);
-        multiply_symmetric(m, n, {x, n, 1}, panels, g);
+        split_all(n, m);
+        multiply_symmetric(m, n, x, panels, g, is_split);
         pack(m, m, g, m, panels);
-        multiply_symmetric(m, m, {g, m, 1}, panels, square);
+        split_all(m, m);
+        multiply_symmetric(m, m, g, panels, square, is_split);
 #pragma omp simd
         for (int64_t i = 0; i < int64_t(m) * m; i++) g[i] = job.b * g[i] + job.c * square[i];
         for (int i = 0; i < m; i++) g[int64_t(i) * m + i] += job.a;
         pack(m, n, x, n, panels);
-        for (int i = 0; i < m; i += 4 * ROWS)
-            multiply(std::min(4 * ROWS, m - i), n, m, {g + int64_t(i) * m, m, 1}, panels, next + int64_t(i) * n, n);
+        split_all(m, n);
+        for (int i = 0; i < m; i += 64)
+            multiply(std::min(64, m - i), n, m, {g + int64_t(i) * m, m, 1}, panels, next + int64_t(i) * n, n, is_split);
         std::swap(x, next);
     }
-    if (is_tall) transpose(m, n, x, n, job.outputs + index * size, m);
-    else std::copy(x, x + size, job.outputs + index * size);
+    if (is_tall) transpose(m, n, x, n, output, m);
+    else std::copy(x, x + size, output);
 }
 
 inline void newton_schulz(const NewtonSchulz& job) {
-    parallel_for({job.fork, job.threads}, job.count, [&](int64_t i) { newton_schulz_of(job, int(i)); });
+    const int64_t size = int64_t(job.rows) * job.columns;
+    parallel_for({job.fork, job.threads}, job.count, [&](int64_t i) {
+        orthogonalize(job.iterations, job.rows, job.columns, job.inputs + i * size, job.outputs + i * size);
+    });
+}
+
+// A whole step: the momentum, the iterations, weight decay, and the move of the weights.
+inline void muon_step(const MuonStep& job) {
+    const int64_t size = int64_t(job.rows) * job.columns;
+    parallel_for({job.fork, job.threads}, job.count, [&](int64_t matrix) {
+        float *const weight = job.weights[matrix], *const average = job.averages[matrix];
+        const float* const gradient = job.gradients[matrix];
+        float* const update = scratch(5, size);
+        const float new_share = 1.0f - job.momentum, old_share = job.nesterov ? job.momentum : 1.0f;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) {
+            const float mean = average[i] + new_share * (gradient[i] - average[i]);
+            average[i] = mean;
+            update[i] = mean - (mean - gradient[i]) * (1.0f - old_share);
+        }
+        orthogonalize(job.iterations, job.rows, job.columns, update, update);
+        const float kept = 1.0f - job.shrinkage;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) weight[i] = weight[i] * kept - job.rate * update[i];
+    });
 }

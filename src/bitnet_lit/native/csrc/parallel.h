@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "amx.h"
+
 using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 struct Threads {
@@ -28,6 +30,7 @@ void parallel_for(const Threads& threads, int64_t tasks, const Task& task) {
         std::atomic<int64_t> next{0};
     } loop{task, tasks};
     const auto run = [](void* data) {
+        const TileRegisters registers;
         Loop& loop = *static_cast<Loop*>(data);
         for (int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.tasks;) loop.task(i);
     };

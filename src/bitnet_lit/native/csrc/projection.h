@@ -11,8 +11,8 @@
 #include "parallel.h"
 #include "rows.h"
 
-constexpr int TILE = 4 * ROWS;       // tokens that are worked on at once
-constexpr int ROW_BLOCK = 8 * ROWS;  // rows of a weight matrix in one task
+constexpr int TILE = LANES == 16 ? 64 : 4 * ROWS;  // tokens that are worked on at once
+constexpr int ROW_BLOCK = 8 * ROWS;                // rows of a weight matrix in one task
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 constexpr bool HAS_INT8 = true;
@@ -96,39 +96,53 @@ class Projection {
         for (int i = 0; i < count; i++) outputs_ += matrices[i].rows;
     }
     int inputs() const { return inputs_; }
+    // AMX needs depths of whole blocks, and gains nothing on small matrices.
+    bool is_large() const { return outputs_ >= AMX_SIZE && inputs_ >= AMX_SIZE; }
+    bool splits_forward() const { return has_amx() && !quantized_ && inputs_ % 32 == 0 && is_large(); }
+    bool splits_backward() const { return has_amx() && outputs_ % 32 == 0 && is_large(); }
+    bool splits_gradient() const { return has_amx() && is_large(); }
     int outputs() const { return outputs_; }
 
     // Rounds and packs the weights for `forward`, panel by panel.
     int64_t forward_floats() const { return panel_floats(inputs_, outputs_) + int64_t(panels_of(outputs_)) * PANEL; }
     int64_t panels() const { return panels_of(outputs_); }
-    Blocks row_blocks(int threads) const { return {outputs_, ROW_BLOCK, ROWS, threads}; }
+    Blocks row_blocks(int threads) const { return {outputs_, ROW_BLOCK, LANES == 16 ? 32 : ROWS, threads}; }
     void pack_forward(int64_t panel, float* to) const {
-        float* const rows = scratch(0, int64_t(PANEL) * inputs_);
         const int first = int(panel) * PANEL, columns = std::min(PANEL, outputs_ - first);
+        float* const rows = scratch(0, int64_t(PANEL) * inputs_);
+        uint8_t* const bytes = scratch<uint8_t>(1, int64_t(PANEL) * inputs_);
         float* const factors = to + panel_floats(inputs_, outputs_);
         for (int j = 0; j < PANEL; j++) {
             const auto [matrix, row] = find(first + std::min(j, columns - 1));
-            matrix->codes(row, inputs_, rows + int64_t(j) * inputs_);
+            float* const codes = rows + int64_t(j) * inputs_;
+            uint8_t* const byte_row = bytes + int64_t(j) * inputs_;
+            matrix->codes(row, inputs_, codes);
             factors[first + j] = matrix->factor(row);
+            if (int8_)
+#pragma omp simd
+                for (int p = 0; p < inputs_; p++) byte_row[p] = uint8_t(int32_t(codes[p]) + 1);
         }
-        if (!int8_) return pack_panel_transposed(inputs_, columns, rows, inputs_, to + int64_t(first) * inputs_);
-        uint8_t* const bytes = reinterpret_cast<uint8_t*>(to) + int64_t(first) * inputs_;
-        for (int j = 0; j < PANEL; j++)
-            for (int p = 0; p < inputs_; p++)
-                bytes[(p / 4 * PANEL + j) * 4 + p % 4] = uint8_t(int(rows[int64_t(j) * inputs_ + p]) + 1);
+        if (int8_) {  // four neighbouring bytes of a row are moved like a float
+            const int words = inputs_ / 4;
+            return pack_panel_transposed(words, PANEL, reinterpret_cast<const float*>(bytes), words,
+                                         to + int64_t(first) * words);
+        }
+        pack_panel_transposed(inputs_, columns, rows, inputs_, to + int64_t(first) * inputs_);
+        if (splits_forward()) split_panel(inputs_, to + int64_t(first) * inputs_);
     }
 
     // y (m, outputs) for m tokens that begin at token `first` of x.
     void forward(const float* packed, const Activations& x, int64_t first, int m, float* y, int64_t ldy) const {
         if (!quantized_)
-            return multiply(m, outputs_, inputs_, {x.floats + first * inputs_, inputs_, 1}, packed, y, ldy);
+            return multiply(m, outputs_, inputs_, {x.floats + first * inputs_, inputs_, 1}, packed, y, ldy,
+                            splits_forward());
         const int8_t* const codes = x.codes + first * inputs_;
         const float* const factors = packed + panel_floats(inputs_, outputs_);
         if (int8_)
             return multiply_int8(m, codes, reinterpret_cast<const uint8_t*>(packed), x.scale + first, factors, y, ldy);
         float* const floats = scratch(0, int64_t(m) * inputs_);
         std::copy(codes, codes + int64_t(m) * inputs_, floats);
-        multiply(m, outputs_, inputs_, {floats, inputs_, 1}, packed, y, ldy);
+        multiply(m, outputs_, inputs_, {floats, inputs_, 1}, packed, y, ldy, false);
         for (int i = 0; i < m; i++)
 #pragma omp simd
             for (int j = 0; j < outputs_; j++) y[i * ldy + j] *= x.scale[first + i] * factors[j];
@@ -147,29 +161,34 @@ class Projection {
             for (int j = 0; j < inputs_; j += PANEL)
                 pack_row(std::min(PANEL, inputs_ - j), codes + j, to + int64_t(j) * outputs_ + int64_t(n) * PANEL);
         }
+        if (splits_backward())
+            for (int j = 0; j < inputs_; j += PANEL)
+                split_panel(end - begin, to + int64_t(j) * outputs_ + int64_t(begin) * PANEL);
     }
 
     // dx (m, inputs) from dy (m, outputs).
-    void backward(const float* packed, const float* dy, int64_t ldy, int m, float* dx, int64_t ldx,
-                  bool accumulate = false) const {
-        multiply(m, inputs_, outputs_, {dy, ldy, 1}, packed, dx, ldx, accumulate);
+    void backward(const float* packed, const float* dy, int64_t ldy, int m, float* dx, int64_t ldx) const {
+        multiply(m, inputs_, outputs_, {dy, ldy, 1}, packed, dx, ldx, splits_backward());
     }
 
-    // Rows begin..end of the weights' gradient (outputs, inputs), from dy and x of all m tokens.
-    void weight_gradient(int begin, int end, int m, const float* dy, int64_t ldy, const Activations& x,
-                         float* gradient) const {
-        float* const work = scratch(1, panel_floats(DEPTH, inputs_) + DEPTH * ROWS);
+    // The inputs of all m tokens, packed by chunks for `weight_gradient`.
+    Chunks chunks(int m) const { return {m, inputs_, splits_gradient()}; }
+    void pack_inputs(const Activations& x, const Chunks& chunks, int chunk, float* to) const {
         float* const row = scratch(2, inputs_);
-        const auto row_of_x = [&](int64_t token) -> const float* {
+        chunks.pack(chunk, to, [&](int64_t token) -> const float* {
             if (!quantized_) return x.floats + token * inputs_;
             const int8_t* const codes = x.codes + token * inputs_;
             const float scale = x.scale[token];
 #pragma omp simd
             for (int i = 0; i < inputs_; i++) row[i] = float(codes[i]) * scale;
             return row;
-        };
-        multiply_transposed(m, end - begin, inputs_, dy + begin, ldy, row_of_x, gradient + int64_t(begin) * inputs_,
-                            inputs_, work);
+        });
+    }
+
+    // Rows begin..end of the weights' gradient (outputs, inputs), from dy and the packed inputs.
+    void weight_gradient(int begin, int end, const float* dy, int64_t ldy, const Chunks& chunks, const float* packed,
+                         float* gradient) const {
+        multiply_transposed(end - begin, dy + begin, ldy, chunks, packed, gradient + int64_t(begin) * inputs_, inputs_);
     }
 
    private:
@@ -179,27 +198,29 @@ class Projection {
         return {matrices_ + i, n};
     }
 
+    // The sum of the codes of a row.
+    int32_t code_sum(const int8_t* codes) const {
+        int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int p = 0; p < inputs_; p++) sum += codes[p];
+        return sum;
+    }
+
+    // LANES columns of y, from the products with codes + 1.
+    static void finish(IntVec sums, int32_t code_sum, const float* factors, float x_scale, float* y) {
+        const FloatVec factor = load_floats(factors) * broadcast(x_scale);
+        store_floats(y, __builtin_convertvector(sums - code_sum, FloatVec) * factor);
+    }
+
     template <int R>
-    NOINLINE void int8_rows(const int8_t* codes, const uint8_t* panel, const float* x_scale, const float* factors,
-                            float* y, int64_t ldy, int columns) const {
+    NOINLINE void int8_rows(const int8_t* codes, const int32_t* code_sums, const uint8_t* panel, const float* x_scale,
+                            const float* factors, float* y, int64_t ldy, int columns) const {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-        __m512i sums[R][PANEL_VECS], ones = _mm512_set1_epi8(1), code_sums[R];
-#pragma GCC unroll 16
-        for (int i = 0; i < R; i++) {
-            __m512i total = _mm512_setzero_si512();
-            int p = 0;
-            for (; p + 64 <= inputs_; p += 64)
-                total = _mm512_dpbusd_epi32(total, ones, _mm512_loadu_si512(codes + int64_t(i) * inputs_ + p));
-            if (p < inputs_)
-                total = _mm512_dpbusd_epi32(
-                    total, ones,
-                    _mm512_maskz_loadu_epi8((__mmask64(1) << (inputs_ - p)) - 1, codes + int64_t(i) * inputs_ + p));
-            code_sums[i] = _mm512_set1_epi32(-_mm512_reduce_add_epi32(total));
-        }
+        __m512i sums[R][PANEL_VECS];
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++)
 #pragma GCC unroll 16
-            for (int v = 0; v < PANEL_VECS; v++) sums[i][v] = code_sums[i];
+            for (int v = 0; v < PANEL_VECS; v++) sums[i][v] = _mm512_setzero_si512();
         for (int p = 0; p < inputs_; p += 4) {
             __m512i b[PANEL_VECS];
 #pragma GCC unroll 16
@@ -218,30 +239,54 @@ class Projection {
             float line[PANEL];
             float* const to = columns >= PANEL ? y + i * ldy : line;
 #pragma GCC unroll 16
-            for (int v = 0; v < PANEL_VECS; v++) {
-                const FloatVec factor = load_floats(factors + v * LANES) * broadcast(x_scale[i]);
-                store_floats(to + v * LANES, (FloatVec)_mm512_cvtepi32_ps(sums[i][v]) * factor);
-            }
+            for (int v = 0; v < PANEL_VECS; v++)
+                finish((IntVec)sums[i][v], code_sums[i], factors + v * LANES, x_scale[i], to + v * LANES);
             if (columns < PANEL) std::copy(line, line + columns, y + i * ldy);
         }
 #endif
     }
-    using Int8Rows = void (Projection::*)(const int8_t*, const uint8_t*, const float*, const float*, float*, int64_t,
-                                          int) const;
+    using Int8Rows = void (Projection::*)(const int8_t*, const int32_t*, const uint8_t*, const float*, const float*,
+                                          float*, int64_t, int) const;
     template <int... R>
     static Int8Rows int8_rows_of(int rows, std::integer_sequence<int, R...>) {
         Int8Rows found = nullptr;
         ((rows == R + 1 ? void(found = &Projection::int8_rows<R + 1>) : void()), ...);
         return found;
     }
+    // 32 rows on the matrix unit (amx.h).
+    void int8_tiles(const int8_t* codes, const int32_t* code_sums, const uint8_t* panel, const float* x_scale,
+                    const float* factors, float* y, int64_t ldy, int columns) const {
+        alignas(64) int32_t sums[32 * PANEL];
+        multiply_bytes(inputs_ / 64, codes, inputs_, panel, sums);
+        for (int i = 0; i < 32; i++) {
+            float line[PANEL];
+            float* const to = columns >= PANEL ? y + i * ldy : line;
+            for (int v = 0; v < PANEL; v += LANES) {
+                IntVec part;
+                std::memcpy(&part, sums + i * PANEL + v, sizeof(part));
+                finish(part, code_sums[i], factors + v, x_scale[i], to + v);
+            }
+            if (columns < PANEL) std::copy(line, line + columns, y + i * ldy);
+        }
+    }
+
     void multiply_int8(int m, const int8_t* codes, const uint8_t* panels, const float* x_scale, const float* factors,
                        float* y, int64_t ldy) const {
-        for (int j = 0; j < outputs_; j += PANEL)
-            for (int i = 0; i < m; i += ROWS) {
+        int32_t* const sums = scratch<int32_t>(1, m);
+        for (int i = 0; i < m; i++) sums[i] = code_sum(codes + int64_t(i) * inputs_);
+        const int in_tiles = has_amx() && inputs_ % 64 == 0 ? m / 32 * 32 : 0;
+        for (int j = 0; j < outputs_; j += PANEL) {
+            const uint8_t* const panel = panels + int64_t(j) * inputs_;
+            const auto at = [&](int i, const auto& rows) {
+                rows(codes + int64_t(i) * inputs_, sums + i, panel, x_scale + i, factors + j, y + i * ldy + j, ldy,
+                     outputs_ - j);
+            };
+            for (int i = 0; i < in_tiles; i += 32) at(i, [&](auto... a) { int8_tiles(a...); });
+            for (int i = in_tiles; i < m; i += ROWS) {
                 const auto rows = int8_rows_of(std::min(ROWS, m - i), std::make_integer_sequence<int, ROWS>{});
-                (this->*rows)(codes + int64_t(i) * inputs_, panels + int64_t(j) * inputs_, x_scale + i, factors + j,
-                              y + i * ldy + j, ldy, outputs_ - j);
+                at(i, [&](auto... a) { (this->*rows)(a...); });
             }
+        }
     }
 
     const Matrix* matrices_;

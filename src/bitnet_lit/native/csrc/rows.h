@@ -20,9 +20,10 @@ inline float accurate_exp(float x) {
     return std::bit_cast<float>((int32_t(n) + 127) << 23) * p;
 }
 
+using IntVec = int32_t __attribute__((vector_size(4 * LANES)));
+
 // The same for LANES numbers.
 inline FloatVec accurate_exp(FloatVec x) {
-    using IntVec = int32_t __attribute__((vector_size(4 * LANES)));
     x = x > broadcast(88.0f) ? broadcast(88.0f) : x;
     x = x < broadcast(-87.0f) ? broadcast(-87.0f) : x;
     const FloatVec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer

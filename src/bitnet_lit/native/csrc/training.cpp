@@ -14,4 +14,5 @@ void bitnet_attention_forward(const Attention* a) { attention_forward(*a); }
 void bitnet_attention_backward(const Attention* a) { attention_backward(*a); }
 void bitnet_loss(const Loss* a) { next_token_loss(*a); }
 void bitnet_newton_schulz(const NewtonSchulz* a) { newton_schulz(*a); }
+void bitnet_muon_step(const MuonStep* a) { muon_step(*a); }
 }
