@@ -10,15 +10,16 @@ C_SOURCES = $(shell find src tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed ## Make .venv and install the package with the versions of constraints.txt
+install: $(VENV)/.installed ## Make .venv, install the package with the versions of constraints.txt, compile its C++
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m bitnet_lit.native
 	@touch $@
 
-demo: install ## Train a dense, a binary and a 1.58-bit model on the demo corpus, compare them, tell a story (4 minutes)
+demo: install ## Train a dense, a binary and a 1.58-bit model on the demo corpus, compare them, tell a story (90 seconds)
 	rm -rf outputs/demo
 	$(BIN)/python -m bitnet_lit.prepare source=demo
 	$(BIN)/python -m bitnet_lit.train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo

@@ -74,7 +74,7 @@ def test_a_stack_is_its_matrices(shape):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_on_a_cpu_it_is_its_definition_bit_for_bit(monkeypatch, nesterov):
-    monkeypatch.setattr(muon.newton_schulz, "is_available", lambda: False)  # tests/native tests the compiled one
+    monkeypatch.setattr(muon.library, "is_available", lambda: False)  # tests/native tests the compiled one
     wanted, _ = trained(one_by_one, nesterov=nesterov)
     for elements in (2**26, 500):  # 500: stacks of one matrix
         monkeypatch.setattr(muon, "STACK_ELEMENTS", elements)

@@ -6,8 +6,9 @@ which GCC's and LLVM's library both have.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -177,6 +178,29 @@ def functions() -> dict[str, Callable[[ctypes.Structure], None]]:
         function.restype, function.argtypes = None, [POINTER(structure)]
         found[name] = function
     return found
+
+
+_is_on = True
+
+
+def is_available() -> bool:
+    """Return whether this process can call the functions. The first call may compile them."""
+    if _is_on:
+        with contextlib.suppress(NoCompilerError):
+            functions()
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Let PyTorch compute what has no key of its own to say so (`quant.kernel` is for layers)."""
+    global _is_on
+    before, _is_on = _is_on, False
+    try:
+        yield
+    finally:
+        _is_on = before
 
 
 def address(tensor: Tensor | None) -> int | None:

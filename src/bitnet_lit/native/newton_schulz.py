@@ -9,16 +9,6 @@ import torch
 from torch import Tensor
 
 from bitnet_lit.native import library
-from bitnet_lit.native.build import NoCompilerError
-
-
-def is_available() -> bool:
-    """Return whether this process can compute them. The first call may compile the C++."""
-    try:
-        library.functions()
-    except NoCompilerError:
-        return False
-    return True
 
 
 def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitnet_lit.native import newton_schulz
+from bitnet_lit.native import library, newton_schulz
 from bitnet_lit.training.sharing import Exchange, exchange_for, local
 
 # Elements of a stack on one rank. A stack of 64 Mi elements fills a GPU with work and takes 128 MiB; the copies that
@@ -78,7 +78,7 @@ def _is_native(parameters: Sequence[nn.Parameter], exchange: Exchange) -> bool:
             parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
             for parameter in parameters
         )
-        and newton_schulz.is_available()
+        and library.is_available()
     )
 
 
@@ -142,7 +142,7 @@ class Muon(torch.optim.Muon):
             directions = list(torch._foreach_lerp(gradients, averages, group["momentum"]))
 
         def orthogonalized(stack: Tensor) -> Tensor:
-            if stack.device.type == "cpu" and stack.dtype == torch.float32 and newton_schulz.is_available():
+            if stack.device.type == "cpu" and stack.dtype == torch.float32 and library.is_available():
                 updates = newton_schulz.orthogonalize(stack, *iterations)
             elif stack.device.type == "cpu":  # PyTorch gains nothing from a stack there
                 updates = torch.stack([orthogonalize(matrix, *iterations) for matrix in stack])

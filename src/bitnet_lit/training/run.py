@@ -51,7 +51,7 @@ from bitnet_lit.training.started_ranks import left_as_found
 from bitnet_lit.training.trainer import build_trainer
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc reuse large blocks of memory instead of giving them back to the system after every tensor.
 
     Each step allocates the same sizes again. The system zeroes every fresh page at its first use, which cost 13 % of a
@@ -107,7 +107,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         DiskError: the disk is full.
     """
     _quieten()
-    _keep_freed_memory()
+    keep_freed_memory()
     with StopSignals() as signals, contextlib.ExitStack() as holding:
         metrics = _train(config, signals, holding)
     if signals.number is not None:  # it came too late to stop the run, but its sender expects this exit status
