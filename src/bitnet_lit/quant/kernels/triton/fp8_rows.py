@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_lit.quant.kernels.triton.launch import on_device_of, power_of_2
+from bitnet_lit.quant.kernels.triton.launch import on_device_of, operator, power_of_2
 
 FP8 = torch.float8_e4m3fn
 LARGEST = tl.constexpr(448.0)
@@ -42,7 +42,12 @@ def _fp8_rows(grad_ptr, column_scale_ptr, fp8_ptr, scale_ptr, M, N, stride, ROWS
     tl.store(scale_ptr + rows[:, None], scale, mask=(rows < M)[:, None])
 
 
-@torch.library.custom_op("bitnet_lit::fp8_rows", mutates_args=())
+def _fp8_rows_fake(grad: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = grad.shape
+    return grad.new_empty((rows, columns), dtype=FP8), grad.new_empty((rows, 1), dtype=torch.float32)
+
+
+@operator(_fp8_rows_fake)
 def fp8_rows(grad: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Multiply the columns by their scales, and round each row to FP8.
 
@@ -72,9 +77,3 @@ def fp8_rows(grad: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=4 if tile_columns <= 4096 else 8,
         )
     return fp8, scale
-
-
-@fp8_rows.register_fake
-def _(grad: Tensor, column_scale: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = grad.shape
-    return grad.new_empty((rows, columns), dtype=FP8), grad.new_empty((rows, 1), dtype=torch.float32)

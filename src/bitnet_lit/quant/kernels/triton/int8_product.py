@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_lit.quant.kernels.triton.launch import multiprocessors, on_device_of
+from bitnet_lit.quant.kernels.triton.launch import multiprocessors, on_device_of, operator
 from bitnet_lit.quant.kernels.triton.rotary import rotate_rows
 
 
@@ -67,7 +67,20 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
-@torch.library.custom_op("bitnet_lit::int8_product", mutates_args=())
+def _int8_product_fake(
+    x_codes: Tensor,
+    weight_codes: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rotated_heads: int = 0,
+) -> Tensor:
+    return x_codes.new_empty((x_codes.shape[0], weight_codes.shape[0]), dtype=dtype)
+
+
+@operator(_int8_product_fake)
 def int8_product(
     x_codes: Tensor,
     weight_codes: Tensor,
@@ -121,17 +134,3 @@ def int8_product(
     if cos is not None and sin is not None:
         rotate_rows(y, cos, sin, rotated_heads)
     return y
-
-
-@int8_product.register_fake
-def _(
-    x_codes: Tensor,
-    weight_codes: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    dtype: torch.dtype,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    rotated_heads: int = 0,
-) -> Tensor:
-    return x_codes.new_empty((x_codes.shape[0], weight_codes.shape[0]), dtype=dtype)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_lit.quant.kernels.triton.fp8_rows import FP8, round_row
-from bitnet_lit.quant.kernels.triton.launch import column_blocks, multiprocessors, on_device_of, power_of_2
+from bitnet_lit.quant.kernels.triton.launch import column_blocks, multiprocessors, on_device_of, operator, power_of_2
 
 
 @triton.jit
@@ -218,7 +218,11 @@ def _gated_backward(
             tl.store(parts + more_columns, more_part, mask=more_inside)
 
 
-@torch.library.custom_op("bitnet_lit::norm_backward", mutates_args=())
+def _norm_backward_fake(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad), torch.empty_like(norm_weight)
+
+
+@operator(_norm_backward_fake)
 def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the norm's weight.
 
@@ -259,12 +263,25 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
     return grad_x, parts.sum(0).to(norm_weight.dtype)
 
 
-@norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(grad), torch.empty_like(norm_weight)
+def _gated_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    rstd: Tensor,
+    activation: str,
+    out_scale: Tensor | None,
+    per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rounded = x.shape[0] if out_scale is not None else 0
+    return (
+        torch.empty_like(x),
+        x.new_empty((rounded, x.shape[1]), dtype=FP8),
+        x.new_empty((rounded, 1), dtype=torch.float32),
+        x.new_empty((0,)) if norm_weight is None else torch.empty_like(norm_weight),
+    )
 
 
-@torch.library.custom_op("bitnet_lit::gated_backward", mutates_args=())
+@operator(_gated_backward_fake)
 def gated_backward(
     grad: Tensor,
     x: Tensor,
@@ -325,22 +342,3 @@ def gated_backward(
         )
     grad_norm = x.new_empty((0,)) if norm_weight is None else parts.sum(0).to(norm_weight.dtype)
     return grad_x, fp8, fp8_scale, grad_norm
-
-
-@gated_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    rstd: Tensor,
-    activation: str,
-    out_scale: Tensor | None,
-    per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rounded = x.shape[0] if out_scale is not None else 0
-    return (
-        torch.empty_like(x),
-        x.new_empty((rounded, x.shape[1]), dtype=FP8),
-        x.new_empty((rounded, 1), dtype=torch.float32),
-        x.new_empty((0,)) if norm_weight is None else torch.empty_like(norm_weight),
-    )

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_lit.quant.activations import SCALE_MIN
-from bitnet_lit.quant.kernels.triton.launch import column_blocks, on_device_of, power_of_2
+from bitnet_lit.quant.kernels.triton.launch import column_blocks, on_device_of, operator, power_of_2
 
 SMALLEST = tl.constexpr(SCALE_MIN)
 HALF_EVEN = tl.constexpr(1.5 * 2**23)
@@ -109,7 +109,18 @@ def _norm_round(
     tl.store(scale_ptr + rows, tl.div_rn(largest, LIMIT + 0.0) + 0.0 * squares, mask=row_inside)
 
 
-@torch.library.custom_op("bitnet_lit::norm_round", mutates_args=())
+def _norm_round_fake(
+    x: Tensor, norm_weight: Tensor | None, eps: float, activation: str, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inputs = x.shape[0], x.shape[1] // (2 if activation else 1)
+    return (
+        x.new_empty((rows, inputs), dtype=torch.int8),
+        x.new_empty((rows, 1), dtype=torch.float32),
+        x.new_empty((0 if norm_weight is None else rows,), dtype=torch.float32),
+    )
+
+
+@operator(_norm_round_fake)
 def norm_round(
     x: Tensor, norm_weight: Tensor | None, eps: float, activation: str, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,13 +163,3 @@ def norm_round(
             enable_fp_fusion=False,  # a fused multiply-add would round a code only once, and some ties differently
         )
     return codes, scale, rstd
-
-
-@norm_round.register_fake
-def _(x: Tensor, norm_weight: Tensor | None, eps: float, activation: str, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, inputs = x.shape[0], x.shape[1] // (2 if activation else 1)
-    return (
-        x.new_empty((rows, inputs), dtype=torch.int8),
-        x.new_empty((rows, 1), dtype=torch.float32),
-        x.new_empty((0 if norm_weight is None else rows,), dtype=torch.float32),
-    )

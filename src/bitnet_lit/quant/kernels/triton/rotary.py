@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_lit.quant.kernels.triton.fp8_rows import FP8, round_row
-from bitnet_lit.quant.kernels.triton.launch import on_device_of
+from bitnet_lit.quant.kernels.triton.launch import on_device_of, operator
 
 
 @triton.jit
@@ -152,7 +152,20 @@ def _rotary_backward(
         tl.store(fp8_scale_ptr + row, scale)
 
 
-@torch.library.custom_op("bitnet_lit::rotary_backward", mutates_args=())
+def _rotary_backward_fake(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, out_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, heads, size), kv_heads = grad_q.shape, grad_k.shape[2]
+    rows, columns = batch * length, (heads + 2 * kv_heads) * size
+    rounded = rows if out_scale is not None else 0
+    return (
+        grad_q.new_empty((rows, columns)),
+        grad_q.new_empty((rounded, columns), dtype=FP8),
+        grad_q.new_empty((rounded, 1), dtype=torch.float32),
+    )
+
+
+@operator(_rotary_backward_fake)
 def rotary_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, out_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,17 +210,3 @@ def rotary_backward(
             num_warps=4 if columns >= 2048 else 2,
         )
     return grad, fp8, fp8_scale
-
-
-@rotary_backward.register_fake
-def _(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, out_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, length, heads, size), kv_heads = grad_q.shape, grad_k.shape[2]
-    rows, columns = batch * length, (heads + 2 * kv_heads) * size
-    rounded = rows if out_scale is not None else 0
-    return (
-        grad_q.new_empty((rows, columns)),
-        grad_q.new_empty((rounded, columns), dtype=FP8),
-        grad_q.new_empty((rounded, 1), dtype=torch.float32),
-    )

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_lit.quant.kernels.triton.fp8_rows import FP8, LARGEST
-from bitnet_lit.quant.kernels.triton.launch import on_device_of
+from bitnet_lit.quant.kernels.triton.launch import on_device_of, operator
 
 
 @triton.jit
@@ -81,7 +81,11 @@ def fp8_transposed(values: Tensor, row_scale: Tensor | None, scale: Tensor | Non
     return fp8
 
 
-@torch.library.custom_op("bitnet_lit::weight_gradient", mutates_args=())
+def _weight_gradient_fake(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty((grad.shape[1], x.shape[1]), dtype=dtype)
+
+
+@operator(_weight_gradient_fake)
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad.T @ x.
 
@@ -95,12 +99,13 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(grad.t(), x, out_dtype=dtype)
 
 
-@weight_gradient.register_fake
-def _(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty((grad.shape[1], x.shape[1]), dtype=dtype)
+def _weight_gradient_fp8_fake(
+    grad: Tensor, row_scale: Tensor, scale: Tensor, x_codes: Tensor, x_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return grad.new_empty((grad.shape[1], x_codes.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("bitnet_lit::weight_gradient_fp8", mutates_args=())
+@operator(_weight_gradient_fp8_fake)
 def weight_gradient_fp8(
     grad: Tensor, row_scale: Tensor, scale: Tensor, x_codes: Tensor, x_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -123,8 +128,3 @@ def weight_gradient_fp8(
         out_dtype=dtype,
         use_fast_accum=True,
     )
-
-
-@weight_gradient_fp8.register_fake
-def _(grad: Tensor, row_scale: Tensor, scale: Tensor, x_codes: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty((grad.shape[1], x_codes.shape[1]), dtype=dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitnet_lit.quant.activations import SCALE_MIN
 from bitnet_lit.quant.kernels.triton.fp8_rows import FP8
-from bitnet_lit.quant.kernels.triton.launch import on_device_of
+from bitnet_lit.quant.kernels.triton.launch import on_device_of, operator
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerRow, Sign, WeightRule
 
 SMALLEST = tl.constexpr(SCALE_MIN)
@@ -142,7 +142,16 @@ def round_into(weights: Sequence[Tensor], rule: str, codes: Tensor, transposed: 
         first = own.stop
 
 
-@torch.library.custom_op("bitnet_lit::round_weights", mutates_args=())
+def _round_weights_fake(weights: Sequence[Tensor], rule: str, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inputs = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    return (
+        weights[0].new_empty((rows, inputs), dtype=torch.int8),
+        weights[0].new_empty((inputs, rows) if transposed else (0, 0), dtype=FP8),
+        weights[0].new_empty((rows,), dtype=torch.float32),
+    )
+
+
+@operator(_round_weights_fake)
 def round_weights(weights: Sequence[Tensor], rule: str, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Round the matrices of one product.
 
@@ -162,13 +171,3 @@ def round_weights(weights: Sequence[Tensor], rule: str, transposed: bool) -> tup
     scale = weights[0].new_empty((rows,), dtype=torch.float32)
     round_into(weights, rule, codes, fp8 if transposed else None, scale)
     return codes, fp8, scale
-
-
-@round_weights.register_fake
-def _(weights: Sequence[Tensor], rule: str, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, inputs = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return (
-        weights[0].new_empty((rows, inputs), dtype=torch.int8),
-        weights[0].new_empty((inputs, rows) if transposed else (0, 0), dtype=FP8),
-        weights[0].new_empty((rows,), dtype=torch.float32),
-    )
