@@ -1,5 +1,7 @@
 """Which kernels compute a layer: by the device of its input, the key quant.kernel, and what the kernels refuse."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -13,6 +15,7 @@ from bitnet_lit.quant.bit_linear import bit_linear_reference, set_strength
 from bitnet_lit.quant.kernels import choose
 from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.quant.kernels.interface import Kernels
+from bitnet_lit.quant.kernels.triton import kernels as triton_kernels
 from tests.support import tiny_config
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -128,3 +131,49 @@ def test_a_value_that_does_not_exist(key):
 
 def test_a_saved_model_does_not_hold_them():
     assert QuantConfig(kernel="reference", grad="bf16").describe() == QuantConfig().describe()
+
+
+class TestWhyTritonRefuses:
+    """Its kernels are for GPUs of the Hopper generation. What they refuse needs no GPU to be known."""
+
+    @pytest.fixture(autouse=True)
+    def hopper(self, monkeypatch):
+        monkeypatch.setattr(triton_kernels, "HAS_TRITON", True)
+        self.use(monkeypatch, 9, 0)
+
+    def use(self, monkeypatch, major, minor):
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    def line(self, model, dtype=torch.bfloat16):
+        return describe(model, torch.device("cuda"), dtype)
+
+    def test_it_computes_all_built_in_schemes_with_a_scale_for_a_matrix_or_a_row(self):
+        for name in ("b158", "b158_row", "b1"):
+            assert self.line(tiny(name=name)) == "triton (14 layers), gradients of the inputs in FP8"
+        assert self.line(tiny(weight_scale="absmedian", grad="bf16")) == "triton (14 layers)"
+        both = "gradients of the inputs and of the weights in FP8"
+        assert self.line(tiny(activation_bits=4, grad="fp8_all")) == f"triton (14 layers), {both}"
+        assert self.line(tiny(), torch.float32) == "triton (14 layers)"
+
+    def test_scales_per_group(self):
+        model = tiny(name="b158_group", settings={"group_size": 32})
+        assert self.line(model) == "reference (14 layers: scales: one for 32 inputs)"
+
+    def test_sizes_that_the_tma_cannot_load(self):
+        torch.manual_seed(0)
+        model = build_model(tiny_config(vocab_size=64, intermediate_size=72), QuantConfig())
+        line = "triton (8 layers), reference (4 layers: 32 x 72 features are no multiples of 16)"
+        assert self.line(model).startswith(line)
+
+    def test_other_gpus(self, monkeypatch):
+        for capability in ((8, 0), (8, 9), (10, 0)):
+            self.use(monkeypatch, *capability)
+            why = "compute capability {}.{}, and the kernels are for 9.0 (Hopper)".format(*capability)
+            assert self.line(tiny()) == f"reference (14 layers: {why})"
+
+    def test_no_triton(self, monkeypatch):
+        monkeypatch.setattr(triton_kernels, "HAS_TRITON", False)
+        assert self.line(tiny()) == "reference (14 layers: Triton is not installed)"
+        with pytest.raises(UserError, match=r"quant.kernel=triton: cannot run here \(Triton is not installed\)"):
+            self.line(tiny(kernel="triton"))
