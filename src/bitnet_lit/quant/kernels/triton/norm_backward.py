@@ -239,7 +239,7 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
         (M, I) in the dtype of `grad`, and (I,) in the dtype of the weight.
     """
     rows, inputs = x.shape
-    tile_rows, num_warps = power_of_2(1024 / inputs), 8 if inputs >= 2048 else 4
+    tile_rows, num_warps = power_of_2(1024 / inputs), 8 if inputs >= 2048 else 4 if inputs >= 512 else 2
     first, rest = column_blocks(inputs)
     programs = min(triton.cdiv(rows, tile_rows), 32 // num_warps * multiprocessors(x.device))
     grad_x = torch.empty_like(grad)
@@ -316,7 +316,8 @@ def gated_backward(
     fp8_scale = x.new_empty((rounded, 1), dtype=torch.float32)
     first, rest = column_blocks(inputs)
     num_warps = min(16, max(4, power_of_2(inputs / 256)))
-    programs = min(rows, 32 // num_warps * multiprocessors(x.device))
+    # With 16 warps a program keeps a multiprocessor busy by itself, as it loads two rows ahead (H200).
+    programs = min(rows, (1 if num_warps == 16 else 32 // num_warps) * multiprocessors(x.device))
     parts = x.new_empty((0 if norm_weight is None else programs, inputs), dtype=torch.float32)
     with on_device_of(x):
         _gated_backward[(programs,)](
@@ -337,7 +338,7 @@ def gated_backward(
             PER_ROW=per_row,
             COLUMNS=first,
             MORE_COLUMNS=rest,
-            STAGES=2,
+            STAGES=3 if inputs >= 2048 else 2,
             num_warps=num_warps,
         )
     grad_norm = x.new_empty((0,)) if norm_weight is None else parts.sum(0).to(norm_weight.dtype)

@@ -104,12 +104,12 @@ def _round_one(weight: Tensor, rule: str, codes: Tensor, transposed: Tensor | No
     """Round one matrix into its rows of `codes` and `scale`, and its columns of `transposed`."""
     (rows, inputs), has_sums = weight.shape, rule in ("absmean", "sign")
     # Each program sums two blocks or more, and each program of the second kernel adds up all these sums.
-    parts = min(1024, triton.cdiv(weight.numel(), 2 * 4096))
+    parts = min(1024, triton.cdiv(weight.numel(), 2 * 2048))
     sums = weight.new_empty((2, parts), dtype=torch.float32) if has_sums else None
     row_scale = None if has_sums else RULES[rule].scale(weight)
     with on_device_of(weight):
         if has_sums:
-            _sums[(parts,)](weight, sums, weight.numel(), BLOCK=4096, num_warps=8)
+            _sums[(parts,)](weight, sums, weight.numel(), BLOCK=2048, num_warps=4)
         _round_weight[(triton.cdiv(rows, 128), triton.cdiv(inputs, 64))](
             weight,
             sums,
