@@ -283,6 +283,21 @@ def test_weights_are_held_between_optimizer_steps(ids):
     assert loss == first and all(torch.equal(grads[name], expected[name]) for name in grads)
 
 
+@pytest.mark.parametrize("grad", ["fp8", "fp8_all"])
+def test_tensors_that_are_not_contiguous(grad):
+    layer = BitLinear(64, 48, quant=QuantConfig(grad=grad)).to(CUDA)
+    plain, memory = layer.weight.detach().clone(), randn(64 * 48 + 1)
+    layer.grad = grad
+    x, grad_y = randn(32, 64), randn(48)
+    y, grad_x, _ = gradients(layer, x, torch.bfloat16, grad_y.expand(32, 48))
+    for weight in (plain.t().contiguous().t(), memory[1:].view(48, 64).copy_(plain)):
+        layer.weight = torch.nn.Parameter(weight)
+        assert layer.weight.data_ptr() % 16 or not layer.weight.is_contiguous()
+        found, found_x, _ = gradients(layer, x.t().contiguous().t(), torch.bfloat16, grad_y.expand(32, 48))
+        assert torch.equal(found, y)
+        assert torch.equal(found_x, grad_x)
+
+
 def test_lambda_is_warmed_up_by_the_reference(ids):
     model, reference = network(), network(kernel="reference")
     for each in (model, reference):

@@ -94,10 +94,11 @@ def _product_gradients(
         fp8_weights: whether the gradient of the weights is an FP8 product too.
     """
     codes, transposed, scale = rounded_weights
+    grad = grad.contiguous()
     if transposed.numel() == 0:
         normed = (grad * scale).to(grad.dtype) @ codes.to(grad.dtype)
     else:
-        fp8, row_scale = fp8_rows(grad.contiguous(), scale) if rounded is None else rounded
+        fp8, row_scale = fp8_rows(grad, scale) if rounded is None else rounded
         ones = scale.new_ones((1, transposed.shape[0]))
         normed = torch._scaled_mm(
             fp8, transposed.t(), scale_a=row_scale, scale_b=ones, out_dtype=grad.dtype, use_fast_accum=True

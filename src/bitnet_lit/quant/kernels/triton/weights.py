@@ -24,6 +24,7 @@ from bitnet_lit.quant.kernels.triton.fp8_rows import FP8
 from bitnet_lit.quant.kernels.triton.launch import on_device_of, operator
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerRow, Sign, WeightRule
 
+CONTIGUOUS = torch.contiguous_format
 SMALLEST = tl.constexpr(SCALE_MIN)
 RULES: dict[str, WeightRule] = {
     "absmean": AbsMean(),
@@ -36,40 +37,63 @@ RULES: dict[str, WeightRule] = {
 
 
 @triton.jit
-def _sums(weight_ptr, sums_ptr, numel, BLOCK: tl.constexpr):
-    """Write each program's part of the sum of the magnitudes, and of the sum of the weights."""
-    parts = tl.num_programs(0)
+def _chosen(index, first, second, third):
+    """Return one of three tensors, which all start at multiples of 16 bytes."""
+    chosen = first
+    if index == 1:
+        chosen = second
+    if index == 2:
+        chosen = third
+    return tl.multiple_of(chosen, 16)
+
+
+@triton.jit
+def _sums(
+    first_ptr, second_ptr, third_ptr, sums_ptr, first_rows, second_rows, third_rows, I, parts, BLOCK: tl.constexpr
+):
+    """Write each program's part of the sum of a matrix's magnitudes, and of the sum of its weights."""
+    index = tl.program_id(1)
+    weight_ptr = _chosen(index, first_ptr, second_ptr, third_ptr)
+    rows = tl.where(index == 0, first_rows, tl.where(index == 1, second_rows, third_rows))
     at = tl.arange(0, BLOCK)
     magnitude, plain = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(tl.program_id(0) * BLOCK, numel, parts * BLOCK):
-        weight = tl.load(weight_ptr + first + at, mask=first + at < numel, other=0.0).to(tl.float32)
+    for first in range(tl.program_id(0) * BLOCK, rows * I, parts * BLOCK):
+        weight = tl.load(weight_ptr + first + at, mask=first + at < rows * I, other=0.0).to(tl.float32)
         magnitude += tl.abs(weight)
         plain += weight
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(magnitude))
-    tl.store(sums_ptr + parts + tl.program_id(0), tl.sum(plain))
+    sums_ptr += index * 2 * parts + tl.program_id(0)
+    tl.store(sums_ptr, tl.sum(magnitude))
+    tl.store(sums_ptr + parts, tl.sum(plain))
 
 
 @triton.jit
 def _round_weight(
-    weight_ptr,
+    first_ptr,
+    second_ptr,
+    third_ptr,
     sums_ptr,
     row_scale_ptr,
     codes_ptr,
     transposed_ptr,
     scale_ptr,
-    O,
+    first_rows,
+    second_rows,
+    third_rows,
     I,
     transposed_stride,
-    count,
     parts,
     IS_SIGN: tl.constexpr,
     HAS_SUMS: tl.constexpr,
-    PER_ROW: tl.constexpr,
     HAS_TRANSPOSED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    index = tl.program_id(2)
+    weight_ptr = _chosen(index, first_ptr, second_ptr, third_ptr)
+    O = tl.where(index == 0, first_rows, tl.where(index == 1, second_rows, third_rows))
+    start = tl.where(index == 0, 0, tl.where(index == 1, first_rows, first_rows + second_rows))
+    start = tl.multiple_of(start, 16)  # all are numbers of rows, which are multiples of 16
     rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     inside = (rows < O)[:, None] & (columns < I)[None, :]
@@ -77,16 +101,16 @@ def _round_weight(
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_SUMS:
         part = tl.arange(0, PARTS)
+        sums_ptr += index * 2 * parts
+        count = O.to(tl.float32) * I
         total = tl.sum(tl.load(sums_ptr + part, mask=part < parts, other=0.0))
         # In this order NaN stays NaN, so a run that diverged is seen as one.
         mean = tl.div_rn(total, count)
         scale = tl.where(mean < SMALLEST, SMALLEST, mean) + tl.zeros((BLOCK_O,), dtype=tl.float32)
-    elif PER_ROW:
-        scale = tl.load(row_scale_ptr + rows, mask=rows < O, other=1.0)
     else:
-        scale = tl.load(row_scale_ptr) + tl.zeros((BLOCK_O,), dtype=tl.float32)
+        scale = tl.load(row_scale_ptr + start + rows, mask=rows < O, other=1.0)
     if tl.program_id(1) == 0:
-        tl.store(scale_ptr + rows, scale, mask=rows < O)
+        tl.store(scale_ptr + start + rows, scale, mask=rows < O)
     if IS_SIGN:
         center = tl.div_rn(tl.sum(tl.load(sums_ptr + parts + part, mask=part < parts, other=0.0)), count)
         codes = tl.where(weight >= center, 1.0, -1.0)
@@ -94,52 +118,52 @@ def _round_weight(
         # Rounded half to even and clamped to -1..1, as the reference does: 0.5 and -0.5 become 0.
         scaled = weight * tl.div_rn(1.0, scale)[:, None]
         codes = tl.where(scaled > 0.5, 1.0, tl.where(scaled < -0.5, -1.0, 0.0))
-    tl.store(codes_ptr + at, codes.to(tl.int8), mask=inside)
+    tl.store(codes_ptr + start.to(tl.int64) * I + at, codes.to(tl.int8), mask=inside)
     if HAS_TRANSPOSED:
-        at = columns.to(tl.int64)[:, None] * transposed_stride + rows[None, :]
+        at = columns.to(tl.int64)[:, None] * transposed_stride + start + rows[None, :]
         tl.store(transposed_ptr + at, tl.trans(codes).to(tl.float8e4nv), mask=(columns < I)[:, None] & (rows < O)[None])
 
 
-def _round_one(weight: Tensor, rule: str, codes: Tensor, transposed: Tensor | None, scale: Tensor) -> None:
-    """Round one matrix into its rows of `codes` and `scale`, and its columns of `transposed`."""
-    (rows, inputs), has_sums = weight.shape, rule in ("absmean", "sign")
+def round_into(weights: Sequence[Tensor], rule: str, codes: Tensor, transposed: Tensor | None, scale: Tensor) -> None:
+    """Round the matrices of one product, and write what `round_weights` returns into tensors that are there already."""
+    assert len(weights) <= 3, "a launch rounds up to three matrices"
+    # The kernels read whole rows of 16-byte blocks. A parameter that is a view of other memory may lie otherwise.
+    weights = [
+        w if w.is_contiguous() and w.data_ptr() % 16 == 0 else w.clone(memory_format=CONTIGUOUS) for w in weights
+    ]
+    inputs, rows = weights[0].shape[1], [weight.shape[0] for weight in weights]
+    three = [*weights, weights[0], weights[0]][:3]
+    three_rows = [*rows, 0, 0][:3]
+    has_sums = rule in ("absmean", "sign")
     # Each program sums two blocks or more, and each program of the second kernel adds up all these sums.
-    parts = min(1024, triton.cdiv(weight.numel(), 2 * 2048))
-    sums = weight.new_empty((2, parts), dtype=torch.float32) if has_sums else None
-    row_scale = None if has_sums else RULES[rule].scale(weight)
-    with on_device_of(weight):
+    parts = min(1024, triton.cdiv(max(rows) * inputs, 2 * 2048))
+    sums = scale.new_empty((len(weights), 2, parts)) if has_sums else None
+    row_scale = None
+    if not has_sums:
+        scales = [RULES[rule].scale(weight) for weight in weights]
+        row_scale = torch.cat([s.reshape(-1).expand(count) for s, count in zip(scales, rows, strict=True)])
+    with on_device_of(codes):
         if has_sums:
-            _sums[(parts,)](weight, sums, weight.numel(), BLOCK=2048, num_warps=4)
-        _round_weight[(triton.cdiv(rows, 128), triton.cdiv(inputs, 64))](
-            weight,
+            _sums[(parts, len(weights))](*three, sums, *three_rows, inputs, parts, BLOCK=2048, num_warps=4)
+        _round_weight[(triton.cdiv(max(rows), 128), triton.cdiv(inputs, 64), len(weights))](
+            *three,
             sums,
             row_scale,
             codes,
             transposed,
             scale,
-            rows,
+            *three_rows,
             inputs,
-            0 if transposed is None else transposed.stride(0),
-            float(weight.numel()),
+            codes.shape[0],
             parts,
             IS_SIGN=rule == "sign",
             HAS_SUMS=has_sums,
-            PER_ROW=row_scale is not None and row_scale.numel() > 1,
             HAS_TRANSPOSED=transposed is not None,
             PARTS=triton.next_power_of_2(parts),
             BLOCK_O=128,
             BLOCK_I=64,
             num_warps=8,
         )
-
-
-def round_into(weights: Sequence[Tensor], rule: str, codes: Tensor, transposed: Tensor | None, scale: Tensor) -> None:
-    """Round the matrices of one product, and write what `round_weights` returns into tensors that are there already."""
-    first = 0
-    for weight in weights:
-        own = slice(first, first + weight.shape[0])
-        _round_one(weight, rule, codes[own], None if transposed is None else transposed[:, own], scale[own])
-        first = own.stop
 
 
 def _round_weights_fake(weights: Sequence[Tensor], rule: str, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +180,7 @@ def round_weights(weights: Sequence[Tensor], rule: str, transposed: bool) -> tup
     """Round the matrices of one product.
 
     Args:
-        weights: each float (O, I), contiguous; O and I are multiples of 16, and I is the same for all.
+        weights: each float (O, I); O and I are multiples of 16, and I is the same for all. Three at most.
         rule: a key of `RULES`.
         transposed: whether the gradient of the input is computed in FP8.
 
