@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from bitnet_lit.quant.kernels.triton.fp8_rows import fp8_rows
+from bitnet_lit.quant.kernels.triton.gated_backward import gated_backward
 from bitnet_lit.quant.kernels.triton.int8_product import int8_product
-from bitnet_lit.quant.kernels.triton.norm_backward import gated_backward, norm_backward
+from bitnet_lit.quant.kernels.triton.norm_backward import norm_backward
 from bitnet_lit.quant.kernels.triton.norm_round import norm_round
 from bitnet_lit.quant.kernels.triton.rotary import rotary_backward
 from bitnet_lit.quant.kernels.triton.weight_gradient import weight_gradient, weight_gradient_fp8

@@ -24,7 +24,7 @@ ALIGNMENT = 16
 
 def _rule_name(rule: WeightRule | None) -> str | None:
     """Return the name of a rule that the kernels support, a key of `weights.RULES`; None for any other rule."""
-    if isinstance(rule, Sign):
+    if type(rule) is Sign:
         return "sign"
     for kind, name in ((AbsMean, "absmean"), (AbsMedian, "absmedian")):
         if type(rule) is kind and rule.granularity == PerTensor():
