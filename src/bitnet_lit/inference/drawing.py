@@ -1,4 +1,4 @@
-"""From prompts to tokens, one for each text at a time: the loop that engines run.
+"""A `Drawing` goes from prompts to tokens, one for each text at a time.
 
 `HostDrawing` works with any engine: the engine computes logits, and `Sampler` draws on the CPU. An engine that draws on
 its own device has a method `drawing` that returns a `Drawing` of its own.
@@ -16,7 +16,7 @@ Logits = TypeVar("Logits")
 
 
 class Drawing(Protocol):
-    """Texts while they are generated."""
+    """Draws the tokens of texts while they are generated."""
 
     def draw(self, texts: Sequence[int]) -> Iterator[int]:
         """Draw the next token of each of these texts, which have not ended; yields them in this order.
@@ -58,7 +58,7 @@ def read_prompts(
 
 
 class HostDrawing:
-    """A `Drawing` on any engine: logits come to the CPU, which draws.
+    """Is a `Drawing` for any engine: logits come to the CPU, which draws.
 
     Args:
         ids: the prompt of each text; the caller appends the tokens that were drawn.

@@ -1,4 +1,4 @@
-"""`bench suite=gpu_decode`: decode on a GPU, beside our dense twin and PyTorch without graphs.
+"""`bench suite=gpu_decode` measures decode on a GPU, beside our dense twin and PyTorch without graphs.
 
 The weights are random, because speed does not depend on their values. Rounds are interleaved (ours, theirs, ours, ...).
 `decode` measures steps of the engine that draw their tokens on the GPU, greedily, without anybody looking at them;
@@ -41,7 +41,7 @@ Timed = Callable[[], float]
 
 
 class NumberTokenizer(Tokenizer):
-    """A word for each token of a vocabulary of any size: its number. No token ends a text."""
+    """Has a word for each token of a vocabulary of any size: its number. No token ends a text."""
 
     bos_id = eos_id = -1
 
@@ -87,7 +87,7 @@ def _rate(tokens: int, run: Callable[[], object]) -> float:
 
 @torch.inference_mode()
 def _decode(engine: CudaEngine, batch: int) -> Timed:
-    """A function that measures decode steps in tokens/s: tokens are drawn on the GPU, and nobody reads them."""
+    """Return a function that measures decode steps in tokens/s: tokens are drawn on the GPU, and nobody reads them."""
     caches = [engine.new_cache() for _ in range(batch)]
     engine.forward([list(range(3, 3 + PROMPT))] * batch, caches)
     variant = Variant.of(GenerationConfig(temperature=0), engine.network.config.vocabulary)
@@ -110,7 +110,7 @@ def _decode(engine: CudaEngine, batch: int) -> Timed:
 
 
 def _generate(engine: CudaEngine, batch: int) -> Timed:
-    """A function that measures what `infer` does, behind the prompts, in tokens/s; with the options' defaults."""
+    """Return a function that measures what `infer` does behind the prompts, with its defaults, in tokens/s."""
     generator = Generator(engine, NumberTokenizer(engine.network.config.vocabulary))
     prompts = [" ".join(str(3 + text + i) for i in range(PROMPT)) for text in range(batch)]
     options = GenerationConfig(max_new_tokens=NEW, seed=0)
@@ -123,7 +123,7 @@ def _generate(engine: CudaEngine, batch: int) -> Timed:
 
 
 def _pytorch(engine: TorchEngine, batch: int) -> Timed:
-    """The same steps of the PyTorch engine, which runs the texts of a batch one after the other."""
+    """Return the same for the PyTorch engine, which runs the texts of a batch one after the other."""
 
     def measure() -> float:
         caches = [engine.new_cache() for _ in range(batch)]
@@ -139,14 +139,14 @@ def _pytorch(engine: TorchEngine, batch: int) -> Timed:
 
 
 def _copy_bandwidth() -> float:
-    """Bytes/s of the memory: read and written by a copy."""
+    """Return the bytes/s of the memory, read and written by a copy."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * _rate(8 * COPIED_BYTES, lambda: [target.copy_(source) for _ in range(8)])
 
 
 def bytes_per_token(engine: CudaEngine, length: int) -> int:
-    """Bytes that a step of one text reads behind `length` tokens: matrices, head, keys and values."""
+    """Return how many bytes a step of one text reads behind `length` tokens: matrices, head, keys and values."""
     config, network = engine.network.config, engine.network
     matrices = [one for layer in network.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     cache = 2 * config.num_hidden_layers * config.kv_size * length * 2
@@ -174,7 +174,7 @@ def _interleaved(ours: Timed, theirs: Timed, rounds: int) -> tuple[list[float], 
 
 
 def gpu_decode_rows(config: BenchConfig) -> list[dict[str, Any]]:
-    """The rows of `bench suite=gpu_decode`: shape, what is measured, ours, the peer, theirs, unit, ratio, spread."""
+    """Return the rows of `bench suite=gpu_decode`: shape, what is measured, ours, peer, theirs, unit, ratio, spread."""
     rows: list[dict[str, Any]] = []
     for sizes in SHAPES:
         shape = _config(sizes)

@@ -1,4 +1,4 @@
-"""A model with random weights, for benchmarks: the speed of a model does not depend on their values."""
+"""Benchmarks run models with random weights: the speed of a model does not depend on their values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = 2**22  # random numbers that every tensor repeats: drawing billions take
 
 
 class RandomWeights(TensorReader):
-    """Random tensors of a network: packed codes where `quant` quantizes, else float32; norms are ones."""
+    """Gives random tensors of a network: packed codes where `quant` quantizes, else float32; norms are ones."""
 
     def __init__(self, config: ModelConfig, quant: QuantConfig) -> None:
         rng = np.random.default_rng(0)
@@ -56,17 +56,17 @@ class RandomWeights(TensorReader):
         return np.resize(self._floats, math.prod(shape)).reshape(shape)
 
     def tensor(self, name: str) -> Tensor:
-        """`read` as a tensor."""
+        """Return `read` as a tensor."""
         return torch.from_numpy(self.read(name))
 
 
 def random_model(config: ModelConfig, quant: QuantConfig, tokenizer: Tokenizer | None = None) -> StoredModel:
-    """A model in memory: a scheme with one scale for the matrix, or a dense one."""
+    """Return a model in memory, of a scheme with one scale for the matrix or dense."""
     return StoredModel(Path("random"), config, quant, tokenizer, {}, RandomWeights(config, quant))
 
 
 def random_folder(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> StoredModel:
-    """A packed model folder with random codes."""
+    """Write a packed model folder with random codes, and open it."""
     reader, tensors = RandomWeights(config, QuantConfig()), []
     for name, shape in reader.shapes().items():
         dtype = torch.uint8 if f"{name}_scale" in reader.shapes() else torch.float32

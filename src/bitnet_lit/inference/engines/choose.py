@@ -42,7 +42,7 @@ def check_device(device: str) -> None:
 
 
 def choose_engine(stored: StoredModel, options: EngineConfig, network: Callable[[], CausalLM]) -> Engine:
-    """The engine that `options` name; for `auto` the fastest of the device that can run the model.
+    """Return the engine that `options` name; for `auto` the fastest of the device that can run the model.
 
     Warns where `auto` takes PyTorch and says why, and where options have no effect.
 
@@ -72,7 +72,7 @@ def _no_engine(stored: StoredModel, options: EngineConfig) -> str:
 
 
 def _native_engine(stored: StoredModel, options: EngineConfig) -> Engine | str:
-    """The native engine, or why it cannot run the model."""
+    """Return the native engine, or why it cannot run the model."""
     reason = why_unsupported(stored.config, stored.quant)
     if reason is None:
         try:
@@ -84,7 +84,7 @@ def _native_engine(stored: StoredModel, options: EngineConfig) -> Engine | str:
 
 
 def _cuda_engine(stored: StoredModel, options: EngineConfig) -> Engine | str:
-    """The CUDA engine, or why it cannot run the model."""
+    """Return the CUDA engine, or why it cannot run the model."""
     reason = supported_models.why_unsupported(stored.config, stored.quant)
     reason = reason or supported_models.why_unusable(options.device)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""The keys and values of one text on the GPU."""
+"""A `CudaCache` has the keys and values of one text on the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FIRST_POSITIONS = 256
 
 
 class CudaCache:
-    """The cache of one text. Its memory grows by doubling, up to the context.
+    """Is the cache of one text. Its memory grows by doubling, up to the context.
 
     Attributes:
         length: tokens in it.
@@ -37,7 +37,7 @@ class CudaCache:
 
     @property
     def room(self) -> int:
-        """Positions that there is memory for."""
+        """Return how many positions there is memory for."""
         return self.memory.shape[3]
 
     def reserve(self, length: int) -> None:
@@ -56,7 +56,7 @@ class CudaCache:
         self.length = min(self.length, length)
 
     def fork(self) -> CudaCache:
-        """A copy, for another text that begins in the same way."""
+        """Return a copy, for another text that begins in the same way."""
         copy = CudaCache.__new__(CudaCache)
         copy._config, copy._device, copy._dtype = self._config, self._device, self._dtype
         copy.length, copy.memory = self.length, self.memory.clone()

@@ -1,4 +1,4 @@
-"""Texts that the GPU goes on with by itself.
+"""With a `CudaDrawing` the GPU goes on with texts by itself.
 
 The token that a step draws is the token that the next step reads, without passing through the host. The host only has
 to decode it: so one step is always launched ahead, and the GPU computes while Python looks at the token before. A text
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Launched:
-    """A step whose tokens are on their way to the host.
+    """Is a step whose tokens are on their way to the host.
 
     Attributes:
         texts: the text in each row.
@@ -46,7 +46,7 @@ class _Launched:
 
 
 class CudaDrawing:
-    """A `bitnet_lit.inference.drawing.Drawing` on the GPU.
+    """Is a `bitnet_lit.inference.drawing.Drawing` on the GPU.
 
     Args:
         caches, logits: of each text behind its prompt; logits float32 (V,) on the GPU.

@@ -1,4 +1,4 @@
-"""Kernels that start before the one before them has ended (kernels/__init__.py says what for)."""
+"""A kernel may start before the one before it has ended (kernels/__init__.py says what for)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ import torch
 
 @cache
 def early(device: torch.device) -> dict[str, Any]:
-    """The launch options of a kernel on a GPU; Hopper is the first that can start kernels early."""
+    """Return the launch options of a kernel on a GPU; Hopper is the first that can start kernels early."""
     can = torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}

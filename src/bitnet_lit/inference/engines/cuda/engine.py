@@ -1,4 +1,4 @@
-"""The CUDA engine: 2-bit weights, 8-bit activations, and a decode step that is one launch.
+"""The CUDA engine has 2-bit weights, 8-bit activations, and a decode step that is one launch.
 
 It computes what the PyTorch engine computes, with the same integers in every product of codes. Keys and values are
 float16 or float32, and the output head is int8 with exact logits for the likeliest tokens, or float. A dense model runs
@@ -52,7 +52,7 @@ def _check_compiler() -> None:
 
 
 class CudaEngine:
-    """An `inference.engines.Engine` on an NVIDIA GPU.
+    """Is an `inference.engines.Engine` on an NVIDIA GPU.
 
     Args:
         stored: a model that `supported_models.why_unsupported` has nothing against.
@@ -85,11 +85,11 @@ class CudaEngine:
         return self.name
 
     def new_cache(self) -> CudaCache:
-        """An empty cache."""
+        """Return an empty cache."""
         return CudaCache(self.network.config, self.device, self._dtype)
 
     def take_rows(self, size: int) -> Rows:
-        """Rows for a batch, which nobody else uses until they are given back."""
+        """Return rows for a batch, which nobody else uses until they are given back."""
         with self.lock:
             free = self._free_rows[size]
             return free.pop() if free else Rows(self.network, size, self._pool)
@@ -100,7 +100,7 @@ class CudaEngine:
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[CudaCache]) -> NDArray[np.float32]:
-        """Logits of the token after each text: float32 (len(ids), V).
+        """Return the logits of the token after each text: float32 (len(ids), V).
 
         Raises:
             UserError: a token or a position that the model does not have.
@@ -129,7 +129,7 @@ class CudaEngine:
             self.give_rows(rows)
 
     def _prefill(self, ids: Sequence[Sequence[int]], caches: Sequence[CudaCache]) -> Tensor:
-        """Logits on the GPU, float32 (len(ids), V), of texts with any number of new tokens."""
+        """Return the logits on the GPU, float32 (len(ids), V), of texts with any number of new tokens."""
         last: dict[int, Tensor] = {}  # the hidden state of the last token of each text
         step: list[tuple[int, int, int]] = []  # text, and its tokens from one to another
 

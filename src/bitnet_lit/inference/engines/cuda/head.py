@@ -1,4 +1,4 @@
-"""The output head: from hidden states to logits."""
+"""The output head goes from hidden states to logits."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ REFINED_AT_ONCE = 2048  # logits of a program of `bounds` and `refine`
 
 
 class Head(Protocol):
-    """The final norm and the output head."""
+    """Is the final norm and the output head."""
 
     def __call__(self, x: Tensor, logits: Tensor) -> None:
         """Compute logits float32 (M, V) of hidden states float32 (M, D)."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a step reads."""
+        """Return how many bytes a step reads."""
 
 
 @dataclass
 class DenseHead:
-    """A head in floats: its rows (V, D) in the dtype of the product, and the weight of the norm before it."""
+    """Is a head in floats: its rows (V, D) in the dtype of the product, and the weight of the norm before it."""
 
     rows: Tensor
     norm: Tensor
@@ -57,7 +57,7 @@ class DenseHead:
 
 @dataclass
 class Int8Head:
-    """A head in int8, with exact logits for every token that could be the likeliest (kernels/head.py).
+    """Is a head in int8, with exact logits for every token that could be the likeliest (kernels/head.py).
 
     Attributes:
         codes: int8 (V, KB), in the order of `layout.permute_bytes`.

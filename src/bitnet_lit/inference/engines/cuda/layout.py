@@ -1,4 +1,4 @@
-"""How weights lie in the memory of the GPU.
+"""This is how weights lie in the memory of the GPU.
 
 A model folder packs four rows in a byte (quant/packing.py). The kernels multiply along the inputs of a row, so here the
 16 codes of a 32-bit word are 16 inputs of one row. They are not neighbours: the inputs are cut into 16 stretches of T,
@@ -21,7 +21,7 @@ ROUND_TO = 256  # inputs: 16 codes in a word, and 16 words in the narrowest bloc
 
 
 def words_in_row(inputs: int) -> int:
-    """T: 32-bit words of 2-bit codes in a row."""
+    """Return T: the 32-bit words of 2-bit codes in a row."""
     return -(-inputs // ROUND_TO) * ROUND_TO // 16
 
 

@@ -1,4 +1,4 @@
-"""The network on a GPU: from token ids to logits, as a sequence of kernel launches.
+"""The network on a GPU goes from token ids to logits by a sequence of kernel launches.
 
 One token of one text takes five kernels a layer: norm + round + q, k, v; rotate + append + attention; norm + round + o;
 norm + round + gate, up + activation; norm + round + down. Several tokens take nine: rounding is a kernel of its own
@@ -35,7 +35,7 @@ CHUNK = 64
 
 @dataclass
 class Texts:
-    """Where the texts of a step stand: int64 (M,) on the GPU, one for each token.
+    """Says where the texts of a step stand: int64 (M,) on the GPU, one for each token.
 
     Attributes:
         address: of the text's cache.
@@ -50,7 +50,7 @@ class Texts:
 
 @dataclass
 class Layer:
-    """A decoder layer. Norms are None where the network has none."""
+    """Is a decoder layer. Norms are None where the network has none."""
 
     qkv: Projection
     o: Projection
@@ -60,7 +60,7 @@ class Layer:
 
 
 class Network:
-    """The weights of a model on a GPU, and how a step runs through them.
+    """Has the weights of a model on a GPU, and runs steps through them.
 
     Args:
         stored: a model that `supported_models.why_unsupported` has nothing against.
@@ -82,13 +82,13 @@ class Network:
         return self._stored.tensor(name).to(self.device) if name in self._stored.tensors else None
 
     def _table(self, name: str) -> Tensor:
-        """A dense matrix in the dtype that holds its stored numbers: bfloat16 where they are stored so."""
+        """Return a dense matrix in the dtype that holds its stored numbers: bfloat16 where they are stored so."""
         place = self._stored.reader.place(name)
         table = self._stored.tensor(name).to(self.device)
         return table.bfloat16() if place is not None and place.dtype == "<u2" else table
 
     def _projection(self, prefix: str, names: Sequence[str]) -> Projection:
-        """Several linear layers of one input as one."""
+        """Return several linear layers of one input as one."""
         stored, eps = self._stored, self.config.rms_norm_eps
         biases = [self._vector(f"{prefix}{name}.bias") for name in names]
         bias = None if biases[0] is None else torch.cat([one for one in biases if one is not None])
@@ -135,7 +135,7 @@ class Network:
         return Int8Head.from_rows(rows, norm, self.config.rms_norm_eps, pieces)
 
     def _run(self, tokens: Tensor, attention: Any) -> Tensor:
-        """Hidden states, float32 (M, D), of tokens int64 (M,)."""
+        """Return the hidden states, float32 (M, D), of tokens int64 (M,)."""
         config = self.config
         x = torch.empty(len(tokens), config.hidden_size, dtype=torch.float32, device=self.device)
         block_k = triton.next_power_of_2(config.hidden_size)
@@ -184,7 +184,7 @@ class Network:
         self.head(self._run(tokens, attention), logits)
 
     def prefill(self, tokens: Tensor, texts: Texts, stretches: Sequence[Stretch]) -> Tensor:
-        """Hidden states float32 (M, D) of many tokens; their keys and values are put into the caches.
+        """Return the hidden states float32 (M, D) of many tokens; their keys and values are put into the caches.
 
         Args:
             tokens: int64 (M,), those of one text behind those of the other.
@@ -209,7 +209,7 @@ class Network:
 
 @dataclass
 class Stretch:
-    """The tokens of one text in a prefill step.
+    """Is the tokens of one text in a prefill step.
 
     Attributes:
         start: the first of them in the step.
@@ -224,7 +224,7 @@ class Stretch:
     memory: Tensor
 
     def attention(self, q: Tensor, layer: int, config: ModelConfig) -> Tensor:
-        """(count, H, P) of the step's queries (M, H, P)."""
+        """Return what the text's queries, of those of the step (M, H, P), attend to: (count, H, P)."""
         q = q[self.start : self.start + self.count].transpose(0, 1)[None]
         end = self.past + self.count
         keys, values = self.memory[layer, :, :, :end].unsqueeze(1)
@@ -238,7 +238,7 @@ class Stretch:
 
 
 class Scratch:
-    """Memory in which the programs of `attend` leave parts to each other."""
+    """Is memory in which the programs of `attend` leave parts to each other."""
 
     def __init__(self, config: ModelConfig, rows: int, splits: int, device: torch.device) -> None:
         groups = config.num_attention_heads // config.num_kv_heads

@@ -1,4 +1,4 @@
-"""Sampling on the GPU: the options of generation as numbers there, and the launches that draw a token of each text."""
+"""Sampling on the GPU is a few launches that draw a token of each text, by options that are numbers there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNIFORMS = 256  # random numbers that are sent ahead, for each text
 
 @dataclass(frozen=True)
 class Variant:
-    """Which kernels a step needs.
+    """Says which kernels a step needs.
 
     Attributes:
         greedy: the likeliest token is taken.
@@ -38,7 +38,7 @@ class Variant:
 
     @classmethod
     def of(cls, options: GenerationConfig, pieces: int) -> Variant | None:
-        """What `options` need; None where the host has to draw."""
+        """Return what `options` need; None where the host has to draw."""
         penalty = options.repeat_penalty != 1.0 and options.repeat_last_n > 0
         if penalty and options.repeat_last_n > LONGEST_WINDOW:
             return None
@@ -48,14 +48,14 @@ class Variant:
 
 
 def option_numbers(options: GenerationConfig, pieces: int) -> list[float]:
-    """The options in the places that kernels/sampling.py names."""
+    """Return the options in the places that kernels/sampling.py names."""
     smallest = math.log(options.min_p) if options.min_p > 0 else -math.inf
     top_k, last_n = min(options.top_k, pieces), min(options.repeat_last_n, LONGEST_WINDOW)
     return [options.temperature, top_k, options.top_p, smallest, options.repeat_penalty, last_n]
 
 
 class SamplingState:
-    """What sampling keeps on the GPU for each row of a step.
+    """Is what sampling keeps on the GPU for each row of a step.
 
     Attributes:
         token: int64 (B,), what the next step reads.

@@ -1,6 +1,6 @@
-"""Decode steps as CUDA graphs.
+"""Decode steps are CUDA graphs.
 
-A `Rows` holds the places of a batch: each row may have a text. Its tensors stay where they are, so a step is captured
+`Rows` are the places of a batch: each row may have a text. Its tensors stay where they are, so a step is captured
 once, and every later one is a single launch that reads the rows' tokens, positions and caches from the GPU. Texts come
 and go by what stands in the rows; an empty one has position -1.
 """
@@ -22,12 +22,12 @@ MOST_ROWS = 64
 
 
 def round_up(number: int) -> int:
-    """The smallest power of two that is not less. There is one graph for each, not one for each number."""
+    """Return the smallest power of two that is not less. There is one graph for each, not one for each number."""
     return 1 << (number - 1).bit_length()
 
 
 class Rows:
-    """The rows of a batch of one size, and the graphs that run them.
+    """Is the rows of a batch of one size, and the graphs that run them.
 
     Attributes:
         size: how many rows, a power of two.
@@ -47,7 +47,7 @@ class Rows:
 
     @property
     def position(self) -> Tensor:
-        """int64 (size,): where the next token of each row will stand."""
+        """Return where the next token of each row will stand."""
         return self._texts.position
 
     def place(self, caches: Sequence[CudaCache | None]) -> None:
@@ -70,7 +70,7 @@ class Rows:
         self._placed = where
 
     def run(self, variant: Variant | None) -> None:
-        """One decode step of the tokens in `sampling.token`, whose logits go to `logits`.
+        """Run one decode step of the tokens in `sampling.token`, whose logits go to `logits`.
 
         With a variant the next token is drawn, and the positions are counted up.
         """

@@ -1,4 +1,4 @@
-"""Which models and machines the CUDA engine can run.
+"""This module says which models and machines the CUDA engine can run.
 
 The kernels multiply ternary codes with a scale for the matrix or for each row, and compute the network of
 model/transformer.py. The lists of fields and of tensors are allow-lists, as the native engine's are.
@@ -41,7 +41,7 @@ class NoKernelsError(Exception):
 
 
 def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
-    """Why the CUDA engine cannot run a model, naming the field or the scheme; None if it can."""
+    """Return why the CUDA engine cannot run a model, naming the field or the scheme; None if it can."""
     network = [spec.name for spec in (*BEFORE_LAYERS, *LAYER, *AFTER_LAYERS) if spec.present(config)]
     unplaced = [f"tensor {name}: the CUDA engine has no place for it" for name in network if name not in TENSORS]
     found = refused_fields(config, COMPUTED) or unplaced  # a refused field explains the tensors that it adds
@@ -70,7 +70,7 @@ def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
 
 
 def why_unusable(device: str) -> str | None:
-    """Why the CUDA engine cannot run on a device of this machine, whatever the model; None if it can."""
+    """Return why the CUDA engine cannot run on a device of this machine, whatever the model; None if it can."""
     import torch
 
     if torch.version.cuda is None:
