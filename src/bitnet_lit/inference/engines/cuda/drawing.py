@@ -117,14 +117,14 @@ class CudaDrawing:
     @torch.inference_mode()
     def _launch(self, texts: Sequence[int]) -> None:
         """Launch a step of the texts that go on."""
-        going = [text for text in texts if self._caches[text].length < self._engine.max_length]
+        going = {text for text in texts if self._caches[text].length < self._engine.max_length}
         if not going:
             return
         if round_up(len(going)) < self._rows.size:
-            self._move([row for row, text in enumerate(self._texts) if text in set(going)])
+            self._move([row for row, text in enumerate(self._texts) if text in going])
         if not self._uniforms_left:
             self._send_uniforms()
-        caches = [self._caches[text] if text in set(going) else None for text in self._texts]
+        caches = [self._caches[text] if text in going else None for text in self._texts]
         self._rows.place(caches)
         self._rows.run(self._variant)
         for cache in caches:
