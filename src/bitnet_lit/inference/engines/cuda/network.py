@@ -28,6 +28,7 @@ from bitnet_lit.inference.engines.cuda.kernels.elementwise import embed
 from bitnet_lit.inference.engines.cuda.projection import DenseProjection, Projection, TernaryProjection
 from bitnet_lit.model.layers import rotary_tables
 from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD
+from bitnet_lit.quant.packing import CODES_PER_BYTE, unpack_codes
 
 CHUNK = 64
 """Positions that one program of `attend` reads. A longer past is divided among several programs."""
@@ -98,8 +99,13 @@ class Network:
             return DenseProjection(matrix, None if bias is None else bias.bfloat16(), eps)
         codes, scales = [], []
         for name in weights:
-            code, scale = stored.codes(name)
-            codes.append(code.to(self.device))
+            if stored.holds_codes(name) and stored.tensors[name][0] % CODES_PER_BYTE == 0:
+                packed, scale = stored.packed_codes(name)
+                code = unpack_codes(packed.to(self.device))  # a quarter of the bytes to send, and faster there
+            else:
+                code, scale = stored.codes(name)
+                code = code.to(self.device)
+            codes.append(code)
             scales.append(scale.to(self.device).reshape(-1).expand(len(code)))
         limit = 2 ** (stored.quant.scheme.activations.bits - 1) - 1
         return TernaryProjection.from_codes(torch.cat(codes), torch.cat(scales), bias, limit, eps)
