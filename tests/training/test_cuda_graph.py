@@ -14,7 +14,7 @@ from bitnet_lit.model import batch_loss
 from bitnet_lit.training.cuda_graph import _aliases, _together, records_graph
 from bitnet_lit.training.plan import make_plan
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, tiny_model
+from tests.support import TINY_RUN, run_command, tiny_model
 
 LARGE = ModelConfig(hidden_size=8192, num_attention_heads=64, num_hidden_layers=64, vocab_size=512)
 
@@ -63,6 +63,10 @@ def test_aliases_get_the_gradients_and_the_network_keeps_its_parameters():
 def losses(folder, shards, *options):
     overrides = [*TINY_RUN, "trainer.accelerator=gpu", "trainer.max_steps=12", "trainer.val_check_interval=6"]
     train(compose("train", [f"run_dir={folder}", f"data.dir={shards}", *overrides, "compile=false", *options]))
+    return logged_losses(folder)
+
+
+def logged_losses(folder):
     with (folder / "metrics.csv").open() as file:
         return [float(row["train/loss"] or row["val/loss"]) for row in csv.DictReader(file)]
 
@@ -94,11 +98,16 @@ def test_a_compiled_step_is_recorded_too(tmp_path, shards):
     assert losses(tmp_path / "replayed", shards, *wide, "cuda_graph=true") == pytest.approx(plain, rel=1e-3)
 
 
+TWO = ["trainer.accelerator=gpu", "trainer.devices=2", "compile=false"]
+
+
 @pytest.mark.gpu(count=2)
 def test_ranks_that_replay_average_their_gradients(tmp_path, shards):
-    two = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=gpu", "model.dropout=0.1"]
-    plain = losses(tmp_path / "plain", shards, *two, "cuda_graph=false")
-    assert losses(tmp_path / "replayed", shards, *two, "cuda_graph=true") == pytest.approx(plain, rel=1e-3)
+    common = [f"data.dir={shards}", *TINY_RUN, "trainer=ddp", *TWO, "model.dropout=0.1"]
+    for name in ("false", "true"):  # through the command, which Lightning starts again for the second rank
+        run_command("train", *common, f"cuda_graph={name}", f"hydra.run.dir={name}", cwd=tmp_path)
+    plain, replayed = (logged_losses(tmp_path / name) for name in ("false", "true"))
+    assert len(plain) > 8 and replayed == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.gpu

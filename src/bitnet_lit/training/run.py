@@ -77,6 +77,7 @@ def _quieten() -> None:
         ".*LeafSpec.*",
         ".*is not resumable.*",
         ".*callbacks used to create the checkpoint.*",
+        ".*AccumulateGrad node's stream.*",  # Lightning builds DDP on a stream of its own
     ):
         warnings.filterwarnings("ignore", message)
 
