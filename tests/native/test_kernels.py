@@ -276,3 +276,18 @@ def test_a_process_that_trains_nothing_compiles_nothing():
     with torch.no_grad():
         model(torch.randint(100, (1, 9)))
     assert not cpu._missing.cache_info().currsize
+
+
+def test_what_needs_no_gradient_has_the_same_bits_before_and_after_a_training():
+    model = build_model(tiny_config(vocab_size=100, hidden_size=128), QuantConfig())
+    ids = torch.randint(100, (2, 33))
+    with torch.no_grad():
+        before = model(ids)
+    batch_loss(model, ids).backward()
+    assert cpu._missing.cache_info().currsize
+    with torch.no_grad():
+        assert torch.equal(model(ids), before)
+    reference = build_model(tiny_config(vocab_size=100, hidden_size=128), QuantConfig(kernel="reference"))
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(reference(ids), before)
