@@ -1,6 +1,7 @@
 """`bench` runs the suite that is named, prints a table, and ends with one line of JSON."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,22 @@ from bitnet_lit.errors import UserError
 def test_an_unknown_suite_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match=r"suite=gpu_tran: .*gpu_train"):
         BenchConfig(suite="gpu_tran")
+
+
+@pytest.mark.parametrize("suite", sorted(BenchConfig.SUITES))
+def test_every_suite_names_the_function_that_measures_it(suite):
+    if suite == "gpu_decode":
+        pytest.importorskip("triton")
+    assert callable(bench._rows_of(suite))
+
+
+def test_a_suite_whose_package_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "bitnet_lit.inference.gpu_benchmark", raising=False)
+    for name in [name for name in sys.modules if name.startswith("bitnet_lit.inference.engines.cuda")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match="suite=gpu_decode: needs the package triton"):
+        bench._rows_of("gpu_decode")
 
 
 @pytest.mark.parametrize("suite", ["gpu_train", "gpu_decode"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from pkgutil import resolve_name
+from collections.abc import Callable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bitnet_lit.entry_point import run_command
@@ -25,6 +26,17 @@ def _machine() -> dict[str, Any]:
     return machine
 
 
+def _rows_of(suite: str) -> Callable[[BenchConfig], list[dict[str, Any]]]:
+    """Return the function that measures a suite. It is imported only now, with the packages that it needs."""
+    from bitnet_lit.config import BenchConfig
+    from bitnet_lit.extras import needs
+
+    module, _, name = BenchConfig.SUITES[suite].rpartition(".")
+    with needs("triton", f"suite={suite}"):
+        function: Callable[[BenchConfig], list[dict[str, Any]]] = getattr(import_module(module), name)
+    return function
+
+
 def _bench(config: BenchConfig) -> None:
     import torch
     from rich.table import Table
@@ -33,7 +45,7 @@ def _bench(config: BenchConfig) -> None:
 
     if config.suite.startswith("gpu") and not torch.cuda.is_available():
         raise UserError(f"suite={config.suite}: this machine has no CUDA device: take suite=data, cpu or cpu_train")
-    rows = resolve_name(config.SUITES[config.suite])(config)
+    rows = _rows_of(config.suite)(config)
     table = Table(title=f"suite={config.suite}, median of {config.rounds} interleaved rounds")
     for column in rows[0]:
         table.add_column(column)
