@@ -23,7 +23,7 @@ from bitnet_lit.inference.drawing import read_prompts
 from bitnet_lit.inference.engines import check_step
 from bitnet_lit.inference.engines.cuda.cache import CudaCache
 from bitnet_lit.inference.engines.cuda.drawing import CudaDrawing
-from bitnet_lit.inference.engines.cuda.early_start import early
+from bitnet_lit.inference.engines.cuda.gpu_features import early
 from bitnet_lit.inference.engines.cuda.kernels.elementwise import embed
 from bitnet_lit.inference.engines.cuda.network import Network, Stretch, Texts
 from bitnet_lit.inference.engines.cuda.sampling import Variant

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bitnet_lit.inference.engines.cuda.early_start import early
+from bitnet_lit.inference.engines.cuda.gpu_features import early
 from bitnet_lit.inference.engines.cuda.kernels.elementwise import normalise
 from bitnet_lit.inference.engines.cuda.kernels.head import bounds, head_matmul, head_matvec, refine
 from bitnet_lit.inference.engines.cuda.kernels.rounding import quantize_16

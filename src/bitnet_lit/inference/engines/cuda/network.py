@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig
-from bitnet_lit.inference.engines.cuda.early_start import early
+from bitnet_lit.inference.engines.cuda.gpu_features import early
 from bitnet_lit.inference.engines.cuda.head import DenseHead, Head, Int8Head
 from bitnet_lit.inference.engines.cuda.kernels.attention import attend, rotate
 from bitnet_lit.inference.engines.cuda.kernels.elementwise import embed
@@ -174,7 +174,8 @@ class Network:
             logits: float32 (B, V), out.
         """
         heads = self._heads()
-        config, block_g = self.config, scratch.partial.shape[3]
+        config = self.config
+        block_g = max(16, triton.next_power_of_2(config.num_attention_heads // config.num_kv_heads))
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             y = torch.empty(len(qkv), config.attention_size, dtype=torch.float32, device=self.device)
@@ -248,7 +249,6 @@ class Scratch:
 
     def __init__(self, config: ModelConfig, rows: int, splits: int, device: torch.device) -> None:
         groups = config.num_attention_heads // config.num_kv_heads
-        block_g = max(16, triton.next_power_of_2(groups))
         block_p = max(16, triton.next_power_of_2(config.head_size))
-        self.partial = torch.empty(rows, config.num_kv_heads, splits, block_g, block_p + 2, device=device)
+        self.partial = torch.empty(rows, config.num_kv_heads, splits, groups, block_p + 2, device=device)
         self.counter = torch.zeros(rows, config.num_kv_heads, dtype=torch.int32, device=device)

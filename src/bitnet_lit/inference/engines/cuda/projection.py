@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from bitnet_lit.inference.engines.cuda.early_start import early
+from bitnet_lit.inference.engines.cuda.gpu_features import early, loads_ahead
 from bitnet_lit.inference.engines.cuda.kernels.elementwise import normalise
 from bitnet_lit.inference.engines.cuda.kernels.rounding import quantize
 from bitnet_lit.inference.engines.cuda.kernels.ternary import matmul, matvec
@@ -86,7 +86,7 @@ class TernaryProjection:
             BLOCK_T=block_t, num_warps=max(1, min(8, block_t // 32)), **early(x.device),
         )  # fmt: skip
         y = torch.empty(M, N, dtype=torch.float32, device=x.device) if add_to is None else add_to
-        blocks = matmul_blocks(M, N, 4 * T)
+        blocks = matmul_blocks(M, N, 4 * T, x.device)
         grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(M, blocks["BLOCK_M"]), blocks["SPLITS"])
         tiles = math.prod(grid) * blocks["BLOCK_N"] * blocks["BLOCK_M"] if blocks["SPLITS"] > 1 else 1
         partial = torch.empty(tiles, dtype=torch.int32, device=x.device)
@@ -131,15 +131,17 @@ def matvec_blocks(T: int) -> dict[str, Any]:
     return {"BLOCK_N": 32 if T <= 256 else 16, "BLOCK_A": first, "BLOCK_B": rest, "num_warps": 4}
 
 
-def matmul_blocks(M: int, N: int, K4: int) -> dict[str, Any]:
+def matmul_blocks(M: int, N: int, K4: int, device: torch.device) -> dict[str, Any]:
     """Return the tile of a program of `matmul`, among how many programs inputs are divided, warps, and loads ahead."""
+    stages = loads_ahead(device)
     if M > 64:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_J": 64, "SPLITS": 1, "num_warps": 8, "num_stages": 3}
+        tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_J": 64}
+        return {**tile, "SPLITS": 1, "num_warps": 8, "num_stages": stages}
     # 64 outputs of a program are what the tensor cores take at once. About 132 programs occupy an H100.
     block_j = 128 if K4 % 128 == 0 else 64
     splits = max(1, min(132 // triton.cdiv(N, 64), K4 // block_j, 4))
     tile = {"BLOCK_M": max(16, triton.next_power_of_2(M)), "BLOCK_N": 64, "BLOCK_J": block_j}
-    return {**tile, "SPLITS": splits, "num_warps": 4, "num_stages": 3}
+    return {**tile, "SPLITS": splits, "num_warps": 4, "num_stages": stages}
 
 
 @dataclass

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from bitnet_lit.config import GenerationConfig
-from bitnet_lit.inference.engines.cuda.early_start import early
+from bitnet_lit.inference.engines.cuda.gpu_features import early
 from bitnet_lit.inference.engines.cuda.kernels.sampling import THRESHOLDS, draw, keep, narrow, peaks, penalize
 
 BLOCK = 2048  # logits of a program

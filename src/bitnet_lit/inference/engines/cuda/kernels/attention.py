@@ -77,7 +77,7 @@ def attend(
         y_ptr: float32 (B, H P), out. Not written where the position is negative: no text stands in that row.
         qkv_ptr: float32 (B, (H + 2 KV) P).
         address_ptr, room_ptr, position_ptr: int64 (B,): see `rotate`. A head has programs for all positions.
-        partial_ptr: float32 (B, KV, programs of a head, BLOCK_G, BLOCK_P + 2), for what programs leave to each other.
+        partial_ptr: float32 (B, KV, programs of a head, G, BLOCK_P + 2), for what programs leave to each other.
         counter_ptr: int32 (B, KV), zeros before and after.
     """
     if PDL:
@@ -129,8 +129,8 @@ def attend(
             tl.store(y_at, mean / weight[:, None], mask=inside)
         else:
             WIDTH: tl.constexpr = BLOCK_P + 2
-            here = partial_ptr + (b * KV + kv) * (tl.num_programs(2) * BLOCK_G * WIDTH)
-            part_at = here + (split * BLOCK_G + g) * WIDTH
+            here = partial_ptr + (b.to(tl.int64) * KV + kv) * (tl.num_programs(2) * G * WIDTH)
+            part_at = here + (split * G + g) * WIDTH
             tl.store(part_at[:, None] + p[None, :], mean, mask=inside)
             tl.store(part_at + BLOCK_P, largest, mask=g < G)
             tl.store(part_at + BLOCK_P + 1, weight, mask=g < G)
@@ -143,7 +143,7 @@ def attend(
                 s = 0
                 while s < live:
                     for i in tl.static_range(4):  # loads of four parts are on their way at once
-                        part_at = here + ((s + i) * BLOCK_G + g) * WIDTH
+                        part_at = here + ((s + i) * G + g) * WIDTH
                         is_part = (g < G) & (s + i < live)
                         part = tl.load(
                             part_at[:, None] + p[None, :], mask=is_part[:, None], other=0.0, cache_modifier=".cg"
