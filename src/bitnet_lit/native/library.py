@@ -128,7 +128,7 @@ class MuonStep(ctypes.Structure):
     _fields_ = (
         *((name, POINTER(c_void_p)) for name in ("weights", "gradients", "averages")),
         *_integers("count rows columns threads nesterov"),
-        *((name, c_float) for name in ("momentum", "shrinkage", "rate")),
+        *((name, c_float) for name in ("momentum", "new_share", "kept", "rate")),
         ("iterations", Iterations),
         ("fork", c_void_p),
     )

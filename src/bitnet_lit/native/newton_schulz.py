@@ -47,6 +47,6 @@ def muon_step(
     ]
     coefficients, steps, eps = iterations
     call = library.MuonStep(*pointers, len(weights), *weights[0].shape, torch.get_num_threads(), nesterov)
-    call.momentum, call.shrinkage, call.rate, call.fork = momentum, shrinkage, rate, library.fork()
-    call.iterations = library.Iterations(*coefficients, eps, steps)
+    call.momentum, call.new_share, call.kept, call.rate = momentum, 1 - momentum, 1 - shrinkage, rate
+    call.iterations, call.fork = library.Iterations(*coefficients, eps, steps), library.fork()
     library.functions()["muon_step"](call)

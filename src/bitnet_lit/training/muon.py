@@ -123,7 +123,7 @@ class Muon(torch.optim.Muon):
         learning_rate = float(group["lr"])
         shrinkage, rate = learning_rate * group["weight_decay"], learning_rate * math.sqrt(max(1.0, rows / columns))
         iterations = group["ns_coefficients"], group["ns_steps"], group["eps"]
-        if _is_native(parameters, exchange):
+        if self.found_inf is None and _is_native(parameters, exchange):
             newton_schulz.muon_step(
                 [parameter.detach() for parameter in parameters],
                 [parameter.grad for parameter in parameters if parameter.grad is not None],

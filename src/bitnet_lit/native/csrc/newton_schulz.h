@@ -28,7 +28,7 @@ struct MuonStep {
     const float* const* gradients;
     float* const* averages;
     int32_t count, rows, columns, threads, nesterov;
-    float momentum, shrinkage, rate;  // a weight is multiplied by 1 - shrinkage, and moves by -rate * update
+    float momentum, new_share, kept, rate;  // new_share is 1 - momentum; a weight becomes kept * weight - rate * update
     Iterations iterations;
     Fork fork;
 };
@@ -101,16 +101,16 @@ inline void muon_step(const MuonStep& job) {
         float *const weight = job.weights[matrix], *const average = job.averages[matrix];
         const float* const gradient = job.gradients[matrix];
         float* const update = scratch(5, size);
-        const float new_share = 1.0f - job.momentum, old_share = job.nesterov ? job.momentum : 1.0f;
+        const float old_share = job.nesterov ? job.momentum : 1.0f;
+        // The roundings are those of PyTorch's lerp and add, so that ranks that share the work get the same bits.
 #pragma omp simd
         for (int64_t i = 0; i < size; i++) {
-            const float mean = average[i] + new_share * (gradient[i] - average[i]);
+            const float mean = std::fma(job.new_share, gradient[i] - average[i], average[i]);
             average[i] = mean;
-            update[i] = mean - (mean - gradient[i]) * (1.0f - old_share);
+            update[i] = std::fma(old_share - 1.0f, mean - gradient[i], mean);
         }
         orthogonalize(job.iterations, job.rows, job.columns, update, update);
-        const float kept = 1.0f - job.shrinkage;
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) weight[i] = weight[i] * kept - job.rate * update[i];
+        for (int64_t i = 0; i < size; i++) weight[i] = std::fma(-job.rate, update[i], weight[i] * job.kept);
     });
 }
