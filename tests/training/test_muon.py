@@ -130,3 +130,14 @@ def test_two_ranks_are_one(tmp_path):
         for parameters in torch.load(tmp_path / f"{rank}.pt"):
             # Products on a CPU may depend on where a matrix lies in memory, in their last bits.
             assert off(parameters, wanted) < 1e-4
+
+
+def test_one_rank_has_all_rows(tmp_path):
+    """FSDP2 on one device: a DTensor has no memory of its own, so the C++ for CPUs must not get it."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shards, _ = trained(Muon, place=lambda matrix: distribute_tensor(matrix, mesh, [Shard(0)]))
+    finally:
+        dist.destroy_process_group()
+    assert off(shards, trained(Muon)[0]) < 1e-4
