@@ -113,8 +113,11 @@ def export(config: ExportConfig) -> dict[str, Any]:
                 rows = format.write(stored, temporary)
                 parity = {}
                 if config.verify:
-                    artefact = format.reopen(temporary, stored)
-                    parity = verify(stored, artefact, rows, format.tool if runs_there else None)
+                    try:
+                        artefact = format.reopen(temporary, stored)
+                        parity = verify(stored, artefact, rows, format.tool if runs_there else None)
+                    except UserError as error:  # the model has been read to its end
+                        raise ParityError(f"it cannot be read: {error}") from None
                 report["sizes"] = _sizes(stored, rows)
                 report["tensors"] = [
                     {"name": r.name, "kind": r.kind, "shape": r.shape, "bytes": r.nbytes, "error": r.error}
