@@ -103,7 +103,7 @@ class Generator:
     ) -> Iterator[tuple[int, str]]:
         """Generate a text from each prompt; all texts take each decode step together.
 
-        A text is the same alone and in a batch.
+        A text is the same alone and in a batch. (On a GPU the logits may differ in their last bits, and so a text.)
 
         Args:
             index: number of the first text, where several are drawn with one seed.
