@@ -27,7 +27,7 @@ from bitnet_lit.training.plan import Plan, memory_estimate_bytes
 
 FIRST_STEPS = 3
 """Batches that are trained on before the pass is recorded."""
-LARGEST_SHARE = 0.5
+LARGEST_SHARE = 1 / 3
 """The largest share of the GPU's memory that a recorded run may need by its plan. A graph keeps the memory of its pass,
 so validations and samples need theirs beside it."""
 _ALIGNMENT = 64  # elements, between the gradients in their common memory
@@ -47,6 +47,15 @@ def records_graph(config: TrainConfig, plan: Plan, device: torch.device) -> bool
     if config.cuda_graph == "true":
         return True
     return memory_estimate_bytes(config, plan) < LARGEST_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def agreed(flag: bool, device: torch.device) -> bool:
+    """Return whether a flag is true on every rank. Every rank must call this function; it waits for the others."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return flag
+    lowest = torch.tensor(int(flag), device=device)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return bool(lowest)
 
 
 class RecordingFailed(RuntimeError):
@@ -94,11 +103,16 @@ class GraphedStep:
             RecordingFailed: the pass cannot be recorded. Nothing has been computed.
         """
         if self._graph is None:
+            graph, why = None, "another rank could not record it"
             try:
-                self._graph = self._record(batch)
+                graph = self._record(batch)
             except RuntimeError as error:
                 _reset_generator(batch.device)
-                raise RecordingFailed(one_line(error, 300)) from error
+                why = one_line(error, 300)
+            if not agreed(graph is not None, batch.device):
+                raise RecordingFailed(why)
+            self._graph = graph
+        assert self._graph is not None
         self._batch.copy_(batch)
         if is_first:
             for parameter, gradient in self._gradients:
@@ -112,6 +126,8 @@ class GraphedStep:
     def _record(self, batch: Tensor) -> torch.cuda.CUDAGraph:
         self._batch = batch.clone()
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.grad = None  # those of the step before would lie beside the new ones
         self._memory, gradients = _together(parameters)
         self._gradients = list(zip(parameters, gradients, strict=True))
         graph = torch.cuda.CUDAGraph()

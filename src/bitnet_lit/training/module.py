@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.quant.kernels.hold import HeldWeights
 from bitnet_lit.terminal import console
 from bitnet_lit.training.compile import compile_failure, undo_compile
-from bitnet_lit.training.cuda_graph import GraphedStep, RecordingFailed, records_graph
+from bitnet_lit.training.cuda_graph import GraphedStep, RecordingFailed, agreed, records_graph
 from bitnet_lit.training.divergence import Divergence, skips_on_device
 from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
@@ -85,6 +86,7 @@ class BitNetModule(L.LightningModule):
         self._step_loss = torch.zeros(())  # mean over the accumulated batches
         self.divergence = Divergence()
         self._trained: list[nn.Parameter] = []
+        self._frees_gradients = False  # before the forward pass of a step
         self._graph: GraphedStep | None = None
         self._has_gradients = False  # whether the pass over the last batch was a replayed graph
         self._may_undo_compile = config.compile == "auto"  # until the first batch
@@ -107,8 +109,10 @@ class BitNetModule(L.LightningModule):
     def on_train_start(self) -> None:
         if self.trainer.accumulate_grad_batches > 1:
             self._held = HeldWeights(joint_layers(self.model))
+        hooks = {type(callback).on_before_zero_grad for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        self._frees_gradients = hooks <= {Callback.on_before_zero_grad}  # a callback with that hook may read them
         self._trained = list(self.model.parameters())  # walking through all modules takes a millisecond
-        if records_graph(self.config, self.plan, self.device):
+        if agreed(records_graph(self.config, self.plan, self.device), self.device):
             mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             batches = self.trainer.accumulate_grad_batches
             self._graph = GraphedStep(partial(batch_loss, self.model), self.model, batches, mixed)
@@ -140,6 +144,9 @@ class BitNetModule(L.LightningModule):
         if self._held is not None and is_first:
             self._held.round(torch.bfloat16 if self.trainer.precision.startswith("bf16") else torch.float32)
         is_last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if is_first and self._frees_gradients:
+            for parameter in self._trained:
+                parameter.grad = None  # Lightning does it after the forward pass, whose activations lie beside them
         replayed = self._replayed(batch, is_first, is_last)
         self._has_gradients = replayed is not None
         loss = self._loss(batch) if replayed is None else replayed
