@@ -214,8 +214,11 @@ model = bitnet_lit.load(sys.argv[1], engine=sys.argv[2], threads=2)
 stream = model.stream("Lily", max_new_tokens=30)
 next(stream)
 def go_on():
-    while True:
-        model.generate("Once", max_new_tokens=30)
+    try:
+        while True:
+            model.generate("Once", max_new_tokens=30)
+    except NameError:
+        pass  # `cycle` has deleted the model between two texts
 threading.Thread(target=go_on, daemon=True).start()
 model.generate("Once", max_new_tokens=5)
 time.sleep(0.2)

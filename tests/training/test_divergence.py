@@ -28,6 +28,15 @@ def test_the_first_bad_step_is_the_one_that_is_named():
     assert torch.equal(divergence._batch, batches[2])
 
 
+def test_a_batch_of_another_size_does_not_hide_a_bad_step():
+    model, divergence = tiny_model(), Divergence()
+    note(divergence, 0, float("nan"), torch.randint(0, 512, (4, 9)))
+    note(divergence, 1, 1.0, torch.randint(0, 512, (2, 9)))
+    assert divergence.found_inf.item() == 1
+    with pytest.raises(Diverged, match=r"step 0: "):
+        divergence.check(model)
+
+
 def test_an_overflow_of_the_norm_is_no_number_either_and_the_weights_that_fail_are_named():
     model, divergence = tiny_model(), Divergence()
     with torch.no_grad():

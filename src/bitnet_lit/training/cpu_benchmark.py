@@ -29,6 +29,7 @@ SHAPES = (  # hidden, layers, feed-forward, heads, vocabulary; sequences and tok
     (192, 4, 512, 6, 2048, 8, 256),  # experiment=tinystories_2048
     (256, 8, 768, 8, 32000, 4, 256),  # model=15m
 )
+QUANTS = ("b158", "b1", "none")
 WARM_UP_STEPS, ROUND_SECONDS = 2, 0.5
 
 
@@ -76,7 +77,7 @@ def cpu_train_rows(config: BenchConfig) -> list[dict[str, object]]:
     torch.set_num_threads(threads)
     try:
         for shape in SHAPES:
-            for quant in ("b158", "b1", "none"):
+            for quant in QUANTS:
                 rows.append(_row(shape, quant, config.rounds))
     finally:
         torch.set_num_threads(before)

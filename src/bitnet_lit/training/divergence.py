@@ -50,12 +50,15 @@ class Divergence:
         """
         norm = norm.float()
         figures = torch.stack([torch.full_like(norm, step), loss.float(), norm])
-        if self.found_inf is None or self._figures is None or self._batch is None or self._batch.shape != batch.shape:
+        if self.found_inf is None or self._figures is None or self._batch is None:
             self.found_inf, self._figures, self._batch = torch.zeros_like(norm), figures, batch.clone()
         else:
             had_diverged = self.found_inf.bool()
             self._figures = torch.where(had_diverged, self._figures, figures)
-            self._batch = torch.where(had_diverged, self._batch, batch)
+            if self._batch.shape == batch.shape:
+                self._batch = torch.where(had_diverged, self._batch, batch)
+            else:  # the device cannot choose between two shapes, so `check` may look for the place in a later batch
+                self._batch = batch.clone()
         self.found_inf = torch.maximum(self.found_inf, 1 - norm.isfinite().float())
 
     def check(self, model: nn.Module, has_gradients: bool = False) -> None:
