@@ -70,7 +70,8 @@ def test_a_loss_beyond_float64s_exponent_has_a_perplexity():
     ],
     ids=str,
 )
-def test_what_cannot_be_evaluated_is_one_line(folder, options, says):
+def test_what_cannot_be_evaluated_is_one_line(folder, options, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the repository may hold data/demo, from `make demo`
     with pytest.raises(UserError, match=says) as error:
         evaluate(EvaluateConfig(checkpoint=str(folder), accelerator="cpu", **options))
     assert "\n" not in str(error.value)
