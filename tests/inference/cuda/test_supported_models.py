@@ -12,6 +12,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import choose
 from bitnet_lit.inference.engines.cuda import supported_models
 from bitnet_lit.inference.engines.cuda.supported_models import COMPUTED, why_unsupported
+from bitnet_lit.model import tensors
 from bitnet_lit.model.tensors import Kind, TensorSpec
 from bitnet_lit.quant import register
 from tests.quant.toy_schemes import Centered, Quinary, Threshold
@@ -57,7 +58,7 @@ def test_a_field_or_a_tensor_that_was_added_since_is_refused(monkeypatch):
     assert why_unsupported(Newer(logit_softcap=30.0), QuantConfig()).startswith("model.logit_softcap=30.0: ")
     assert COMPUTED.keys() <= {field.name for field in fields(ModelConfig)}
     added = TensorSpec("mlp.extra_norm.weight", Kind.NORM, ("intermediate_size",))
-    monkeypatch.setattr(supported_models, "LAYER", (*supported_models.LAYER, added))
+    monkeypatch.setattr(tensors, "LAYER", (*tensors.LAYER, added))
     assert why_unsupported(tiny_config(), QuantConfig()).startswith("tensor mlp.extra_norm.weight: ")
 
 

@@ -33,7 +33,7 @@ class Engine(Protocol):
     """Describes what generation needs of an engine."""
 
     name: str
-    """What runs: "PyTorch", or the native engine with its instruction set and threads."""
+    """The engine as users see it: "PyTorch", or the native engine with its instruction set and threads."""
     max_length: int
     """The context, in tokens."""
     texts_at_once: int

@@ -1,4 +1,4 @@
-"""What kernels ask of a GPU: whether it can start them early, and how much memory a program has."""
+"""This module asks a GPU whether it can start kernels early, and how much shared memory a program has."""
 
 from __future__ import annotations
 

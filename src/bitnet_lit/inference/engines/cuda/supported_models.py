@@ -9,7 +9,7 @@ from __future__ import annotations
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, refused_fields
 from bitnet_lit.extras import installed
-from bitnet_lit.model.tensors import AFTER_LAYERS, BEFORE_LAYERS, EMBEDDING, FINAL_NORM, HEAD, LAYER
+from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, unnamed_tensors
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.weights import PerRow, PerTensor
 
@@ -42,8 +42,7 @@ class NoKernelsError(Exception):
 
 def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
     """Return why the CUDA engine cannot run a model, naming the field or the scheme; None if it can."""
-    network = [spec.name for spec in (*BEFORE_LAYERS, *LAYER, *AFTER_LAYERS) if spec.present(config)]
-    unplaced = [f"tensor {name}: the CUDA engine has no place for it" for name in network if name not in TENSORS]
+    unplaced = [f"tensor {name}: the CUDA engine has no place for it" for name in unnamed_tensors(config, TENSORS)]
     found = refused_fields(config, COMPUTED) or unplaced  # a refused field explains the tensors that it adds
     if config.hidden_act not in ACTIVATIONS:
         found.append(f"model.hidden_act={config.hidden_act}: the CUDA engine computes {' and '.join(ACTIVATIONS)}")

@@ -114,7 +114,7 @@ def bounds(
     bound_ptr, logits_ptr, length_ptr, scale_ptr,
     V: tl.constexpr, PIECES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What the largest logit of each block is at least, of the first PIECES: float32 (M, BLOCKS)."""
+    """Store a lower bound of the largest logit of each block, among the first PIECES: float32 (M, BLOCKS)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     m, block = tl.program_id(1), tl.program_id(0)

@@ -90,7 +90,7 @@ def _largest(peak_ptr, b, BLOCKS: tl.constexpr, ROUND_BLOCKS: tl.constexpr):
 
 @triton.jit
 def _between(sums_ptr, state_ptr, b, BLOCKS: tl.constexpr, ROUND_BLOCKS: tl.constexpr, options_ptr):
-    """Where the search goes on: the two thresholds, and the target.
+    """Return where the search goes on: the two thresholds, and the target.
 
     Args:
         sums_ptr: float32 (B, BLOCKS, THRESHOLDS) of the launch before.

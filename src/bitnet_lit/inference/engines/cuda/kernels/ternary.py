@@ -20,7 +20,7 @@ NATIVE: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
 
 @triton.jit
 def _emulated_dot4(codes, word):
-    """What dp4a computes, for Triton's interpreter."""
+    """Compute what the instruction dp4a computes, for Triton's interpreter."""
     total = tl.zeros(codes.shape, tl.int32)
     for b in tl.static_range(4):
         total += ((codes >> (8 * b)) & 255) * ((word << (24 - 8 * b)) >> 24)
