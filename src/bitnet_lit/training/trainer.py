@@ -120,8 +120,11 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
         return trainer
     except MisconfigurationException as error:
         # Lightning's text names no flag. If there are no extra flags, the cause is a device that does not exist.
-        where = "trainer.extra" if extra else f"trainer.accelerator={options.accelerator}"
-        raise UserError(f"{where}: {error}") from None
+        if extra:
+            raise UserError(f"trainer.extra: {error}") from None
+        raise UserError(
+            f"trainer.accelerator={options.accelerator}: {error} Take trainer.accelerator=auto: the best there is"
+        ) from None
     except (TypeError, ValueError) as error:
         if not extra:
             raise
