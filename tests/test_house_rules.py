@@ -4,6 +4,7 @@ Inside data/ imports run from tokenizers to the shard folder to sources.
 """
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 import pytest
@@ -36,6 +37,18 @@ def test_no_circle_of_imports():
         < order.index("bitnet_lit.data.prepare")
         < order.index("bitnet_lit.training.run")
     )
+
+
+@pytest.mark.parametrize("start", ["inference.evaluation", "inference.language_model", "exports.write", "data.prepare"])
+def test_a_command_that_trains_nothing_does_not_import_lightning(start):
+    """The import takes seconds."""
+    pending, seen = [f"bitnet_lit.{start}"], set()
+    while pending:
+        module = pending.pop()
+        seen.add(module)
+        pending += imported_at_start(module) - seen
+    importing = [name for name in seen if re.search(r"^(import|from) lightning", MODULES[name].read_text(), re.M)]
+    assert not importing
 
 
 @pytest.mark.parametrize(

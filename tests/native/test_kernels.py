@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model import build_model
 from bitnet_lit.model.layers import apply_rotary, rotary_tables
-from bitnet_lit.model.transformer import batch_loss
+from bitnet_lit.model.transformer import batch_loss, token_losses
 from bitnet_lit.native import library, newton_schulz
 from bitnet_lit.native.attention import rotary_attention
 from bitnet_lit.native.build import NoCompilerError
@@ -270,12 +270,43 @@ def test_without_a_compiler_the_reference_computes(monkeypatch):
         cpu._missing.cache_clear()
 
 
-def test_a_process_that_trains_nothing_compiles_nothing():
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """A process that has not loaded the C++; `nothing_compiled(True)` lets the machine have it."""
     cpu._missing.cache_clear()
+    yield lambda kept: monkeypatch.setattr(cpu, "_kept", lambda: kept)
+    cpu._missing.cache_clear()
+
+
+def test_a_process_that_trains_nothing_compiles_nothing(nothing_compiled):
+    nothing_compiled(False)
     model = build_model(tiny_config(vocab_size=100), QuantConfig())
+    ids = torch.randint(100, (1, 9))
     with torch.no_grad():
-        model(torch.randint(100, (1, 9)))
+        model(ids)
+        token_losses(model, ids)
     assert not cpu._missing.cache_info().currsize
+
+
+@pytest.mark.parametrize("quant", ["none", "b1", "b158"])
+def test_losses_of_an_evaluation_are_those_of_the_reference(quant, nothing_compiled):
+    """They have the same bits in a process that trains and in one that does not."""
+    sizes = {"vocab_size": 100, "hidden_size": 128, "num_hidden_layers": 2}
+    model = build_model(tiny_config(**sizes), QuantConfig(name=quant))
+    ids = torch.randint(100, (3, 33))
+    nothing_compiled(False)
+    with torch.no_grad():
+        expected, expected_hits = token_losses(model, ids)
+        nothing_compiled(True)
+        losses, hits = token_losses(model, ids)
+        assert cpu._missing.cache_info().currsize
+    # A float that is rounded otherwise can move an activation to the next of 255 codes, and a logit by some 1e-3.
+    assert_close(losses, expected, atol=5e-3, rtol=0)
+    assert (losses - expected).abs().mean() < 1e-3 and (hits == expected_hits).float().mean() > 0.95
+    batch_loss(model, ids).backward()
+    with torch.no_grad():
+        again = torch.cat([token_losses(model, row[None])[0] for row in ids])
+    assert torch.equal(again, losses)
 
 
 def test_what_needs_no_gradient_has_the_same_bits_before_and_after_a_training():

@@ -19,7 +19,6 @@ from bitnet_lit.checkpoints.custom_folder import CustomPretrained
 from bitnet_lit.checkpoints.pretrained import PretrainedModel
 from bitnet_lit.config import CustomData, EvaluateConfig
 from bitnet_lit.config.slots import TARGET, custom
-from bitnet_lit.data.custom import checked, open_custom, own_tokenizer
 from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -95,6 +94,8 @@ def _own_batches(
     pretrained: PretrainedModel | CustomPretrained, data: dict[str, Any], length: int, config: EvaluateConfig
 ) -> tuple[Iterator[Tensor], Tokenizer | None]:
     """Return the validation batches of the user's own data module that a run was trained with, and its tokenizer."""
+    from bitnet_lit.data.custom import checked, open_custom, own_tokenizer  # imports Lightning, which takes seconds
+
     where = str(pretrained.path.parent / CONFIG_NAME)
     check_allowed({"data": data}, config.allow, where, f"checkpoint={config.checkpoint or pretrained.path}")
     opened = custom(CustomData, data)

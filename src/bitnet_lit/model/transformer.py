@@ -24,7 +24,7 @@ from bitnet_lit.model.loss import (
 )
 from bitnet_lit.quant import BitLinear, convert_linears
 from bitnet_lit.quant.kernels.choose import are_unobserved, chosen
-from bitnet_lit.quant.kernels.interface import Kernels, Norm
+from bitnet_lit.quant.kernels.interface import Kernels, Norm, measuring_losses
 
 
 class Decoder(nn.Module):
@@ -183,7 +183,8 @@ def token_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     `batch_loss`.
     """
     if isinstance(model, CausalLM):
-        found: tuple[Tensor, Tensor] = model(ids[:, :-1], targets=ids[:, 1:], per_token=True)
+        with measuring_losses():
+            found: tuple[Tensor, Tensor] = model(ids[:, :-1], targets=ids[:, 1:], per_token=True)
         return found
     return TokenLosses().forward(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 

@@ -240,6 +240,15 @@ def library(source: Source) -> ctypes.CDLL:
     return loaded
 
 
+def is_kept(source: Source) -> bool:
+    """Whether a process before this one has compiled `source`, so that `library` only loads it."""
+    try:
+        recipe = _Recipe(source)
+    except NoCompilerError:
+        return False
+    return any(why_not_private(folder) is None and _kept(folder, recipe) for folder in cache_folders())
+
+
 def load_library(source: Source) -> ctypes.CDLL:
     """Load the compiled library of `source`, compiling it if this machine has none.
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bitnet_lit.config import GenerationConfig, TrainConfig
+from bitnet_lit.config import GenerationConfig, QuantConfig, TrainConfig
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
+from bitnet_lit.training.callbacks import samples
 from bitnet_lit.training.callbacks.samples import SampleStories
 from bitnet_lit.training.module import BitNetModule
 from tests.support import tiny_model
@@ -37,3 +38,19 @@ def test_stories_are_greedy_whole_and_leave_the_model_in_training(tmp_path, toke
     assert written == "".join(f"--- step 7\n{story}\n\n" for story in stories)
     assert len(stories[0]) > 200 and printed.startswith("step 7: Once upon a time")
     assert printed.count("\n") == stories[0].count("\n") + 1  # the console breaks no line
+
+
+@pytest.mark.parametrize("quant", ["b158", "none"])
+def test_the_native_engine_writes_what_pytorch_writes(tmp_path, tokenizer, monkeypatch, quant):
+    config = TrainConfig(quant=QuantConfig(name=quant))
+    model = tiny_model(quant, max_position_embeddings=128)
+    texts = []
+    for is_kept in (False, True):
+        monkeypatch.setattr(samples, "is_kept", lambda source, is_kept=is_kept: is_kept)
+        callback = SampleStories(tmp_path, tokenizer, PROMPTS, max_new_tokens=60)
+        engine = callback._engine(model, config.quant)
+        if is_kept and isinstance(engine, TorchEngine):
+            pytest.skip("no C++ compiler")
+        assert isinstance(engine, TorchEngine) is not is_kept
+        texts.append(Generator(engine, tokenizer).generate_batch(PROMPTS, callback.options))
+    assert texts[0] == texts[1]

@@ -1,8 +1,12 @@
 """Kernels for the CPU: the C++ of native/, for quantized layers and for their dense twin.
 
-They compute in float32 and are for training: packing the weights at each call pays only where there are many tokens.
-The reference computes what needs no gradient, as inference and validation. So these compile nothing, and a model's loss
-has the same bits in the run that trained it and in any other process.
+They compute in float32 and are for whole batches: packing the weights at each call pays only where there are many
+tokens. So they compute training steps, and the losses of validation and evaluation. The reference computes what else
+needs no gradient, as logits and generated texts.
+
+Training compiles them. An evaluation takes them where they are compiled already, which they are after a run on this
+machine. So it never waits for a compiler, and a model's loss has the same bits in the run that trained it and in later
+processes.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from bitnet_lit.quant.kernels.interface import Kernels, Norm
+from bitnet_lit.quant.kernels.interface import Kernels, Norm, measures_losses
 
 
 @cache
@@ -27,6 +31,21 @@ def _missing() -> str | None:
     except NoCompilerError as error:
         return str(error)
     return None
+
+
+@cache
+def _kept() -> bool:
+    from bitnet_lit.native.build import is_kept
+    from bitnet_lit.native.library import TRAINING
+
+    return is_kept(TRAINING)
+
+
+def _unused_without_gradient() -> str | None:
+    """Return why what needs no gradient is left to the reference, or None."""
+    if not measures_losses():
+        return "nothing is trained"
+    return None if _missing.cache_info().currsize or _kept() else "nothing has been trained on this machine"
 
 
 def _with_biases(outputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -46,8 +65,8 @@ class CpuKernels(Kernels):
             return "torch.compile cannot see into them"
         if dtype != torch.float32:
             return f"{dtype} instead of float32"
-        if not torch.is_grad_enabled():
-            return "nothing is trained"
+        if not torch.is_grad_enabled() and (reason := _unused_without_gradient()) is not None:
+            return reason
         from bitnet_lit.native.projections import unsupported
 
         return unsupported(layers) or _missing()

@@ -8,8 +8,10 @@ Kernels must keep to this:
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +27,24 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
+
+
+_measures_losses = ContextVar("measures_losses", default=False)
+
+
+@contextlib.contextmanager
+def measuring_losses() -> Iterator[None]:
+    """Tell kernels that whole batches are computed for their losses alone, as in validation and evaluation."""
+    token = _measures_losses.set(True)
+    try:
+        yield
+    finally:
+        _measures_losses.reset(token)
+
+
+def measures_losses() -> bool:
+    """Return whether `measuring_losses` is active."""
+    return _measures_losses.get()
 
 
 class Norm(NamedTuple):
