@@ -43,7 +43,8 @@ from bitnet_lit.errors import UserError
 
 PATHS = frozenset(
     (
-        *("checkpoint", "data.dir", "data.tokenizer", "data_dir", "download_dir", "init_from", "out", "prompts"),
+        *("checkpoint", "data.cache_dir", "data.dir", "data.tokenizer", "data_dir", "download_dir", "init_from"),
+        *("out", "prompts"),
         *("resume", "run_dir", "runs", "source", "tokenizer", "hydra.run.dir", "hydra.sweep.dir"),
     )
 )

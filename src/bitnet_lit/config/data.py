@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bitnet_lit.config.checks import LENGTH, SIZE, Checked, Range
+from bitnet_lit.config.checks import LENGTH, POSITIVE, SIZE, Checked, Range
 from bitnet_lit.config.slots import Custom
 
 
@@ -14,7 +14,8 @@ class DataConfig(Checked):
     """DataConfig names llama2.c shards, and says how they are divided into batches."""
 
     dir: str | None = None
-    """A folder of llama2.c shards. null: the demo corpus, which is written to data/demo if it is not there."""
+    """A folder of llama2.c shards, or the URL of one: s3://, gs://, hf://, https://. null: the demo corpus, which is
+    written to data/demo if it is not there."""
     tokenizer: str | None = None
     """The tokenizer, for shards that come without one: its file, or its folder."""
     sequence_length: int | None = None
@@ -24,6 +25,10 @@ class DataConfig(Checked):
     trainer.accumulate_grad_batches sequences."""
     num_workers: int = 0
     """Processes that read batches. Reading takes microseconds per sequence; 0 is right unless the disk is slow."""
+    cache_dir: str | None = None
+    """Where shards of a URL are kept on this machine. null: ~/.cache/bitnet_lit/shards."""
+    cache_gib: float = 20.0
+    """The most that the shards in cache_dir take, in GiB. Those used least recently go first."""
     max_train_sequences: int | None = None
     """Train only on the first n sequences of the shuffled corpus. null: on all. mode=overfit sets one batch."""
 
@@ -33,6 +38,7 @@ class DataConfig(Checked):
         "batch_size": SIZE,
         "num_workers": Range(0, 1024),
         "max_train_sequences": LENGTH,
+        "cache_gib": POSITIVE,
     }
 
 

@@ -37,6 +37,7 @@ class TrainBatches(Dataset):
         """Return the token ids of the global samples [start, start + B), int64 (B, T + 1)."""
         offset = start - self._block_start
         if offset < 0 or offset + self.batch_size > len(self._block):
+            self.split.files.expect([piece.path for piece in self.split.pieces])
             # The order of many samples costs little more than that of a batch.
             samples = np.arange(start, start + max(ORDER_BLOCK, self.batch_size), dtype=np.int64)
             self._block_start, self._block, offset = start, self.order(samples), 0

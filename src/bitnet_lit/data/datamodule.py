@@ -120,6 +120,7 @@ class BitNetDataModule(L.LightningDataModule):
             self.validation_split, self.config.batch_size, trainer.global_rank, trainer.world_size, is_padded=on_gpu
         )
         order = ValidationOrder(len(batches), self.limit_val_batches, trainer)
+        self.validation_split.files.expect([piece.path for piece in self.validation_split.pieces])
         return self._loader(batches, order, 0, pin_memory=on_gpu)
 
     def state_dict(self) -> dict[str, Any]:

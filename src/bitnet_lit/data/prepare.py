@@ -9,6 +9,8 @@ What was read and what was written is printed, and what is passed over is named,
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -19,12 +21,14 @@ import numpy as np
 
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.exclusive_folder import exclusive_folder
+from bitnet_lit.data.shard_cache import file_sha256
 from bitnet_lit.data.shard_folder import (
     META_NAME,
     META_VERSION,
     dtype_for,
     find_shards,
     read_meta,
+    shard_digest,
     shard_path,
     write_meta,
 )
@@ -63,6 +67,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         todo = [text for text in source.shards if not _is_written(text, out, meta)]
         if todo or not meta.get("complete"):
             _write_missing(config, source, todo, tokenizer, meta)
+        _describe_contents(out, tokenizer, meta)
     seconds = time.perf_counter() - start
     entries = meta["shards"]
     encoded_bytes = sum(entries[_file_name(text)]["text_bytes"] for text in todo)
@@ -99,6 +104,26 @@ def _write_missing(
         meta["complete"] = True
     finally:
         write_meta(out, meta)
+
+
+def _describe_contents(out: Path, tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
+    """Note the content of each file in meta.json, which a copy of the folder behind a URL is checked against.
+
+    Shards that an earlier version wrote are read for it.
+    """
+    before = json.dumps(meta)
+    for name, entry in meta["shards"].items():
+        if "sha256" not in entry:
+            entry |= {"sha256": file_sha256(out / name), "digest": shard_digest(out / name)}
+    meta["tokenizer_files"] = _file_hashes(tokenizer, out)
+    if json.dumps(meta) != before:
+        with contextlib.suppress(OSError):  # a finished folder of an earlier version, which this user may only read
+            write_meta(out, meta)
+
+
+def _file_hashes(tokenizer: Tokenizer, out: Path) -> dict[str, str]:
+    """Return the sha256 of each file of the tokenizer in `out`, by name."""
+    return {name: file_sha256(out / name) for name in tokenizer.file_names if os.path.isfile(out / name)}
 
 
 def _file_name(text: TextShard) -> str:
@@ -143,7 +168,7 @@ def _folder_tokenizer(config: PrepareConfig, out: Path, source: Source, meta: di
         **origin,
     }
     if not meta:
-        meta |= {**described, "complete": False, "shards": {}}
+        meta |= {**described, "tokenizer_files": _file_hashes(tokenizer, out), "complete": False, "shards": {}}
         write_meta(out, meta)
     elif wrong := next((key for key, value in described.items() if meta.get(key) != value), None):
         raise UserError(

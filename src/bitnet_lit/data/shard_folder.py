@@ -17,14 +17,18 @@ folder. Neither has a meta.json.
     tokenizer_sha256            the hash of the tokenizer's file
     tokenizer_origin, source    where tokenizer and text came from: `prepare` never continues a folder with others
     complete                    whether all shards are there
+    tokenizer_files             by name: the sha256 of each file of the tokenizer
     shards                      by name: tokens, stories, text_bytes and the fingerprint of the text; and what was read:
-                                bytes_in, documents, empty, carriage_returns
+                                bytes_in, documents, empty, carriage_returns; and the content of the file: its sha256,
+                                and the digest that identifies it in a run
 
-A folder that somebody else wrote may hold a meta.json with `dtype` and `vocab_size` alone.
+A folder that somebody else wrote may hold a meta.json with `dtype` and `vocab_size` alone. A folder behind a URL needs
+all of it: meta.json is its listing, and says whether a shard has come whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -37,20 +41,29 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers import find_tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import read_json
+from bitnet_lit.foreign_json import parse_json
 from bitnet_lit.json_shapes import SHA256, Choice, Flag, Integer, MapOf, OrNull, Record, Text
+from bitnet_lit.regular_file import read_regular
 
 META_NAME = "meta.json"
 OWN_JSON_NAMES = (META_NAME, *JsonTokenizer.file_names)
 """Files of a shard folder that are JSON, but not text to train on."""
 META_VERSION = 1
-MAX_META_BYTES = 2**25  # 100,000 shards of about 300 bytes: 6 TB of text
+MAX_META_BYTES = 2**26  # 100,000 shards of about 500 bytes: 6 TB of text
+DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 16, 2**16
 
 _COUNT = Integer(0, 2**63 - 1)
 _ID = Integer(-1, 2**31 - 1)
 _SHARD = Record(
     {"tokens": _COUNT, "stories": _COUNT, "text_bytes": _COUNT, "fingerprint": Text()},
-    optional={"bytes_in": _COUNT, "documents": _COUNT, "empty": _COUNT, "carriage_returns": _COUNT},
+    optional={
+        "bytes_in": _COUNT,
+        "documents": _COUNT,
+        "empty": _COUNT,
+        "carriage_returns": _COUNT,
+        "sha256": SHA256,
+        "digest": Text(),
+    },
 )
 META = Record(
     {"dtype": Choice("uint16", "uint32"), "vocab_size": Integer(1, 2**31 - 1)},
@@ -59,6 +72,7 @@ META = Record(
         "bos_id": _ID,
         "eos_id": _ID,
         "tokenizer_sha256": OrNull(SHA256),
+        "tokenizer_files": MapOf(SHA256),
         "tokenizer_origin": Text(),
         "source": Text(),
         "complete": Flag(),
@@ -110,9 +124,22 @@ def read_meta(folder: Path, remedy: str = "prepare the folder again") -> dict[st
     path = folder / META_NAME
     if not os.path.lexists(path):
         return {}
-    meta: dict[str, Any] = read_json(path, META, remedy, MAX_META_BYTES)
+    return parse_meta(read_regular(path, remedy, MAX_META_BYTES), path, remedy)
+
+
+def parse_meta(content: bytes, where: Path | str, remedy: str) -> dict[str, Any]:
+    """Return the checked contents of a meta.json.
+
+    Args:
+        where: the start of an error's line, usually its path.
+        remedy: what the user can do, for the end of an error's line.
+
+    Raises:
+        UserError: it has another form; one line.
+    """
+    meta: dict[str, Any] = parse_json(content, where, META, remedy)
     if dtype_for(meta["vocab_size"]).itemsize > np.dtype(meta["dtype"]).itemsize:
-        raise UserError(f"{path}: {meta['dtype']} cannot hold the ids of {meta['vocab_size']} tokens: {remedy}")
+        raise UserError(f"{where}: {meta['dtype']} cannot hold the ids of {meta['vocab_size']} tokens: {remedy}")
     return meta
 
 
@@ -120,6 +147,21 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     """Replace a folder's meta.json."""
     with atomic_file(folder / META_NAME) as temporary:
         temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def shard_digest(path: Path) -> str:
+    """Return the size and a hash of some blocks of a shard: they differ for another text or tokenizer.
+
+    At most a megabyte is read.
+    """
+    size = path.stat().st_size
+    last = max(0, size - DIGEST_BLOCK_BYTES)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in range(DIGEST_BLOCKS):
+            file.seek(last * block // (DIGEST_BLOCKS - 1))
+            digest.update(file.read(DIGEST_BLOCK_BYTES))
+    return f"{size} bytes, {digest.hexdigest()[:16]}"
 
 
 def is_complete(folder: Path) -> bool:

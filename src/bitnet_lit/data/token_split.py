@@ -9,48 +9,27 @@ error.
 from __future__ import annotations
 
 import os
-import resource
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_lit.data.shard_files import LocalFiles, ShardFiles
 from bitnet_lit.errors import DataError
 
-MAX_OPEN_FILES = 4096
 _WRITE_AGAIN = "write the shards again (python -m bitnet_lit.prepare)"
-
-
-class _Descriptors:
-    """Opens files by path and keeps those used last open, as many as the process may hold."""
-
-    def __init__(self) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(soft // 2, MAX_OPEN_FILES))
-        self._open: OrderedDict[Path, int] = OrderedDict()
-
-    def __getitem__(self, path: Path) -> int:
-        if path in self._open:
-            self._open.move_to_end(path)
-        else:
-            if len(self._open) >= self._limit:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        return self._open[path]
-
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Names a part of a shard: `num_sequences` sequences, the first of which begins at token `start`."""
+    """Names a part of a shard: `num_sequences` sequences, the first of which begins at token `start`.
 
-    path: Path
+    Attributes:
+        path: its path, or its URL where it lies in a remote folder.
+    """
+
+    path: Path | str
     start: int
     num_sequences: int
 
@@ -63,43 +42,41 @@ class TokenSplit:
         sequence_length: T, the tokens that a sequence predicts.
         dtype: how token ids are stored.
         vocab_size: all token ids are below this number.
+        files: opens the shards.
     """
 
-    def __init__(self, pieces: list[Piece], sequence_length: int, dtype: np.dtype, vocab_size: int) -> None:
+    def __init__(
+        self,
+        pieces: list[Piece],
+        sequence_length: int,
+        dtype: np.dtype,
+        vocab_size: int,
+        files: ShardFiles | None = None,
+    ) -> None:
         self.pieces, self.sequence_length, self.dtype, self.vocab_size = pieces, sequence_length, dtype, vocab_size
         self._firsts = np.cumsum([0] + [piece.num_sequences for piece in pieces])
         self._starts = np.array([piece.start for piece in pieces], dtype=np.int64)
         self.num_sequences = int(self._firsts[-1])
-        self._descriptors = _Descriptors()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_descriptors"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._descriptors = _Descriptors()  # a process of the loader opens the files itself
+        self.files = LocalFiles() if files is None else files
 
     def gather(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read the token ids, int64 (B, T + 1), of the sequences with these numbers, int64 (B,).
 
         Raises:
-            DataError: a shard is gone, is shorter than it was, or holds ids beyond the vocabulary; one line.
+            DataError: a shard is gone or cannot be fetched, is shorter than it was, or holds ids beyond the
+                vocabulary; one line.
         """
         pieces = np.searchsorted(self._firsts, indices, side="right") - 1
         tokens = (indices - self._firsts[pieces]) * self.sequence_length + self._starts[pieces]
         rows = np.empty((len(indices), self.sequence_length + 1), dtype=self.dtype)
         content, row_bytes = rows.view(np.uint8).reshape(-1).data, rows.strides[0]
         at = 0
-        for piece, offset in zip(pieces.tolist(), (tokens * self.dtype.itemsize).tolist(), strict=True):
-            path = self.pieces[piece].path
-            try:
-                got = os.preadv(self._descriptors[path], [content[at : at + row_bytes]], offset)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read any more ({error.strerror}): {_WRITE_AGAIN}") from None
-            if got != row_bytes:
-                size = os.fstat(self._descriptors[path]).st_size
-                raise DataError(f"{path}: ends at byte {size}, earlier than when it was opened: {_WRITE_AGAIN}")
-            at += row_bytes
+        try:
+            for piece, offset in zip(pieces.tolist(), (tokens * self.dtype.itemsize).tolist(), strict=True):
+                self._read(self.pieces[piece].path, content[at : at + row_bytes], offset)
+                at += row_bytes
+        finally:
+            self.files.release()
         if len(rows) and rows.max() >= self.vocab_size:
             row = int(rows.max(axis=1).argmax())
             raise DataError(
@@ -107,3 +84,14 @@ class TokenSplit:
                 f"{self.vocab_size}: {_WRITE_AGAIN}"
             )
         return rows.astype(np.int64)
+
+    def _read(self, path: Path | str, room: memoryview, offset: int) -> None:
+        """Fill `room` with the bytes of a shard from `offset` on."""
+        try:
+            descriptor = self.files[path]
+            got = os.preadv(descriptor, [room], offset)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read any more ({error.strerror}): {_WRITE_AGAIN}") from None
+        if got != len(room):
+            size = os.fstat(descriptor).st_size
+            raise DataError(f"{path}: ends at byte {size}, earlier than when it was opened: {_WRITE_AGAIN}")

@@ -23,7 +23,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.control_groups import processors
 from bitnet_lit.data.processes import without_main_script
-from bitnet_lit.data.shard_folder import dtype_for, shard_path
+from bitnet_lit.data.shard_cache import file_sha256
+from bitnet_lit.data.shard_folder import dtype_for, shard_digest, shard_path
 from bitnet_lit.data.sources.source import ReadCounts, TextShard, fingerprint
 from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
@@ -84,7 +85,8 @@ def write_shard(text: TextShard, folder: Path, encoder: ShardEncoder) -> dict[st
     before = fingerprint([text])
     counts = ReadCounts()
     stories = text_bytes = 0
-    with atomic_file(shard_path(folder, text.name)) as temporary, temporary.open("wb") as file:
+    path = shard_path(folder, text.name)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         for segment in text.segments:
             for story in segment.stories(counts):
                 file.write(encoder(story))
@@ -95,7 +97,8 @@ def write_shard(text: TextShard, folder: Path, encoder: ShardEncoder) -> dict[st
             raise UserError(f"{text.segments[0]}: no text in it: take the file away, or give another source")
         if fingerprint([text]) != before:
             raise UserError(f"{text.segments[0]}: it, or a file read with it, changed meanwhile: try again")
-    return {"tokens": tokens, "stories": stories, "text_bytes": text_bytes, "fingerprint": before, **asdict(counts)}
+    entry = {"tokens": tokens, "stories": stories, "text_bytes": text_bytes, "fingerprint": before, **asdict(counts)}
+    return entry | {"sha256": file_sha256(path), "digest": shard_digest(path)}
 
 
 def write_shards(

@@ -68,7 +68,7 @@ def _open_shards(pretrained: PretrainedModel | CustomPretrained, data_dir: str) 
     """Open a folder of shards, which must be of the model's tokenizer."""
     path, vocabulary = pretrained.path, pretrained.config.vocab_size or 0
     tokenizer = pretrained.tokenizer.path if pretrained.tokenizer else None
-    shards = open_shards(Path(data_dir), tokenizer, "data_dir")
+    shards = open_shards(data_dir, tokenizer, "data_dir")
     if shards.vocab_size > vocabulary:  # some embeddings have rows to spare
         raise UserError(
             f"data_dir={data_dir}: has a vocabulary of {shards.vocab_size} tokens, and the model one of {vocabulary}: "

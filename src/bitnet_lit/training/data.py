@@ -18,6 +18,7 @@ from bitnet_lit.config import CustomData, DataConfig, PrepareConfig, TrainConfig
 from bitnet_lit.data.custom import NO_BATCH, CustomDataModule, checked, length_of, open_custom, own_tokenizer
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.shard_cache import ShardCache
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -69,13 +70,16 @@ class ShardData:
         Raises:
             UserError: the folder holds no complete shards, or they cannot be read.
         """
-        if config.dir is None:
-            config.dir = str(DEMO_DIR)
+        folder = config.dir
+        if folder is None:
+            folder = str(DEMO_DIR)
             if not is_complete(DEMO_DIR):  # several ranks may come here: `prepare` lets one write and the others wait
-                prepare(PrepareConfig(source="demo", out=config.dir))
+                prepare(PrepareConfig(source="demo", out=folder))
         self.config = config
-        self.shards = open_shards(Path(config.dir), None if config.tokenizer is None else Path(config.tokenizer))
-        self.name = str(config.dir)
+        tokenizer = None if config.tokenizer is None else Path(config.tokenizer)
+        cache = ShardCache.default(config.cache_dir, config.cache_gib)
+        self.shards = open_shards(folder, tokenizer, cache=cache)
+        self.name = str(self.shards.folder)
         self.vocab_size, self.tokenizer = self.shards.vocab_size, self.shards.tokenizer
 
     def num_train_sequences(self, sequence_length: int) -> int:

@@ -24,6 +24,7 @@ from bitnet_lit.config.network import import_schemes
 from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.config.slots import TARGET, as_values
 from bitnet_lit.config.training import GROUPS
+from bitnet_lit.data.fetch import is_url
 from bitnet_lit.did_you_mean import dotted_keys, unknown_key
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.foreign_json import read_json
@@ -42,15 +43,15 @@ _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml: the whole config with every default filled in, and with absolute paths of shards.
+    """Write config.yaml: the whole config with every default filled in, and with absolute paths of shards (URLs stay).
 
     The arguments of a data module of the user's own are written as they were typed: the run's identity has them.
 
     `resume` is not written, so the folder of a resumed run is the same as that of an uninterrupted one.
     """
     values = as_values(config) | {"resume": None, "allow": []}
-    for key in ("dir", "tokenizer") if isinstance(config.data, DataConfig) else ():
-        if values["data"][key] is not None:
+    for key in ("dir", "tokenizer", "cache_dir") if isinstance(config.data, DataConfig) else ():
+        if values["data"][key] is not None and not is_url(values["data"][key]):
             values["data"][key] = str(Path(values["data"][key]).absolute())
     with atomic_file(run_dir / CONFIG_NAME) as temporary:
         temporary.write_text(dump_yaml(values), encoding="utf-8")

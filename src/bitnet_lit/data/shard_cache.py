@@ -1,0 +1,147 @@
+"""Shards of a remote folder are kept here, on this machine's disk, up to a limit.
+
+    ~/.cache/bitnet_lit/shards/
+      <sha256>.bin      a whole shard, named by its content: no other shard can take its place
+      lock-00 ...       held while a shard is fetched, so that the ranks of a machine fetch it once
+
+A shard gets its name when all of its bytes have come and their hash is right. So whatever lies there can be trusted,
+whoever was killed. When room is needed, the shards that were used least recently go. A process that reads one keeps it
+open meanwhile, and the system keeps the content of an open file: nobody's read fails.
+
+The limit holds for the folder, whichever runs use it. A shard that is being fetched counts with what has come of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitnet_lit.atomic import atomic_file, remove_leftovers
+from bitnet_lit.data.fetch import Damaged, fetch
+from bitnet_lit.errors import disk_errors
+from bitnet_lit.locks import lock
+
+DEFAULT_GIB = 20.0
+_NUM_LOCKS = 64
+_BLOCK_BYTES = 2**20
+
+
+def default_cache_folder() -> Path:
+    """Return the folder of shards in the user's cache. A relative XDG_CACHE_HOME counts as none, as its rules say."""
+    cached = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cached) if os.path.isabs(cached) else Path.home() / ".cache") / "bitnet_lit" / "shards"
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """Describes a shard as the meta.json of its folder does.
+
+    Attributes:
+        size: in bytes.
+        sha256: of its content, in hex.
+    """
+
+    url: str
+    size: int
+    sha256: str
+
+    def check(self, path: Path) -> None:
+        """Compare a file with the description.
+
+        Raises:
+            Damaged: it has another size or content.
+        """
+        if (size := path.stat().st_size) != self.size:
+            raise Damaged(f"{size} bytes came of {self.size}")
+        if file_sha256(path) != self.sha256:
+            raise Damaged("its content is not the one that meta.json describes (the sha256 differs)")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ShardCache:
+    """Keeps shards in a folder.
+
+    Args:
+        folder: made where it is missing.
+        limit: the most bytes of all shards together.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    @classmethod
+    def default(cls, folder: str | None = None, gib: float = DEFAULT_GIB) -> ShardCache:
+        """Return the cache that the keys data.cache_dir and data.cache_gib mean."""
+        return cls(default_cache_folder() if folder is None else Path(folder), int(gib * 2**30))
+
+    def open(self, shard: RemoteShard) -> int:
+        """Return a descriptor of a whole shard; fetch the shard if it is not there.
+
+        Raises:
+            DataError: it cannot be fetched; one line.
+            UserError: the cache cannot be written, or its disk is full; one line.
+        """
+        path = self.folder / f"{shard.sha256}.bin"
+        if (descriptor := _opened(path, shard.size)) is not None:
+            return descriptor
+        full = "make room, or give a smaller data.cache_gib"
+        with disk_errors(f"data.cache_dir={self.folder}", full, "choose another data.cache_dir"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(shard.sha256):
+                if (descriptor := _opened(path, shard.size)) is not None:  # another process has fetched it meanwhile
+                    return descriptor
+                self._make_room(shard.size)
+                with atomic_file(path) as temporary:
+                    fetch(shard.url, temporary, shard.check)
+                    # Opened before it has its name, under which another process could remove it.
+                    return os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+
+    @contextlib.contextmanager
+    def _locked(self, sha256: str) -> Iterator[None]:
+        descriptor = os.open(self.folder / f"lock-{int(sha256[:8], 16) % _NUM_LOCKS:02d}", os.O_RDWR | os.O_CREAT)
+        try:
+            lock(descriptor, wait=True)  # on a disk without locks, two processes may fetch a shard twice
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _make_room(self, size: int) -> None:
+        """Remove the shards used least recently, until `size` more bytes fit, and what killed processes left behind."""
+        remove_leftovers(self.folder, "*.bin")
+        found = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        used = sum(each for _, each, _ in found)
+        for _, bytes_freed, path in sorted(each for each in found if each[2].endswith(".bin")):
+            if used + size <= self.limit:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            used -= bytes_freed
+
+
+def _opened(path: Path, size: int) -> int | None:
+    """Return a descriptor of a shard, and note that it was used; None where it is not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if os.fstat(descriptor).st_size != size:  # somebody else changed it
+        os.close(descriptor)
+        return None
+    with contextlib.suppress(OSError):  # a cache that this user may only read
+        os.utime(descriptor)
+    return descriptor
