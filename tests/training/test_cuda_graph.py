@@ -47,17 +47,20 @@ def test_gradients_lie_together_each_where_kernels_can_read_it_fast():
     assert memory.sum() == 1 * 15 + 2 * 64 + 3 * 1
 
 
-def test_aliases_get_the_gradients_and_the_network_keeps_its_parameters():
+@pytest.mark.parametrize("given", [True, False])
+def test_aliases_get_the_gradients_and_the_network_keeps_its_parameters(given):
     model = tiny_model()
     before = dict(model.named_parameters())
-    gradients = [(parameter, torch.zeros_like(parameter)) for parameter in before.values()]
+    parameters = list(before.values())
+    gradients = [torch.zeros_like(parameter) if given else None for parameter in parameters]
     ids = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
-    with _aliases(model, gradients):
+    with _aliases(model, parameters, gradients) as aliases:
         assert model.lm_head.weight is model.model.embed_tokens.weight  # tied, as before
         batch_loss(model, ids).backward()
     assert all(after is before[name] and after.grad is None for name, after in model.named_parameters())
     batch_loss(model, ids).backward()
-    assert all(torch.equal(gradient, parameter.grad) for parameter, gradient in gradients)
+    assert all(torch.equal(alias.grad, parameter.grad) for parameter, alias in zip(parameters, aliases, strict=True))
+    assert not given or all(alias.grad is gradient for alias, gradient in zip(aliases, gradients, strict=True))
 
 
 def losses(folder, shards, *options):

@@ -4,6 +4,10 @@ Kernels of a small network take a few microseconds each, and starting one from P
 for the host. A graph records the pass once and replays it for every batch: the batch is copied into the recorded input,
 and the gradients appear in the tensors that were recorded as theirs. Clipping and the optimizer run after it as usual.
 
+The gradients of a step of one batch are the results of the recorded pass, in the graph's memory: nothing is set to zero
+or added up, which would read and write all of them once more. Where several batches or ranks add up to a step, the
+gradients lie together in memory of their own.
+
 What a graph records must not change: shapes, the network's structure, and where tensors lie. So the first steps run
 without it (they compile, and choose algorithms), and `records_graph` says where it is left out. Dropout stays random: a
 replay takes the state of PyTorch's generator as a plain pass does.
@@ -51,7 +55,7 @@ def records_graph(config: TrainConfig, plan: Plan, device: torch.device) -> bool
 
 def agreed(flag: bool, device: torch.device) -> bool:
     """Return whether a flag is true on every rank. Every rank must call this function; it waits for the others."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if _num_ranks() == 1:
         return flag
     lowest = torch.tensor(int(flag), device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
@@ -77,6 +81,7 @@ class GraphedStep:
     ) -> None:
         self._loss_of, self._model, self._num_batches, self._dtype = loss_of, model, num_batches, dtype
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._memory: Tensor | None = None  # of all gradients, where something is added to them
         self._seen = 0
 
     def is_due(self, batch: Tensor, is_first: bool) -> bool:
@@ -117,9 +122,10 @@ class GraphedStep:
         if is_first:
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient  # a validation takes the gradients away
-            self._memory.zero_()
+            if self._memory is not None:
+                self._memory.zero_()
         self._graph.replay()
-        if is_last and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_last and _num_ranks() > 1:
             dist.all_reduce(self._memory, op=dist.ReduceOp.AVG)
         return self._loss
 
@@ -128,21 +134,29 @@ class GraphedStep:
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         for parameter in parameters:
             parameter.grad = None  # those of the step before would lie beside the new ones
-        self._memory, gradients = _together(parameters)
-        self._gradients = list(zip(parameters, gradients, strict=True))
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        if self._num_batches > 1 or _num_ranks() > 1:
+            self._memory, gradients = _together(parameters)
         graph = torch.cuda.CUDAGraph()
         # Autocast's cache of weights in bfloat16 must not outlive the recording.
         autocast = torch.autocast("cuda", dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False)
         # The thread that reads batches goes on with its own CUDA calls meanwhile.
         recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
-        with _aliases(self._model, self._gradients), autocast, recording:
+        with _aliases(self._model, parameters, gradients) as aliases, autocast, recording:
             loss = self._loss_of(self._batch)
             (loss / self._num_batches).backward()
             self._loss = loss.detach()
+        # Where there was no gradient before, that of the pass itself is the parameter's. It lies in the graph's memory.
+        pairs = zip(parameters, (alias.grad for alias in aliases), strict=True)
+        self._gradients = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
         return graph
 
 
-def _together(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _together(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
     """Return memory for all gradients of parameters of one dtype, and the part of it that is the gradient of each."""
     sizes = [-(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for parameter in parameters]
     memory = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
@@ -153,26 +167,28 @@ def _together(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
 
 
 @contextlib.contextmanager
-def _aliases(model: nn.Module, gradients: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+def _aliases(
+    model: nn.Module, parameters: list[nn.Parameter], gradients: list[Tensor | None]
+) -> Iterator[list[nn.Parameter]]:
     """Put parameters of the same memory in the place of the network's in the block, with these gradients.
 
     Autograd adds a parameter's gradient on the stream on which the parameter was first used, and DDP used it before the
     recording began. An alias is first used inside.
     """
-    aliases = {}
-    for parameter, gradient in gradients:
-        aliases[parameter] = nn.Parameter(parameter.data)
-        aliases[parameter].grad = gradient
+    aliases = [nn.Parameter(parameter.data) for parameter in parameters]
+    for alias, gradient in zip(aliases, gradients, strict=True):
+        alias.grad = gradient
+    alias_of = dict(zip(parameters, aliases, strict=True))
     places = [
         (module._parameters, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter in aliases
+        if parameter in alias_of
     ]
     try:
         for owner, name, parameter in places:
-            owner[name] = aliases[parameter]
-        yield
+            owner[name] = alias_of[parameter]
+        yield aliases
     finally:
         for owner, name, parameter in places:
             owner[name] = parameter
