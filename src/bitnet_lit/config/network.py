@@ -165,10 +165,11 @@ class QuantConfig(Checked):
     """The kernels that compute the quantized projections. auto: the fastest ones that can. reference: plain PyTorch.
     triton: int8 products on a GPU of the Hopper generation. native: C++ on a CPU, for quant=none too. All compute the
     same integers."""
-    grad: str = "fp8"
+    grad: str = "auto"
     """How kernels on a GPU compute gradients, in runs in bfloat16. fp8: for the gradient of the input, each row of the
     output gradient is rounded to FP8 (e4m3); weight codes are exact there. fp8_all: the gradient of the weights is an
-    FP8 product too, in which activation codes are rounded. bf16: neither is."""
+    FP8 product too, in which activation codes are rounded. bf16: neither is. auto: what is fastest for a matrix of its
+    size; the plan of a run says it."""
 
     OWNER: ClassVar[str] = "quant."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -183,7 +184,7 @@ class QuantConfig(Checked):
         self.describe()  # makes the scheme, which checks its settings
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
         one_of("quant.kernel", self.kernel, KERNELS)
-        one_of("quant.grad", self.grad, ("fp8", "fp8_all", "bf16"))
+        one_of("quant.grad", self.grad, ("auto", "fp8", "fp8_all", "bf16"))
 
     @property
     def scheme(self) -> Scheme:

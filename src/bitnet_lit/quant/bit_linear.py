@@ -178,7 +178,7 @@ class BitLinear(nn.Linear):
         scheme: how the layer is quantized.
         strength: lambda of the warm-up as a float32 tensor of shape (), or None where the layer is fully quantized.
         kernel: what computes the layer, as `quant.kernel` says it: auto, reference, or the name of kernels.
-        grad: how kernels compute gradients, as `quant.grad` says it: fp8, fp8_all or bf16.
+        grad: how kernels compute gradients, as `quant.grad` says it: auto, fp8, fp8_all or bf16.
         held: the rounded weights, where they are rounded less often than the layer is called (kernels/hold.py).
 
     Raises:
@@ -201,7 +201,7 @@ class BitLinear(nn.Linear):
         # Kept as attributes: a scheme makes its rules anew at each access, and every forward pass reads them.
         self._weights, self._activations = self.scheme.weights, self.scheme.activations
         self.strength: Tensor | None = None
-        self.kernel, self.grad = "auto", "fp8"
+        self.kernel, self.grad = "auto", "auto"
         self.held: Any = None
 
     @classmethod

@@ -150,11 +150,22 @@ class TestWhyTritonRefuses:
 
     def test_it_computes_all_built_in_schemes_with_a_scale_for_a_matrix_or_a_row(self):
         for name in ("b158", "b158_row", "b1"):
-            assert self.line(tiny(name=name)) == "triton (14 layers), gradients of the inputs in FP8"
+            assert self.line(tiny(name=name, grad="fp8")) == "triton (14 layers), gradients of the inputs in FP8"
         assert self.line(tiny(weight_scale="absmedian", grad="bf16")) == "triton (14 layers)"
         both = "gradients of the inputs and of the weights in FP8"
         assert self.line(tiny(activation_bits=4, grad="fp8_all")) == f"triton (14 layers), {both}"
-        assert self.line(tiny(), torch.float32) == "triton (14 layers)"
+        assert self.line(tiny(grad="fp8"), torch.float32) == "triton (14 layers)"
+
+    def test_gradients_are_rounded_to_fp8_where_matrices_are_large(self, monkeypatch):
+        assert self.line(tiny()) == "triton (14 layers)"
+        monkeypatch.setattr(triton_kernels, "FP8_FROM", 32)
+        monkeypatch.setattr(triton_kernels, "FP8_ALL_FROM", 64)
+        some = tiny_config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64)
+        line = self.line(build_model(some, QuantConfig()))
+        assert line == "triton (14 layers), gradients in FP8: of the inputs, of the weights (10 layers)"
+        monkeypatch.setattr(triton_kernels, "FP8_FROM", 64)
+        line = self.line(build_model(some, QuantConfig()))
+        assert line == "triton (14 layers), gradients of the inputs and of the weights in FP8 (10 layers)"
 
     def test_scales_per_group(self):
         model = tiny(name="b158_group", settings={"group_size": 32})

@@ -147,6 +147,28 @@ def test_rows_in_fp8(rows, columns):
     assert (fp8.float() != expected.to(torch.float8_e4m3fn).float()).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("rows", [16, 4016])
+@pytest.mark.parametrize(("counts", "inputs"), [([48], 288), ([768, 256, 256], 768), ([2048, 2048], 1040)])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_weight_gradients_in_fp8(rows, counts, inputs, per_row):
+    from bitnet_lit.quant.kernels.triton.weight_gradient import transposed, weight_gradient_fp8
+
+    fp8 = randn(rows, sum(counts), scale=60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    codes = torch.randint(-128, 128, (rows, inputs), dtype=torch.int8, device=CUDA)
+    row_scale, whole = torch.rand(rows, 1, device=CUDA) * 3, torch.rand((), device=CUDA)
+    inverse = torch.rand(sum(counts), device=CUDA) + 0.5
+    if not per_row:
+        inverse = torch.cat([part[:1].expand(len(part)) for part in inverse.split(counts)])
+    assert torch.equal(transposed(fp8, None).float(), fp8.float().t())
+    x = (codes * row_scale).to(torch.float8_e4m3fn)
+    assert torch.equal(transposed(codes, row_scale).float(), x.float().t())
+    expected = (fp8.double() * whole * inverse).t() @ x.double()
+    result = weight_gradient_fp8(fp8, codes, row_scale, whole, inverse, counts, per_row, torch.float32)
+    assert result.dtype == torch.float32
+    # Sums of use_fast_accum keep 14 bits of each product.
+    assert_close(result.double(), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+
+
 def gradients(layer, x, dtype, grad_y):
     layer.zero_grad()
     x = x.detach().requires_grad_()
@@ -335,7 +357,7 @@ def test_kept_for_the_backward_pass_is_less_than_the_reference_keeps(ids):
 
 
 def test_the_line_of_the_plan():
-    model = network()
+    model = network(grad="fp8")
     count = 7 * model.config.num_hidden_layers
     assert describe(model, CUDA, torch.bfloat16) == f"triton ({count} layers), gradients of the inputs in FP8"
     assert describe(model, CUDA, torch.float32) == f"triton ({count} layers)"

@@ -94,6 +94,7 @@ def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> st
     asked = str(layers[0].kernel)
     name = "reference" if kernels is None else kernels.name
     counts: dict[str | None, int] = {}
+    computed: list[BitLinear] = []  # by the kernels
     for layer in layers:
         if kernels is None:
             reason: str | None = f"there are no kernels for {device.type}"
@@ -102,12 +103,14 @@ def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> st
         else:
             reason = kernels.refusal(cast("list[BitLinear]", [layer]), device, dtype)
         counts[reason] = counts.get(reason, 0) + 1
+        if reason is None:
+            computed.append(cast("BitLinear", layer))
     if asked not in ("auto", "reference") and None not in counts:
         raise UserError(f"quant.kernel={asked}: cannot run here ({next(iter(counts))}): take quant.kernel=auto")
     parts = [
         f"{name} ({count} layers)" if reason is None else f"reference ({count} layers: {reason})"
         for reason, count in counts.items()
     ]
-    if kernels is not None and None in counts and (note := kernels.note(cast("BitLinear", layers[0]), dtype)):
+    if kernels is not None and computed and (note := kernels.note(computed, dtype)):
         parts.append(note)
     return ", ".join(parts)

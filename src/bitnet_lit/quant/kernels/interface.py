@@ -78,8 +78,8 @@ class Kernels(ABC):
             dtype: the dtype in which the layers return their outputs.
         """
 
-    def note(self, layer: BitLinear, dtype: torch.dtype) -> str | None:
-        """Return what a user should know of how these kernels compute, for the plan of a run; None: nothing."""
+    def note(self, layers: Sequence[BitLinear], dtype: torch.dtype) -> str | None:
+        """Return what a user should know of how `layers` are computed, for the plan of a run; None: nothing."""
         return None
 
     @abstractmethod

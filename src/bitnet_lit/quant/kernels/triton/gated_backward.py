@@ -4,8 +4,8 @@ With h = activation(gate) * up, and the gradient of h as in norm_backward.py::
 
     grad_up = grad_h * activation(gate),  grad_gate = grad_h * up * activation'(gate)
 
-Gate and up are the output of one quantized product, whose backward pass needs their gradient twice: in its own dtype
-for the gradient of the weights, and rounded to FP8 for the gradient of the input (fp8_rows.py). The kernel writes both.
+Gate and up are the output of one quantized product. Its backward pass needs their gradient rounded to FP8 for the
+gradient of the input (fp8_rows.py), and in its own dtype for the gradient of the weights where that is no FP8 product.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ def _through_norm(grad, active, up, weight, rstd, dtype):
 
 
 @triton.jit
-def _store_gate_block(grad_x_ptr, row, columns, inside, I, grad, active, up, slope):
-    """Store the gradients of gate and up, and return them as they are stored, as float32."""
+def _store_gate_block(grad_x_ptr, row, columns, inside, I, grad, active, up, slope, HAS_GRAD: tl.constexpr):
+    """Store the gradients of gate and up where they are wanted, and return them in their dtype, as float32."""
     dtype = grad_x_ptr.dtype.element_ty
     grad_gate, grad_up = (grad * up * slope).to(dtype), (grad * active).to(dtype)
-    gates = grad_x_ptr + row * (2 * I.to(tl.int64)) + columns
-    tl.store(gates, grad_gate, mask=inside)
-    tl.store(gates + I, grad_up, mask=inside)
+    if HAS_GRAD:
+        gates = grad_x_ptr + row * (2 * I.to(tl.int64)) + columns
+        tl.store(gates, grad_gate, mask=inside)
+        tl.store(gates + I, grad_up, mask=inside)
     return grad_gate.to(tl.float32), grad_up.to(tl.float32)
 
 
@@ -88,6 +89,7 @@ def _gated_backward(
     I,
     ACTIVATION: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
     HAS_FP8: tl.constexpr,
     PER_ROW: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -125,10 +127,10 @@ def _gated_backward(
                 total += tl.sum(more_grad * more_normed)
                 more_grad = rstd * (more_grad - more_normed * (total / I))
             grad = rstd * (grad - normed * (total / I))
-        grad_gate, grad_up = _store_gate_block(grad_x_ptr, row, columns, inside, I, grad, active, up, slope)
+        grad_gate, grad_up = _store_gate_block(grad_x_ptr, row, columns, inside, I, grad, active, up, slope, HAS_GRAD)
         if MORE_COLUMNS > 0:
             more_gate, more_grad_up = _store_gate_block(
-                grad_x_ptr, row, more_columns, more_inside, I, more_grad, more_active, more_up, more_slope
+                grad_x_ptr, row, more_columns, more_inside, I, more_grad, more_active, more_up, more_slope, HAS_GRAD
             )
         if HAS_FP8:
             gate_scale, up_scale = _out_scales(out_scale_ptr, columns, inside, I, PER_ROW)
@@ -163,10 +165,11 @@ def _gated_backward_fake(
     activation: str,
     out_scale: Tensor | None,
     per_row: bool,
+    has_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rounded = x.shape[0] if out_scale is not None else 0
     return (
-        torch.empty_like(x),
+        x.new_empty((x.shape[0] if has_grad else 0, x.shape[1])),
         x.new_empty((rounded, x.shape[1]), dtype=FP8),
         x.new_empty((rounded, 1), dtype=torch.float32),
         x.new_empty((0,)) if norm_weight is None else torch.empty_like(norm_weight),
@@ -182,6 +185,7 @@ def gated_backward(
     activation: str,
     out_scale: Tensor | None,
     per_row: bool,
+    has_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradient of gate and up, the same rounded to FP8 with one scale for each row, and that of the norm.
 
@@ -194,16 +198,17 @@ def gated_backward(
         out_scale: float32 (2 * I,), by which columns are multiplied before they are rounded to FP8: the scales of the
             weights that made gate and up. None to round nothing.
         per_row: whether those scales differ within gate and within up.
+        has_grad: whether the gradient is returned in its own dtype too.
 
     Returns:
-        grad_x: (M, 2 * I) in the dtype of x.
+        grad_x: (M, 2 * I) in the dtype of x; empty unless `has_grad`.
         fp8: float8_e4m3fn (M, 2 * I); empty without `out_scale`.
         fp8_scale: float32 (M, 1); empty without `out_scale`. grad_x * out_scale ~= fp8 * fp8_scale.
         grad_norm: (I,) in the dtype of the weight; empty without a norm.
     """
     rows, inputs = grad.shape
     rounded = rows if out_scale is not None else 0
-    grad_x = torch.empty_like(x)
+    grad_x = x.new_empty((rows if has_grad else 0, 2 * inputs))
     fp8 = x.new_empty((rounded, 2 * inputs), dtype=FP8)
     fp8_scale = x.new_empty((rounded, 1), dtype=torch.float32)
     first, rest = column_blocks(inputs)
@@ -226,6 +231,7 @@ def gated_backward(
             inputs,
             ACTIVATION=activation,
             HAS_NORM=norm_weight is not None,
+            HAS_GRAD=has_grad,
             HAS_FP8=out_scale is not None,
             PER_ROW=per_row,
             COLUMNS=first,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 HAS_TRITON = find_spec("triton") is not None
 ALIGNMENT = 16
 """Bytes at whose multiples the TMA needs each row of a matrix to start."""
+FP8_FROM, FP8_ALL_FROM = 512, 768
+"""The smaller side of a matrix from which on `quant.grad=auto` rounds output gradients to FP8 for the gradient of the
+input, and for that of the weights too. Below, rounding takes longer than the faster product saves."""
 
 
 def _rule_name(rule: WeightRule | None) -> str | None:
@@ -32,6 +35,20 @@ def _rule_name(rule: WeightRule | None) -> str | None:
         if type(rule) is kind and rule.granularity == PerRow():
             return f"{name}_row"
     return None
+
+
+def _grad(layer: BitLinear, dtype: torch.dtype) -> str:
+    """Return how the gradients of a layer are computed: bf16, fp8 or fp8_all, as `quant.grad` describes them."""
+    if dtype != torch.bfloat16:
+        return "bf16"  # in `dtype`
+    if layer.grad != "auto":
+        return layer.grad
+    size = min(layer.in_features, layer.out_features)
+    return "fp8_all" if size >= FP8_ALL_FROM else "fp8" if size >= FP8_FROM else "bf16"
+
+
+def _count(number: int, layers: Sequence[BitLinear]) -> str:
+    return "" if number == len(layers) else f" ({number} layers)"
 
 
 def _held(layers: Sequence[BitLinear]) -> RoundedWeights | None:
@@ -63,20 +80,24 @@ class TritonKernels(Kernels):
                 return f"{layer.in_features} x {layer.out_features} features are no multiples of {ALIGNMENT}"
         return None
 
-    def note(self, layer: BitLinear, dtype: torch.dtype) -> str | None:
+    def note(self, layers: Sequence[BitLinear], dtype: torch.dtype) -> str | None:
         """See `Kernels`."""
-        if dtype != torch.bfloat16 or layer.grad == "bf16":
+        grads = [_grad(layer, dtype) for layer in layers]
+        inputs, weights = sum(grad != "bf16" for grad in grads), grads.count("fp8_all")
+        if inputs == 0:
             return None
-        of_weights = " and of the weights" if layer.grad == "fp8_all" else ""
-        return f"gradients of the inputs{of_weights} in FP8"
+        if weights == 0:
+            return "gradients of the inputs in FP8" + _count(inputs, layers)
+        if weights == inputs:
+            return "gradients of the inputs and of the weights in FP8" + _count(inputs, layers)
+        return f"gradients in FP8: of the inputs{_count(inputs, layers)}, of the weights{_count(weights, layers)}"
 
     def _rounding(self, layer: BitLinear, dtype: torch.dtype) -> Rounding:
         from bitnet_lit.quant.kernels.triton.functions import Rounding
 
-        rule = _rule_name(layer._weights)
+        rule, grad = _rule_name(layer._weights), _grad(layer, dtype)
         assert rule is not None  # `refusal` has seen to that
-        fp8 = dtype == torch.bfloat16 and layer.grad != "bf16"
-        return Rounding(rule, layer._activations.bits, dtype, fp8, fp8 and layer.grad == "fp8_all")
+        return Rounding(rule, layer._activations.bits, dtype, grad != "bf16", grad == "fp8_all")
 
     def hold(self, layers: Sequence[BitLinear], dtype: torch.dtype, before: RoundedWeights | None) -> RoundedWeights:
         """See `Kernels`."""

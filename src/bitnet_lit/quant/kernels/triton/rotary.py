@@ -6,8 +6,9 @@ place, and attention reads all three as views::
     first, second = the two halves of a head
     rotated = first * cos - second * sin, second * cos + first * sin
 
-The backward pass collects the gradients of the three into rows again, rotated back. It writes them twice: in their own
-dtype for the gradient of the weights, and rounded to FP8 for the gradient of the input (fp8_rows.py).
+The backward pass collects the gradients of the three into rows again, rotated back. It writes them rounded to FP8 for
+the gradient of the input (fp8_rows.py), and in their own dtype for the gradient of the weights where that is no FP8
+product.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def _rotary_backward(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
     HAS_FP8: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -128,12 +130,13 @@ def _rotary_backward(
     k_at = (HEADS + kv_head)[:, None] * (2 * HALF) + column[None, :]
     v_at = (HEADS + KV_HEADS + kv_head)[:, None] * (2 * HALF) + column[None, :]
     start = row.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * 2 * HALF)
-    tl.store(grad_ptr + start + q_at, q_first, mask=inside)
-    tl.store(grad_ptr + start + q_at + HALF, q_second, mask=inside)
-    tl.store(grad_ptr + start + k_at, k_first, mask=kv_inside)
-    tl.store(grad_ptr + start + k_at + HALF, k_second, mask=kv_inside)
-    tl.store(grad_ptr + start + v_at, v_first, mask=kv_inside)
-    tl.store(grad_ptr + start + v_at + HALF, v_second, mask=kv_inside)
+    if HAS_GRAD:
+        tl.store(grad_ptr + start + q_at, q_first, mask=inside)
+        tl.store(grad_ptr + start + q_at + HALF, q_second, mask=inside)
+        tl.store(grad_ptr + start + k_at, k_first, mask=kv_inside)
+        tl.store(grad_ptr + start + k_at + HALF, k_second, mask=kv_inside)
+        tl.store(grad_ptr + start + v_at, v_first, mask=kv_inside)
+        tl.store(grad_ptr + start + v_at + HALF, v_second, mask=kv_inside)
     if HAS_FP8:
         q_1 = q_first.to(tl.float32) * tl.load(out_scale_ptr + q_at, mask=inside, other=0.0)
         q_2 = q_second.to(tl.float32) * tl.load(out_scale_ptr + q_at + HALF, mask=inside, other=0.0)
@@ -153,13 +156,13 @@ def _rotary_backward(
 
 
 def _rotary_backward_fake(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, out_scale: Tensor | None
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, out_scale: Tensor | None, has_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, heads, size), kv_heads = grad_q.shape, grad_k.shape[2]
     rows, columns = batch * length, (heads + 2 * kv_heads) * size
     rounded = rows if out_scale is not None else 0
     return (
-        grad_q.new_empty((rows, columns)),
+        grad_q.new_empty((rows if has_grad else 0, columns)),
         grad_q.new_empty((rounded, columns), dtype=FP8),
         grad_q.new_empty((rounded, 1), dtype=torch.float32),
     )
@@ -167,7 +170,7 @@ def _rotary_backward_fake(
 
 @operator(_rotary_backward_fake)
 def rotary_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, out_scale: Tensor | None
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, out_scale: Tensor | None, has_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of the joint output before its rotation, and the same rounded to FP8.
 
@@ -176,9 +179,10 @@ def rotary_backward(
         grad_k, grad_v: float (B, T, kv_heads, head_dim).
         cos, sin: (T, head_dim), contiguous.
         out_scale: float32 (O,), by which columns are multiplied before they are rounded to FP8; None to round nothing.
+        has_grad: whether the gradient is returned in its own dtype too.
 
     Returns:
-        grad: (B * T, O) in the dtype of `grad_q`.
+        grad: (B * T, O) in the dtype of `grad_q`; empty unless `has_grad`.
         fp8: float8_e4m3fn (B * T, O); empty without `out_scale`.
         fp8_scale: float32 (B * T, 1); empty without `out_scale`. grad * out_scale ~= fp8 * fp8_scale.
     """
@@ -186,7 +190,7 @@ def rotary_backward(
     grads = [grad if grad.stride(3) == 1 else grad.contiguous() for grad in (grad_q, grad_k, grad_v)]
     rows, columns = batch * length, (heads + 2 * kv_heads) * size
     rounded = rows if out_scale is not None else 0
-    grad = grad_q.new_empty((rows, columns))
+    grad = grad_q.new_empty((rows if has_grad else 0, columns))
     fp8 = grad_q.new_empty((rounded, columns), dtype=FP8)
     fp8_scale = grad_q.new_empty((rounded, 1), dtype=torch.float32)
     with on_device_of(grad_q):
@@ -203,6 +207,7 @@ def rotary_backward(
             HEADS=heads,
             KV_HEADS=kv_heads,
             HALF=size // 2,
+            HAS_GRAD=has_grad,
             HAS_FP8=out_scale is not None,
             BLOCK_HEADS=triton.next_power_of_2(heads),
             BLOCK_KV=triton.next_power_of_2(kv_heads),
