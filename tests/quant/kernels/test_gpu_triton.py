@@ -165,8 +165,9 @@ def test_weight_gradients_in_fp8(rows, counts, inputs, per_row):
     expected = (fp8.double() * whole * inverse).t() @ x.double()
     result = weight_gradient_fp8(fp8, codes, row_scale, whole, inverse, counts, per_row, torch.float32)
     assert result.dtype == torch.float32
-    # Sums of use_fast_accum keep 14 bits of each product.
-    assert_close(result.double(), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    # Tensor cores of the Hopper generation add FP8 products with 14 bits or so, in blocks (DeepSeek-V3, section 3.3.2).
+    assert_close(result.double(), expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    assert cosine(result, expected) > 0.9999
 
 
 def gradients(layer, x, dtype, grad_y):

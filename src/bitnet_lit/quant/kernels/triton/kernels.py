@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HAS_TRITON = find_spec("triton") is not None
 ALIGNMENT = 16
 """Bytes at whose multiples the TMA needs each row of a matrix to start."""
-FP8_FROM, FP8_ALL_FROM = 512, 768
+FP8_FROM, FP8_ALL_FROM = 256, 512
 """The smaller side of a matrix from which on `quant.grad=auto` rounds output gradients to FP8 for the gradient of the
 input, and for that of the weights too. Below, rounding takes longer than the faster product saves."""
 

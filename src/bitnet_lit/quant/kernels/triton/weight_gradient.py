@@ -141,7 +141,7 @@ def weight_gradient_fp8(
             scale_a=whole,
             scale_b=torch.ones_like(whole) if per_row else inverse[start],
             out_dtype=dtype,
-            use_fast_accum=True,
+            use_fast_accum=False,  # its sums lose bits at each of many thousand tokens
             out=result[start : start + count],
         )
         start += count
