@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity, bits per byte and accuracy on the validation split",
     "infer": "a model continues a prompt",
     "export": "packed codes, GGUF and other formats, each compared with the model",
+    "report": "runs compared: mean and interval over seeds, gap to the dense model; a table and a page",
     "plot": "loss curves of runs, as a PNG",
     "bench": "speed beside PyTorch, transformers and llama.cpp, with JSON in the last line",
 }

@@ -43,6 +43,7 @@ SCHEMAS = {
     "infer": schema.InferConfig,
     "evaluate": schema.EvaluateConfig,
     "export": schema.ExportConfig,
+    "report": schema.ReportConfig,
     "plot": schema.PlotConfig,
     "bench": schema.BenchConfig,
 }

@@ -12,6 +12,7 @@ EXTRAS = {
     "gguf": "export",
     "huggingface_hub": "export",
     "matplotlib": "plot",
+    "plotly": "report",
     "tensorboard": "tensorboard",
     "tokenizers": "export",
 }

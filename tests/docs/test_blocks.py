@@ -35,6 +35,7 @@ TINY = {
     "infer": ["max_new_tokens=3"],
     "export": [],
     "plot": [],
+    "report": [],
 }
 
 

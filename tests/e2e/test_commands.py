@@ -83,6 +83,7 @@ def test_an_empty_and_a_too_long_prompt(trained):
         ("train", ["resume=nowhere"], "no run in it"),
         ("train", ["model.hidden_size=x"], "could not be converted to Integer"),
         ("plot", ["runs=[nowhere]"], "no metrics.csv below"),
+        ("report", ["runs=nowhere"], "no metrics.csv below"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(tmp_path, command, arguments, message):

@@ -71,7 +71,7 @@ def test_an_import_that_is_interrupted_is_left_at_once(tmp_path, number):
 
 def test_a_command_hears_ctrl_c_before_it_imports_anything_heavy():
     heavy = "{'torch', 'hydra', 'omegaconf', 'numpy', 'rich'}"
-    commands = ("train", "prepare", "evaluate", "infer", "export", "plot", "bench")
+    commands = ("train", "prepare", "evaluate", "infer", "export", "report", "plot", "bench")
     imports = "; ".join(f"import bitnet_lit.{command}" for command in commands)
     code = f"import sys; {imports}; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

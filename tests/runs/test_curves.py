@@ -6,6 +6,7 @@ from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.runs import curves
 from bitnet_lit.runs.curves import plot_curves
+from bitnet_lit.runs.history import read_run
 
 pytest.importorskip("matplotlib")
 
@@ -36,7 +37,7 @@ def test_what_cannot_be_drawn_is_left_out_with_a_note(tmp_path, capsys):
 
 def test_a_run_is_labelled_by_a_value_a_groups_name_or_its_class(tmp_path):
     folder = run(tmp_path / "a", config="seed: 3\nquant:\n  name: b1\noptim:\n  _target_: torch.optim.SGD\n")
-    labels = [curves._label(folder, key) for key in ("seed", "quant", "optim", "optim.eps")]
+    labels = [curves._label(read_run(folder), key) for key in ("seed", "quant", "optim", "optim.eps")]
     assert labels == ["seed=3", "quant=b1", "optim=torch.optim.SGD", "optim.eps=None"]
 
 

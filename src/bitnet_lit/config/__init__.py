@@ -8,7 +8,15 @@ The names of keys are Hugging Face's for models (`hidden_size`, `num_key_value_h
 Lightning for training.
 """
 
-from bitnet_lit.config.commands import BenchConfig, EvaluateConfig, ExportConfig, InferConfig, PlotConfig, PrepareConfig
+from bitnet_lit.config.commands import (
+    BenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    InferConfig,
+    PlotConfig,
+    PrepareConfig,
+    ReportConfig,
+)
 from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.data import CustomData, DataConfig
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
@@ -47,6 +55,7 @@ __all__ = [
     "PlotConfig",
     "PrepareConfig",
     "QuantConfig",
+    "ReportConfig",
     "ScheduleConfig",
     "TrainConfig",
     "TrainerConfig",

@@ -192,6 +192,28 @@ class PlotConfig:
 
 
 @dataclass
+class ReportConfig(Checked):
+    """`python -m bitnet_lit.report` compares runs: means with intervals over seeds, and gaps to the dense model."""
+
+    runs: list[str] = field(default_factory=lambda: ["outputs"])
+    """A run folder, a folder with runs at any depth, a glob of them, or a list of these: [a,b]."""
+    by: list[str] = field(default_factory=list)
+    """The keys and groups of the config that name the rows: quant,model. Empty: those that tell the runs apart."""
+    over: list[str] = field(default_factory=lambda: ["seed"])
+    """The keys in which the runs of a row differ. The mean is taken over them."""
+    metric: str = "val/loss"
+    """The column of metrics.csv that is compared."""
+    dense_bits: int = 16
+    """Bits of a weight that is not quantized, for the bytes of a model: 16 as models are shipped, 32 as trained."""
+    schemes: list[str] = field(default_factory=list)
+    """Quantization schemes of your own that the runs have, <module>.<class>."""
+    out: str | None = None
+    """The folder to write. null: the folder that `runs` names, or the one that all runs lie in."""
+
+    RANGES: ClassVar[dict[str, Range]] = {"dense_bits": Range(1, 64)}
+
+
+@dataclass
 class BenchConfig(Checked):
     """`python -m bitnet_lit.bench` compares our speed with that of other software. Its last line is JSON."""
 

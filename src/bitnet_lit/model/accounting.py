@@ -34,7 +34,7 @@ class Accounting:
         forward_flops_per_token: FLOPs of the forward pass at a given sequence length; a token attends to half of the
             sequence on average.
         bits_per_weight: mean bits of a projection weight: the information of its code (log2(3) for b158) and its share
-            of the scales; 32 for a weight that stays dense.
+            of the scales; 32, or `dense_bits`, for a weight that stays dense.
     """
 
     embedding: int
@@ -58,11 +58,14 @@ class Accounting:
         return 4 * self.parameters * (2 + optimizer_states_per_parameter)
 
 
-def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None = None) -> Accounting:
+def account(
+    config: ModelConfig, quant: QuantConfig, sequence_length: int | None = None, dense_bits: float = DENSE_BITS
+) -> Accounting:
     """Count the model that `build_model(config, quant)` would build.
 
     Args:
         sequence_length: tokens of a sequence, for the FLOPs of attention. None: the whole context.
+        dense_bits: bits of a projection weight that stays dense.
 
     Raises:
         UserError: the group size of the scheme does not divide in_features of a projection.
@@ -75,7 +78,7 @@ def account(config: ModelConfig, quant: QuantConfig, sequence_length: int | None
     own = sum(math.prod(shape) for shape in own_tensors(config, quant).values())
     quantized = quantized_names(config, quant)
     bits = sum(
-        tensor.size * (quant.scheme.bits_per_weight(*tensor.shape) if tensor.name in quantized else DENSE_BITS)
+        tensor.size * (quant.scheme.bits_per_weight(*tensor.shape) if tensor.name in quantized else dense_bits)
         for tensor in network_tensors(config)
         if tensor.kind is Kind.PROJECTION
     )

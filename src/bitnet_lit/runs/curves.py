@@ -4,54 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError, disk_errors
 from bitnet_lit.extras import needs
-from bitnet_lit.plain_yaml import read_yaml
-from bitnet_lit.runs.folder import CONFIG_NAME, CSV_NAME
-from bitnet_lit.runs.metrics_csv import read_metrics
+from bitnet_lit.runs.config_keys import value_of
+from bitnet_lit.runs.folder import CSV_NAME
+from bitnet_lit.runs.history import Run, read_run, run_folders
 
 
-def _run_folders(runs: list[str]) -> list[Path]:
-    folders = [path.parent for run in runs for path in sorted(Path(run).rglob(CSV_NAME))]
-    if not folders:
-        raise UserError(f"runs={list(runs)}: no {CSV_NAME} below: give run folders, or a sweep's folder")
-    return folders
-
-
-def _label(folder: Path, key: str) -> str:
+def _label(run: Run, key: str) -> str:
     """Return the legend's text for a run: a value of its config, or the folder's name where it has no config.
 
     Args:
         key: the key of that value in the config, such as "optim.learning_rate". A group stands for its name, or for the
             class of the user's own that it names.
     """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        return folder.name
-    value: Any = read_yaml(path, "move it away to label the run by its folder's name")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(value, dict):  # the key names a group
-        value = value.get("name", value.get("_target_"))
-    return f"{key}={value}"
-
-
-def _points(folder: Path, metric: str) -> tuple[list[int], list[float]]:
-    """Return the optimizer steps and the values of a metric in a run's metrics.csv."""
-    steps, values = [], []
-    for row in read_metrics(folder / CSV_NAME):
-        if metric in row:
-            try:
-                values.append(float(row[metric]))
-            except ValueError:
-                where = f"{folder / CSV_NAME}: {metric} of step {row['step']}"
-                raise UserError(f"{where} is {row[metric]!r}, no number: put a copy there, or move it away") from None
-            steps.append(int(row["step"]))
-    return steps, values
+    return f"{key}={value_of(run.config, key, absent='None')}" if run.config else run.folder.name
 
 
 def _drawn(text: str) -> str:
@@ -73,14 +43,17 @@ def plot_curves(config: PlotConfig) -> Path:
     without: list[str] = []  # runs without the metric, such as those that have no validation yet
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for folder in _run_folders(config.runs):
-        steps, values = _points(folder, config.metric)
-        if not steps:
-            known = sorted({name for row in read_metrics(folder / CSV_NAME) for name in row} - {"step"})
-            has = f"has {', '.join(known)}" if known else "has no rows"
-            without.append(f"{folder / CSV_NAME}, which {has}")
+    folders = [folder for folder in run_folders(config.runs) if (folder / CSV_NAME).is_file()]
+    if not folders:
+        raise UserError(f"runs={config.runs}: no {CSV_NAME} below: give run folders, or a sweep's folder")
+    for run in map(read_run, folders):
+        curve = run.curve(config.metric)
+        if not len(curve.steps):
+            has = f"has {', '.join(sorted(run.curves))}" if run.curves else "has no rows"
+            without.append(f"{run.folder / CSV_NAME}, which {has}")
             continue
-        axes.plot(steps, values, marker=".", label=_drawn(f"{_label(folder, config.label)}: {values[-1]:.3f}"))
+        label = _drawn(f"{_label(run, config.label)}: {curve.values[-1]:.3f}")
+        axes.plot(curve.steps, curve.values, marker=".", label=label)
     if not axes.lines:
         raise UserError(f"metric={config.metric}: not in {without[0]}: give a metric that is logged, or wait for it")
     for place in without:

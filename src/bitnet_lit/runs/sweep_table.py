@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from bitnet_lit.errors import one_line
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
+from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.sweep import REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
@@ -37,11 +37,6 @@ FIGURES = {
 }
 _METRICS = Record({}, optional=dict.fromkeys(FIGURES, Number()))
 _OVERRIDES_NAME = "overrides.yaml"  # Hydra's
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts 2 before 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -79,14 +74,14 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
         for line in (sweep_dir / REFUSED_NAME).read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, error = line.partition("\t")
             rows[name] = {"job": name, "error": error}
-    return [rows[name] for name in sorted(rows, key=_natural)]
+    return [rows[name] for name in sorted(rows, key=natural)]
 
 
 def commands_to_go_on(sweep_dir: Path) -> list[str]:
     """Return a shell command for each job that is not complete. It resumes the job, or starts it in its own folder."""
     commands = []
     folders = [record.parents[1] for record in sweep_dir.rglob(f"{RECORD}/{_OVERRIDES_NAME}")]
-    for folder in sorted(folders, key=lambda folder: _natural(folder.as_posix())):
+    for folder in sorted(folders, key=lambda folder: natural(folder.as_posix())):
         if (folder / METRICS_NAME).exists():
             continue
         if can_be_resumed(folder):

@@ -1,0 +1,110 @@
+"""The config of a run is read by dotted keys here: `quant`, `optim.learning_rate`, or the last part: `hidden_size`.
+
+Commands that compare runs name them by such keys. The config is plain data, as `read_yaml` returns it. It may come from
+another version, so a key may be absent, and `ABSENT` stands for its value then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bitnet_lit.errors import UserError, nearest
+
+ABSENT = "-"
+"""What is shown where a config does not have a key."""
+
+_FIRST = ("model", "quant", "optim", "schedule", "data")
+_WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger", "callbacks", "export")
+"""Keys and groups that do not change what a run learns."""
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return every value of a config by its dotted key. A list is one value, and an empty group has none."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
+def learned_from(config: dict[str, Any], *without: str) -> dict[str, str]:
+    """Return the values that decide what a run learns, as text by dotted key.
+
+    Args:
+        without: groups and keys to leave out as well.
+    """
+    left_out = {*_WITHOUT_EFFECT, *without}
+    return {
+        key: shown(value)
+        for key, value in flat(config).items()
+        if key not in left_out and key.partition(".")[0] not in left_out
+    }
+
+
+def shown(value: Any) -> str:
+    """Return a value as text. A group stands for its name, or for the class of the user's own that it names."""
+    if isinstance(value, dict):
+        value = value.get("name", value.get("_target_"))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def value_of(config: dict[str, Any], key: str, absent: str = ABSENT) -> str:
+    """Return the value of a key or a group as text; `absent` where the config does not have it."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return absent if value is None else shown(value)
+
+
+def full_key(option: str, typed: str, configs: Iterable[dict[str, Any]]) -> str:
+    """Return the dotted key that a user means: a key or a group as it stands, or the one key that ends with it.
+
+    Args:
+        option: the option that holds the key, for the message.
+
+    Raises:
+        UserError: no config has such a key, or several keys end with it.
+    """
+    known: dict[str, None] = {}
+    for config in configs:
+        for key in flat(config):
+            parts = key.split(".")
+            known |= dict.fromkeys(".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    if typed in known or not known:
+        return typed
+    ending = [key for key in known if key.endswith(f".{typed}")]
+    if len(ending) == 1:
+        return ending[0]
+    if ending:
+        raise UserError(f"{option}={typed}: several keys end with it: give one of {', '.join(ending)}")
+    near = nearest(typed, [*known, *(key.rpartition(".")[2] for key in known)])
+    remedy = f"did you mean '{near}'?" if near else "config.yaml of a run has its keys"
+    raise UserError(f"{option}={typed}: no run has this key: {remedy}")
+
+
+def telling_keys(configs: Sequence[dict[str, Any]], over: Sequence[str]) -> list[str]:
+    """Return the keys that tell the runs apart: few of them, groups first.
+
+    A key is taken if it divides the runs further than those before it. So `quant` is taken, and `quant.name` is not.
+
+    Args:
+        over: keys that are left out.
+    """
+    values = [{key: value for key, value in learned_from(config).items() if key not in over} for config in configs]
+    keys = sorted({key for each in values for key in each}, key=lambda key: (key.count("."), key))
+    candidates = [*(group for group in _FIRST if group not in over), *keys]
+    taken: list[str] = []
+    labels: list[tuple[str, ...]] = [() for _ in configs]
+    for key in candidates:
+        finer = [(*label, value_of(config, key)) for label, config in zip(labels, configs, strict=True)]
+        if len(set(finer)) > len(set(labels)):
+            taken, labels = [*taken, key], finer
+    return taken
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts 2 before 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]

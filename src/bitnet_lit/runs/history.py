@@ -1,0 +1,227 @@
+"""`read_runs` finds runs on the disk and reads what they logged, for the commands that compare runs.
+
+A run may be complete, on its way, killed or failed. Its state is read from the files that it has (`runs/folder.py`):
+metrics.json says that it is complete, error.txt that it failed. Without either it is unfinished.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.foreign_json import read_json
+from bitnet_lit.json_shapes import Record
+from bitnet_lit.plain_yaml import read_yaml
+from bitnet_lit.runs.config_keys import learned_from
+from bitnet_lit.runs.folder import (
+    CHECKPOINTS,
+    CONFIG_NAME,
+    CSV_NAME,
+    ERROR_NAME,
+    METRICS_NAME,
+    MODEL,
+    MODEL_LAST,
+    RECORD,
+    is_run,
+)
+from bitnet_lit.runs.metrics_csv import read_metrics
+
+DONE, UNFINISHED, FAILED = "done", "unfinished", "failed"
+_NO_RUNS_INSIDE = {CHECKPOINTS, MODEL, MODEL_LAST, "wandb", "tensorboard"}
+_REMEDY = "put a copy of it there, or move it away"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A logged metric.
+
+    Attributes:
+        steps: optimizer steps, int64 (N,), rising.
+        values: float64 (N,), which may hold NaN.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def finite(self) -> Curve:
+        """The points that are finite, one for each step; the last one where a step was logged twice."""
+        is_kept = np.isfinite(self.values)
+        steps, values = self.steps[is_kept], self.values[is_kept]
+        is_last = np.append(np.diff(steps) > 0, True)[: len(steps)]
+        return Curve(steps[is_last], values[is_last])
+
+
+_EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
+
+
+@dataclass(eq=False)
+class Run:
+    """What a run left in its folder.
+
+    Attributes:
+        config: its config.yaml as plain data; empty where there is none.
+        state: DONE, UNFINISHED or FAILED.
+        figures: the figures of metrics.json; empty unless the run is done.
+        curves: every column of metrics.csv, by its name.
+        error: why the run failed, in one line.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    state: str = UNFINISHED
+    figures: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    error: str = ""
+
+    @cache  # noqa: B019  # a report keeps its runs until the process ends
+    def learned_from(self, *without: str) -> frozenset[tuple[str, str]]:
+        """Return the keys and values that decide what the run learns, without some groups and keys."""
+        return frozenset(learned_from(self.config, *without).items())
+
+    def curve(self, metric: str) -> Curve:
+        """Return the curve of a metric, empty where the run has not logged it."""
+        return self.curves.get(metric, _EMPTY)
+
+    @cached_property
+    def last_step(self) -> int:
+        """The last optimizer step that the run logged; 0 where it logged none."""
+        return max((int(curve.steps[-1]) for curve in self.curves.values() if len(curve.steps)), default=0)
+
+    @cached_property
+    def tokens_per_step(self) -> float | None:
+        """Tokens of an optimizer step, on all devices; None where the files do not say."""
+        steps, tokens = self.figures.get("steps"), self.figures.get("tokens")
+        if isinstance(steps, int) and isinstance(tokens, int) and steps > 0:
+            return tokens / steps
+        groups = [self.config.get(name) for name in ("data", "model", "trainer")]
+        data, model, trainer = (group if isinstance(group, dict) else {} for group in groups)
+        devices = trainer.get("devices", 1)
+        factors: tuple[Any, ...] = (
+            data.get("batch_size"),
+            data.get("sequence_length") or model.get("max_position_embeddings"),
+            trainer.get("accumulate_grad_batches", 1),
+            trainer.get("num_nodes", 1),
+            len(devices) if isinstance(devices, list) else devices,
+        )
+        if not all(type(factor) is int and factor > 0 for factor in factors):
+            return None
+        return float(math.prod(factors))
+
+    @cached_property
+    def seconds(self) -> Curve:
+        """Seconds of training up to each logged step, from the logged speed. Validation is left out."""
+        speed = self.curve("perf/tokens_per_s").finite
+        if not len(speed.steps) or self.tokens_per_step is None or not (speed.values > 0).all():
+            return _EMPTY
+        tokens = np.diff(speed.steps, prepend=0) * self.tokens_per_step
+        return Curve(speed.steps, np.cumsum(tokens / speed.values))
+
+    def seconds_at(self, steps: np.ndarray) -> np.ndarray | None:
+        """Return the seconds of training at some steps, interpolated; None where no speed was logged."""
+        if not len(self.seconds.steps):
+            return None
+        return np.interp(steps, np.append(0, self.seconds.steps), np.append(0.0, self.seconds.values))
+
+
+def run_folders(typed: Sequence[str]) -> list[Path]:
+    """Return the folders of all runs in or below some folders, in order and each once.
+
+    Args:
+        typed: folders, or globs of folders. A folder that has such a name is taken before a glob.
+    """
+    found: dict[Path, None] = {}
+    for each in typed:
+        places = [each] if os.path.exists(each) else sorted(glob.glob(each, recursive=True))
+        for place in places:
+            found |= dict.fromkeys(_below(Path(place)))
+    return list(found)
+
+
+def _below(place: Path) -> Iterator[Path]:
+    for name, folders, files in os.walk(place):
+        folder = Path(name)
+        is_here = CSV_NAME in files or (CONFIG_NAME in files and is_run(folder))
+        is_here = is_here or (ERROR_NAME in files and RECORD in folders)  # it failed before it wrote its config
+        folders[:] = sorted(each for each in folders if not each.startswith(".") and not (is_here and _is_inside(each)))
+        if is_here:
+            yield folder
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a folder of this name in a run holds a part of that run, and no other runs."""
+    return name in _NO_RUNS_INSIDE
+
+
+def _read_curves(path: Path) -> dict[str, Curve]:
+    """Read every column of a metrics.csv.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or a cell is no number.
+    """
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for row in read_metrics(path):
+        step = int(row["step"])
+        for name, text in row.items():
+            if name == "step":
+                continue
+            steps, values = columns.setdefault(name, ([], []))
+            try:
+                values.append(float(text))
+            except ValueError:
+                raise UserError(f"{path}: {name} of step {step} is {text!r}, no number: {_REMEDY}") from None
+            steps.append(step)
+    return {
+        name: Curve(np.array(steps, np.int64), np.array(values, float)) for name, (steps, values) in columns.items()
+    }
+
+
+def read_run(folder: Path) -> Run:
+    """Read the config, the figures and the curves of a run.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    run = Run(folder)
+    if (folder / CONFIG_NAME).is_file():
+        run.config = read_yaml(folder / CONFIG_NAME, "move it away to name the run by its folder")
+    elif (folder / RECORD / CONFIG_NAME).is_file():
+        run.config = read_yaml(folder / RECORD / CONFIG_NAME, "move it away to name the run by its folder")
+    if (folder / CSV_NAME).is_file():
+        run.curves = _read_curves(folder / CSV_NAME)
+    if (folder / METRICS_NAME).is_file():
+        run.figures = read_json(folder / METRICS_NAME, Record({}), "resume the run, which writes it again")
+        run.state = DONE
+    elif (folder / ERROR_NAME).is_file():
+        run.state, run.error = FAILED, one_line((folder / ERROR_NAME).read_text("utf-8", "replace"), 300)
+    return run
+
+
+def read_runs(typed: Sequence[str], refuse: Callable[[UserError], None]) -> list[Run]:
+    """Read all runs in or below some folders.
+
+    Args:
+        refuse: called with the error of each run whose files are damaged. Where it returns, that run is left out.
+
+    Raises:
+        UserError: there are no runs.
+    """
+    folders = run_folders(typed)
+    if not folders:
+        raise UserError(f"runs={list(typed)}: no {CSV_NAME} below: give run folders, or a sweep's folder")
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            refuse(error)
+    return runs

@@ -1,0 +1,191 @@
+"""Rows, intervals and gaps, each against figures computed by hand, and every kind of run that cannot count."""
+
+import math
+import os
+
+import pytest
+import yaml
+
+from bitnet_lit.config import QuantConfig, ReportConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.model.accounting import account
+from bitnet_lit.reports.report_files import make_comparison
+from bitnet_lit.reports.statistics import quantile_975
+from bitnet_lit.reports.weight_sizes import weight_sizes
+from tests.reports.making import config_of, make_run
+from tests.support import REPOSITORY, tiny_config
+
+
+def compared(folder, **options):
+    comparison = make_comparison(ReportConfig(runs=[str(folder)], **options))
+    return {row.name: row for row in comparison.rows}, comparison.notes
+
+
+def test_a_mean_over_seeds_and_the_gap_of_pairs(tmp_path):
+    for seed, dense, ternary in ((1, 2.0, 2.1), (2, 2.4, 2.6), (3, 2.2, 2.5)):
+        make_run(tmp_path / f"a{seed}", quant="none", seed=seed, final=dense)
+        make_run(tmp_path / f"b{seed}", quant="b158", seed=seed, final=ternary)
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert list(rows) == ["b158", "none"] and notes == []
+    assert rows["none"].is_best and not rows["b158"].is_best and rows["none"].is_dense
+    t = quantile_975(2)
+    assert rows["none"].loss.mean == pytest.approx(2.2)
+    assert rows["none"].loss.half_width == pytest.approx(t * 0.2 / math.sqrt(3))
+    gap = rows["b158"].at_equal_tokens.estimate  # of 0.1, 0.2 and 0.3
+    assert gap.mean == pytest.approx(0.2) and gap.count == 3
+    assert gap.half_width == pytest.approx(t * 0.1 / math.sqrt(3))
+    assert rows["b158"].tokens == 40 * 128 and rows["b158"].seconds == pytest.approx(4.0)
+
+
+def test_the_keys_that_tell_runs_apart_are_found(tmp_path):
+    for number, (model, quant, seed) in enumerate([("small", "b158", 1), ("large", "b158", 1), ("small", "none", 2)]):
+        make_run(tmp_path / str(number), model=model, quant=quant, seed=seed)
+    rows, _ = compared(tmp_path)
+    assert list(rows) == ["large b158", "small b158", "small none"]
+    rows, _ = compared(tmp_path, by=["quant,hidden_size"])  # the last part of a key is enough
+    assert list(rows) == ["b158 32", "b158 128", "none 32"]
+    assert list(compared(tmp_path / "0")[0]) == ["all runs"]
+
+
+def test_runs_of_different_lengths_are_compared_at_the_tokens_that_both_reached(tmp_path):
+    make_run(tmp_path / "dense", quant="none", losses=((10, 4.0), (30, 2.0), (50, 1.0)))
+    make_run(tmp_path / "ternary", quant="b158", losses=((10, 5.0), (40, 2.0)), done=False)
+    rows, notes = compared(tmp_path, by=["quant"])
+    gap = rows["b158"].at_equal_tokens  # at 40 steps the dense run has 1.5
+    assert gap.estimate.mean == pytest.approx(0.5) and gap.tokens == 40 * 128
+    assert any("5,120 tokens" in note and "interpolated" in note for note in notes)
+    assert "b158: no run is finished: the mean is that so far" in notes
+    make_run(tmp_path / "b158 2", quant="b158", seed=2, losses=((10, 5.0), (20, 3.0)), done=False)
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert rows["b158"].loss.mean == pytest.approx((4.0 + 3.0) / 2) and rows["b158"].tokens == 20 * 128
+
+
+def test_the_gap_at_equal_bytes_is_interpolated_in_the_logarithm(tmp_path):
+    losses = {("none", "small"): 3.0, ("none", "large"): 2.0, ("b158", "large"): 2.1, ("b158", "small"): 3.5}
+    for (quant, model), loss in losses.items():
+        make_run(tmp_path / f"{quant}-{model}", quant=quant, model=model, final=loss)
+    rows, _ = compared(tmp_path, by=["model", "quant"])
+    size = {name: row.sizes.num_bytes for name, row in rows.items()}
+    share = math.log(size["large b158"] / size["small none"]) / math.log(size["large none"] / size["small none"])
+    assert 0 < share < 1
+    gap = rows["large b158"].at_equal_bytes
+    assert gap.estimate.mean == pytest.approx(2.1 - (3.0 - share))
+    outside = rows["small b158"].at_equal_bytes
+    assert outside.estimate is None and "those of the dense models" in outside.why_not
+    assert compared(tmp_path / "b158-small")[0]["all runs"].at_equal_bytes.why_not.startswith("it takes dense models")
+
+
+def test_the_bytes_of_weights_are_those_of_accounting():
+    counted = account(tiny_config(), QuantConfig(name="b158"))
+    config = {"model": vars(tiny_config()), "quant": {"name": "b158", "kernel": "of another version"}}
+    sizes = weight_sizes(config, 16)
+    assert sizes.bits_per_weight == counted.bits_per_weight
+    expected = counted.projections * counted.bits_per_weight / 8 + (counted.embedding + counted.norms) * 2
+    assert sizes.num_bytes == pytest.approx(expected)
+    assert weight_sizes({**config, "quant": {"name": "none"}}, 16).num_bytes == 2 * counted.parameters
+    for unknown in (
+        {"quant": {"name": "no_such"}},
+        {"model": {"_target_": "my.Net"}},
+        {"model": None},
+        {"quant": None},
+    ):
+        assert weight_sizes({**config, **unknown}, 16) is None
+
+
+def test_runs_that_cannot_count_are_named_with_the_reason(tmp_path):
+    make_run(tmp_path / "good", seed=1)
+    make_run(tmp_path / "failed", seed=2, done=False, error="UserError: no data\n")
+    make_run(tmp_path / "nan", seed=3, final=math.nan, done=True)
+    (tmp_path / "nan" / "metrics.json").write_text('{"val/loss": null, "steps": 40, "tokens": 5120}')
+    make_run(tmp_path / "going", seed=4, done=False)
+    make_run(tmp_path / "fresh", seed=5, losses=(), done=False)
+    make_run(tmp_path / "damaged", seed=6)
+    (tmp_path / "damaged" / "metrics.csv").write_text("step,val/loss\n1,x\n")
+    (tmp_path / "early" / ".hydra").mkdir(parents=True)
+    (tmp_path / "early" / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config_of(seed=7)))
+    (tmp_path / "early" / "error.txt").write_text("UserError: too early")
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert rows["b158"].loss.count == 1
+    text = "\n".join(notes)
+    for expected in (
+        "failed failed: UserError: no data",
+        "nan has no val/loss that is a finite number",
+        "going is not finished (step 40), and finished runs count",
+        "fresh has not logged a step yet",
+        "is 'x', no number",
+        "early failed: UserError: too early",
+    ):
+        assert expected in text, text
+
+
+def test_half_a_line_of_a_run_that_goes_on_is_left_out(tmp_path):
+    folder = make_run(tmp_path / "a", done=False)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("60,,,1.")
+    assert compared(tmp_path)[0]["all runs"].loss.mean == 2.0
+
+
+def test_the_newest_of_two_runs_with_one_config_counts(tmp_path):
+    make_run(tmp_path / "old", final=9.0)
+    make_run(tmp_path / "new", final=2.0)
+    for path in (tmp_path / "old").iterdir():
+        os.utime(path, (1, 1))
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert rows["b158"].loss.mean == 2.0 and rows["b158"].loss.count == 1
+    assert notes == [f"{tmp_path / 'old'} has the same config as {tmp_path / 'new'}, which is newer"]
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_said(tmp_path):
+    make_run(tmp_path / "a", seed=1, optim={"name": "muon", "learning_rate": 0.02})
+    make_run(tmp_path / "b", seed=1, optim={"name": "muon", "learning_rate": 0.04})
+    make_run(tmp_path / "dense", seed=1, quant="none", optim={"name": "muon", "learning_rate": 0.01})
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert rows["b158"].loss.count == 2
+    assert "b158: its runs differ in optim.learning_rate too: by= can divide them" in notes
+    assert "b158: the dense twin differs in optim.learning_rate too" in notes
+
+
+def test_a_loss_that_is_larger_is_not_better_but_an_accuracy_is(tmp_path):
+    for quant, loss in (("none", 2.0), ("b158", 2.5)):
+        folder = make_run(tmp_path / quant, quant=quant, final=loss)
+        text = (folder / "metrics.csv").read_text().replace("val/loss", "val/accuracy")
+        (folder / "metrics.csv").write_text(text)
+        (folder / "metrics.json").write_text(f'{{"val/accuracy": {loss}, "steps": 40, "tokens": 5120}}')
+    rows, _ = compared(tmp_path, by=["quant"], metric="val/accuracy")
+    assert rows["b158"].is_best and not rows["none"].is_best
+
+
+@pytest.mark.parametrize("version", ["first_version", "second_version"])
+def test_runs_of_earlier_versions(version):
+    rows, _ = compared(REPOSITORY / "tests" / version / "run", by=["quant", "model"])
+    (row,) = rows.values()
+    assert row.loss.count == 1 and 5.6 < row.loss.mean < 5.7 and row.tokens == 4 * 4 * 32 and row.sizes is not None
+
+
+def test_runs_without_a_config_or_without_its_keys(tmp_path):
+    make_run(tmp_path / "none", config={})
+    make_run(tmp_path / "other", config={"mine": 1, "run_dir": "x"})
+    rows, _ = compared(tmp_path, by=["mine"])
+    assert sorted(rows) == ["-", "1"] and all(row.loss.mean == 2.0 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": ["quan"]}, "by=quan: no run has this key: did you mean 'quant'?"),
+        ({"by": ["name"]}, "by=name: several keys end with it: give one of "),
+        ({"over": ["sed"]}, "over=sed: no run has this key: did you mean 'seed'?"),
+        ({"metric": "val/los"}, "metric=val/los: in no metrics.csv of these runs, which have perf/tokens_per_s, "),
+        ({"schemes": ["no_such.Scheme"]}, "schemes="),
+    ],
+)
+def test_one_line(tmp_path, options, message):
+    make_run(tmp_path / "a")
+    with pytest.raises(UserError) as error:
+        compared(tmp_path, **options)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_no_runs(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.csv below: give run folders"):
+        compared(tmp_path)
