@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "text to shards of token ids and a tokenizer",
     "train": "shards to a run folder with a model folder in it; sweeps with -m",
     "evaluate": "loss, perplexity, bits per byte and accuracy on the validation split",
+    "lm_eval": "tasks of the lm-evaluation-harness, with its own flags",
     "infer": "a model continues a prompt",
     "export": "packed codes, GGUF and other formats, each compared with the model",
     "report": "runs compared: mean and interval over seeds, gap to the dense model; a table and a page",
@@ -52,7 +53,8 @@ def _print_version() -> None:
 def _refuse(command: str) -> None:
     from bitnet_lit.errors import UserError
 
-    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    begin_so = [name for name in COMMANDS if command and name.startswith(command)]
+    near = begin_so or difflib.get_close_matches(command, COMMANDS, n=1)
     remedy = f"did you mean '{near[0]}'?" if near else f"take one of {', '.join(COMMANDS)}"
     raise UserError(f"unknown command '{command}': {remedy}")
 

@@ -11,6 +11,7 @@ from bitnet_lit.errors import UserError, one_line
 EXTRAS = {
     "gguf": "export",
     "huggingface_hub": "export",
+    "lm_eval": "eval",
     "matplotlib": "plot",
     "plotly": "report",
     "tensorboard": "tensorboard",

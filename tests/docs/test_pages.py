@@ -84,7 +84,7 @@ def test_commands_and_flags_of_a_block_exist(block):
         if command := command_of(words):
             name, arguments = command
             assert name in COMMANDS, f"{block}: {words}"
-            if block.not_run:
+            if block.not_run and name in SCHEMAS:  # lm_eval has flags of its own
                 composed_config(name, [word.partition(",")[0] for word in arguments if "=" in word])
         elif words[0] == "make":
             assert all(re.search(rf"^{target}:", makefile, re.M) for target in words[1:]), f"{block}: {words}"

@@ -77,7 +77,10 @@ def share(monkeypatch, tmp_path, tokenizer, address, *arguments, check=True):
     [
         (
             ["format=packed"],
-            {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "export.json"},
+            {
+                *("config.json", "generation_config.json", "model.safetensors", "export.json"),
+                *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+            },
             "AutoModelForCausal",
         ),
         (["format=gguf", "type=f16", "out=tiny.gguf"], {"tiny.gguf"}, "llama-cli -hf me/tiny"),

@@ -109,18 +109,12 @@ def test_the_past_can_be_cut_and_grows_to_the_context(tmp_path):
 
 
 @needs_compiler
-def test_what_is_rounded_keeps_the_loss_and_the_text(tmp_path, shards, tokenizer):
+def test_what_is_rounded_keeps_the_loss_and_the_text(trained_run, shards, tokenizer):
     """On a trained model: loss within 0.1 %; with an integer head 200 greedy tokens are the same."""
-    from bitnet_lit.cli import compose
     from bitnet_lit.data.shards import open_shards
     from bitnet_lit.model import next_token_loss
-    from bitnet_lit.training.run import train
 
-    sizes = ["model.hidden_size=64", "model.num_hidden_layers=2", "model.intermediate_size=128"]
-    run = [f"run_dir={tmp_path}", f"data.dir={shards}", *sizes, "data.batch_size=8", "callbacks=quiet"]
-    rates = ["optim.learning_rate=4e-2", "optim.adamw_learning_rate=1.6e-2", "trainer.val_check_interval=1000"]
-    train(compose("train", [*run, *rates, "trainer.max_steps=150", "trainer.accelerator=cpu"]))
-    stored = open_stored(tmp_path / "model")
+    stored = open_stored(trained_run / "model")
     split = open_shards(shards).validation(128)
     ids = torch.from_numpy(split.gather(np.arange(4)))
     losses, texts = {}, {}

@@ -118,8 +118,8 @@ class Generator:
         prompts = list_of_texts("prompts", prompts)
         require_whole("index", index)
         COUNT.check("index", index)
-        samplers = [Sampler(options, index + number) for number in range(len(prompts))]
-        return self._run(prompts, samplers, options)
+        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
+        return self._run([self._text(ids, ids, options) for ids in encoded], options, index)
 
     def generate_batch(self, prompts: Sequence[str], options: GenerationConfig, index: int = 0) -> list[str]:
         """Whole texts, prompts included; see `stream_batch`."""
@@ -128,17 +128,32 @@ class Generator:
             texts[number] += piece
         return texts
 
-    def _run(
-        self, prompts: Sequence[str], samplers: Sequence[Sampler], options: GenerationConfig
-    ) -> Iterator[tuple[int, str]]:
+    def continue_ids(self, prompts: Sequence[Sequence[int]], options: GenerationConfig, index: int = 0) -> list[str]:
+        """Return the text that follows each prompt, as it is decoded by itself.
+
+        A tokenizer that puts a space in front of each text takes one away there, so the continuation may lack it.
+
+        Args:
+            prompts: token ids, at least one each.
+            options, index: as for `stream_batch`.
+
+        Raises:
+            NotFiniteError: the logits are NaN or infinite.
+        """
+        texts = [""] * len(prompts)
+        for number, piece in self._run([self._text(ids, (), options) for ids in prompts], options, index):
+            texts[number] += piece
+        return texts
+
+    def _text(self, ids: Sequence[int], decoded_behind: Sequence[int], options: GenerationConfig) -> _Text:
+        return _Text(self._within_context(ids), decoded_behind, self.tokenizer, options.stop)
+
+    def _run(self, texts: Sequence[_Text], options: GenerationConfig, index: int) -> Iterator[tuple[int, str]]:
         """Yield the pieces of `stream_batch`."""
         statistics = self.statistics = Statistics()
-        if not prompts:
+        if not texts:
             return
-        texts = []
-        for prompt in prompts:
-            prompt_ids = self.tokenizer.encode(prompt)
-            texts.append(_Text(self._within_context(prompt_ids), prompt_ids, self.tokenizer, options.stop))
+        samplers = [Sampler(options, index + number) for number in range(len(texts))]
         clock = time.perf_counter()
         pieces = self.tokenizer.vocab_size
         ids = [text.ids for text in texts]
@@ -166,14 +181,14 @@ class Generator:
                 yield number, piece
         statistics.reason = ", ".join(sorted({text.reason for text in texts}))
 
-    def _within_context(self, ids: list[int]) -> list[int]:
+    def _within_context(self, ids: Sequence[int]) -> list[int]:
         room = max(1, self.engine.max_length - 1)
         if len(ids) > room:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens and the context {self.engine.max_length}: kept the last {room}",
                 stacklevel=2,
             )
-        return ids[-room:]
+        return list(ids[-room:])
 
     def _next(self, tokens: Iterator[int], text: _Text) -> int:
         """The next token, with what is wrong with the model where its logits are NaN or infinite."""

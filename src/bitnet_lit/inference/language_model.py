@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bitnet_lit.checkpoints.stored_model import StoredModel
+    from bitnet_lit.inference.scoring import Scorer
     from bitnet_lit.model import CausalLM
     from bitnet_lit.quant import Scheme
 
@@ -85,6 +86,31 @@ class LanguageModel:
                 f"{self.stored.path}: has no tokenizer.model: put the one of its data there, or give tokenizer="
             )
         return Generator(self.engine, self.stored.tokenizer, partial(find_damage, self.stored))
+
+    def scorer(self, batch_size: int = 32, dtype: str | None = None) -> Scorer:
+        """Return what computes how likely given tokens are (inference/scoring.py).
+
+        The native engine scores where it runs the model. Otherwise PyTorch does, on the device.
+
+        Args:
+            batch_size: texts that PyTorch runs together.
+            dtype: float32, bfloat16 or float16, of PyTorch's matrix products. None: that of the weights.
+
+        Raises:
+            UserError: a dtype that the native engine does not have.
+        """
+        from bitnet_lit.inference.engines.cpu.engine import CpuEngine
+        from bitnet_lit.inference.scoring import NativeScorer, NetworkScorer
+
+        if isinstance(self.engine, CpuEngine):
+            if dtype not in (None, "float32"):
+                raise UserError(f"dtype={dtype}: the native engine computes in float32: take engine=torch")
+            return NativeScorer(self.engine.model)
+        import torch
+
+        network = getattr(self.engine, "model", None) or self._network  # PyTorch's engine has it; the CUDA engine not
+        autocast = None if dtype is None else getattr(torch, dtype)
+        return NetworkScorer(network, self.config.max_position_embeddings, batch_size, autocast)
 
     @property
     def statistics(self) -> Statistics:

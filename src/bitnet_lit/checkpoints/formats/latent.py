@@ -54,13 +54,13 @@ class Latent(ModelFolder):
         """
         import torch
 
-        from bitnet_lit.checkpoints.formats.model_folder_writer import statistics_metadata, write_folder
+        from bitnet_lit.checkpoints.formats.model_folder_writer import statistics_metadata, write_export
 
         tensors = list(latent_tensors(stored, getattr(torch, self.dtype)))
         is_exact = self.dtype == "float32"
         metadata = statistics_metadata(stored.quantized, stored.tensor, stored.quant) if is_exact else {}
         described = describe(stored.config, stored.quant, stored.tokenizer, stored.info, False, self.dtype)
-        write_folder(out, described, tensors, stored.tokenizer, metadata)
+        write_export(out, described, tensors, stored.tokenizer, metadata)
         kind = "f32" if is_exact else "bf16"
         # Rounding to bfloat16 keeps the codes but changes the scale, the mean or median of the rounded weights.
         return [WrittenTensor(t.name, kind, t.shape, t.nbytes, FLOAT_ERRORS[kind]) for t in tensors]

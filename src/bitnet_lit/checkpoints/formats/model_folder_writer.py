@@ -44,6 +44,19 @@ def write_folder(
     (folder / GENERATION_NAME).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
+def write_export(
+    folder: Path,
+    described: dict[str, Any],
+    tensors: Iterable[LazyTensor],
+    tokenizer: Tokenizer | None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the files of a model folder, and what `transformers` needs for the tokenizer."""
+    write_folder(folder, described, tensors, tokenizer, metadata)
+    for name, content in (tokenizer.transformers_files() if tokenizer else {}).items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
 def statistics_metadata(names: Iterable[str], read: Callable[[str], Tensor], quant: QuantConfig) -> dict[str, str]:
     """Return scale and center of latent weights as metadata of a safetensors file.
 

@@ -66,11 +66,11 @@ class Packed(ModelFolder):
     def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
         import torch
 
-        from bitnet_lit.checkpoints.formats.model_folder_writer import write_folder
+        from bitnet_lit.checkpoints.formats.model_folder_writer import write_export
 
         tensors = list(packed_tensors(stored, getattr(torch, self.dtype)))
         described = describe(stored.config, stored.quant, stored.tokenizer, stored.info, True, self.dtype)
-        write_folder(out, described, tensors, stored.tokenizer)
+        write_export(out, described, tensors, stored.tokenizer)
         kinds = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int8: "i8"}
         written = {tensor.name: tensor for tensor in tensors}
         rows = []

@@ -115,6 +115,12 @@ class SentencePieceTokenizer(Tokenizer):
             unk_id=processor.unk_id(),
         )
 
+    def transformers_files(self) -> dict[str, str]:
+        """Return a tokenizer.json and its tokenizer_config.json, where they can say what this model does."""
+        from bitnet_lit.data.tokenizers.transformers_files import transformers_files  # imports protobuf
+
+        return transformers_files(self.processor, self.sentencepiece_vocabulary())
+
     def _kind(self, token: int) -> PieceKind:
         processor = self.processor
         kinds = {

@@ -85,6 +85,10 @@ class Tokenizer(ABC):
         """Return a function from a text to its ids without BOS, as the bytes of an array of `dtype`."""
         return lambda text: np.array(self.encode(text, bos=False), dtype=dtype).tobytes()
 
+    def transformers_files(self) -> dict[str, str]:
+        """Return the contents of files, by name, that `transformers` needs beside those of `copy_to`; often none."""
+        return {}
+
     def sentencepiece_vocabulary(self) -> SentencePieceVocabulary | None:
         """Return the pieces of a SentencePiece model, which some export formats store; None for another kind."""
         return None
