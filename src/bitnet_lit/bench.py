@@ -46,7 +46,7 @@ def _bench(config: BenchConfig) -> None:
     if config.suite.startswith("gpu") and not torch.cuda.is_available():
         raise UserError(f"suite={config.suite}: this machine has no CUDA device: take suite=data, cpu or cpu_train")
     rows = _rows_of(config.suite)(config)
-    table = Table(title=f"suite={config.suite}, median of {config.rounds} interleaved rounds")
+    table = Table(title=f"suite={config.suite}, medians of interleaved rounds (rounds={config.rounds})")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:

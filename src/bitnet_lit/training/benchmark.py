@@ -1,12 +1,14 @@
 """`bench suite=gpu_train`: training through the `train` command, beside a bare PyTorch loop, on one GPU.
 
-The bare loop is what an expert writes without a framework: the network below as one compiled graph, bf16 autocast,
-fused AdamW, gradients clipped at norm 1, and a batch that already lies on the GPU. It logs nothing, saves nothing and
-never validates. The network is that of this package, written plainly: dense, or with weights and activations that are
+The bare loop is what an expert writes without a framework: the network below compiled, bf16 autocast, fused AdamW,
+gradients clipped at norm 1, and a batch that already lies on the GPU. It logs nothing, saves nothing and never
+validates. A small network is one compiled graph, because starting kernels is what its steps wait for. The layers of
+larger ones are compiled each by itself: whole, they take minutes to compile. The network is that of this package, written plainly: dense, or with weights and activations that are
 rounded in place ("fake quantization", the usual way to train BitNet).
 
 Batches are random tokens, which take as long as text. The command trains on a folder of shards with the same ones. Each
-round measures every program once, so that a GPU that slows down slows all of them.
+round measures every program once, so that a GPU that slows down slows all of them. Another round of a shape begins only
+if the last one took no longer than what is left of its time (`SECONDS`).
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ from bitnet_lit.data.shard_folder import shard_path, write_meta
 from bitnet_lit.extras import installed
 from bitnet_lit.model.accounting import account
 from bitnet_lit.runs.folder import CSV_NAME
+from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.throughput import peak_flops
 from bitnet_lit.training.run import train
 
 VOCABULARY = 32000
 WARM_UP, WINDOW, WINDOWS = 10, 10, 3  # steps before, steps of a measurement, measurements of a round
+SECONDS = 180  # of a shape: ten minutes for the suite
+WHOLE_GRAPH = 6  # the largest number of layers that are compiled as one graph
 
 
 class Shape(NamedTuple):
@@ -120,6 +125,13 @@ class BareLayer(nn.Module):
         return x + self.down(self.norms["down_norm"](F.silu(self.gate(h)) * self.up(h)))
 
 
+class MeanLoss(nn.Module):
+    """Maps logits (B, T, V) and targets (B, T) to the mean loss."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 class BareNetwork(nn.Module):
     """A decoder with tied embeddings; ids (B, T) and targets (B, T) -> the mean loss."""
 
@@ -128,6 +140,7 @@ class BareNetwork(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, shape.hidden)
         self.layers = nn.ModuleList(BareLayer(shape, linear) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
+        self.loss = MeanLoss()
         frequency = 10000.0 ** (-torch.arange(0, shape.hidden // shape.heads, 2) / (shape.hidden // shape.heads))
         angles = torch.outer(torch.arange(shape.length), frequency).repeat(1, 2)
         self.register_buffer("cos", angles.cos())
@@ -140,8 +153,15 @@ class BareNetwork(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
-        logits = F.linear(self.norm(x), self.embed.weight)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.loss(F.linear(self.norm(x), self.embed.weight), targets)
+
+    def compile_parts(self) -> None:
+        """Compile the network whole, or where it has many layers each of them and the loss."""
+        if len(self.layers) <= WHOLE_GRAPH:
+            self.compile(dynamic=False)
+            return
+        for part in (*self.layers, self.loss):
+            part.compile(dynamic=False)
 
 
 def bare_loop(
@@ -156,7 +176,8 @@ def bare_loop(
     network = BareNetwork(shape, linear).cuda()
     if prepare is not None:
         prepare(network)
-    network.compile(dynamic=False)
+    torch.compiler.reset()  # PyTorch keeps eight variants of a function, and the rounds come to more
+    network.compile_parts()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(VOCABULARY, (shape.batch, shape.length + 1), device="cuda")
     ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -243,9 +264,17 @@ def _rows_of(shape: Shape, data: Path, rounds: int) -> list[dict[str, Any]]:
     if installed("torchao"):
         programs["bare loop, torchao bitnet_training"] = lambda: bare_loop(shape, prepare=_torchao)
     speeds: dict[str, list[Speed]] = {name: [] for name in programs}
+    start = time.perf_counter()
     for _ in range(rounds):
+        before = time.perf_counter()
         for name, program in programs.items():
-            speeds[name].append(_measured(program))
+            speed = _measured(program)
+            speeds[name].append(speed)
+            text = f"{shape.name}: {name}: {speed.tokens_per_s:,.0f} tokens/s, {speed.peak_gib:.2f} GiB"
+            console(stderr=True).print(text, highlight=False)
+        now = time.perf_counter()
+        if now + (now - before) > start + SECONDS:
+            break
     flops = account(shape.model, QuantConfig("none"), shape.length).training_flops_per_token
     peak = peak_flops(torch.device("cuda"), "bf16-mixed")
     compared = [("train, b158", peer) for peer in programs if peer not in ("train, b158", "bare loop, dense")]
@@ -266,6 +295,7 @@ def _rows_of(shape: Shape, data: Path, rounds: int) -> list[dict[str, Any]]:
                 "mfu": round(mine * flops / peak, 3),
                 "their mfu": round(their * flops / peak, 3),
                 "peak GiB": f"{memory[0]:.2f} / {memory[1]:.2f}",
+                "rounds": len(speeds[ours]),
             }
         )
     return rows
