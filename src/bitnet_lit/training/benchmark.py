@@ -3,8 +3,9 @@
 The bare loop is what an expert writes without a framework: the network below compiled, bf16 autocast, fused AdamW,
 gradients clipped at norm 1, and a batch that already lies on the GPU. It logs nothing, saves nothing and never
 validates. A small network is one compiled graph, because starting kernels is what its steps wait for. The layers of
-larger ones are compiled each by itself: whole, they take minutes to compile. The network is that of this package, written plainly: dense, or with weights and activations that are
-rounded in place ("fake quantization", the usual way to train BitNet).
+larger ones are compiled each by itself: whole, they take minutes to compile. The network is that of this package,
+written plainly: dense, or with weights and activations that are rounded in place ("fake quantization", the usual way to
+train BitNet).
 
 Batches are random tokens, which take as long as text. The command trains on a folder of shards with the same ones. Each
 round measures every program once, so that a GPU that slows down slows all of them. Another round of a shape begins only
