@@ -44,6 +44,6 @@ def test_the_rows_become_a_table_and_a_line_of_json(monkeypatch, capsys):
     monkeypatch.setattr("bitnet_lit.data.benchmark.data_rows", lambda config: rows * config.rounds)
     bench._bench(BenchConfig(suite="data", rounds=2))
     *table, last = capsys.readouterr().out.splitlines()
-    assert "suite=data, median of 2" in table[0] and any("1,234.50" in line for line in table)
+    assert "suite=data, medians of interleaved" in table[0] and any("1,234.50" in line for line in table)
     found = json.loads(last)
     assert found["rows"] == rows * 2 and found["suite"] == "data" and found["machine"]["torch"] == torch.__version__
