@@ -169,12 +169,12 @@ def test_validation_takes_a_part_inside_the_run_and_all_at_its_end():
     for world_size, parts in ((1, [[4, 4, 1]]), (2, [[4, 1], [4, 0]])):
         for rank, sizes in enumerate(parts):
             whole = module(rank=rank, world_size=world_size)
-            assert [valid for _, valid in whole.val_dataloader()] == sizes
+            assert [valid for _, valid, _ in whole.val_dataloader()] == sizes
             part = module(rank=rank, world_size=world_size, limit=1)
-            assert [valid for _, valid in part.val_dataloader()] == sizes[:1]
+            assert [valid for _, valid, _ in part.val_dataloader()] == sizes[:1]
             part.trainer.should_stop = True
-            assert [valid for _, valid in part.val_dataloader()] == sizes
-    assert [valid for _, valid in module(limit=0.7).val_dataloader()] == [4, 4]
+            assert [valid for _, valid, _ in part.val_dataloader()] == sizes
+    assert [valid for _, valid, _ in module(limit=0.7).val_dataloader()] == [4, 4]
 
 
 @pytest.mark.parametrize("cls", ["Squares", "Counting"])

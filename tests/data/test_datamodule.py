@@ -6,6 +6,7 @@ import torch
 
 from bitnet_lit.config import DataConfig
 from bitnet_lit.data.batches import ValidationBatches
+from bitnet_lit.data.corpora import open_corpora
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.shards import open_shards
 
@@ -15,7 +16,7 @@ def batches(shards, count, *, world_size=1, batch_size=8, num_workers=0, resumed
     loaders = []
     for rank in range(world_size):
         config = DataConfig(dir=str(shards), batch_size=batch_size, num_workers=num_workers)
-        module = BitNetDataModule(config, open_shards(shards), 16, batch_size * world_size, None, seed=3)
+        module = BitNetDataModule(config, open_corpora(config), 16, batch_size * world_size, None, seed=3)
         module.trainer = SimpleNamespace(
             global_rank=rank,
             world_size=world_size,
@@ -45,11 +46,11 @@ def test_resuming_goes_on_behind_the_last_sample(shards):
 
 
 def test_validation_covers_every_sequence_once_over_ranks(shards):
-    opened = open_shards(shards)
-    split = opened.validation(16)
+    config = DataConfig(dir=str(shards), batch_size=5)
+    split = open_shards(shards).validation(16)
     seen = []
     for rank in range(3):
-        module = BitNetDataModule(DataConfig(dir=str(shards), batch_size=5), opened, 16, 15, 2, seed=3)
+        module = BitNetDataModule(config, open_corpora(config), 16, 15, 2, seed=3)
         module.trainer = SimpleNamespace(
             global_rank=rank,
             world_size=3,
@@ -58,7 +59,7 @@ def test_validation_covers_every_sequence_once_over_ranks(shards):
         )
         loader = list(module.val_dataloader())
         assert len(loader) == -(-split.num_sequences // 15)  # the same for every rank
-        seen += [ids[:valid] for ids, valid in loader]
+        seen += [ids[:valid] for ids, valid, _ in loader]
         module.trainer.should_stop = False
         assert len(list(module.val_dataloader())) == 2  # inside the run: the limit
     assert sum(len(ids) for ids in seen) == split.num_sequences
@@ -68,9 +69,9 @@ def test_a_padded_validation_has_one_shape_and_the_same_sequences(shards):
     split = open_shards(shards).validation(16)
     counted = []
     for rank in range(3):
-        plain, padded = (ValidationBatches(split, 7, rank, 3, is_padded) for is_padded in (False, True))
-        for number in range(len(plain)):
-            (ids, valid), (more, also_valid) = plain[number], padded[number]
+        plain, padded = (ValidationBatches([split], 7, rank, 3, is_padded) for is_padded in (False, True))
+        for number in range(plain.num_batches()[0]):
+            (ids, valid, _), (more, also_valid, _) = plain[0, number], padded[0, number]
             assert also_valid == valid and torch.equal(more[:valid], ids[:valid]) and more.shape == (7, 17)
             counted.append(valid)
     assert sum(counted) == split.num_sequences and min(counted) < 7

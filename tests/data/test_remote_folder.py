@@ -5,7 +5,9 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ import pytest
 import torch
 
 from bitnet_lit import cli
-from bitnet_lit.config import EvaluateConfig, PrepareConfig
+from bitnet_lit.config import DataConfig, EvaluateConfig, PrepareConfig
 from bitnet_lit.data import fetch as fetch_module
+from bitnet_lit.data import shard_cache
+from bitnet_lit.data.batches import TrainBatches
+from bitnet_lit.data.corpora import open_corpora
 from bitnet_lit.data.fetch import is_url, joined, shown
+from bitnet_lit.data.order import SampleOrder
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shard_cache import RemoteShard, ShardCache
 from bitnet_lit.data.shards import open_shards
@@ -51,7 +57,7 @@ def quick(monkeypatch, tmp_path):
     """Pauses and time limits that suit a server on the loopback."""
     monkeypatch.setattr(fetch_module, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(fetch_module, "SILENCE_SECONDS", 0.5)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_cache, "default_cache_folder", lambda: tmp_path / "cache")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -252,3 +258,38 @@ def test_training_from_a_failing_server_gives_the_same_weights(folder, tmp_path,
         assert evaluated("remote") == evaluated("local")
         with pytest.raises(UserError, match="complete at step 8"):  # the same shards: it is the same run
             command("resume=local", f"data.dir={server.url}")
+
+
+def test_the_default_cache_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ShardCache.default().folder == tmp_path / "bitnet_lit" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert ShardCache.default(gib=0.5).folder == Path.home() / ".cache" / "bitnet_lit" / "shards"
+    assert ShardCache.default("here", 0.5).folder == Path("here") and ShardCache.default("here", 0.5).limit == 2**29
+
+
+def test_a_cache_that_is_too_small_is_refused_and_shuffling_by_shards_needs_less(folder):
+    sizes = sorted((path.stat().st_size for path in folder.glob("*.bin")), reverse=True)
+    with served(folder) as server:
+        gib = (sum(sizes) - 1) / 2**30
+        with pytest.raises(UserError, match=r"data.cache_gib=.*: data.shuffle=global reads all .* GiB of the shards"):
+            open_corpora(DataConfig(dir=server.url, cache_gib=gib))
+        shards = DataConfig(dir=server.url, cache_gib=sum(sizes[:3]) / 2**30, shuffle="shards", shards_per_block=1)
+        split, order = open_corpora(shards).train(16, seed=1)
+        gathered = split.gather(order(np.arange(order.num_samples)))
+        local, same_order = open_corpora(replace(shards, dir=str(folder))).train(16, seed=1)
+        assert np.array_equal(gathered, local.gather(same_order(np.arange(order.num_samples))))
+        with pytest.raises(UserError, match=r"two blocks of 1 shards take .* GiB: lower data.shards_per_block"):
+            open_corpora(replace(shards, cache_gib=(sum(sizes[:3]) - 1) / 2**30))
+
+
+def test_what_is_expected_is_fetched_ahead(folder, tmp_path):
+    with served(folder) as server:
+        split = open_shards(server.url).train(16)
+        TrainBatches(split, SampleOrder(split.num_sequences, 1), 4)[0]
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "cache").glob("*.bin"))) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert np.array_equal(split.gather(np.arange(9)), open_shards(folder).train(16).gather(np.arange(9)))

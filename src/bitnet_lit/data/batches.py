@@ -5,7 +5,7 @@ Such a process imports this module and what it imports. Nothing here imports Lig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bitnet_lit.data.order import SampleOrder
+from bitnet_lit.data.order import Order
 from bitnet_lit.data.prefetch import prefetched
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.token_split import TokenSplit
@@ -29,7 +29,7 @@ class TrainBatches(Dataset):
         batch_size: B, sequences of this rank in a forward pass.
     """
 
-    def __init__(self, split: TokenSplit, order: SampleOrder, batch_size: int) -> None:
+    def __init__(self, split: TokenSplit, order: Order, batch_size: int) -> None:
         self.split, self.order, self.batch_size = split, order, batch_size
         self._block_start, self._block = 0, np.empty(0, dtype=np.int64)
 
@@ -37,38 +37,51 @@ class TrainBatches(Dataset):
         """Return the token ids of the global samples [start, start + B), int64 (B, T + 1)."""
         offset = start - self._block_start
         if offset < 0 or offset + self.batch_size > len(self._block):
-            self.split.files.expect([piece.path for piece in self.split.pieces])
             # The order of many samples costs little more than that of a batch.
             samples = np.arange(start, start + max(ORDER_BLOCK, self.batch_size), dtype=np.int64)
             self._block_start, self._block, offset = start, self.order(samples), 0
+            self._expect(start, int(samples[-1]))
         return torch.from_numpy(self.split.gather(self._block[offset : offset + self.batch_size]))
+
+    def _expect(self, first: int, last: int) -> None:
+        """Let the shards of some samples, and of those after them, be read ahead."""
+        ahead, pieces = self.order.shards_ahead(first, last), self.split.pieces
+        shards = [piece.path for piece in (pieces if ahead is None else [pieces[shard] for shard in ahead])]
+        self.split.files.expect(shards, as_stream=ahead is not None)
 
 
 class ValidationBatches(Dataset):
-    """The validation sequences in order, dealt out to the ranks: each rank gets the same number of batches.
+    """The validation sequences of each corpus in order, dealt out to the ranks: each rank gets as many batches.
 
     Args:
+        splits: of the corpora.
         is_padded: whether the last batch has as many rows as the others, so that a network is compiled for one shape.
     """
 
-    def __init__(self, split: TokenSplit, batch_size: int, rank: int, world_size: int, is_padded: bool = False) -> None:
-        self.split, self.batch_size, self.is_padded = split, batch_size, is_padded
+    def __init__(
+        self, splits: Sequence[TokenSplit], batch_size: int, rank: int, world_size: int, is_padded: bool = False
+    ) -> None:
+        self.splits, self.batch_size, self.is_padded = splits, batch_size, is_padded
         self.rank, self.world_size = rank, world_size
 
-    def __len__(self) -> int:
-        return -(-self.split.num_sequences // (self.batch_size * self.world_size))
+    def num_batches(self) -> list[int]:
+        """Return how many batches each corpus has."""
+        return [-(-split.num_sequences // (self.batch_size * self.world_size)) for split in self.splits]
 
-    def __getitem__(self, batch: int) -> tuple[Tensor, int]:
-        """Return token ids, int64 (B', T + 1), and how many of the rows count.
+    def __getitem__(self, number: tuple[int, int]) -> tuple[Tensor, int, int]:
+        """Return a batch by the numbers of its corpus and of the batch there.
 
-        Batches have B rows, the last one fewer unless it is padded. A rank that has no sequence left gets rows that do
-        not count.
+        Returns:
+            Token ids, int64 (B', T + 1), how many of the rows count, and the corpus. Batches have B rows, the last one
+            fewer unless it is padded. A rank that has no sequence left gets rows that do not count.
         """
+        corpus, batch = number
+        split = self.splits[corpus]
         start = (batch * self.world_size + self.rank) * self.batch_size
-        num_valid = max(0, min(start + self.batch_size, self.split.num_sequences) - start)
+        num_valid = max(0, min(start + self.batch_size, split.num_sequences) - start)
         indices = np.zeros(self.batch_size if self.is_padded else max(1, num_valid), dtype=np.int64)
         indices[:num_valid] = np.arange(start, start + num_valid)
-        return torch.from_numpy(self.split.gather(indices)), num_valid
+        return torch.from_numpy(split.gather(indices)), num_valid, corpus
 
 
 class ErrorsAsItems(Dataset):

@@ -188,7 +188,7 @@ class _Validation(IterableDataset):
     def __init__(self, module: CustomDataModule) -> None:
         self.module = module
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         module = self.module
         assert module.trainer is not None
         rank, world_size = module.trainer.global_rank, module.trainer.world_size
@@ -200,10 +200,10 @@ class _Validation(IterableDataset):
                 break
             group.append(checked(ids, module.sequence_length, module.own.vocab_size))
             if len(group) == world_size:
-                yield group[rank], len(group[rank])
+                yield group[rank], len(group[rank]), 0
                 group = []
         if group:
-            yield (group[rank], len(group[rank])) if rank < len(group) else (group[0][:1], 0)
+            yield (group[rank], len(group[rank]), 0) if rank < len(group) else (group[0][:1], 0, 0)
 
 
 class CustomDataModule(L.LightningDataModule):
@@ -250,7 +250,7 @@ class CustomDataModule(L.LightningDataModule):
         return self._loader(_Train(self))
 
     def val_dataloader(self) -> DataLoader:
-        """Return batches of the validation split, int64 (B, T + 1), and how many of their rows count."""
+        """Return batches of the validation split, int64 (B, T + 1), how many rows count, and 0 (one corpus)."""
         return self._loader(_Validation(self))
 
     def _loader(self, batches: IterableDataset) -> DataLoader:

@@ -1,4 +1,4 @@
-"""The LightningDataModule of a shard folder. Its only state is the number of samples that were consumed.
+"""The LightningDataModule of shard folders. Its only state is the number of samples that were consumed.
 
 In batch m of a run that starts at global sample s, rank r of W takes the B samples from s + (m * W + r) * B on. Which
 tokens a sample holds is a pure function of the seed and the sample's index, so the order does not depend on the number
@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bitnet_lit.config import DataConfig
 from bitnet_lit.data.batches import BatchLoader, ErrorsAsItems, TrainBatches, ValidationBatches
-from bitnet_lit.data.order import SampleOrder
-from bitnet_lit.data.shards import ShardDirectory
+from bitnet_lit.data.corpora import Corpora
 
 
 class Starts(Sampler[int]):
@@ -33,29 +32,31 @@ class Starts(Sampler[int]):
             start += self.stride
 
 
-class ValidationOrder(Sampler[int]):
-    """Yields the numbers of the batches of a validation: all of them at the end of the run, else the first ones.
+class ValidationOrder(Sampler[tuple[int, int]]):
+    """Yields the numbers of a validation's batches: all of them at the end of the run, else the first of each corpus.
 
     It has no length, so that the trainer iterates over it each time instead of counting once.
 
     Args:
-        limit: how many batches, or, as a float, which share of them. None: all.
+        num_batches: of each corpus.
+        limit: how many batches of a corpus, or, as a float, which share of them. None: all.
     """
 
-    def __init__(self, num_batches: int, limit: int | float | None, trainer: L.Trainer) -> None:
-        self.num_batches, self.trainer = num_batches, trainer
-        self.limit = max(1, int(limit * num_batches)) if isinstance(limit, float) else limit
+    def __init__(self, num_batches: list[int], limit: int | float | None, trainer: L.Trainer) -> None:
+        self.num_batches, self.limit, self.trainer = num_batches, limit, trainer
 
-    def __iter__(self) -> Iterator[int]:
-        at_end = self.trainer.should_stop
-        return iter(range(self.num_batches if at_end else min(self.num_batches, self.limit or self.num_batches)))
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for corpus, total in enumerate(self.num_batches):
+            limit = max(1, int(self.limit * total)) if isinstance(self.limit, float) else self.limit
+            count = total if self.trainer.should_stop else min(total, limit or total)
+            yield from ((corpus, batch) for batch in range(count))
 
 
 class BitNetDataModule(L.LightningDataModule):
-    """Batches of a folder of shards.
+    """Batches of a folder of shards, or of several.
 
     Args:
-        shards: the opened folder.
+        corpora: the opened folders.
         sequence_length: T, the tokens that a sequence predicts.
         samples_per_step: sequences that all ranks together consume in an optimizer step.
         limit_val_batches: batches of a validation before the end of the run, or, as a float, a share of them. None:
@@ -70,24 +71,22 @@ class BitNetDataModule(L.LightningDataModule):
     def __init__(
         self,
         config: DataConfig,
-        shards: ShardDirectory,
+        corpora: Corpora,
         sequence_length: int,
         samples_per_step: int,
         limit_val_batches: int | float | None,
         seed: int,
     ) -> None:
         super().__init__()
-        self.vocab_size, self.tokenizer = shards.vocab_size, shards.tokenizer
+        self.vocab_size, self.tokenizer = corpora.first.vocab_size, corpora.first.tokenizer
         self.config = config
         self.limit_val_batches = limit_val_batches
         self.samples_per_step = samples_per_step
-        self.train_split = shards.train(sequence_length)
-        self.validation_split = shards.validation(sequence_length)
-        num_sequences = min(self.train_split.num_sequences, config.max_train_sequences or 2**62)
-        self.order = SampleOrder(num_sequences, seed)
+        self.train_split, self.order = corpora.train(sequence_length, seed)
+        self.validation_splits = corpora.validation(sequence_length)
         self.resumed = {"consumed_samples": 0, "step": 0}
 
-    def _loader(self, dataset: Dataset, sampler: Sampler[int], num_workers: int, **options: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: Sampler[Any], num_workers: int, **options: Any) -> DataLoader:
         return BatchLoader(
             ErrorsAsItems(dataset),
             batch_size=None,  # an item of the dataset is a whole batch
@@ -113,14 +112,15 @@ class BitNetDataModule(L.LightningDataModule):
         return self._loader(batches, starts, self.config.num_workers, device=device if device.type == "cuda" else None)
 
     def val_dataloader(self) -> DataLoader:
-        """Return batches of the validation split, in order: int64 (B, T + 1), and how many of their rows count."""
+        """Return batches of the validation splits, in order (see `ValidationBatches`)."""
         assert self.trainer is not None
         trainer, on_gpu = self.trainer, self.trainer.strategy.root_device.type == "cuda"
         batches = ValidationBatches(
-            self.validation_split, self.config.batch_size, trainer.global_rank, trainer.world_size, is_padded=on_gpu
+            self.validation_splits, self.config.batch_size, trainer.global_rank, trainer.world_size, is_padded=on_gpu
         )
-        order = ValidationOrder(len(batches), self.limit_val_batches, trainer)
-        self.validation_split.files.expect([piece.path for piece in self.validation_split.pieces])
+        for split in self.validation_splits:
+            split.files.expect([piece.path for piece in split.pieces])
+        order = ValidationOrder(batches.num_batches(), self.limit_val_batches, trainer)
         return self._loader(batches, order, 0, pin_memory=on_gpu)
 
     def state_dict(self) -> dict[str, Any]:

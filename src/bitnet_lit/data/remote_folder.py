@@ -20,7 +20,7 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.fetch import Damaged, NotThere, fetch, joined, shown
 from bitnet_lit.data.shard_cache import RemoteShard, ShardCache, file_sha256
 from bitnet_lit.data.shard_directory import ShardDirectory, agreed_vocab_size
-from bitnet_lit.data.shard_files import CachedFiles, ShardFiles
+from bitnet_lit.data.shard_files import ShardFiles
 from bitnet_lit.data.shard_folder import MAX_META_BYTES, META_NAME, parse_meta
 from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -49,7 +49,7 @@ class RemoteDirectory(ShardDirectory):
 
     def files(self) -> ShardFiles:
         """Return what opens the shards of a split in the cache."""
-        return CachedFiles(self.cache, self.shards)
+        return ShardFiles(self.shards, self.cache)
 
 
 def open_remote(url: str, tokenizer: Path | None, key: str, cache: ShardCache) -> RemoteDirectory:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_lit.data.shard_files import LocalFiles, ShardFiles
+from bitnet_lit.data.shard_files import ShardFiles
 from bitnet_lit.data.shard_folder import META_NAME, shard_digest
 from bitnet_lit.data.token_split import Piece, TokenSplit
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -61,7 +61,7 @@ class ShardDirectory:
 
     def files(self) -> ShardFiles:
         """Return what opens the shards of a split."""
-        return LocalFiles()
+        return ShardFiles()
 
     def _sequences(self, path: Path | str, sequence_length: int) -> int:
         """Return the number of sequences in a shard; refuse a shard that is shorter than one."""

@@ -1,14 +1,19 @@
-"""Files of shards are opened here by path or URL, for reading at any place: local ones, and those in the cache."""
+"""Files of shards are opened here for reading at any place: local ones by their path, remote ones in the cache.
+
+`expect` says which shards come next. Remote ones are then fetched in threads, while the ones before are read. Where
+they are read as a stream (data.shuffle=shards), the system is also asked to read their files into its memory: a disk
+or a network mount reads a file from front to back much faster than here and there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import resource
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,28 @@ MAX_OPEN_FILES = 4096
 READ_AHEAD_THREADS = 4  # shards that are fetched side by side: one connection rarely fills a line
 
 
-class ShardFiles(ABC):
-    """Gives descriptors of shards. An object that was sent to another process opens files there."""
+class ShardFiles:
+    """Gives descriptors of shards. An object that was sent to another process opens the files there.
 
-    @abstractmethod
+    Local files that were used last stay open, as many as the process may hold. Remote ones are closed after each batch:
+    the cache may have removed one meanwhile, and its room is free only then.
+
+    Args:
+        remote: the shards of remote folders, by the URL that stands in place of a path.
+        cache: keeps them.
+    """
+
+    def __init__(self, remote: Mapping[str, RemoteShard] | None = None, cache: ShardCache | None = None) -> None:
+        self.remote, self.cache = remote or {}, cache
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(soft // 2, MAX_OPEN_FILES))
+        self._open: OrderedDict[Path | str, int] = OrderedDict()
+        self._of_batch: dict[Path | str, int] = {}
+        self._expected: tuple[Path | str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardFiles, (self.remote, self.cache)
+
     def __getitem__(self, shard: Path | str) -> int:
         """Return a descriptor, which is open until `release`.
 
@@ -29,93 +52,60 @@ class ShardFiles(ABC):
             OSError: the file cannot be opened.
             DataError: it cannot be fetched.
         """
-
-    @abstractmethod
-    def release(self) -> None:
-        """Say that a batch has been read."""
-
-    @abstractmethod
-    def expect(self, shards: Collection[Path | str]) -> None:
-        """Say which shards will be read next, in this order, in place of those that were expected before."""
-
-
-class LocalFiles(ShardFiles):
-    """Opens files by path and keeps those used last open, as many as the process may hold."""
-
-    def __init__(self) -> None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(soft // 2, MAX_OPEN_FILES))
-        self._open: OrderedDict[Path | str, int] = OrderedDict()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LocalFiles, ()
-
-    def __getitem__(self, shard: Path | str) -> int:
         if shard in self._open:
             self._open.move_to_end(shard)
-        else:
-            if len(self._open) >= self._limit:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(shard, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return self._open[shard]
+        if shard in self._of_batch:
+            return self._of_batch[shard]
+        if shard in self.remote:
+            return self._of_batch.setdefault(shard, self._fetched(shard))
+        if len(self._open) >= self._limit:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[shard] = os.open(shard, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         return self._open[shard]
 
     def release(self) -> None:
-        """Keep the files open for the next batch."""
+        """Say that a batch has been read."""
+        while self._of_batch:
+            os.close(self._of_batch.popitem()[1])
 
-    def expect(self, shards: Collection[Path | str]) -> None:
-        """Do nothing: the system reads ahead by itself."""
+    def expect(self, shards: Sequence[Path | str], as_stream: bool = False) -> None:
+        """Say which shards are read next, in this order, in place of those that were expected before.
 
-    def __del__(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-
-class CachedFiles(ShardFiles):
-    """Opens shards of a remote folder in the cache, and fetches those that are expected in threads.
-
-    Files are closed after each batch. The cache may have removed one meanwhile, and its room is free only then.
-
-    Args:
-        shards: by URL.
-    """
-
-    def __init__(self, cache: ShardCache, shards: Mapping[str, RemoteShard]) -> None:
-        self._cache, self._shards = cache, shards
-        self._open: dict[Path | str, int] = {}
-        self._expected: tuple[Path | str, ...] = ()
-        self._waiting: queue.SimpleQueue[Path | str] = queue.SimpleQueue()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CachedFiles, (self._cache, self._shards)
-
-    def __getitem__(self, shard: Path | str) -> int:
-        if shard not in self._open:
-            self._open[shard] = self._cache.open(self._shards[str(shard)])
-        return self._open[shard]
-
-    def release(self) -> None:
-        """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def expect(self, shards: Collection[Path | str]) -> None:
-        """Fetch the shards that are not in the cache, in threads."""
+        Args:
+            as_stream: whether all of each shard is read soon.
+        """
         if tuple(shards) == self._expected:
             return
         self._expected = tuple(shards)
-        self._waiting = queue.SimpleQueue()  # the threads of the old one end when that is empty
+        waiting: queue.SimpleQueue[Path | str] = queue.SimpleQueue()
         for shard in shards:
-            self._waiting.put(shard)
-        for _ in range(min(READ_AHEAD_THREADS, len(shards))):
+            if as_stream or shard in self.remote:
+                waiting.put(shard)
+        for _ in range(min(READ_AHEAD_THREADS, waiting.qsize())):
             # Not an executor, which would keep the process alive until all shards have come.
-            threading.Thread(target=self._fetch, args=(self._waiting,), name="bitnet_lit shards", daemon=True).start()
+            arguments = (self._expected, waiting, as_stream)
+            threading.Thread(target=self._read_ahead, args=arguments, name="bitnet_lit shards", daemon=True).start()
 
-    def _fetch(self, waiting: queue.SimpleQueue[Path | str]) -> None:
-        try:
-            while waiting is self._waiting:
-                os.close(self._cache.open(self._shards[str(waiting.get_nowait())]))
-        except Exception:  # the queue is empty, or a shard does not come: whoever reads it then learns why
-            return
+    def _read_ahead(
+        self, expected: tuple[Path | str, ...], waiting: queue.SimpleQueue[Path | str], as_stream: bool
+    ) -> None:
+        # An error ends the thread: the queue is empty, or a shard does not come. Whoever reads that one learns why.
+        with contextlib.suppress(Exception):
+            while expected is self._expected:
+                shard = waiting.get_nowait()
+                descriptor = self._fetched(shard) if shard in self.remote else os.open(shard, os.O_RDONLY)
+                try:
+                    if as_stream and hasattr(os, "posix_fadvise"):  # macOS has none
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
+
+    def _fetched(self, shard: Path | str) -> int:
+        assert self.cache is not None
+        return self.cache.open(self.remote[str(shard)])
 
     def __del__(self) -> None:
         self.release()
+        for descriptor in self._open.values():
+            os.close(descriptor)

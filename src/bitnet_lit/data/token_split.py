@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.data.shard_files import LocalFiles, ShardFiles
+from bitnet_lit.data.shard_files import ShardFiles
 from bitnet_lit.errors import DataError
 
 _WRITE_AGAIN = "write the shards again (python -m bitnet_lit.prepare)"
@@ -57,7 +57,7 @@ class TokenSplit:
         self._firsts = np.cumsum([0] + [piece.num_sequences for piece in pieces])
         self._starts = np.array([piece.start for piece in pieces], dtype=np.int64)
         self.num_sequences = int(self._firsts[-1])
-        self.files = LocalFiles() if files is None else files
+        self.files = ShardFiles() if files is None else files
 
     def gather(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read the token ids, int64 (B, T + 1), of the sequences with these numbers, int64 (B,).

@@ -11,6 +11,7 @@ included, over the UTF-8 bytes of that text.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -27,13 +28,14 @@ class LossSums:
         nats: sum of the cross-entropies.
         tokens: number of targets.
         correct: targets that had the largest logit.
-        text_bytes: UTF-8 bytes of text that the targets stand for; 0 where there is no tokenizer.
+        text_bytes: UTF-8 bytes of text that the targets stand for; 0 where there is no tokenizer. Of several corpora
+            (`weighted`), these two are means, and `tokens` is 1.
     """
 
     nats: float = 0.0
     tokens: int = 0
-    correct: int = 0
-    text_bytes: int = 0
+    correct: float = 0
+    text_bytes: float = 0
 
     def add(self, losses: Tensor, hits: Tensor, ids: Tensor, tokenizer: Tokenizer | None) -> None:
         """Add a batch.
@@ -74,3 +76,20 @@ class LossSums:
         if self.text_bytes:
             metrics["bits_per_byte"] = self.nats / math.log(2) / self.text_bytes
         return metrics
+
+
+def weighted(sums: Sequence[LossSums], shares: Sequence[float]) -> LossSums:
+    """Return the sums of a text in which each corpus has its share of the tokens; a single corpus as it is.
+
+    Args:
+        shares: add up to 1. They are not looked at for a single corpus.
+    """
+    if len(sums) == 1:
+        return sums[0]
+    total = LossSums(tokens=1)
+    for each, share in zip(sums, shares, strict=True):
+        scale = share / each.tokens
+        total.nats += each.nats * scale
+        total.correct += each.correct * scale
+        total.text_bytes += each.text_bytes * scale
+    return total

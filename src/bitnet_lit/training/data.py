@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,12 +16,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from bitnet_lit.config import CustomData, DataConfig, PrepareConfig, TrainConfig
+from bitnet_lit.data.corpora import open_corpora
 from bitnet_lit.data.custom import NO_BATCH, CustomDataModule, checked, length_of, open_custom, own_tokenizer
 from bitnet_lit.data.datamodule import BitNetDataModule
 from bitnet_lit.data.prepare import prepare
-from bitnet_lit.data.shard_cache import ShardCache
 from bitnet_lit.data.shard_folder import is_complete
-from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 
@@ -31,7 +31,7 @@ class RunData(Protocol):
     """Describes what training needs to know about opened data.
 
     Attributes:
-        name: the name that the printed plan shows.
+        name: where it comes from, for messages.
         vocab_size: number of token ids; every id is below it.
         tokenizer: the tokenizer of the data; None where the data has none.
     """
@@ -39,6 +39,13 @@ class RunData(Protocol):
     name: str
     vocab_size: int
     tokenizer: Tokenizer | None
+
+    def described(self, tokens: int, sequence_length: int) -> str:
+        """Return what the printed plan says about the data.
+
+        Args:
+            tokens: that the run trains on.
+        """
 
     def num_train_sequences(self, sequence_length: int) -> int | None:
         """Return the number of training sequences in an epoch, or None where it is not known.
@@ -62,45 +69,58 @@ class RunData(Protocol):
 
 
 class ShardData:
-    """Reads the data from a folder of llama2.c shards."""
+    """Reads the data from folders of llama2.c shards."""
 
     def __init__(self, config: DataConfig) -> None:
-        """Open the shards of `data.dir`. Without it, open those in data/demo, and write them first if they are missing.
+        """Open the shards of `data.dir` or `data.mix`; data/demo is written if it is missing.
 
         Raises:
             UserError: the folder holds no complete shards, or they cannot be read.
         """
-        folder = config.dir
-        if folder is None:
-            folder = str(DEMO_DIR)
-            if not is_complete(DEMO_DIR):  # several ranks may come here: `prepare` lets one write and the others wait
-                prepare(PrepareConfig(source="demo", out=folder))
+        if config.dir == str(DEMO_DIR) and not is_complete(DEMO_DIR):
+            # Several ranks may come here: `prepare` lets one write and the others wait.
+            prepare(PrepareConfig(source="demo", out=config.dir))
         self.config = config
-        tokenizer = None if config.tokenizer is None else Path(config.tokenizer)
-        cache = ShardCache.default(config.cache_dir, config.cache_gib)
-        self.shards = open_shards(folder, tokenizer, cache=cache)
-        self.name = str(self.shards.folder)
-        self.vocab_size, self.tokenizer = self.shards.vocab_size, self.shards.tokenizer
+        self.corpora = open_corpora(config)
+        self.name = ", ".join(str(folder.folder) for folder in self.corpora.folders.values())
+        self.vocab_size, self.tokenizer = self.corpora.first.vocab_size, self.corpora.first.tokenizer
+
+    def described(self, tokens: int, sequence_length: int) -> str:
+        """See `RunData`. Of several corpora: the share, tokens and epochs of each."""
+        shares = self.config.shares
+        if not shares:
+            return self.name
+        sizes = self.corpora.num_sequences(sequence_length)
+        lines = []
+        for name, share in shares.items():
+            epochs = share * tokens / (sizes[name] * sequence_length)
+            place = self.corpora.folders[name].folder
+            lines.append(f"{name}: {100 * share:.3g} %, {share * tokens:,.0f} tokens, {epochs:.2f} epochs of {place}")
+        return "\n".join(lines)
 
     def num_train_sequences(self, sequence_length: int) -> int:
-        """Return the number of training sequences in an epoch: at most `data.max_train_sequences`."""
-        num_sequences = self.shards.train(sequence_length).num_sequences
-        return min(num_sequences, self.config.max_train_sequences or num_sequences)
+        """Return the number of training sequences in an epoch: those of all corpora."""
+        return sum(self.corpora.num_sequences(sequence_length).values())
 
     def rows(self, count: int, sequence_length: int) -> Tensor:
         """See `RunData`."""
-        split = self.shards.train(sequence_length)
+        split = self.corpora.first.train(sequence_length)
         return torch.from_numpy(split.gather(np.arange(min(count, split.num_sequences))))
 
     def identity(self) -> dict[str, Any]:
         """See `RunData`."""
-        hashes = {f"the shard {name}": digest for name, digest in self.shards.digests().items()}
-        return {"data.max_train_sequences": self.config.max_train_sequences, **hashes}
+        hashes = {f"the shard {name}": digest for name, digest in self.corpora.digests().items()}
+        facts: dict[str, Any] = {"data.max_train_sequences": self.config.max_train_sequences}
+        facts |= {f"data.mix.{name}.weight": corpus.weight for name, corpus in self.config.mix.items()}
+        facts["data.shuffle"] = self.config.shuffle
+        if self.config.shuffle == "shards":
+            facts["data.shards_per_block"] = self.config.shards_per_block
+        return {**facts, **hashes}
 
     def datamodule(self, config: TrainConfig, sequence_length: int, samples_per_step: int) -> BitNetDataModule:
         """See `RunData`."""
         limit = config.trainer.limit_val_batches
-        return BitNetDataModule(self.config, self.shards, sequence_length, samples_per_step, limit, config.seed)
+        return BitNetDataModule(self.config, self.corpora, sequence_length, samples_per_step, limit, config.seed)
 
 
 class OwnData:
@@ -119,6 +139,10 @@ class OwnData:
                 f"data.sequence_length: {self.name} was opened for {self.sequence_length} tokens, and the model of "
                 f"init_from takes {sequence_length}: give data.sequence_length={sequence_length}"
             )
+
+    def described(self, tokens: int, sequence_length: int) -> str:
+        """See `RunData`. It is the name of the class."""
+        return self.name
 
     def num_train_sequences(self, sequence_length: int) -> int | None:
         """See `RunData`."""
@@ -158,6 +182,13 @@ def sequence_length(config: TrainConfig) -> int:
             f"data.sequence_length={length} is longer than model.max_position_embeddings={context}: raise the latter"
         )
     return length
+
+
+def with_data_named(config: TrainConfig) -> TrainConfig:
+    """Return the config with the folder of the demo corpus where it names no data, so that config.yaml names it."""
+    if isinstance(config.data, DataConfig) and config.data.dir is None and not config.data.mix:
+        return replace(config, data=replace(config.data, dir=str(DEMO_DIR)))
+    return config
 
 
 def open_data(config: TrainConfig) -> RunData:

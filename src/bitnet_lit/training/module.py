@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitnet_lit.config import CustomNetwork, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.inference.loss_sums import LossSums
+from bitnet_lit.inference.loss_sums import LossSums, weighted
 from bitnet_lit.model import batch_loss, token_losses
 from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant.bit_linear import set_strength
@@ -54,7 +54,9 @@ def warmup_strength(shape: str, progress: float) -> float:
 class BitNetModule(L.LightningModule):
     """Trains a network that maps token ids to logits.
 
-    A training batch is int64 (B, T + 1). A validation batch is a pair: int64 (B, T + 1), and the number of valid rows.
+    A training batch is int64 (B, T + 1). A validation batch is a tuple: int64 (B, T + 1), the number of valid rows, and
+    the number of the corpus in `data.mix`. Of several corpora, val/loss is the mean by their weights, and
+    val/loss_<name> is that of one.
 
     Args:
         model: takes int64 ids (B, T) and returns logits (B, T, V).
@@ -81,7 +83,8 @@ class BitNetModule(L.LightningModule):
         self.config = config
         self.plan = plan
         self.tokenizer = tokenizer
-        self.validation_sums = LossSums()
+        self._shares: dict[str, float] = getattr(config.data, "shares", {})  # of the corpora of data.mix, by name
+        self.validation_sums: list[LossSums] = []  # of each corpus
         self.step_figures: dict[str, Figure] = {}
         self._step_loss = torch.zeros(())  # mean over the accumulated batches
         self.divergence = Divergence()
@@ -235,18 +238,22 @@ class BitNetModule(L.LightningModule):
         self.divergence.check(self.model)
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums = LossSums()
+        self.validation_sums = [LossSums() for _ in self._shares or [""]]
 
-    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, int, int], batch_idx: int) -> None:
         """Add the valid rows of a batch to the sums. The other rows only give every rank the same number of batches."""
-        ids, num_valid = batch
+        ids, num_valid, corpus = batch
         losses, hits = token_losses(self.model, ids)
         num_tokens = num_valid * (ids.shape[1] - 1)
-        self.validation_sums.add(losses[:num_tokens], hits[:num_tokens], ids[:num_valid], self.tokenizer)
+        self.validation_sums[corpus].add(losses[:num_tokens], hits[:num_tokens], ids[:num_valid], self.tokenizer)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:
-            sums = self.validation_sums.as_tensor().to(self.device)
-            self.validation_sums = LossSums.from_tensor(self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        for name, value in self.validation_sums.metrics().items():
+            sums = torch.stack([each.as_tensor() for each in self.validation_sums]).to(self.device)
+            reduced = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            self.validation_sums = [LossSums.from_tensor(row) for row in reduced]
+        figures = weighted(self.validation_sums, list(self._shares.values())).metrics()
+        for corpus, each in zip(self._shares, self.validation_sums, strict=False):
+            figures |= {f"{name}_{corpus}": value for name, value in each.metrics().items()}
+        for name, value in figures.items():
             self.log(f"val/{name}", value, rank_zero_only=False)

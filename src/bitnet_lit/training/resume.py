@@ -53,6 +53,8 @@ def save_config(config: TrainConfig, run_dir: Path) -> None:
     for key in ("dir", "tokenizer", "cache_dir") if isinstance(config.data, DataConfig) else ():
         if values["data"][key] is not None and not is_url(values["data"][key]):
             values["data"][key] = str(Path(values["data"][key]).absolute())
+    for corpus in values["data"].get("mix", {}).values() if isinstance(config.data, DataConfig) else ():
+        corpus["dir"] = corpus["dir"] if is_url(corpus["dir"]) else str(Path(corpus["dir"]).absolute())
     with atomic_file(run_dir / CONFIG_NAME) as temporary:
         temporary.write_text(dump_yaml(values), encoding="utf-8")
 

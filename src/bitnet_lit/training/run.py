@@ -36,7 +36,7 @@ from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import link_checkpoint
 from bitnet_lit.training.compile import compile_network, compiles
-from bitnet_lit.training.data import open_data, sequence_length
+from bitnet_lit.training.data import open_data, sequence_length, with_data_named
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
@@ -118,6 +118,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
+    config = with_data_named(config)
     run_dir, is_owner = Path(config.run_dir), rank() == 0
     rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # Lightning does not read NODE_RANK until fit
     # A class that cannot be imported is reported before any data is read. The class of the scheme is left out: in a
@@ -185,7 +186,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         compile_network(model)
     if trainer.is_global_zero:
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {precision}"
-        rows = {"run": run_dir, "data": data.name, "device": device}
+        rows = {"run": run_dir, "data": data.described(plan.tokens, length), "device": device}
         if start is not None:
             rows["from"] = f"step {start.step}, {start.path}"
             if start.state.get("precision", precision) != precision:
