@@ -254,9 +254,8 @@ def test_the_class_beside_a_scheme_that_is_known_is_not_imported_while_the_run_g
 
 @pytest.mark.parametrize("devices", ["null", "[]", "{a: 1}"])
 def test_devices_that_are_none_are_one_line(run, devices):
-    config = resume_config(str(run), [f"trainer.devices={devices}"])
     with pytest.raises(UserError, match=r"trainer\.devices=.*: give a number, a list|on a CPU give a number"):
-        world_size(config.trainer)
+        world_size(resume_config(str(run), [f"trainer.devices={devices}"]).trainer)
 
 
 def test_a_saved_config_says_the_same_wherever_it_is_resumed_from(made, tmp_path, monkeypatch):

@@ -20,11 +20,8 @@ same order again, and a resumed run passes over the batches that were consumed. 
 from __future__ import annotations
 
 import copy
-import itertools
-import os
 from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -36,18 +33,18 @@ from bitnet_lit.config.data import CustomData
 from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import instantiate, locate, takes
+from bitnet_lit.runs.meeting import first_alone
 
 _MIX = 0x9E3779B97F4A7C15  # an odd multiplier spreads small numbers over 64 bits (splitmix64, Steele 2014)
 NO_BATCH = "data: train_dataloader gives no batch: is the text shorter than a batch of sequences?"
-_PREPARED = itertools.count()  # data modules so far; the same number in all processes
 _KEPT_STATES = 64  # a trainer reads ahead by less
 
 
-def open_custom(config: CustomData, sequence_length: int, seed: int, is_first: bool = True) -> Any:
+def open_custom(config: CustomData, sequence_length: int, seed: int, is_first: bool | None = None) -> Any:
     """Make the data module of `config` and set it up, so that it gives batches.
 
     Args:
-        is_first: whether this process prepares the data.
+        is_first: whether this process prepares the data, and the other processes of its run wait; None: it is alone.
 
     Raises:
         UserError: the module cannot be made, or lacks what a run needs.
@@ -58,7 +55,10 @@ def open_custom(config: CustomData, sequence_length: int, seed: int, is_first: b
     lacks = [name for name in ("train_dataloader", "val_dataloader", "setup") if not callable(getattr(own, name, None))]
     if lacks:
         raise UserError(f"data._target_={config._target_}: has no {lacks[0]}: derive it from LightningDataModule")
-    _prepare(own, is_first)
+    if is_first is None:
+        own.prepare_data()
+    else:
+        first_alone(own.prepare_data, is_first, f"data._target_={config._target_}: prepare_data")
     own.setup("fit")
     vocab_size = getattr(own, "vocab_size", None)
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
@@ -66,25 +66,6 @@ def open_custom(config: CustomData, sequence_length: int, seed: int, is_first: b
             f"data._target_={config._target_}: its vocab_size is {vocab_size!r}: it must say below which number ids lie"
         )
     return own
-
-
-def _prepare(own: Any, is_first: bool) -> None:
-    """Let the first process prepare the data, and the others wait until it has.
-
-    torchrun starts all processes at once, and keeps a store in which they can meet before a process group exists.
-    Processes that Lightning starts come later than the first one's data.
-    """
-    store, done = None, f"bitnet_lit/prepared/{next(_PREPARED)}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        from torch.distributed import TCPStore
-
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    if is_first:
-        own.prepare_data()
-        if store is not None:
-            store.set(done, "")
-    elif store is not None:
-        store.wait([done], timedelta(days=1))  # torchrun ends all processes if the first one fails
 
 
 def own_tokenizer(own: Any) -> Tokenizer | None:

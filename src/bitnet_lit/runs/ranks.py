@@ -32,6 +32,14 @@ def rank() -> int:
     return int(given.get("SLURM_PROCID", given.get("JSM_NAMESPACE_RANK", "0")))
 
 
+def in_slurm_job() -> bool:
+    """Return whether SLURM has started this process. As for Lightning, a shell that SLURM has started does not count.
+
+    salloc names its job interactive. A user gives a job the name bash or interactive to start ranks in another way.
+    """
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
 @contextlib.contextmanager
 def command_of_a_job(module: str, flags: Sequence[str]) -> Iterator[None]:
     """Wrap a job of a sweep: set the command with which Lightning starts the job's other ranks.

@@ -20,27 +20,20 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, si
 
 
 @contextlib.contextmanager
-def handling(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[Callable[[], None]]:
+def handling(handler: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
     """Handle the signals of `STOP_SIGNALS` with `handler` while the block runs.
 
     A signal that the process ignores (nohup) stays ignored. Python sets handlers only in the main thread, so in another
     thread nothing is changed.
-
-    Yields:
-        A function that sets the handlers again, for use after other code has replaced them.
     """
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def take() -> None:
-        for number, before in previous.items():
-            if before is not signal.SIG_IGN:
-                signal.signal(number, handler)
-
-    take()
+    for number, before in previous.items():
+        if before is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
-        yield take
+        yield
     finally:
         for number, before in previous.items():
             if before is not None:  # None: C code set it, and Python cannot restore it
@@ -59,15 +52,10 @@ class StopSignals:
         self.number: int | None = None
         self.is_running = False
         self._handling = contextlib.ExitStack()
-        self._take: Callable[[], None] = lambda: None
 
     def __enter__(self) -> StopSignals:
-        self._take = self._handling.enter_context(handling(self._request))
+        self._handling.enter_context(handling(self._request))
         return self
-
-    def take(self) -> None:
-        """Set the signal handlers again, because Lightning has replaced them."""
-        self._take()
 
     def __exit__(self, *exception: object) -> None:
         self._handling.close()

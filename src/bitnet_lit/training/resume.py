@@ -35,6 +35,7 @@ from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, CONFIG_NAME, LAST, METRICS_NAME, MODEL, MODEL_LAST, find_run
 from bitnet_lit.training.checkpoint_file import read_checkpoint
+from bitnet_lit.training.elastic import keep_step
 from bitnet_lit.training.identity import check_identity
 from bitnet_lit.training.initialize import sizes_are_given
 
@@ -85,7 +86,7 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
                 raise UserError(f"{path}: damaged ({what}): put the {CONFIG_NAME} of the run there")
             cfg[name] = {} if TARGET in values else OmegaConf.structured(group.schema(values))
         cfg = OmegaConf.merge(cfg, _guarded(saved))
-        before = _length(cfg.trainer)
+        before, ranks_before = _length(cfg.trainer), _ranks(cfg.trainer)
         for override in overrides:
             _apply(cfg, override, resume)
         with sizes_are_given(f"resume={resume}", [key for key, _ in typed]):
@@ -105,6 +106,8 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
         )
     same = Path(config.run_dir).absolute() == folder.absolute()  # then run_dir stays as it was typed at first
     config = replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
+    if _ranks(config.trainer) != ranks_before or config.trainer.devices in ("auto", "-1", -1):
+        config = keep_step(config, read_start(resume).sequences_per_step, [key for key, _ in typed])
     # config.yaml keeps these names. They are set last, because making a TrainConfig imports the classes that it names.
     config.quant._target_ = config.quant._target_ or target
     config.schemes = schemes if isinstance(schemes, list) else []
@@ -115,6 +118,11 @@ def _length(trainer: Any) -> tuple[str, float]:
     """Return the key that says how long a run is, and its value: tokens or epochs, where they are given, or steps."""
     keys = ("max_tokens", "max_epochs", "max_steps")
     return next((key, value) for key in keys if (value := getattr(trainer, key)) is not None)
+
+
+def _ranks(trainer: Any) -> tuple[Any, int]:
+    """Return what decides the number of ranks."""
+    return trainer.devices, trainer.num_nodes
 
 
 def _check_classes(saved: dict[str, Any], path: Path, resume: str, typed: Sequence[tuple[str, Any]]) -> str | None:
@@ -216,6 +224,12 @@ class Start:
     step: int
     shapes: dict[str, tuple[int, ...]]
     state: dict[str, Any]
+
+    @property
+    def sequences_per_step(self) -> int | None:
+        """Sequences of the run's optimizer steps; None in a checkpoint of an earlier version."""
+        value = self.state.get("sequences_per_step")
+        return value if isinstance(value, int) else None
 
     def check_identity(self, now: dict[str, Any]) -> None:
         """Compare the run's identity in the checkpoint with the one it has now (see `identity.py`).

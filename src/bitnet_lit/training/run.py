@@ -40,10 +40,11 @@ from bitnet_lit.training.data import open_data, sequence_length, with_data_named
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
+from bitnet_lit.training.launcher import check_launcher
 from bitnet_lit.training.loggers import CsvLogger, build_loggers
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.optimizers import build_optimizer
-from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit
+from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit, world_size
 from bitnet_lit.training.precision import resolved_precision, tf32
 from bitnet_lit.training.resume import Start, read_start, save_config
 from bitnet_lit.training.schedule import build_schedule
@@ -126,6 +127,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     slots = {name: values for name, values in as_values(config).items() if name != "quant"}
     for key, target in named_classes(slots):
         locate(target, key)
+    check_launcher(config.trainer, world_size(config.trainer))
     start, identity = None, {}
     if config.resume is not None:
         if is_owner:

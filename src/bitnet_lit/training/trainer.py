@@ -117,6 +117,9 @@ def build_trainer(config: TrainConfig, plan: Plan, run_dir: Path, **parts: Any) 
         # Since 2.6 the ranks ask each other about SIGTERM before every batch, and wait for their devices to hear the
         # answer. `Checkpoints` does it without waiting.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        # `StopSignals` handles signals. Lightning would tell the other ranks of a SIGTERM from inside its handler, when
+        # they may not listen. On SLURM it would write checkpoints of its own and requeue the job.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
     except MisconfigurationException as error:
         # Lightning's text names no flag. If there are no extra flags, the cause is a device that does not exist.

@@ -34,6 +34,7 @@ from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, read_checkpoint
 from bitnet_lit.training.loggers import CsvLogger
+from bitnet_lit.training.module import BitNetModule
 
 FIGURES = ("val/", "train/loss", "perf/", "ternary/")
 # The reason to stop is one number, so that the ranks can agree on the largest: 0 for none, 1 when the time is up, and a
@@ -62,6 +63,7 @@ class Checkpoints(Callback):
         best_step: the optimizer step of `best_loss`; None before the first validation.
         improved: whether the last validation was the best so far.
         figures: metrics of the last validation and of the last optimizer step.
+        sequences_per_step: sequences of an optimizer step, which each checkpoint holds (see `elastic.py`).
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Checkpoints(Callback):
         self.validated_step: int | None = None
         self.saved_step: int | None = None
         self.precision = precision
+        self.sequences_per_step: int | None = None
         self.validates_part, self.others = validates_part, others
         self._validated_all = False
         self._stopped_by: dict[str, Any] | None = None  # `others`, if one of them has ended the run
@@ -95,12 +98,13 @@ class Checkpoints(Callback):
         self._agreed: tuple[torch.Tensor, torch.cuda.Event] | None = None  # the ranks' reason to stop, on its way here
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, BitNetModule)
+        self.sequences_per_step = pl_module.plan.samples_per_step
         self.folder = trainer.strategy.broadcast(self.folder)  # under torchrun only rank 0 knows the folder so far
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signals.take()
         self.signals.is_running = True
         if self.max_time is not None:
             self._deadline = time.monotonic() + self.max_time.total_seconds()
@@ -282,6 +286,7 @@ class Checkpoints(Callback):
             "csv_rows": self.csv.num_rows,
             "identity": self.identity,
             "precision": self.precision,
+            "sequences_per_step": self.sequences_per_step,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,29 @@
+#!/bin/bash
+# Trains one model on one node or on several that no scheduler manages, a process on each GPU. On one node:
+#
+#     GPUS=8 bash torchrun.sh runs/mine data.dir=data/mine model=110m
+#
+# On several nodes the same command is started on each of them, with its number and the address of the first one:
+#
+#     GPUS=8 NODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash torchrun.sh runs/mine data.dir=data/mine model=110m
+#     GPUS=8 NODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 bash torchrun.sh runs/mine data.dir=data/mine model=110m
+#
+# The first argument is the run folder. It and the data must lie where every node sees them. The other arguments are
+# those of `python -m bitnet_lit.train`. A run that was stopped goes on when the same commands are given again: where the
+# run folder holds a checkpoint, of the other arguments only allow= is read. On another number of nodes or GPUs it goes
+# on with the same sequences in a step.
+
+run=${1:?the first argument is the run folder}
+shift
+
+if [ -e "$run/checkpoints/last.ckpt" ]; then
+    arguments=("resume=$run")
+    for argument in "$@"; do
+        [[ $argument == allow=* ]] && arguments+=("$argument") # classes of one's own that the run's config names
+    done
+else
+    arguments=("hydra.run.dir=$run" "$@")
+fi
+exec torchrun --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "${GPUS:-1}" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
+    -m bitnet_lit.train "${arguments[@]}" "trainer.devices=${GPUS:-1}" "trainer.num_nodes=${NODES:-1}"
