@@ -24,8 +24,8 @@ demo: install ## Train a dense, a binary and a 1.58-bit model on the demo corpus
 	$(BIN)/python -m bitnet_lit.prepare source=demo
 	$(BIN)/python -m bitnet_lit.train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
 	$(BIN)/python -m bitnet_lit.plot runs=outputs/demo out=outputs/demo/curves.png
-	$(BIN)/python -m bitnet_lit.evaluate checkpoint=outputs/demo/2
-	$(BIN)/python -m bitnet_lit.infer checkpoint=outputs/demo/2 prompt="Once upon a time" temperature=0.5 seed=1
+	$(BIN)/python -m bitnet_lit.evaluate checkpoint=outputs/demo/quant=b158
+	$(BIN)/python -m bitnet_lit.infer checkpoint=outputs/demo/quant=b158 prompt="Once upon a time" temperature=0.5 seed=1
 
 test: install lint ## Run make lint and the whole test suite, as CI does
 	$(BIN)/pytest

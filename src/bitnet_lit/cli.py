@@ -18,7 +18,6 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, StringNode
 
 from bitnet_lit import config as schema
@@ -27,12 +26,12 @@ from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
 from bitnet_lit.entry_point import interruptions
-from bitnet_lit.errors import TrainingStopped, UserError, disk_errors
+from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, disk_errors
 from bitnet_lit.instantiate import locate, takes
 from bitnet_lit.overrides import as_typed, quoted
 from bitnet_lit.runs import own_folder  # noqa: F401  # its resolvers are named in conf/train.yaml
-from bitnet_lit.runs.ranks import command_of_a_job
-from bitnet_lit.runs.sweep import run_job
+from bitnet_lit.runs.job import Job, ResumableTask
+from bitnet_lit.runs.job_names import asks_for_dry_run
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"  # in a checkout
@@ -218,6 +217,7 @@ def run(
     arguments: Sequence[str],
     defaults: Callable[[list[str], bool], list[str]] | None = None,
     configure: Callable[[DictConfig], Any] = to_object,
+    resumable: ResumableTask | None = None,
 ) -> None:
     """Run `task(config)` with the config that the arguments describe, or do what a flag of Hydra's asks (--help, ...).
 
@@ -228,6 +228,7 @@ def run(
         defaults: called with the overrides in Hydra's grammar and with whether they are a sweep's. It returns further
             overrides; the user's take precedence.
         configure: builds the dataclass from the composed config.
+        resumable: how jobs of a sweep go on, and how they are tried dry; None where they leave nothing.
 
     Raises:
         UserError: the arguments are wrong.
@@ -236,41 +237,27 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     register_schemas()
     flags, overrides, sweep = _divide(arguments)
-    failures: list[Exception] = []
-    main_process = os.getpid()
-
-    def job(cfg: DictConfig) -> Any:
-        sys.argv = typed  # Lightning starts further ranks with the same command
-        hydra_config = HydraConfig.get()
-
-        def work() -> Any:
-            try:
-                _check_keys(cast(DictConfig, HydraConfig.instance().cfg))
-                config = configure(cfg)
-            except COMPOSITION_ERRORS as error:
-                raise UserError(explain(command, error, overrides, CONF_DIR)) from None
-            return task(config)
-
-        if hydra_config.mode == RunMode.MULTIRUN:
-            folders = Path(hydra_config.runtime.output_dir), Path(hydra_config.sweep.dir)
-            with command_of_a_job(f"bitnet_lit.{command}", flags):
-                result = run_job(work, *folders, os.getpid() == main_process)
-            if result == float("inf"):
-                failures.append(TrainingStopped("jobs of the sweep failed"))
-            return result
-        try:
-            return work()
-        except Exception as error:  # Hydra would print a message of its own first
-            failures.append(error)
-
     spelled = as_typed(SCHEMAS[command], _from_lightning(overrides), sweep)
     spelled = _with_custom([*(defaults(spelled, sweep) if defaults else []), *spelled])
+    is_dry = resumable is not None and asks_for_dry_run(spelled)
+    flags += ["--multirun"] * (is_dry and not sweep)  # a run that is tried dry is a sweep of one job
+
+    def build(cfg: DictConfig) -> Any:
+        try:
+            _check_keys(cast(DictConfig, HydraConfig.instance().cfg))
+            return configure(cfg)
+        except COMPOSITION_ERRORS as error:
+            raise UserError(explain(command, error, overrides, CONF_DIR)) from None
+
+    job = Job(f"bitnet_lit.{command}", task, build, resumable, sys.argv, flags)
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
-    except Exception as error:  # from Hydra: what the task raises is in `failures`
+    except Exception as error:  # from Hydra and the sweeper: what the task raises is in `job.failures`
         if interruptions:
             raise KeyboardInterrupt from None
+        if isinstance(error, MESSAGES):
+            raise
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
             raise UserError(explain(command, error, overrides, CONF_DIR)) from None
         if isinstance(error, OSError) and error.filename is None:  # printing failed (--help)
@@ -288,8 +275,12 @@ def run(
         ) from None
     finally:
         sys.argv = typed
-    if failures:
-        raise failures[0]
+        if resumable is not None:
+            from bitnet_lit.runs.sweep_table import SweepTable
+
+            SweepTable.abandon()
+    if job.failures:
+        raise job.failures[0]
 
 
 def advise(overrides: Sequence[str]) -> None:

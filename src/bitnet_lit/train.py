@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 from bitnet_lit.entry_point import run_command
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from omegaconf import DictConfig
 
     from bitnet_lit.config import TrainConfig
+    from bitnet_lit.errors import UserError
+    from bitnet_lit.runs.job_folder import State
 
 # Hydra composes the overrides of a resume before the run's config.yaml is read. These open groups accept any key, and
 # `resume_config` then checks the keys against that config.yaml.
@@ -46,6 +51,28 @@ def _configure(cfg: DictConfig) -> TrainConfig:
     return resume_config(
         cfg.resume, [item for item, key in overrides.items() if key != "resume" and item not in _OPENED]
     )
+
+
+def _resume(folder: str, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Return the config that a half-done job of a sweep goes on with, and the overrides that start its other ranks.
+
+    Args:
+        config: what the job would begin with. The classes that it names may be imported.
+    """
+    from bitnet_lit.config.slots import as_values
+    from bitnet_lit.instantiate import named_classes
+    from bitnet_lit.runs.job import resume_overrides
+    from bitnet_lit.training.resume import resume_config
+
+    classes = [target for _, target in named_classes(as_values(config))] + config.schemes
+    overrides = resume_overrides(folder, classes)
+    return resume_config(folder, overrides[1:]), overrides
+
+
+def _preview(jobs: Sequence[tuple[str, Path, State, TrainConfig | UserError]]) -> None:
+    from bitnet_lit.training.preview import preview
+
+    preview(jobs)
 
 
 def _place(overrides: list[str], is_sweep: bool) -> list[str]:
@@ -85,7 +112,9 @@ def _place(overrides: list[str], is_sweep: bool) -> list[str]:
 
 def main() -> None:
     """Run the command with the arguments in `sys.argv`."""
-    run_command("train", _train, defaults=_place, configure=_configure)
+    from bitnet_lit.runs.job import ResumableTask
+
+    run_command("train", _train, defaults=_place, configure=_configure, resumable=ResumableTask(_resume, _preview))
 
 
 if __name__ == "__main__":

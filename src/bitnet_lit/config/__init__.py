@@ -29,6 +29,7 @@ from bitnet_lit.config.optim import (
     OptimConfig,
     ScheduleConfig,
 )
+from bitnet_lit.config.sweep import SweepConfig
 from bitnet_lit.config.trainer import CallbacksConfig, LoggerConfig, TrainerConfig
 from bitnet_lit.config.training import ExportTargetsConfig, TrainConfig
 
@@ -57,6 +58,7 @@ __all__ = [
     "QuantConfig",
     "ReportConfig",
     "ScheduleConfig",
+    "SweepConfig",
     "TrainConfig",
     "TrainerConfig",
 ]

@@ -11,6 +11,7 @@ from bitnet_lit.config.data import CustomData, DataConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig, import_schemes
 from bitnet_lit.config.optim import CustomOptim, CustomSchedule, OptimConfig, ScheduleConfig, optim_schema
 from bitnet_lit.config.slots import Group
+from bitnet_lit.config.sweep import SweepConfig
 from bitnet_lit.config.trainer import CallbacksConfig, LoggerConfig, TrainerConfig
 from bitnet_lit.errors import UserError
 
@@ -66,6 +67,7 @@ class TrainConfig(Checked):
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     export: ExportTargetsConfig = field(default_factory=ExportTargetsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 1
     """The seed of the initial weights, of the order of the data and of dropout."""
     compile: str = "auto"

@@ -117,8 +117,11 @@ def find_run(typed: str) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold a lock on a run folder while the block runs.
+def locked(folder: Path, what: str = "another process is training") -> Iterator[bool]:
+    """Hold a lock on the folder of a run or a sweep while the block runs.
+
+    Args:
+        what: what the other process does that holds the lock, for the error.
 
     Yields:
         Whether the lock is held; False where the file system has no locks, as on some network mounts.
@@ -130,10 +133,7 @@ def locked(folder: Path) -> Iterator[bool]:
     try:
         taken = lock(descriptor)
         if taken is False:
-            raise UserError(
-                f"{folder}: another process is training in this folder: wait until it has ended, or give another run "
-                "folder"
-            )
+            raise UserError(f"{folder}: {what} in this folder: wait until it has ended, or give another folder")
         yield bool(taken)
     finally:
         os.close(descriptor)

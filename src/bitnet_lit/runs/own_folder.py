@@ -1,7 +1,8 @@
 """Every run gets a folder of its own before Hydra writes into it.
 
-The default name of a folder is the second at which the run began, and two runs may begin in the same second. Then the
-first run takes that folder, and the second takes another (`12-00-00-1`). If a folder that was typed belongs to another
+The default name of a run's folder is the second at which it began, and two runs may begin in the same second. Then the
+first run takes that folder, and the second takes another (`12-00-00-1`). The default name of a sweep's folder comes
+from its overrides, so that the same sweep goes on in it. If a folder that was typed belongs to another
 run, Hydra's record is not written into it (`record_name`), and the run is refused later (`folder.claim`) unless it is a
 resume.
 
@@ -15,6 +16,7 @@ import atexit
 import itertools
 import shutil
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.folder import RECORD, is_taken
+from bitnet_lit.runs.job_names import sweep_name
 from bitnet_lit.runs.ranks import rank
 
 
@@ -47,6 +50,26 @@ def run_dir(folder: str | None, configured: str) -> str:
     return folder or configured
 
 
+def sweep_dir(overrides: list[str], sweeper: DictConfig) -> str:
+    """Return the default folder of a sweep.
+
+    With this package's sweepers it is the same whenever the sweep is started again (`job_names.py`). Other sweepers
+    cannot go on with a sweep, so theirs is the second at which the sweep began.
+
+    Args:
+        overrides: of the whole sweep.
+        sweeper: the config of Hydra's sweeper.
+    """
+    if _is_own(sweeper):
+        return f"outputs/sweeps/{sweep_name(overrides, sweeper.params or {})}"
+    return f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S}"
+
+
+def _is_own(sweeper: DictConfig) -> bool:
+    return str(sweeper._target_).startswith("hydra_plugins.bitnet_lit_sweepers.")
+
+
+OmegaConf.register_new_resolver("bitnet.sweep_dir", sweep_dir, replace=True)
 OmegaConf.register_new_resolver("bitnet.record_name", record_name, replace=True)
 OmegaConf.register_new_resolver("bitnet.run_dir", run_dir, replace=True)
 
@@ -71,25 +94,26 @@ def _make_temporary() -> Path:
 
 
 class OwnFolder(Callback):
-    """Makes the folder of a run or of a sweep, unless the user has typed one."""
+    """Makes the folder of a run or of a sweep, unless the user has given one."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _take(config, "hydra.run.dir")
+        typed: Any = OmegaConf.to_container(config.hydra.overrides.hydra)
+        if any(override.lstrip("+").startswith("hydra.run.dir=") for override in typed):
+            return
+        folder = Path(config.hydra.run.dir)
+        try:
+            own = _make_temporary() if rank() else make_own(folder)
+        except OSError:
+            return  # Hydra makes folders too, and its error ends the command
+        if own != folder:
+            OmegaConf.update(config, "hydra.run.dir", str(own))
+            config.hydra.overrides.hydra.append(f"hydra.run.dir={quoted(str(own))}")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _take(config, "hydra.sweep.dir")
-
-
-def _take(config: DictConfig, key: str) -> None:
-    typed: Any = OmegaConf.to_container(config.hydra.overrides.hydra)
-    if any(override.lstrip("+").startswith(f"{key}=") for override in typed):
-        return
-    folder = Path(OmegaConf.select(config, key))
-    try:
-        own = _make_temporary() if rank() else make_own(folder)
-    except OSError:
-        return  # Hydra makes folders too, and its error ends the command
-    if own != folder:
-        override = f"{key}={quoted(str(own))}"
-        OmegaConf.update(config, key, str(own))
-        config.hydra.overrides.hydra.append(override)  # each job of a sweep composes its config again
+        """Fix the folder of a sweep. Each job composes its config again, and has other overrides than the sweep."""
+        raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+        folder = Path(config.hydra.sweep.dir)
+        if raw["dir"].startswith("${bitnet.sweep_dir") and not _is_own(config.hydra.sweeper):
+            folder = _make_temporary() if rank() else make_own(folder)
+        OmegaConf.update(config, "hydra.sweep.dir", str(folder))
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(str(folder))}")

@@ -41,12 +41,13 @@ def in_slurm_job() -> bool:
 
 
 @contextlib.contextmanager
-def command_of_a_job(module: str, flags: Sequence[str]) -> Iterator[None]:
+def command_of_a_job(module: str, flags: Sequence[str], resumed: Sequence[str] | None = None) -> Iterator[None]:
     """Wrap a job of a sweep: set the command with which Lightning starts the job's other ranks.
 
     Args:
         module: the module of the command, as `python -m` takes it.
         flags: the flags of Hydra that the user typed.
+        resumed: the overrides that go on with the job; None: those that begin it.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import read_write
@@ -60,7 +61,7 @@ def command_of_a_job(module: str, flags: Sequence[str]) -> Iterator[None]:
     sys.argv = [
         sys.argv[0],
         *[flag for flag in flags if flag not in ("-m", "--multirun")],
-        *hydra.overrides.task,
+        *(hydra.overrides.task if resumed is None else resumed),
         *[override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(_NOT_OF_A_JOB)],
         "hydra.mode=RUN",
     ]

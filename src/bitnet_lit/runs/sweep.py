@@ -1,7 +1,8 @@
 """A sweep (`-m`) runs several jobs, one after the other or in parallel processes (launcher=joblib).
 
-A job that fails writes its error to a file, and the other jobs go on. A signal ends the sweep: running jobs save and
-end (`runs/signals.py`), and no other job begins. The processes of a sweep communicate through files in its folder:
+A job that fails writes its error to a file, and the other jobs go on; the next start of the sweep tries it again. A
+signal ends the sweep: running jobs save and end (`runs/signals.py`), and no other job begins. The processes of a sweep
+communicate through files in its folder:
 
     <sweep folder>/.stop        the number of the signal that ended the sweep
     <sweep folder>/.refused     one line for each job whose folder holds another run, where nothing may be written
@@ -101,18 +102,21 @@ def _signalled_by(sweep_dir: Path) -> Iterator[None]:
         os.close(writing)
 
 
-def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_process: bool) -> Any:
+def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_process: bool, is_own: bool = False) -> Any:
     """Run one job of a sweep. An error is written to a file and not raised, so that the other jobs go on.
 
     Args:
         work: composes the config of the job and runs it.
         folder: the folder of the job.
         is_main_process: whether this is the process that the sweep was started in, which handles the signals.
+        is_own: whether results in the folder are those of this job, from an earlier start of the sweep.
 
     Returns:
         What the job returns; infinity where it failed.
     """
-    is_foreign = is_taken(folder)  # the folder is another run's: the job will be refused and must not write there
+    is_foreign = not is_own and is_taken(
+        folder
+    )  # the folder is another run's: the job will be refused and must not write there
     try:
         if (number := stop_number(sweep_dir)) is not None:
             raise TrainingStopped(f"not started: {signal.Signals(number).name} ended the sweep")

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.errors import one_line
+from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
 from bitnet_lit.runs.config_keys import natural
-from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed
+from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, locked
+from bitnet_lit.runs.job_folder import OVERRIDES_NAME
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.sweep import REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
 from bitnet_lit.terminal import wide_console
@@ -36,7 +38,6 @@ FIGURES = {
     "perf/tokens_per_s": "tokens/s",
 }
 _METRICS = Record({}, optional=dict.fromkeys(FIGURES, Number()))
-_OVERRIDES_NAME = "overrides.yaml"  # Hydra's
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _row(sweep_dir: Path, folder: Path) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"job": folder.relative_to(sweep_dir).as_posix()}
     try:
-        overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / _OVERRIDES_NAME))
+        overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / OVERRIDES_NAME))
         row |= dict(map(readable, overrides))
         row |= _result(folder)
     except Exception as error:  # a process that was killed may leave damaged files
@@ -67,7 +68,7 @@ def _row(sweep_dir: Path, folder: Path) -> dict[str, Any]:
 def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
     """Return one row per job of a sweep, sorted by name: its name, its overrides, and its figures or its error."""
     rows = {}
-    for record in sweep_dir.rglob(f"{RECORD}/{_OVERRIDES_NAME}"):
+    for record in sweep_dir.rglob(f"{RECORD}/{OVERRIDES_NAME}"):
         row = _row(sweep_dir, record.parents[1])
         rows[row["job"]] = row
     if (sweep_dir / REFUSED_NAME).is_file():
@@ -80,7 +81,7 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
 def commands_to_go_on(sweep_dir: Path) -> list[str]:
     """Return a shell command for each job that is not complete. It resumes the job, or starts it in its own folder."""
     commands = []
-    folders = [record.parents[1] for record in sweep_dir.rglob(f"{RECORD}/{_OVERRIDES_NAME}")]
+    folders = [record.parents[1] for record in sweep_dir.rglob(f"{RECORD}/{OVERRIDES_NAME}")]
     for folder in sorted(folders, key=lambda folder: natural(folder.as_posix())):
         if (folder / METRICS_NAME).exists():
             continue
@@ -88,7 +89,7 @@ def commands_to_go_on(sweep_dir: Path) -> list[str]:
             arguments = [f"resume={folder}"]
         else:
             try:
-                overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / _OVERRIDES_NAME))
+                overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / OVERRIDES_NAME))
             except Exception:  # its row says that it cannot be read
                 continue
             arguments = [*overrides, f"hydra.run.dir={folder}"]
@@ -120,26 +121,67 @@ def write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class SweepTable(Callback):
-    """Handles signals while a sweep runs. At the end it prints the table and writes it to sweep.csv.
+    """Holds the sweep's lock and handles signals while it runs. At the end it prints the table and writes sweep.csv.
 
-    The exit status of the sweep is 128 + n if signal n ended it, and 1 if a job failed.
+    The exit status of the sweep is 128 + n if signal n ended it. Otherwise it is 2 if every job failed by the user's
+    mistake, 1 if a job failed, and 0 if none did.
+
+    Attributes:
+        jobs: the jobs of this start, by their folders' names; None: every job in the sweep's folder. The table shows
+            jobs of earlier starts too.
     """
 
+    # On the class, so that joblib does not pickle them.
     handlers: StopHandlers | None = None
+    jobs: Sequence[str] | None = None
+    _lock = contextlib.ExitStack()
+    _refused: UserError | None = None
+    _is_new = False  # whether this start made the sweep's folder
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if rank():  # only rank 0 writes the table and handles signals
+        if rank() or OmegaConf.select(config, "sweep.dry_run"):  # only rank 0 writes the table and handles signals
             return
         sweep_dir = Path(config.hydra.sweep.dir)
-        with contextlib.suppress(NotADirectoryError):  # a file is in the way: Hydra reports it when it makes the folder
-            for name in (STOP_NAME, REFUSED_NAME):  # left by an earlier sweep that was killed
+        SweepTable.jobs = SweepTable._refused = None
+        try:
+            SweepTable._is_new = not sweep_dir.exists()
+            sweep_dir.mkdir(parents=True, exist_ok=True)
+            SweepTable._lock.enter_context(locked(sweep_dir, "another process runs a sweep"))
+        except UserError as error:  # Hydra would turn it into a warning: the sweeper raises it
+            SweepTable._refused = error
+            return
+        except OSError:  # a file is in the way: Hydra reports it when it makes the folder
+            pass
+        else:
+            for name in (STOP_NAME, REFUSED_NAME):  # left by an earlier start that was killed
                 (sweep_dir / name).unlink(missing_ok=True)
-        SweepTable.handlers = StopHandlers(sweep_dir.absolute())  # on the class, so joblib does not pickle it
+        SweepTable.handlers = StopHandlers(sweep_dir.absolute())
         SweepTable.handlers.install()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if status := SweepTable.end():
             sys.exit(status)
+
+    @classmethod
+    def check_lock(cls) -> None:
+        """Refuse to run a sweep that another process runs.
+
+        Raises:
+            UserError: another process holds the lock on the sweep's folder.
+        """
+        if cls._refused is not None:
+            raise cls._refused
+
+    @classmethod
+    def abandon(cls) -> None:
+        """Release the lock and the signals of a sweep that an error ended before its table was written."""
+        if cls.handlers is not None:
+            cls.handlers.remove()
+            if cls._is_new:
+                with contextlib.suppress(OSError):  # a job wrote into it
+                    cls.handlers.sweep_dir.rmdir()
+        cls.handlers = cls._refused = None
+        cls._lock.close()
 
     @classmethod
     def end(cls) -> int:
@@ -151,16 +193,29 @@ class SweepTable(Callback):
         cls.handlers = None
         try:
             rows = read_jobs(sweep_dir)
-            status = 1 if any("error" in row for row in rows) or not rows else 0
             if rows:
                 write_table(sweep_dir, rows)
+            own = rows if cls.jobs is None else [row for row in rows if row["job"] in cls.jobs]
+            status = _report_failures(own, sweep_dir)
             if number is not None and (commands := commands_to_go_on(sweep_dir)):
-                print(
-                    "The sweep was stopped. Each of its jobs that is not complete goes on with:", *commands, sep="\n  "
-                )
+                print("The sweep was stopped. The same command goes on with it, or each of its jobs alone with:")
+                print("", *commands, sep="\n  ")
         except Exception as error:  # Hydra would turn it into a warning, and the status into 0
             print(f"error: the table of {sweep_dir}: {one_line(error)}", file=sys.stderr)
             status = 1
         for name in (STOP_NAME, REFUSED_NAME):
             (sweep_dir / name).unlink(missing_ok=True)
+        cls._lock.close()
         return status if number is None else 128 + number
+
+
+def _report_failures(rows: list[dict[str, Any]], sweep_dir: Path) -> int:
+    """Name the jobs that failed, one line each, and return the exit status."""
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        print(f"error: {len(failed)} of {len(rows)} jobs of {sweep_dir} failed:", file=sys.stderr)
+        for row in failed:
+            print(f"  {row['job']}: {one_line(row['error'])}", file=sys.stderr)
+    if failed and len(failed) == len(rows) and all(str(row["error"]).startswith("UserError: ") for row in failed):
+        return UserError.status
+    return 1 if failed or not rows else 0

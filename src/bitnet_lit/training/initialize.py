@@ -43,14 +43,13 @@ from bitnet_lit.training.plan import check_memory
 CALIBRATION_SEQUENCES = 8
 
 
-def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
-    """Return the network with its first weights, and fill in what `config.model` leaves open.
+def fill_in_sizes(config: TrainConfig, data: RunData) -> PretrainedModel | None:
+    """Fill in what `config.model` leaves open, and return the trained model of `init_from` (None without it).
 
-    The vocabulary size then comes from the data, and with `init_from` the sizes come from the trained model.
+    The vocabulary size comes from the data, and with `init_from` the sizes come from the trained model.
 
     Raises:
-        UserError: the vocabulary is too small for the data, the trained model cannot be trained further, or quant.skip
-            names a layer that does not exist.
+        UserError: the vocabulary is too small for the data, or the trained model cannot be trained further.
     """
     # The weights of a resumed run come from its checkpoint, and its sizes come from its config.
     trained = None if config.init_from is None or config.resume is not None else _trained(config)
@@ -68,16 +67,41 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
             f"init_from={config.init_from}: was trained with another tokenizer than the one of the data "
             f"({data.name}): its embedding means other tokens, unless the two are one vocabulary in two files"
         )
-    if isinstance(config.model, CustomNetwork):
-        L.seed_everything(config.seed, verbose=False)
-        network = build_custom_network(config.model, config.quant)
-        _check_skip(network, config)
-        return network
-    check_memory(config)
+    return trained
+
+
+def build_network(config: TrainConfig, on_meta: bool = False) -> nn.Module:
+    """Return the network with random weights.
+
+    Args:
+        config: with every size filled in.
+        on_meta: whether to build it on the meta device, where it takes no memory. A network of the user's own is always
+            really built.
+
+    Raises:
+        UserError: this machine has too little memory for the network, or quant.skip names a layer that does not exist.
+    """
     L.seed_everything(config.seed, verbose=False)
-    model = build_model(config.model, config.quant)
-    _check_skip(model, config)
+    if isinstance(config.model, CustomNetwork):
+        network: nn.Module = build_custom_network(config.model, config.quant)
+    else:
+        check_memory(config)
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            network = build_model(config.model, config.quant)
+    _check_skip(network, config)
+    return network
+
+
+def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
+    """Return the network with its first weights, and fill in what `config.model` leaves open.
+
+    Raises:
+        UserError: see `fill_in_sizes` and `build_network`.
+    """
+    trained = fill_in_sizes(config, data)
+    model = build_network(config)
     if trained is not None:
+        assert isinstance(config.model, ModelConfig) and isinstance(model, CausalLM)
         adds_norms = config.model.sub_norm and not trained.config.sub_norm
         model.load_state_dict(trained.model.state_dict(), strict=not adds_norms)
         if adds_norms:

@@ -197,6 +197,13 @@ def _machine_memory_bytes() -> float:
     return min(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), memory_limit())
 
 
+def device_memory_bytes(trainer: TrainerConfig) -> float:
+    """Return the bytes of memory that a device has on which `trainer` trains."""
+    if uses_cuda(trainer):
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return _machine_memory_bytes()
+
+
 def check_memory(config: TrainConfig) -> None:
     """Refuse a model that does not fit into this machine's memory, before it is built.
 

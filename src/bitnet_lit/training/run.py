@@ -118,15 +118,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return metrics
 
 
+def import_classes(config: TrainConfig) -> None:
+    """Import the classes of the user's own, so that one that is missing is reported before any data is read.
+
+    The class of the scheme is left out: in a resumed run the folder may be the only one to name it, and then the scheme
+    is looked up by its name.
+
+    Raises:
+        UserError: a class cannot be imported.
+    """
+    slots = {name: values for name, values in as_values(config).items() if name != "quant"}
+    for key, target in named_classes(slots):
+        locate(target, key)
+
+
 def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
     config = with_data_named(config)
     run_dir, is_owner = Path(config.run_dir), rank() == 0
     rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # Lightning does not read NODE_RANK until fit
-    # A class that cannot be imported is reported before any data is read. The class of the scheme is left out: in a
-    # resumed run the folder may be the only one to name it, and then the scheme is looked up by its name.
-    slots = {name: values for name, values in as_values(config).items() if name != "quant"}
-    for key, target in named_classes(slots):
-        locate(target, key)
+    import_classes(config)
     check_launcher(config.trainer, world_size(config.trainer))
     start, identity = None, {}
     if config.resume is not None:

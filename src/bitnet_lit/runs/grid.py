@@ -1,0 +1,192 @@
+"""A grid runs every combination of the swept values, and leaves out what earlier starts of the sweep have done.
+
+Before anything runs every job is composed and its config checked. So a mistake that all jobs share ends the command at
+once with status 2, and a job that is done is compared with what its overrides mean now (`job_folder.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from bitnet_lit.errors import UserError
+from bitnet_lit.overrides import quoted
+from bitnet_lit.runs.folder import is_taken
+from bitnet_lit.runs.job import Job, without_hydra
+from bitnet_lit.runs.job_folder import State, check_unchanged, job_folders, recorded_overrides, state
+from bitnet_lit.runs.job_names import identity, job_name, swept_keys
+from bitnet_lit.runs.ranks import rank
+from bitnet_lit.runs.sweep_table import SweepTable
+
+_OWN_SUBDIR = "${hydra.job.num}"  # conf/train.yaml; another value is the user's
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job of a sweep that may run.
+
+    Attributes:
+        overrides: of the job, in Hydra's grammar.
+        folder: its folder; None where the user's `hydra.sweep.subdir` will name it.
+        state: how far it is.
+    """
+
+    overrides: list[str]
+    folder: Path | None
+    state: State
+
+    def launched(self, sweep_dir: Path) -> list[str]:
+        """Return the overrides with which a launcher starts the job."""
+        if self.folder is None:
+            return self.overrides
+        return [*self.overrides, f"hydra.sweep.subdir={quoted(self.folder.relative_to(sweep_dir).as_posix())}"]
+
+
+def combinations(overrides: Sequence[Override]) -> list[list[str]]:
+    """Return the overrides of every job of a grid; a combination that is typed twice is there once.
+
+    Raises:
+        UserError: a value is an interval, which has no end of values.
+    """
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(
+                f"{override.input_line}: a grid takes values (a,b,c or range(...)); an interval is searched by "
+                "sweep=optuna_lr"
+            )
+    jobs: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for job in BasicSweeper.split_arguments(list(overrides), None)[0]:
+        jobs.setdefault(tuple(identity(job).items()), job)
+    return list(jobs.values())
+
+
+def place(jobs: Iterable[list[str]], sweep_dir: Path, swept: set[str], has_own_subdir: bool) -> list[Planned]:
+    """Give each job its folder: the one in which an earlier start ran it, or a new one.
+
+    Args:
+        jobs: the overrides of each job.
+        swept: the keys that the sweep varies.
+        has_own_subdir: whether the folders of new jobs are named by the user's `hydra.sweep.subdir`.
+
+    Raises:
+        UserError: the folder holds the results of another job.
+    """
+    known = {tuple(found.items()): folder for folder, found in job_folders(sweep_dir) if found is not None}
+    planned = []
+    for job in jobs:
+        wanted = identity(job)
+        folder = known.get(tuple(wanted.items()))
+        if folder is None and has_own_subdir:
+            planned.append(Planned(job, None, State.NEW))
+            continue
+        if folder is None:
+            folder = sweep_dir / job_name(job, swept)
+            if is_taken(folder):
+                raise UserError(f"{folder}: {_difference(folder, wanted)}: give another hydra.sweep.dir")
+        planned.append(Planned(job, folder, state(folder)))
+    return planned
+
+
+def _difference(folder: Path, wanted: dict[str, str]) -> str:
+    """Say how the job in a folder differs from the wanted one."""
+    recorded = recorded_overrides(folder)
+    if recorded is None:
+        return "holds a run that this sweep did not start"
+    was = identity(recorded)
+    key = next(key for key in [*was, *wanted] if was.get(key) != wanted.get(key))
+    before = f"with {key}={was[key]}" if key in was else f"without {key}"
+    now = f"{key}={wanted[key]}" if key in wanted else f"without {key}"
+    return f"holds another job ({before}, and this one is {now})"
+
+
+def composed(sweeper: BasicSweeper, overrides: Sequence[str]) -> DictConfig:
+    """Compose the config of a job, with Hydra's own part."""
+    assert sweeper.hydra_context is not None and sweeper.config is not None
+    return sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
+
+
+def check(sweeper: BasicSweeper, job: Job, planned: Sequence[Planned], sweep_dir: Path) -> list[Any]:
+    """Check the config of every job, and compare the results that are there with what the overrides mean now.
+
+    Returns:
+        The config of each job, or the error that its config has. Such a job fails when it runs, and the others run.
+
+    Raises:
+        UserError: the config of every job is wrong, or results are of another config.
+    """
+    configs: list[Any] = []
+    errors: list[UserError] = []
+    for one in planned:
+        whole = composed(sweeper, one.launched(sweep_dir))
+        folder = one.folder or sweep_dir / "job"
+        if one.state in (State.DONE, State.HALF_DONE):
+            check_unchanged(folder, without_hydra(whole))
+        try:
+            configs.append(job.config(whole, folder))
+        except UserError as error:
+            errors.append(error)
+            configs.append(error)
+    if errors and len(errors) == len(planned):
+        raise errors[0]
+    return configs
+
+
+def _preview(job: Job, planned: Sequence[Planned], configs: Sequence[Any], sweep_dir: Path, is_sweep: bool) -> None:
+    """Print what each job would take. A single run is a sweep of one job, and may be one that is resumed."""
+    assert job.resumable is not None
+    rows = []
+    for one, config in zip(planned, configs, strict=True):
+        folder, found = one.folder or sweep_dir / "job", one.state
+        name = folder.relative_to(sweep_dir).as_posix() if is_sweep else "run"
+        if found is State.HALF_DONE and not isinstance(config, UserError):
+            config, _ = job.resumable.resume(str(folder), config)
+        elif getattr(config, "resume", None) is not None:
+            name, folder, found = config.resume, Path(config.run_dir), State.HALF_DONE
+        rows.append((name, folder, found, config))
+    job.resumable.preview(rows)
+
+
+def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any]:
+    """Run a sweep: every combination of the values of `arguments` that is not done yet.
+
+    Returns:
+        What the launcher returns, in batches.
+
+    Raises:
+        UserError: another process runs this sweep, or the config of every job is wrong.
+    """
+    assert sweeper.config is not None and sweeper.hydra_context is not None and sweeper.launcher is not None
+    config = sweeper.config
+    SweepTable.check_lock()
+    sweep_dir = Path(config.hydra.sweep.dir)
+    params = sweeper.params or {}
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments])
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[call-overload, index]
+    swept = swept_keys(arguments, params)
+    planned = place(combinations(overrides), sweep_dir, swept, has_own_subdir=subdir != _OWN_SUBDIR)
+    configs = check(sweeper, job, planned, sweep_dir)
+    if config.sweep.dry_run:
+        _preview(job, planned, configs, sweep_dir, is_sweep=bool(swept))
+        return []
+    if not rank():
+        counts = Counter(one.state.value for one in planned)
+        states = ", ".join(f"{counts[each.value]} {each.value}" for each in State if counts[each.value])
+        print(f"sweep: {sweep_dir}: {len(planned)} jobs, {states}", file=sys.stderr)
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, sweep_dir / "multirun.yaml")
+    SweepTable.jobs = [one.folder.relative_to(sweep_dir).as_posix() for one in planned if one.folder] or None
+    waiting = [one.launched(sweep_dir) for one in planned if one.state is not State.DONE]
+    results: list[Sequence[Any]] = []
+    for batch in BasicSweeper.split_overrides_to_chunks(waiting, sweeper.max_batch_size) if waiting else ():
+        results.append(sweeper.launcher.launch(batch, initial_job_idx=sum(len(each) for each in results)))
+    return results

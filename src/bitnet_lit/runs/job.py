@@ -1,0 +1,123 @@
+"""`Job` is what Hydra calls with the composed config: once for a run, and for each job of a sweep.
+
+In a sweep it looks into the job's folder first (`job_folder.py`): a job that is done returns its loss, and one that is
+half done goes on. So it does not matter which sweeper or launcher started it, or in which process.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict, read_write
+
+from bitnet_lit.errors import TrainingStopped
+from bitnet_lit.overrides import quoted
+from bitnet_lit.runs.job_folder import State, check_unchanged, final_loss, is_of, state
+from bitnet_lit.runs.ranks import command_of_a_job
+from bitnet_lit.runs.sweep import run_job
+
+
+@dataclass(frozen=True)
+class ResumableTask:
+    """Holds what a command gives beside its task so that a sweep of it can be repeated and tried dry."""
+
+    resume: Callable[[str, Any], tuple[Any, list[str]]]
+    """Called with the folder of a half-done job and the config that the job would begin with. It returns the config
+    to go on with, and the overrides that start another rank of that run."""
+    preview: Callable[[Sequence[tuple[str, Path, State, Any]]], None]
+    """Called by `sweep.dry_run=true` with name, folder, state and config of each job. It checks all that can be checked
+    without training, and prints it."""
+
+
+@dataclass
+class Job:
+    """Composes a job's config and calls the command's task with it."""
+
+    module: str
+    """The module of the command, as `python -m` takes it."""
+    task: Callable[[Any], Any]
+    build: Callable[[DictConfig], Any]
+    """Builds the dataclass from the composed config. It raises UserError where a value does not fit."""
+    resumable: ResumableTask | None
+    """None: the jobs of this command leave nothing that can be resumed."""
+    typed: list[str]
+    """`sys.argv` as the user typed it."""
+    flags: list[str]
+    """The flags of Hydra that the user typed."""
+    main_process: int = field(default_factory=os.getpid)
+    failures: list[Exception] = field(default_factory=list)
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        sys.argv = self.typed  # Lightning starts further ranks with the same command
+        hydra = HydraConfig.get()
+        if hydra.mode != RunMode.MULTIRUN:
+            try:
+                return self.task(self.build(cfg))
+            except Exception as error:  # Hydra would print a message of its own first
+                self.failures.append(error)
+                return None
+        result = self._run_in_sweep(cfg, Path(hydra.runtime.output_dir), Path(hydra.sweep.dir), hydra.overrides.task)
+        if result == float("inf"):
+            self.failures.append(TrainingStopped("jobs of the sweep failed"))
+        return result
+
+    def _run_in_sweep(self, cfg: DictConfig, folder: Path, sweep_dir: Path, overrides: list[str]) -> Any:
+        is_own = self.resumable is not None and is_of(folder, overrides)
+        found = state(folder) if is_own else State.NEW
+
+        def work() -> Any:
+            if found in (State.DONE, State.HALF_DONE):
+                check_unchanged(folder, cfg)
+            if found is State.DONE:
+                return final_loss(folder)
+            config = self.build(cfg)
+            if found is not State.HALF_DONE or self.resumable is None:
+                with command_of_a_job(self.module, self.flags):
+                    return self.task(config)
+            config, resumed = self.resumable.resume(str(folder), config)
+            with command_of_a_job(self.module, self.flags, resumed):
+                return self.task(config)
+
+        return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own)
+
+    def config(self, composed: DictConfig, folder: Path) -> Any:
+        """Build the config of a job without running it.
+
+        Args:
+            composed: the job's config, with Hydra's own part.
+            folder: the job's folder, which may not exist.
+
+        Raises:
+            UserError: a value does not fit.
+        """
+        before = HydraConfig.instance().cfg
+        composed = copy.deepcopy(composed)
+        with read_write(composed.hydra.runtime), open_dict(composed.hydra.runtime):
+            composed.hydra.runtime.output_dir = os.path.abspath(folder)
+        HydraConfig.instance().set_config(composed)
+        try:
+            return self.build(without_hydra(composed))
+        finally:
+            HydraConfig.instance().cfg = before
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a composed config without Hydra's own part, as a job gets it."""
+    config = copy.deepcopy(composed)
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def resume_overrides(folder: str, classes: Sequence[str]) -> list[str]:
+    """Return the overrides that go on with a run which names classes of the user's own."""
+    allowed = ",".join(map(quoted, classes))
+    return [f"resume={quoted(folder)}", *([f"allow=[{allowed}]"] if classes else [])]

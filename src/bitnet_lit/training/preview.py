@@ -1,0 +1,229 @@
+"""`sweep.dry_run=true` checks a run or every job of a sweep without training, and prints what each would take.
+
+It opens the data, fills in the sizes, builds the network where it takes no memory, makes the optimizer and the
+schedule, and compares a half-done job with its checkpoint: what a run does before its first step. Nothing is written.
+
+The time comes from the speed of jobs of the sweep that are done: FLOPs in a second, of the same kind of weights where
+there are such jobs. Where none is done, it comes from the speed of a matrix product on this machine, of which training
+is assumed to reach `TYPICAL_SHARE`. That is a rough figure: the right one is within a factor of about three.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from bitnet_lit.config import CustomNetwork, DataConfig, ModelConfig, PrepareConfig, TrainConfig
+from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.shard_folder import is_complete
+from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, is_out_of_memory, one_line
+from bitnet_lit.exports.targets import check_targets
+from bitnet_lit.foreign_json import read_json
+from bitnet_lit.json_shapes import Number, Record
+from bitnet_lit.model.custom import count
+from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
+from bitnet_lit.runs.job_folder import State
+from bitnet_lit.terminal import wide_console
+from bitnet_lit.training.data import DEMO_DIR, open_data, sequence_length, with_data_named
+from bitnet_lit.training.identity import run_identity
+from bitnet_lit.training.initialize import build_network, fill_in_sizes
+from bitnet_lit.training.optimizers import build_optimizer
+from bitnet_lit.training.plan import Plan, device_memory_bytes, make_plan, memory_estimate_bytes, time_limit
+from bitnet_lit.training.precision import uses_cuda
+from bitnet_lit.training.resume import read_start
+from bitnet_lit.training.run import import_classes
+from bitnet_lit.training.schedule import build_schedule
+
+TYPICAL_SHARE = 0.4  # of a matrix product's speed: demo 0.3, 768/12 on an H200 0.5 (guess from these two)
+_SPEED = Record({}, optional={"perf/tokens_per_s": Number()})
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Holds what a job would take.
+
+    Attributes:
+        plan: of the whole job.
+        done: optimizer steps that are done.
+        memory: bytes at most on a device, estimated.
+    """
+
+    plan: Plan
+    done: int
+    memory: float
+
+    @property
+    def tokens_left(self) -> int:
+        return (self.plan.steps - self.done) * self.plan.tokens_per_step
+
+
+def _uses_demo(config: TrainConfig) -> bool:
+    return isinstance(config.data, DataConfig) and config.data.dir == str(DEMO_DIR)
+
+
+def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
+    """Check a run as far as that is possible without training.
+
+    Args:
+        config: of a new run, or of one that goes on (`resume`).
+        demo_dir: the demo corpus, if the run trains on that.
+
+    Raises:
+        UserError: the run would be refused.
+    """
+    import_classes(config)
+    config = with_data_named(config)
+    if _uses_demo(config):
+        config = replace(config, data=replace(config.data, dir=str(demo_dir)))
+    start = None if config.resume is None else read_start(config.resume)
+    if start is None and config.init_from is None and isinstance(config.model, ModelConfig):
+        check_targets(config.export.targets, config.model, config.quant)
+    data = open_data(config)
+    length = sequence_length(config)
+    if start is not None:
+        start.check_identity(run_identity(config, data.identity(), data.tokenizer, length))
+    fill_in_sizes(config, data)
+    model: nn.Module = build_network(config, on_meta=True)
+    length = sequence_length(config)
+    counted = count(model, config.quant) if isinstance(config.model, CustomNetwork) else None
+    plan = make_plan(config, length, data.num_train_sequences(length), counted)
+    time_limit(config.trainer.max_time)
+    if start is not None:
+        start.check_weights(model)
+    build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)
+    return Outlook(plan, 0 if start is None else min(start.step, plan.steps), memory_estimate_bytes(config, plan))
+
+
+def product_speed(device: str) -> float:
+    """Return the FLOPs in a second of a matrix product: float32 on a CPU, bfloat16 on a GPU."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def _speeds(jobs: Sequence[tuple[Path, TrainConfig, Outlook]]) -> dict[str, float]:
+    """Return the FLOPs in a second that jobs reached which are done, by the name of their weights, and "" for all."""
+    found: dict[str, list[float]] = {}
+    for folder, config, outlook in jobs:
+        try:
+            metrics = read_json(folder / METRICS_NAME, _SPEED, "remove it")
+        except UserError:
+            continue
+        if speed := metrics.get("perf/tokens_per_s"):
+            flops = float(speed) * outlook.plan.accounting.training_flops_per_token
+            for name in (config.quant.name, ""):
+                found.setdefault(name, []).append(flops)
+    return {name: statistics.median(speeds) for name, speeds in found.items()}
+
+
+def _span(seconds: float) -> str:
+    """Return a length of time as text with two digits that count: 45 s, 3 min, 2.5 h."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(memory: float) -> str:
+    return f"{memory / 2**30:,.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:,.0f} MiB"
+
+
+def preview(jobs: Sequence[tuple[str, Path, State, TrainConfig | UserError]]) -> None:
+    """Check jobs and print what each would take.
+
+    Args:
+        jobs: name, folder, state, and the config or the error that its config has.
+
+    Raises:
+        UserError: every job would be refused.
+        TrainingStopped: some of them would be.
+    """
+    with tempfile.TemporaryDirectory(prefix="bitnet-lit-demo-") as temporary:
+        demo_dir = DEMO_DIR
+        uses_demo = any(isinstance(config, TrainConfig) and _uses_demo(with_data_named(config)) for *_, config in jobs)
+        if uses_demo and not is_complete(DEMO_DIR):  # the run makes it, and a dry run writes nothing
+            demo_dir = Path(temporary) / "demo"
+            prepare(PrepareConfig(source="demo", out=str(demo_dir)))
+        checked: list[Outlook | Exception] = []
+        for *_, config in jobs:
+            try:
+                if isinstance(config, UserError):
+                    raise config
+                checked.append(check_run(config, demo_dir))
+            except Exception as error:
+                if not isinstance(error, (*MESSAGES, OSError)) and not is_out_of_memory(error):
+                    raise
+                checked.append(error)
+    _print(jobs, checked)
+    errors = [error for error in checked if isinstance(error, Exception)]
+    if errors and len(errors) == len(jobs):
+        raise errors[0]
+    if errors:
+        raise TrainingStopped(f"{len(errors)} of {len(jobs)} jobs would fail")
+
+
+def _print(
+    jobs: Sequence[tuple[str, Path, State, TrainConfig | UserError]], checked: Sequence[Outlook | Exception]
+) -> None:
+    whole = [
+        (name, folder, state, config, outlook)
+        for (name, folder, state, config), outlook in zip(jobs, checked, strict=True)
+        if isinstance(outlook, Outlook) and isinstance(config, TrainConfig)
+    ]
+    speeds = _speeds([(folder, config, outlook) for _, folder, state, config, outlook in whole if state is State.DONE])
+    source = "the jobs that are done"
+    if not speeds and whole:
+        device = "cuda" if uses_cuda(whole[0][3].trainer) else "cpu"
+        speeds, source = {"": TYPICAL_SHARE * product_speed(device)}, "the speed of a matrix product here; rough"
+    table = Table()
+    for column in ("job", "state", "steps", "tokens left", "parameters", "memory", "time", ""):
+        table.add_column(column)
+    seconds_in_all, tokens_in_all = 0.0, 0
+    for (name, folder, state, config), outlook in zip(jobs, checked, strict=True):
+        notes = []
+        if state is State.FAILED:
+            notes.append((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))
+        if isinstance(outlook, Exception) or isinstance(config, UserError):
+            table.add_row(name, state.value, "", "", "", "", "", one_line(f"would fail: {outlook}"))
+            continue
+        plan, is_done = outlook.plan, state is State.DONE
+        left = 0 if is_done else outlook.tokens_left
+        flops = left * plan.accounting.training_flops_per_token
+        seconds = flops / (speeds.get(config.quant.name) or speeds[""])
+        seconds_in_all, tokens_in_all = seconds_in_all + seconds, tokens_in_all + left
+        has = device_memory_bytes(config.trainer)
+        if outlook.memory > has and not is_done:
+            notes.append(f"may not fit: a device has {_size(has)}")
+        table.add_row(
+            name,
+            state.value,
+            f"{outlook.done:,} of {plan.steps:,}" if state is State.HALF_DONE else f"{plan.steps:,}",
+            f"{left:,}",
+            f"{plan.accounting.parameters:,}",
+            _size(outlook.memory),
+            "" if is_done else _span(seconds),
+            one_line("; ".join(notes)),
+        )
+    output = wide_console(200)
+    output.print(table)
+    counts = Counter(state.value for _, _, state, _ in jobs)
+    states = ", ".join(f"{counts[state.value]} {state.value}" for state in State if counts[state.value])
+    line = f"dry run: {len(jobs)} job{'s' * (len(jobs) > 1)} ({states}); {tokens_in_all:,} tokens left"
+    if whole:
+        line += f", about {_span(seconds_in_all)} one after the other (from {source})"
+    output.print(f"{line}. Nothing was trained or written.")
