@@ -82,7 +82,7 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
     """
     import_classes(config)
     config = with_data_named(config)
-    if _uses_demo(config):
+    if isinstance(config.data, DataConfig) and _uses_demo(config):
         config = replace(config, data=replace(config.data, dir=str(demo_dir)))
     start = None if config.resume is None else read_start(config.resume)
     if start is None and config.init_from is None and isinstance(config.model, ModelConfig):
