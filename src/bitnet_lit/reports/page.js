@@ -51,10 +51,12 @@ const state = {};
 function addSwitch(place, key, title, options, onChange) {
   state[key] = options[0] && options[0][0];
   if (options.length < 2) return;
-  const label = document.createElement("label"), group = document.createElement("span");
-  label.append(title, group);
+  const field = document.createElement("div"), group = document.createElement("span");
+  field.className = "field";
+  field.append(title, group);
   group.className = "switch";
   group.setAttribute("role", "group");
+  group.setAttribute("aria-label", title || key);
   for (const [value, text] of options) {
     const button = document.createElement("button");
     button.type = "button";
@@ -68,13 +70,14 @@ function addSwitch(place, key, title, options, onChange) {
     };
     group.append(button);
   }
-  place.append(label);
+  place.append(field);
 }
 
 function addSelect(place, key, title, names, onChange) {
   state[key] = 0;
   if (names.length < 2) return;
   const label = document.createElement("label"), select = document.createElement("select");
+  label.className = "field";
   label.append(title, select);
   names.forEach((name, i) => select.append(new Option(name, i)));
   select.onchange = () => { state[key] = Number(select.value); onChange(); };

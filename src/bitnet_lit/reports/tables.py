@@ -109,6 +109,8 @@ def explanation(comparison: Comparison) -> list[str]:
 
 def reasons(comparison: Comparison) -> list[str]:
     """Return why rows have no gaps, one sentence for each reason."""
+    if not any(row.is_dense for row in comparison.rows):
+        return ["no gap to a dense model: no run with quant=none counts"]
     found: dict[str, list[str]] = {}
     for row in comparison.rows:
         for name, gap in (("tokens", row.at_equal_tokens), ("bytes", row.at_equal_bytes)):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bitnet_lit.errors import UserError, nearest
+from bitnet_lit.errors import UserError, nearest, one_line
 
 ABSENT = "-"
 """What is shown where a config does not have a key."""
@@ -48,7 +48,7 @@ def shown(value: Any) -> str:
         value = value.get("name", value.get("_target_"))
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else one_line(value, 200)
 
 
 def value_of(config: dict[str, Any], key: str, absent: str = ABSENT) -> str:
