@@ -1,113 +1,77 @@
-"""metrics.csv through new columns and resumes; which other loggers a config makes."""
+"""The loggers that conf/logger/ names, and the hyperparameters that TensorBoard gets."""
 
-import csv
+import sys
+import types
 
 import pytest
 
-from bitnet_lit.config import LoggerConfig, TrainConfig
-from bitnet_lit.config.slots import as_values
+from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
-from bitnet_lit.runs.metrics_csv import read_metrics
+from bitnet_lit.instantiate import locate
 from bitnet_lit.training.loggers import CsvLogger, build_loggers
+from bitnet_lit.training.trackio_logger import TrackioLogger
 
 
-def rows(folder):
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def trackio(monkeypatch):
+    """A stand-in for the package, which notes what it is asked to do."""
+    asked = []
+
+    class Run:
+        def log(self, metrics, step):
+            asked.append(("log", metrics, step))
+
+        def finish(self):
+            asked.append(("finish",))
+
+    module = types.ModuleType("trackio")
+    module.init = lambda project, **options: (asked.append(("init", project, options)), Run())[1]
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    return asked
 
 
-def test_a_row_holds_the_number_of_steps_done(tmp_path):
-    logger = CsvLogger(tmp_path)
-    logger.log_metrics({"train/loss": 6.25, "epoch": 0}, step=0)
-    assert (tmp_path / "metrics.csv").read_text() == "step,train/loss\n1,6.25\n"
-
-
-def test_a_new_column_is_empty_in_the_rows_before_it(tmp_path):
-    logger = CsvLogger(tmp_path)
-    logger.log_metrics({"train/loss": 6.0}, step=0)
-    logger.log_metrics({"val/loss": 5.0}, step=1)
-    logger.log_metrics({"train/loss": 4.0}, step=2)
-    assert rows(tmp_path) == [
-        {"step": "1", "train/loss": "6", "val/loss": ""},
-        {"step": "2", "train/loss": "", "val/loss": "5"},
-        {"step": "3", "train/loss": "4", "val/loss": ""},
+def test_trackio_gets_the_config_and_the_metrics(trackio):
+    logger = TrackioLogger(name="runs/a", space_id="me/space")
+    logger.log_hyperparams({"quant": {"name": "b158"}, "seed": 1})
+    assert not trackio  # the run begins with the first row
+    logger.log_metrics({"val/loss": 2.0}, step=3)
+    logger.log_metrics({"val/loss": 1.0}, step=7)
+    logger.finalize("success")
+    options = {"config": {"quant.name": "b158", "seed": 1}, "resume": "allow", "embed": False, "space_id": "me/space"}
+    assert trackio == [
+        ("init", "bitnet-lit", {"name": "runs/a", **options}),
+        ("log", {"val/loss": 2.0}, 3),
+        ("log", {"val/loss": 1.0}, 7),
+        ("finish",),
     ]
-    assert read_metrics(tmp_path / "metrics.csv")[1] == {"step": "2", "val/loss": "5"}
 
 
-def test_nothing_but_an_epoch_is_no_row_and_one_row_is_not_written_twice(tmp_path):
-    logger = CsvLogger(tmp_path)
-    logger.log_metrics({"epoch": 0}, step=0)
-    assert logger.num_rows == 0 and not (tmp_path / "metrics.csv").exists()
-    logger.log_metrics({"val/loss": 5.0}, step=0)
-    logger.log_metrics({"val/loss": 5.0}, step=0)
-    assert logger.num_rows == 1
-    logger.log_metrics({"train/loss": 5.0}, step=0)  # of the same step, but another one
-    assert logger.num_rows == 2
+def test_trackio_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match=r"^logger=trackio: needs the package trackio: pip install trackio$"):
+        TrackioLogger()
 
 
-def test_nine_digits_and_what_is_no_number(tmp_path):
-    logger = CsvLogger(tmp_path)
-    logger.log_metrics({"a": 1 / 3, "b": float("nan"), "c": float("-inf"), "d": 1e-30}, step=9)
-    assert rows(tmp_path) == [{"step": "10", "a": "0.333333333", "b": "nan", "c": "-inf", "d": "1e-30"}]
+@pytest.mark.parametrize("name", ["mlflow", "trackio"])
+def test_each_tracker_is_a_class_and_knows_the_run(name):
+    (values,) = compose("train", [f"logger={name}", "run_dir=outputs/mine"]).logger.extra.values()
+    assert locate(values["_target_"], "logger.extra") is not None
+    assert "outputs/mine" in (values.get("name"), values.get("run_name"))
 
 
-def test_a_resumed_run_goes_on_behind_the_rows_of_its_checkpoint(tmp_path):
-    unbroken = CsvLogger(tmp_path)
-    for step in range(6):
-        unbroken.log_metrics({"train/loss": 6.0 - step}, step=step)
-        unbroken.log_metrics({"val/loss": 6.5 - step}, step=step)
-    expected = (tmp_path / "metrics.csv").read_bytes()
+def test_tensorboard_gets_the_config(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    resumed = CsvLogger(tmp_path, resume_step=3, num_rows=5)  # the checkpoint knew of one row of step 3
-    assert [row["step"] for row in rows(tmp_path)] == ["1", "1", "2", "2", "3"]
-    resumed.log_metrics({"val/loss": 4.5}, step=2)
-    for step in range(3, 6):
-        resumed.log_metrics({"train/loss": 6.0 - step}, step=step)
-        resumed.log_metrics({"val/loss": 6.5 - step}, step=step)
-    assert (tmp_path / "metrics.csv").read_bytes() == expected
-
-
-def test_a_checkpoint_that_counted_no_rows_keeps_those_up_to_its_step(tmp_path):
-    logger = CsvLogger(tmp_path)
-    for step in range(4):
-        logger.log_metrics({"train/loss": 1.0}, step=step)
-    CsvLogger(tmp_path, resume_step=2)
-    assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
-
-
-def test_weights_and_biases_gets_the_config(tmp_path):
-    config = TrainConfig(logger=LoggerConfig(wandb=True))
-    wandb = build_loggers(config, tmp_path, CsvLogger(tmp_path), resume_step=0)[1]
-    assert wandb._wandb_init["config"] == as_values(config)
-
-
-def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_gets_another(tmp_path):
-    config = TrainConfig(logger=LoggerConfig(wandb=True))
-    for folder in ("offline-run-20260131_120000-abc-1", "debug.log", "latest-run"):
-        (tmp_path / "wandb" / folder).mkdir(parents=True)
-    for resume_step, expected in ((0, None), (5, "abc-1")):
-        wandb = build_loggers(config, tmp_path, CsvLogger(tmp_path), resume_step)[1]
-        assert wandb._wandb_init["id"] == expected
-
-
-def test_half_a_last_line_is_left_out(tmp_path):
-    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,6.25\n2,6.")
-    assert read_metrics(tmp_path / "metrics.csv") == [{"step": "1", "train/loss": "6.25"}]
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"time,loss\n1,2\n", "not the metrics.csv of a run"),
-        (b"step,loss\n1,2,3\n", "line 2 is no row of 2 cells"),
-        (b"step,loss\n1,2\nx,3\n", "line 3 is no row"),
-        (b"step,loss\n\xff,2\n", "damaged"),
-        (b'step,loss\n"1,2\n3,4\n', "damaged"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path, content, reason):
-    (tmp_path / "metrics.csv").write_bytes(content)
-    with pytest.raises(UserError, match=reason) as caught:
-        read_metrics(tmp_path / "metrics.csv")
-    assert str(tmp_path / "metrics.csv") in str(caught.value) and "\n" not in str(caught.value)
+    config = compose("train", ["logger=tensorboard", "optim.learning_rate=0.125", f"run_dir={tmp_path}"])
+    for resume_step in (0, 5):  # a resumed run has written it already
+        tensorboard = build_loggers(config, tmp_path, CsvLogger(tmp_path), resume_step)[-1]
+        tensorboard.log_metrics({"val/loss": 2.0}, step=resume_step)
+        tensorboard.finalize("success")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert values["optim.learning_rate"].number_value == 0.125 and values["quant.name"].string_value == "b158"
+    assert events.Tags()["scalars"] == ["val/loss"]
+    assert [each.value for each in events.Scalars("val/loss")] == [2.0, 2.0]  # no value that nobody measured

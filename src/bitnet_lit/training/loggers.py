@@ -24,6 +24,7 @@ from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
 from bitnet_lit.instantiate import instantiate
+from bitnet_lit.runs.config_keys import flat
 from bitnet_lit.runs.folder import CSV_NAME
 from bitnet_lit.runs.metrics_csv import read_metrics
 
@@ -130,6 +131,21 @@ def _wandb_id(run_dir: Path) -> str | None:
     return found[-1] if found else None
 
 
+@rank_zero_only
+def _log_hyperparams(logger: Logger, config: TrainConfig) -> None:
+    """Write the config for TensorBoard's page HPARAMS, with val/loss as the metric that it compares.
+
+    TensorBoardLogger's own method would write a first value of the metric, which no step has measured.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    values = {key: value for key, value in flat(as_values(config)).items() if value is not None}
+    plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
+    writer = logger.experiment._get_file_writer()  # type: ignore[attr-defined]
+    for summary in hparams(plain, {"val/loss": 0.0}):  # the number is not written
+        writer.add_summary(summary)
+
+
 def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, resume_step: int) -> list[Logger]:
     """Return the loggers of `config`. Their files are written below `run_dir`.
 
@@ -143,6 +159,8 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
     if config.logger.tensorboard:
         with needs("tensorboard", "logger=tensorboard"):
             loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resume_step or None))
+        if not resume_step:
+            _log_hyperparams(loggers[-1], config)
     if config.logger.wandb:
         # If the user has set WANDB_MODE, it decides. WandbLogger's own `offline` would set a mode that newer versions
         # of wandb read as online.
