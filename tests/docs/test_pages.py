@@ -11,7 +11,7 @@ from tests.docs.pages import BLOCKS, PAGES, command_of, prose
 from tests.support import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "bitnet_lit"
-ELSEWHERE = {".", "cd", "git", "make", "pip", "pytest", "python3"}
+ELSEWHERE = {".", "bash", "cd", "git", "make", "pip", "pytest", "python3", "sbatch"}
 """Programs of a block that are no command of ours: what they name is looked at, and they are not run."""
 NOT_KEYS = {"hydra.run.dir", "hydra.sweep.dir", "group", "key", "weights_only"}
 """What stands before a = in a sentence and is no key of a schema."""
