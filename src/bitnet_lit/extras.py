@@ -13,9 +13,11 @@ EXTRAS = {
     "huggingface_hub": "export",
     "lm_eval": "eval",
     "matplotlib": "plot",
+    "pyarrow": "data",
     "plotly": "report",
     "tensorboard": "tensorboard",
     "tokenizers": "export",
+    "zstandard": "data",
 }
 """Package -> the extra of pyproject.toml that installs it."""
 

@@ -294,7 +294,7 @@ def test_the_sums_of_what_was_read_and_written_are_printed(tmp_path, tokenizer, 
     summary = prepare(PrepareConfig(**options))
     assert (summary["files"], summary["documents"], summary["stories"], summary["empty"]) == (2, 4, 3, 1)
     first, second, third = capsys.readouterr().err.splitlines()
-    assert first == f"source={source}: not read: not .json, .jsonl, .txt: 1 ([b]c.pdf)"
+    assert first == f"source={source}: not read: not .json, .jsonl, .txt, .parquet, .arrow: 1 ([b]c.pdf)"
     assert second == f"source={source}: read 2 files, 4 documents, 51 bytes; 1 documents without text"
     assert third.startswith(f"{tmp_path}/out: 1 shards, 3 stories, ")
 

@@ -21,7 +21,9 @@ class PrepareConfig(Checked):
     """`python -m bitnet_lit.prepare` turns text into shards of token ids, in llama2.c's format."""
 
     source: str = "demo"
-    """demo, tinystories, or a file, folder or glob of .json, .jsonl or .txt files."""
+    """demo, tinystories, or a file, folder or glob of .json, .jsonl, .txt (also .gz or .zst), .parquet or .arrow."""
+    column: str | None = None
+    """The column of a table, or the key of a JSON record, that has the text. null: text, story or content."""
     out: str | None = None
     """The folder to write. null: data/<source>; for files of your own, data/<name of the file or folder>."""
     tokenizer: str | None = None

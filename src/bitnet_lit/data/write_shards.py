@@ -25,7 +25,7 @@ from bitnet_lit.control_groups import processors
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.shard_cache import file_sha256
 from bitnet_lit.data.shard_folder import dtype_for, shard_digest, shard_path
-from bitnet_lit.data.sources.source import ReadCounts, TextShard, fingerprint
+from bitnet_lit.data.sources.source import Continuation, ReadCounts, TextShard, fingerprint
 from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.terminal import console
@@ -62,9 +62,14 @@ class ShardEncoder:
         self.dtype = dtype_for(tokenizer.vocab_size)
         self._bos = np.array([tokenizer.bos_id], self.dtype).tobytes()
         self._encode = tokenizer.shard_encoder(self.dtype)
+        # SentencePiece puts a space in front of each text; a byte-level tokenizer does not.
+        parts, whole = [self._encode("ab"), self._encode(" ab")], self._encode("ab ab")
+        self._keeps_space = parts[0] + parts[1] == whole != parts[0] * 2
 
     def __call__(self, story: str) -> bytes:
-        """Return the bytes of a story."""
+        """Return the bytes of a story. A `Continuation` has no BOS, and its tokens are those behind the text before."""
+        if isinstance(story, Continuation):
+            return self._encode(story if self._keeps_space else story[1:])
         return self._bos + self._encode(story)
 
 
@@ -90,7 +95,7 @@ def write_shard(text: TextShard, folder: Path, encoder: ShardEncoder) -> dict[st
         for segment in text.segments:
             for story in segment.stories(counts):
                 file.write(encoder(story))
-                stories += 1
+                stories += not isinstance(story, Continuation)
                 text_bytes += len(story.encode())
         tokens = file.tell() // encoder.dtype.itemsize
         if not tokens:

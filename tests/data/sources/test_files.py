@@ -5,12 +5,18 @@ import json
 from bitnet_lit.data.sources import files
 from bitnet_lit.data.sources.files import file_shards
 from bitnet_lit.data.sources.find_text import find_text
-from bitnet_lit.data.sources.source import ReadCounts
+from bitnet_lit.data.sources.source import Continuation, ReadCounts
 
 
 def stories_of(shards, counts=None):
-    counts = ReadCounts() if counts is None else counts
-    return [story for shard in shards for segment in shard.segments for story in segment.stories(counts)]
+    """The stories of shards; one that was cut is whole again."""
+    counts, found = ReadCounts() if counts is None else counts, []
+    for story in (story for shard in shards for segment in shard.segments for story in segment.stories(counts)):
+        if isinstance(story, Continuation):
+            found[-1] += story
+        else:
+            found.append(story)
+    return found
 
 
 def test_llama2cs_names_are_kept(tmp_path):

@@ -27,7 +27,7 @@ def test_what_is_passed_over_is_named_and_counted(tmp_path):
     found = find_text(str(tmp_path))
     assert found.files == [tmp_path / "a.txt", tmp_path / "sub.txt" / "c.txt"]
     assert found.describe_passed_over() == (
-        "hidden: 2 (.b.txt, .git); not .json, .jsonl, .txt: 5 (0.pdf, 1.pdf, 2.pdf, ...); "
+        "hidden: 2 (.b.txt, .git); not .json, .jsonl, .txt, .parquet, .arrow: 5 (0.pdf, 1.pdf, 2.pdf, ...); "
         "no files: 2 (broken.txt, pipe.txt); of a shard folder: 2 (meta.json, tokenizer.json); empty: 1 (empty.txt)"
     )
     globbed = find_text(str(tmp_path / "*.txt"))
@@ -60,12 +60,12 @@ def test_links_are_followed_and_read_once(tmp_path):
     ("source", "message"),
     [
         ("nothing*", "source=nothing\\*: no such file, folder or glob"),
-        ("a.pdf", "a.pdf: cannot read '.pdf' files: give .json, .jsonl, .txt"),
+        ("a.pdf", "a.pdf: cannot read '.pdf' files: give .json, .jsonl, .txt, .parquet, .arrow"),
         ("pipe.txt", r"pipe.txt: cannot be read \(it is a pipe, not a file\)"),
         ("/dev/zero", r"/dev/zero: cannot be read \(it is a device, not a file\)"),
         (
             ".",
-            r"no .json, .jsonl, .txt files in it: hidden: 1 \(.x.txt\); not .json, .jsonl, .txt: 1",
+            r"no .json, .jsonl, .txt, .parquet, .arrow files in it: hidden: 1 \(.x.txt\); not .json, .*, .arrow: 1",
         ),
         ("", "source is empty"),
         ("a\0b", "no such file"),

@@ -21,4 +21,4 @@ def open_source(config: PrepareConfig) -> Source:
     """
     if config.source in BUILT_IN:
         return BUILT_IN[config.source](config)
-    return files_source(config.source, list(BUILT_IN))
+    return files_source(config.source, list(BUILT_IN), config.column)

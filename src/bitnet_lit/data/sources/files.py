@@ -1,8 +1,8 @@
 """Text files are a source, and are cut into shards here.
 
 Each .json file is one shard, as in llama2.c, under the name of the file if it is llama2.c's (data00, data01, ...).
-Small .jsonl and .txt files share a shard; large ones are cut between documents. Both kinds give shards of about
-SHARD_TEXT_BYTES.
+Small .jsonl and .txt files and tables share a shard; large ones are cut between documents. Both kinds give shards of
+about SHARD_TEXT_BYTES. A compressed file can be read from its start only, and so goes to one shard as a whole.
 """
 
 from __future__ import annotations
@@ -12,49 +12,60 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitnet_lit.data.sources.find_text import find_text, suffix_of
-from bitnet_lit.data.sources.read_text import READ_REMEDY, FileSegment, document_ends
-from bitnet_lit.data.sources.source import Source, TextShard, numbered
+from bitnet_lit.data.sources.find_text import find_text, kind_of
+from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of
+from bitnet_lit.data.sources.read_text import FileSegment, file_segments
+from bitnet_lit.data.sources.source import Segment, Source, TextShard, numbered
+from bitnet_lit.data.sources.tables import TABLES, table_segments
 from bitnet_lit.errors import UserError
 
 SHARD_TEXT_BYTES = 64 * 2**20
+COMPRESSION_RATIO = 3  # of English text with gzip (about 2.7) and Zstandard (about 3)
 
 
-def files_source(source: str, built_in: Sequence[str]) -> Source:
+def files_source(source: str, built_in: Sequence[str], column: str | None = None) -> Source:
     """Open a file, a folder or a glob.
 
     Args:
         built_in: the names of the built-in sources, which an error's line names too.
+        column: the column of a table, or the key of a JSON record, that has the text. None: the usual ones.
     """
     found = find_text(source, built_in)
     identity = os.fsencode(os.path.abspath(source)).decode("utf-8", "backslashreplace")  # a path may be any bytes
-    return Source(identity, file_shards(found.files), found.files, found.describe_passed_over())
+    if column is not None:
+        identity += f"#{column}"
+    return Source(identity, file_shards(found.files, column), found.files, found.describe_passed_over())
 
 
-def file_shards(files: Sequence[Path]) -> list[TextShard]:
+def file_shards(files: Sequence[Path], column: str | None = None) -> list[TextShard]:
     """Cut text files into shards (see the module)."""
-    groups: list[list[FileSegment]] = []
+    groups: list[list[Segment]] = []
     open_bytes = SHARD_TEXT_BYTES  # of the group that small files still join; full: the next one begins
     for path in files:
-        if suffix_of(path) == ".json":
-            groups.append([FileSegment(path, 0, _size(path))])
+        if kind_of(path) == ".json":
+            groups.append([FileSegment(path, 0, _size(path), column)])
             open_bytes = SHARD_TEXT_BYTES
             continue
-        start = 0
-        for stop in document_ends(path, SHARD_TEXT_BYTES):
+        for segment in _segments(path, column):
             if open_bytes >= SHARD_TEXT_BYTES:
                 groups.append([])
                 open_bytes = 0
-            groups[-1].append(FileSegment(path, start, stop))
-            open_bytes += stop - start
-            start = stop
+            groups[-1].append(segment)
+            open_bytes += segment.size * (COMPRESSION_RATIO if compression_of(path) else 1)
     return _with_llama2c_names(files, groups) or numbered(groups)
 
 
-def _with_llama2c_names(files: Sequence[Path], groups: list[list[FileSegment]]) -> list[TextShard]:
+def _segments(path: Path, column: str | None) -> Sequence[Segment]:
+    if kind_of(path) in TABLES:
+        return table_segments(path, column, SHARD_TEXT_BYTES)
+    return file_segments(path, SHARD_TEXT_BYTES, column)
+
+
+def _with_llama2c_names(files: Sequence[Path], groups: list[list[Segment]]) -> list[TextShard]:
     """Name each shard as its file, where that gives names like llama2.c's, each once; else return no shards."""
     names = [path.stem for path in files]
-    one_each = [segment.path for group in groups for segment in group] == files and len(groups) == len(files)
+    paths = [segment.path for group in groups for segment in group if isinstance(segment, FileSegment)]
+    one_each = paths == files and len(groups) == len(files)
     if one_each and len(set(names)) == len(names) and all(re.fullmatch(r"data\d+", name) for name in names):
         return [TextShard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
     return []

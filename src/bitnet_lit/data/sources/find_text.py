@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bitnet_lit.data.shard_folder import OWN_JSON_NAMES
+from bitnet_lit.data.sources.open_text import compression_of
+from bitnet_lit.data.sources.tables import TABLES
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 
-SUFFIXES = (".json", ".jsonl", ".txt")
+SUFFIXES = (".json", ".jsonl", ".txt", *TABLES)  # the first three may be followed by a compression: .txt.gz
+# Beside the tables of a folder that `datasets` wrote; and the tables that its `map` keeps for itself.
+_DATASETS_NAMES = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+_DATASETS_CACHE = re.compile(r"(cache|tmp)-?[0-9a-f]+.*\.arrow")
 NAMED = 3  # of the files that are passed over for one reason
 
 
@@ -49,9 +55,14 @@ def _printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def suffix_of(path: Path) -> str:
-    """Return the suffix that says how a file is read, in lower case: A.TXT is read as a.txt is."""
-    return path.suffix.lower()
+def kind_of(path: Path) -> str:
+    """Return the suffix that says how a file is read, in lower case: .txt for A.TXT and for a.txt.gz.
+
+    A file of another kind has the suffix that it has; a compressed table has that of its compression.
+    """
+    compression = compression_of(path)
+    inner = path.with_suffix("").suffix.lower() if compression else path.suffix.lower()
+    return compression if compression and (inner in TABLES or inner not in SUFFIXES) else inner
 
 
 def find_text(source: str, built_in: Sequence[str] = ()) -> FoundText:
@@ -84,7 +95,7 @@ def find_text(source: str, built_in: Sequence[str] = ()) -> FoundText:
         if not candidates and not found.passed_over:
             raise UserError(f"source={source}: no such file, folder or glob{also}")
     for candidate in candidates:
-        if suffix_of(candidate) not in SUFFIXES:  # in a folder they are passed over; here they were asked for
+        if kind_of(candidate) not in SUFFIXES:  # in a folder they are passed over; here they were asked for
             raise UserError(f"{candidate}: cannot read '{candidate.suffix}' files: give {kinds}")
     _keep_each_once(candidates, found)
     if not found.files:
@@ -121,7 +132,9 @@ def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
                 found.pass_over(path, "no files")
             elif path.name in OWN_JSON_NAMES:  # llama2.c keeps text and shards in one folder
                 found.pass_over(path, "of a shard folder")
-            elif suffix_of(path) not in SUFFIXES:
+            elif path.name in _DATASETS_NAMES or _DATASETS_CACHE.fullmatch(path.name):
+                found.pass_over(path, "of a folder of datasets")
+            elif kind_of(path) not in SUFFIXES:
                 found.pass_over(path, f"not {', '.join(SUFFIXES)}")
             else:
                 yield path

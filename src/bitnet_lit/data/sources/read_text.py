@@ -4,6 +4,8 @@
     .jsonl   an object with "story" or "text" on each line
     .txt     documents with <|endoftext|> between them, as in TinyStories' own files; without it, one document
 
+Each of them may be compressed (open_text.py). A file is read in pieces, but for .json, which is one value.
+
 A story is what `prepare` encodes behind one BOS. <|endoftext|> divides documents wherever it stands, also inside a line
 and inside the text of a JSON record, and never becomes text to train on. A suffix may be written in capitals. Text is
 UTF-8; a byte order mark at the start of a file is not part of the text.
@@ -14,36 +16,51 @@ in it that hold carriage returns are counted.
 
 A story has no white space at its ends. Documents without text are left out and counted, except those of .json: llama2.c
 keeps them as a BOS without text.
+
+A document that is longer than a shard (a .txt of 5 GB without a separator) is cut between two words. What follows is a
+`Continuation`, which gets no BOS: the tokens are those of the whole document.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from bitnet_lit.data.sources.find_text import suffix_of
-from bitnet_lit.data.sources.source import ReadCounts, Segment
-from bitnet_lit.data.tokenizers.tokenizer import without_surrogates
+from bitnet_lit.data.sources.documents import SEPARATOR, documents_of_record, with_unix_line_ends
+from bitnet_lit.data.sources.find_text import kind_of
+from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of, text_of
+from bitnet_lit.data.sources.source import Continuation, ReadCounts, Segment
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 
-SEPARATOR = "<|endoftext|>"
+LONGEST_CHARACTERS = 64 * 2**20  # of a document that is held as a whole
+LONGEST_LINE_CHARACTERS = 2**28  # of a .jsonl file; a record is one document
 _BLOCK = 2**20  # bytes to search at once
+_OVERLAP = 16  # bytes of the block before that are searched again: more than a separator has
 _MEND = "mend the file, or take it out of the source"
-READ_REMEDY = "check the file and its permissions"
+# Between these two words, each of which ends or begins with a visible ASCII character, a document may be cut.
+_BORDER = re.compile(r"(?<=[!-~]) (?=[!-~])")
+_BORDER_BYTES = re.compile(rb"(?<=[!-~]) (?=[!-~])")
 
 
 @dataclass(frozen=True)
 class FileSegment(Segment):
-    """Reads the bytes [start, stop) of a text file."""
+    """Reads the bytes [start, stop) of a text file, or all of a compressed one.
+
+    Attributes:
+        column: the key of a .jsonl record that has the text. None: "story" or "text".
+        continues: whether it begins inside a document.
+    """
 
     path: Path
     start: int
     stop: int
+    column: str | None = None
+    continues: bool = False
 
     @property
     def size(self) -> int:
@@ -63,7 +80,8 @@ class FileSegment(Segment):
             status = self.path.stat()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
-        return f"{self.path.absolute()}/{status.st_size}/{status.st_mtime_ns}/{self.start}-{self.stop}"
+        more = f"/{self.column}" if self.column else ""
+        return f"{self.path.absolute()}/{status.st_size}/{status.st_mtime_ns}/{self.start}-{self.stop}{more}"
 
     def stories(self, counts: ReadCounts) -> Iterator[str]:
         """Yield the stories of this part of the file.
@@ -71,47 +89,52 @@ class FileSegment(Segment):
         Raises:
             UserError: the file does not hold what its suffix promises; the line names the file and the record.
         """
-        suffix = suffix_of(self.path)
-        texts = {".json": _json_texts, ".jsonl": _jsonl_texts, ".txt": _txt_texts}[suffix]
-        counts.bytes_in += self.size
-        for text in texts(self, _content(self)):
-            stories = [part.strip() for part in without_surrogates(text).split(SEPARATOR)]
-            if not any(stories):
-                counts.empty += suffix != ".txt"
-                counts.documents += suffix != ".txt"
-                stories = [""] if suffix == ".json" else []
-            else:
-                stories = [story for story in stories if story]
-                counts.documents += len(stories) if suffix == ".txt" else 1
-            counts.carriage_returns += sum("\r" in story for story in stories)
-            yield from stories
+        kind, pieces = kind_of(self.path), _counted(self, counts)
+        if kind == ".txt":
+            yield from _txt_stories(pieces, counts, self.continues)
+        elif kind == ".jsonl":
+            for text in _jsonl_texts(self, pieces):
+                yield from documents_of_record(text, counts)
+        else:
+            for text in _json_texts(self, "".join(pieces)):
+                stories = list(documents_of_record(text, counts)) or [""]
+                counts.carriage_returns += sum("\r" in story for story in stories)
+                yield from stories
 
 
-def _content(segment: FileSegment) -> str:
-    """Return the text of a segment as it stands in the file, without the byte order mark that some editors write."""
-    path = segment.path
-    with open_regular(path, READ_REMEDY) as file:
-        try:
-            file.seek(segment.start)
-            raw = file.read(segment.size)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
-    if len(raw) != segment.size:
-        raise UserError(f"{path}: became shorter while it was read: give the same command again")
-    if segment.start == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: UTF-16, not UTF-8: convert it (iconv -f utf-16 -t utf-8)")
-    if (at := raw.find(b"\0")) >= 0:
-        raise UserError(
-            f"{path}: a NUL at byte {segment.start + at}: no text, or UTF-16: convert it (iconv -f utf-16le -t utf-8)"
-        )
-    try:
-        content = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 at byte {segment.start + error.start}: convert it (iconv -f latin1 -t utf-8, if that "
-            "is what it is)"
-        ) from None
-    return content.removeprefix("\ufeff") if segment.start == 0 else content
+def _counted(segment: FileSegment, counts: ReadCounts) -> Iterator[str]:
+    """Yield the text of a segment in pieces, and count its bytes."""
+    if compression_of(segment.path):
+        for piece in text_of(segment.path):
+            counts.bytes_in += len(piece.encode())
+            yield piece
+    else:
+        counts.bytes_in += segment.size
+        yield from text_of(segment.path, segment.start, segment.stop)
+
+
+def _txt_stories(pieces: Iterator[str], counts: ReadCounts, continues: bool) -> Iterator[str]:
+    """Yield the documents between separators; one that is too long comes in parts."""
+    kept = ""
+    for piece in pieces:
+        *documents, kept = (kept + piece).split(SEPARATOR)
+        for document in documents:
+            yield from _document(document, counts, continues)
+            continues = False
+        while len(kept) > LONGEST_CHARACTERS and (border := _BORDER.search(kept, LONGEST_CHARACTERS)):
+            yield from _document(kept[: border.start()], counts, continues)
+            kept, continues = kept[border.start() :], True
+    yield from _document(kept, counts, continues)
+
+
+def _document(text: str, counts: ReadCounts, continues: bool) -> Iterator[str]:
+    text = with_unix_line_ends(text)
+    if continues:
+        if story := text.strip():
+            yield Continuation(f" {story}")
+    elif story := text.strip():
+        counts.documents += 1
+        yield story
 
 
 def _json_texts(segment: FileSegment, content: str) -> Iterator[str]:
@@ -124,32 +147,42 @@ def _json_texts(segment: FileSegment, content: str) -> Iterator[str]:
         raise UserError(f"{path}: not JSON ({error}): {_MEND}") from None
     if not isinstance(records, list):
         raise UserError(f"{path}: holds a {type(records).__name__}, not a list of {{'story': ...}}: {_MEND}")
+    key = segment.column or "story"
     for number, record in enumerate(records):
-        if not isinstance(record, dict) or not isinstance(record.get("story"), str):
-            raise UserError(f"{path}: record {number} has no text under 'story': {_MEND}")
-        yield record["story"]
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise UserError(f"{path}: record {number} has no text under {key!r}: {_MEND}")
+        yield record[key]
 
 
-def _jsonl_texts(segment: FileSegment, content: str) -> Iterator[str]:
-    for number, line in enumerate(_with_unix_line_ends(content).split("\n"), 1):
+def _jsonl_texts(segment: FileSegment, pieces: Iterator[str]) -> Iterator[str]:
+    keys = [segment.column] if segment.column else ["story", "text"]
+    for number, line in enumerate(_lines(segment, pieces), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{_line(segment, number)} is not JSON ({error}): {_MEND}") from None
-        text = record.get("story", record.get("text")) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"{_line(segment, number)} has no text under 'story' or 'text': {_MEND}")
-        yield _with_unix_line_ends(text)
+        present = [record[key] for key in keys if key in record] if isinstance(record, dict) else []
+        if not present or not isinstance(present[0], str):
+            named = " or ".join(map(repr, keys))
+            raise UserError(f"{_line(segment, number)} has no text under {named}: {_MEND}, or give column=<its key>")
+        yield with_unix_line_ends(present[0])
 
 
-def _txt_texts(segment: FileSegment, content: str) -> Iterator[str]:
-    yield _with_unix_line_ends(content)
-
-
-def _with_unix_line_ends(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+def _lines(segment: FileSegment, pieces: Iterator[str]) -> Iterator[str]:
+    """Yield the lines of a text that comes in pieces."""
+    kept = ""
+    for piece in pieces:
+        text, kept = kept + piece, ""
+        if text.endswith("\r"):  # its "\n" may begin the next piece
+            text, kept = text[:-1], "\r"
+        *lines, last = with_unix_line_ends(text).split("\n")
+        kept = last + kept
+        yield from lines
+        if len(kept) > LONGEST_LINE_CHARACTERS:
+            raise UserError(f"{segment.path}: a line of more than {LONGEST_LINE_CHARACTERS} characters: {_MEND}")
+    yield from with_unix_line_ends(kept).split("\n")
 
 
 def _line(segment: FileSegment, number: int) -> str:
@@ -159,38 +192,64 @@ def _line(segment: FileSegment, number: int) -> str:
     return f"{segment.path}: line {before + number}"
 
 
-def document_ends(path: Path, every: int) -> list[int]:
-    """Return the byte offsets where parts of a file end: behind documents, about `every` bytes apart, and at its end.
+def file_segments(path: Path, every: int, column: str | None = None) -> list[FileSegment]:
+    """Divide a .txt or .jsonl file into segments of about `every` bytes; a compressed one is one segment.
 
-    A part ends behind what divides documents: the separator, or the end of a .jsonl line. So the parts hold the same
-    stories as the whole file.
+    A segment ends behind what divides documents: the separator, or the end of a .jsonl line. Where there is none within
+    `every` bytes, a .txt is cut between two words. So the segments hold the same documents as the whole file.
     """
-    marker = b"\n" if suffix_of(path) == ".jsonl" else SEPARATOR.encode()
-    ends: list[int] = []
+    try:
+        size = path.stat().st_size
+        if compression_of(path):
+            return [FileSegment(path, 0, size, column)]
+        cuts = _cuts(path, every, size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
+    starts = [(0, False), *cuts]
+    stops = [*(at for at, _ in cuts), size]
+    return [FileSegment(path, start, stop, column, inside) for (start, inside), stop in zip(starts, stops, strict=True)]
+
+
+def _cuts(path: Path, every: int, size: int) -> list[tuple[int, bool]]:
+    """Return the byte offsets at which a file is cut, and whether each lies inside a document."""
+    is_txt = kind_of(path) == ".txt"
+    marker = SEPARATOR.encode() if is_txt else b"\n"
+    cuts: list[tuple[int, bool]] = []
     with open_regular(path, READ_REMEDY) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            position = every
-            while position < size and (end := _find(file, marker, position)) is not None and end < size:
-                ends.append(end)
-                position = end + every
-            if ends and size - ends[-1] <= _BLOCK:
-                file.seek(ends[-1])
-                if not file.read(_BLOCK).strip():  # white space only: it stays with the part before
-                    ends.pop()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
-    return [*ends, size]
+        position = every
+        while position < size:
+            end, inside = _find(file, re.compile(re.escape(marker)), position, every if is_txt else size), False
+            if end is None and is_txt:
+                end = _find(file, _BORDER_BYTES, position, size, at_start=True)
+                inside = end is not None and not _is_behind(file, marker, end)
+            if end is None or end >= size:
+                break
+            cuts.append((end, inside))
+            position = end + every
+        if cuts and size - cuts[-1][0] <= _BLOCK:
+            file.seek(cuts[-1][0])
+            if not file.read(_BLOCK).strip():  # white space only: it stays with the part before
+                cuts.pop()
+    return cuts
 
 
-def _find(file: BinaryIO, marker: bytes, position: int) -> int | None:
-    """Return the offset behind the first `marker` at or after `position`; None where there is none."""
+def _is_behind(file: BinaryIO, marker: bytes, position: int) -> bool:
+    """Return whether the bytes before a position are the marker."""
+    file.seek(max(0, position - len(marker)))
+    return file.read(min(position, len(marker))) == marker
+
+
+def _find(file: BinaryIO, pattern: re.Pattern[bytes], position: int, limit: int, at_start: bool = False) -> int | None:
+    """Return the offset behind the first match in the `limit` bytes from `position` on, or at its start.
+
+    None: there is no match. A match is at most _OVERLAP bytes long.
+    """
     file.seek(position)
-    kept = b""
-    while block := file.read(_BLOCK):
+    kept, end = b"", position + limit
+    while position < end and (block := file.read(_BLOCK)):
         searched = kept + block
-        if (at := searched.find(marker)) >= 0:
-            return position - len(kept) + at + len(marker)
+        if match := pattern.search(searched):
+            return position - len(kept) + (match.start() if at_start else match.end())
         position += len(block)
-        kept = searched[len(searched) - len(marker) + 1 :] if len(marker) > 1 else b""
+        kept = searched[-_OVERLAP:]
     return None

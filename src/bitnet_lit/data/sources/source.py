@@ -35,6 +35,15 @@ class ReadCounts:
     carriage_returns: int = 0
 
 
+class Continuation(str):
+    """The text of a document goes on: a segment that begins inside one, or a part of one that is very long.
+
+    It begins with the space at which the document was cut.
+    """
+
+    __slots__ = ()
+
+
 class Segment(ABC):
     """A segment is a part of a source that can be read by itself, in any process: it is sent there with pickle."""
 
@@ -53,7 +62,10 @@ class Segment(ABC):
 
     @abstractmethod
     def stories(self, counts: ReadCounts) -> Iterator[str]:
-        """Yield the stories in order, without white space at their ends, and add what was read to `counts`."""
+        """Yield the stories in order, without white space at their ends, and add what was read to `counts`.
+
+        A story that is a `Continuation` goes on with the one before it.
+        """
 
 
 @dataclass(frozen=True)
