@@ -83,6 +83,16 @@ def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return total + a @ b in `dtype`, written to `total` where there is one; a product is not rounded before."""
+    if a.dtype == dtype or not a.is_cuda or torch.version.hip is not None:
+        product = (a @ b).to(dtype)
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Computes the mean loss, and its gradients with it; see `linear_cross_entropy`."""
 
@@ -99,8 +109,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             del logits_RV
             loss += losses.sum()
             torch.mm(grad_logits_RV, weight_VD, out=grad_hidden[rows])
-            part = (grad_logits_RV.T @ hidden_ND[rows]).to(weight.dtype)
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            grad_weight = _add_product(grad_weight, grad_logits_RV.T, hidden_ND[rows], weight.dtype)
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         return loss * scale
 

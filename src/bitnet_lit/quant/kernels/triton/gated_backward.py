@@ -23,6 +23,7 @@ from bitnet_lit.quant.kernels.triton.launch import (
     operator,
     power_of_2,
 )
+from bitnet_lit.quant.kernels.triton.norm_backward import column_sums
 
 
 @triton.jit
@@ -239,5 +240,5 @@ def gated_backward(
             STAGES=3 if inputs >= 2048 else 2,
             num_warps=num_warps,
         )
-    grad_norm = x.new_empty((0,)) if norm_weight is None else parts.sum(0).to(norm_weight.dtype)
+    grad_norm = x.new_empty((0,)) if norm_weight is None else column_sums(parts, norm_weight.dtype)
     return grad_x, fp8, fp8_scale, grad_norm
