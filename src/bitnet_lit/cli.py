@@ -29,7 +29,7 @@ from bitnet_lit.entry_point import interruptions
 from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, disk_errors
 from bitnet_lit.instantiate import locate, takes
 from bitnet_lit.overrides import as_typed, quoted
-from bitnet_lit.runs import own_folder  # noqa: F401  # its resolvers are named in conf/train.yaml
+from bitnet_lit.runs import devices, own_folder  # noqa: F401  # their resolvers are named in conf/
 from bitnet_lit.runs.job import Job, ResumableTask
 from bitnet_lit.runs.job_names import asks_for_dry_run
 

@@ -15,6 +15,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "pyarrow": "data",
     "plotly": "report",
+    "optuna": "sweep",
     "tensorboard": "tensorboard",
     "tokenizers": "export",
     "zstandard": "data",

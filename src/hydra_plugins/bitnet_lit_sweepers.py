@@ -12,7 +12,10 @@ from hydra.core.config_store import ConfigStore
 
 
 class GridSweeper(BasicSweeper):
-    """Runs every combination of the swept values that is not done yet (see bitnet_lit/runs/grid.py)."""
+    """Runs every combination of the swept values that is not done yet (see bitnet_lit/runs/grid.py).
+
+    `train` takes it in place of Hydra's default sweeper (bitnet_lit/runs/own_folder.py).
+    """
 
     job: Any
 
@@ -26,9 +29,18 @@ class GridSweeper(BasicSweeper):
         return sweep(self, self.job, arguments)
 
 
+class OptunaSweeper(GridSweeper):
+    """Lets Optuna choose the values of each job (see bitnet_lit/runs/search.py)."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from bitnet_lit.runs.search import search
+
+        return search(self, self.job, arguments)
+
+
 ConfigStore.instance().store(
     group="hydra/sweeper",
-    name="bitnet_grid",
-    node=BasicSweeperConf(_target_=f"{__name__}.GridSweeper"),
+    name="bitnet_optuna",
+    node=BasicSweeperConf(_target_=f"{__name__}.OptunaSweeper"),
     provider="bitnet_lit",
 )

@@ -27,6 +27,7 @@ class SweepConfig(Checked):
     seed: int = 0
     """sweep=optuna_*: the seed of the sampler."""
 
+    OWNER: ClassVar[str] = "sweep."
     RANGES: ClassVar[dict[str, Range]] = {"n_trials": SIZE, "seed": COUNT}
 
     def __post_init__(self) -> None:

@@ -140,7 +140,9 @@ def check(sweeper: BasicSweeper, job: Job, planned: Sequence[Planned], sweep_dir
     return configs
 
 
-def _preview(job: Job, planned: Sequence[Planned], configs: Sequence[Any], sweep_dir: Path, is_sweep: bool) -> None:
+def preview(
+    job: Job, planned: Sequence[Planned], configs: Sequence[Any], sweep_dir: Path, is_sweep: bool = True
+) -> None:
     """Print what each job would take. A single run is a sweep of one job, and may be one that is resumed."""
     assert job.resumable is not None
     rows = []
@@ -176,7 +178,7 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
     planned = place(combinations(overrides), sweep_dir, swept, has_own_subdir=subdir != _OWN_SUBDIR)
     configs = check(sweeper, job, planned, sweep_dir)
     if config.sweep.dry_run:
-        _preview(job, planned, configs, sweep_dir, is_sweep=bool(swept))
+        preview(job, planned, configs, sweep_dir, is_sweep=bool(swept))
         return []
     if not rank():
         counts = Counter(one.state.value for one in planned)

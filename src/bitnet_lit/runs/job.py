@@ -20,6 +20,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from bitnet_lit.errors import TrainingStopped
 from bitnet_lit.overrides import quoted
+from bitnet_lit.runs.devices import take_gpus
 from bitnet_lit.runs.job_folder import State, check_unchanged, final_loss, is_of, state
 from bitnet_lit.runs.ranks import command_of_a_job
 from bitnet_lit.runs.sweep import run_job
@@ -70,6 +71,8 @@ class Job:
         return result
 
     def _run_in_sweep(self, cfg: DictConfig, folder: Path, sweep_dir: Path, overrides: list[str]) -> Any:
+        if os.getpid() != self.main_process and "trainer" in cfg and _is_beside_others():
+            take_gpus(sweep_dir, cfg.trainer.accelerator, cfg.trainer.devices)
         is_own = self.resumable is not None and is_of(folder, overrides)
         found = state(folder) if is_own else State.NEW
 
@@ -107,6 +110,11 @@ class Job:
             return self.build(without_hydra(composed))
         finally:
             HydraConfig.instance().cfg = before
+
+
+def _is_beside_others() -> bool:
+    """Return whether other jobs of the sweep run on this machine at the same time."""
+    return str(HydraConfig.get().launcher._target_).rpartition(".")[2] == "JoblibLauncher"
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:

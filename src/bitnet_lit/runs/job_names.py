@@ -120,15 +120,22 @@ def job_name(overrides: Iterable[str], swept: Collection[str]) -> str:
     return _shortened(name, json.dumps(named), LONGEST_JOB, always=not is_exact)
 
 
-def sweep_name(overrides: Iterable[str], params: Mapping[str, Any]) -> str:
+def sweep_name(overrides: Iterable[str], params: Mapping[str, Any], may_grow: bool = True) -> str:
     """Return the name of a sweep's folder: the keys that it varies, and a hash of these keys and of all that is fixed.
 
     Args:
         overrides: of the whole sweep.
         params: `hydra.sweeper.params`.
+        may_grow: whether the sweep goes on in its folder when it gets more values. The study of a search does not.
     """
     typed = list(overrides)
     swept = swept_keys(typed, params)
     fixed = identity(override for override in typed if not _parsed(override).is_sweep_override())
     fixed = {key: text for key, text in fixed.items() if key not in swept}
-    return _shortened("-".join(sorted(swept)) or "job", json.dumps([sorted(swept), fixed]), LONGEST_SWEEP, always=True)
+    exact: list[Any] = [sorted(swept), fixed]
+    if not may_grow:
+        values = {
+            _key(override): override.input_line for override in map(_parsed, typed) if override.is_sweep_override()
+        }
+        exact.append(sorted({**{key: f"{key}={value}" for key, value in params.items()}, **values}.items()))
+    return _shortened("-".join(sorted(swept)) or "job", json.dumps(exact), LONGEST_SWEEP, always=True)

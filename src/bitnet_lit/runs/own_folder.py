@@ -28,6 +28,9 @@ from bitnet_lit.runs.folder import RECORD, is_taken
 from bitnet_lit.runs.job_names import sweep_name
 from bitnet_lit.runs.ranks import rank
 
+_OWN_SWEEPERS = "hydra_plugins.bitnet_lit_sweepers"
+BASIC, GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", f"{_OWN_SWEEPERS}.GridSweeper"
+
 
 def record_name(folder: str | None) -> str | None:
     """Return the name of Hydra's record in the run folder, or None where it must not be written.
@@ -61,12 +64,13 @@ def sweep_dir(overrides: list[str], sweeper: DictConfig) -> str:
         sweeper: the config of Hydra's sweeper.
     """
     if _is_own(sweeper):
-        return f"outputs/sweeps/{sweep_name(overrides, sweeper.params or {})}"
+        may_grow = sweeper._target_ in (BASIC, GRID)
+        return f"outputs/sweeps/{sweep_name(overrides, sweeper.params or {}, may_grow)}"
     return f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S}"
 
 
 def _is_own(sweeper: DictConfig) -> bool:
-    return str(sweeper._target_).startswith("hydra_plugins.bitnet_lit_sweepers.")
+    return sweeper._target_ == BASIC or str(sweeper._target_).startswith(f"{_OWN_SWEEPERS}.")
 
 
 OmegaConf.register_new_resolver("bitnet.sweep_dir", sweep_dir, replace=True)
@@ -110,7 +114,13 @@ class OwnFolder(Callback):
             config.hydra.overrides.hydra.append(f"hydra.run.dir={quoted(str(own))}")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Fix the folder of a sweep. Each job composes its config again, and has other overrides than the sweep."""
+        """Choose the sweeper, and fix the folder of the sweep.
+
+        Each job composes its config again, and has other overrides than the sweep. A file in conf/sweep/ may choose a
+        sweeper of its own, but only if the main config does not. So Hydra's default is replaced here.
+        """
+        if config.hydra.sweeper._target_ == BASIC:
+            config.hydra.sweeper._target_ = GRID
         raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
         folder = Path(config.hydra.sweep.dir)
         if raw["dir"].startswith("${bitnet.sweep_dir") and not _is_own(config.hydra.sweeper):

@@ -125,7 +125,10 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
             return work()
     except Exception as error:
         if isinstance(error, TrainingStopped) and error.status > 128:
-            request_stop(sweep_dir, error.status - 128)
+            if "SUBMITIT_EXECUTOR" in os.environ:  # the signal is for this job alone
+                signal.raise_signal(error.status - 128)  # submitit's handler puts the job into the queue again
+            else:
+                request_stop(sweep_dir, error.status - 128)
         if not isinstance(error, (*MESSAGES, OSError)) and not is_out_of_memory(error):
             traceback.print_exc()
         line = f"{type(error).__name__}: {one_line(error)}"

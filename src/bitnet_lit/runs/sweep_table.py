@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
 from bitnet_lit.runs.config_keys import natural
+from bitnet_lit.runs.devices import SLOTS_NAME
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, locked
 from bitnet_lit.runs.job_folder import OVERRIDES_NAME
 from bitnet_lit.runs.ranks import rank
@@ -196,7 +198,7 @@ class SweepTable(Callback):
             if rows:
                 write_table(sweep_dir, rows)
             own = rows if cls.jobs is None else [row for row in rows if row["job"] in cls.jobs]
-            status = _report_failures(own, sweep_dir)
+            status = _report_failures(own, sweep_dir) if rows else 1
             if number is not None and (commands := commands_to_go_on(sweep_dir)):
                 print("The sweep was stopped. The same command goes on with it, or each of its jobs alone with:")
                 print("", *commands, sep="\n  ")
@@ -205,6 +207,7 @@ class SweepTable(Callback):
             status = 1
         for name in (STOP_NAME, REFUSED_NAME):
             (sweep_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(sweep_dir / SLOTS_NAME, ignore_errors=True)
         cls._lock.close()
         return status if number is None else 128 + number
 
@@ -218,4 +221,4 @@ def _report_failures(rows: list[dict[str, Any]], sweep_dir: Path) -> int:
             print(f"  {row['job']}: {one_line(row['error'])}", file=sys.stderr)
     if failed and len(failed) == len(rows) and all(str(row["error"]).startswith("UserError: ") for row in failed):
         return UserError.status
-    return 1 if failed or not rows else 0
+    return 1 if failed else 0

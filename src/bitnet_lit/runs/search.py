@@ -1,0 +1,289 @@
+"""A search lets Optuna choose the values of each job (a trial) from the results of those before it.
+
+The study is a SQLite file in the sweep's folder, so a search that was killed goes on with it. Each trial is an ordinary
+job, with a folder of its own (`job_folder.py`). A trial whose process died is taken up again: its job goes on from its
+checkpoint, and the study gets the result. `sweep.n_trials` counts the trials of all starts.
+
+A run that diverges is a bad result: its value is infinite, and the search learns from it. A job that failed for another
+reason gives no value, and the next start tries its values again. No trial is ended early: the loss of a BitNet falls in
+an S, slowly at first, so a comparison in the middle of a run ranks the trials wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig, OmegaConf
+
+from bitnet_lit.config import SweepConfig
+from bitnet_lit.errors import UserError
+from bitnet_lit.extras import needs
+from bitnet_lit.foreign_json import read_json
+from bitnet_lit.json_shapes import Number, Record
+from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
+from bitnet_lit.runs.grid import Planned, check, place, preview
+from bitnet_lit.runs.job import Job
+from bitnet_lit.runs.job_folder import State, state
+from bitnet_lit.runs.job_names import identity
+from bitnet_lit.runs.sweep import stop_number
+from bitnet_lit.runs.sweep_table import SweepTable
+
+if TYPE_CHECKING:
+    import optuna
+
+STUDY_NAME = "study.db"
+_SPACE = "space"  # the user attribute of the study that says what it searches
+
+
+def distribution(override: Override) -> optuna.distributions.BaseDistribution:
+    """Return the values that a swept override allows: `a,b`, `range(1,9)`, `interval(0,1)`, `tag(log, interval(...))`.
+
+    An interval of whole numbers is `int(interval(1,8))`.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    swept = override.value()
+    if isinstance(swept, IntervalSweep):
+        low, high, log = swept.start, swept.end, "log" in swept.tags
+        if low is None or high is None or not low <= high or (log and low <= 0):
+            raise UserError(f"{override.input_line}: give two numbers, the smaller one first, above 0 where log is")
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log=log)
+        return FloatDistribution(float(low), float(high), log=log)
+    if isinstance(swept, RangeSweep) and isinstance(values := swept.range(), range) and len(values):
+        return IntDistribution(min(values), max(values), step=abs(values.step))
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _open_study(path: Path, config: SweepConfig, space: str) -> optuna.Study:
+    """Open the study of a sweep's folder, or make it.
+
+    Raises:
+        UserError: the study searches something else, or cannot be read.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    remedy = "give another hydra.sweep.dir"
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{path.absolute()}",
+            study_name="sweep",
+            direction=config.direction,
+            load_if_exists=True,
+            pruner=optuna.pruners.NopPruner(),
+        )
+        known = study.user_attrs.get(_SPACE)
+        if known is None:
+            study.set_user_attr(_SPACE, space)
+        number = len(study.get_trials(deepcopy=False))
+    except Exception as error:
+        raise UserError(f"{path}: no study that Optuna can open ({type(error).__name__}: {error}): {remedy}") from None
+    if known not in (None, space):
+        raise UserError(f"{path}: its study searches {known}, and this one would search {space}: {remedy}")
+    study.sampler = _sampler(config, number)
+    return study
+
+
+def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler. A study that goes on must not draw the values of its first trials again.
+
+    Args:
+        number: of trials that the study has.
+    """
+    import optuna
+
+    seed = (config.seed + number) % 2**32
+    if config.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # jobs side by side do not get the same values
+
+
+class Search:
+    """Runs the trials of a study.
+
+    Args:
+        sweeper: has Hydra's config and launcher.
+        job: runs a trial.
+        overrides: of the whole sweep.
+    """
+
+    def __init__(self, sweeper: BasicSweeper, job: Job, overrides: Sequence[Override]) -> None:
+        assert sweeper.config is not None
+        self.sweeper, self.job = sweeper, job
+        self.sweep_dir = Path(sweeper.config.hydra.sweep.dir)
+        self.config = SweepConfig(**OmegaConf.to_container(sweeper.config.sweep))  # type: ignore[arg-type]
+        fixed = {each.get_key_element(): each for each in overrides if not each.is_sweep_override()}
+        self.fixed = [f"{key}={each.get_value_element_as_str()}" for key, each in fixed.items()]
+        searched = {each.get_key_element(): each for each in overrides if each.is_sweep_override()}
+        self.space = {key: distribution(each) for key, each in searched.items() if key not in fixed}
+        if not self.space:
+            raise UserError(
+                "a search needs values to choose from: optim.learning_rate='tag(log, interval(1e-3, 1e-1))'"
+            )
+
+    def _named_space(self) -> str:
+        """Return what the study searches, as text that is the same for the same search."""
+        whole: dict[str, Any] = {key: str(each) for key, each in sorted(self.space.items())}
+        whole |= identity(item for item in self.fixed if not item.startswith("sweep="))
+        return ", ".join(f"{key}={value}" for key, value in {**whole, "metric": self.config.metric}.items())
+
+    def _place(self, params: Mapping[str, Any]) -> Planned:
+        values = [f"{key}={value}" for key, value in params.items()]
+        (planned,) = place([[*self.fixed, *values]], self.sweep_dir, {key.lstrip("+") for key in self.space}, False)
+        return planned
+
+    def show(self) -> None:
+        """Print what a search would do. The values of later trials are not known yet, so one trial stands for all."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        trials: list[Any] = []
+        if (self.sweep_dir / STUDY_NAME).is_file():
+            trials = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._named_space()).get_trials()
+        example = optuna.create_study(sampler=_sampler(self.config, len(trials))).ask(self.space)
+        planned = self._place(example.params)
+        preview(self.job, [planned], check(self.sweeper, self.job, [planned], self.sweep_dir), self.sweep_dir)
+        done = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
+        print(
+            f"A search of {self.config.n_trials} trials, of which {done} are done. The job above is an example: values "
+            "are chosen as results come in."
+        )
+
+    def run(self) -> None:
+        """Run trials until `sweep.n_trials` have a value."""
+        from optuna.trial import TrialState
+
+        study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._named_space())
+        trials = study.get_trials()
+        waiting = [trial for trial in trials if trial.state == TrialState.RUNNING]  # their process died
+        lost = [trial for trial in waiting if trial.params.keys() != self.space.keys()]  # before they had values
+        for trial in lost:
+            study.tell(trial.number, state=TrialState.FAIL)
+        open_trials = [(trial.number, trial.params) for trial in waiting if trial not in lost]
+        done = sum(trial.state == TrialState.COMPLETE for trial in trials)
+        has_value = [trial.params for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.RUNNING)]
+        for trial in trials:
+            if trial.state == TrialState.FAIL and trial.params and trial.params not in has_value:
+                study.enqueue_trial(trial.params, skip_if_exists=False)
+                has_value.append(trial.params)
+        left = self.config.n_trials - done
+        print(
+            f"search: {self.sweep_dir}: {done} of {self.config.n_trials} trials done, {len(open_trials)} to go on with",
+            file=sys.stderr,
+        )
+        at_once = max(1, int(OmegaConf.select(cast(DictConfig, self.sweeper.config), "hydra.launcher.n_jobs") or 1))
+        names: list[str] = []
+        while left > 0 and stop_number(self.sweep_dir) is None:
+            batch = open_trials[: min(left, at_once)]
+            open_trials = open_trials[len(batch) :]
+            while len(batch) < min(left, at_once):
+                trial = study.ask(self.space)
+                batch.append((trial.number, trial.params))
+            names += self._run_batch(study, batch)
+            left -= len(batch)
+        SweepTable.jobs = names
+        self._print_best(study)
+
+    def _run_batch(self, study: optuna.Study, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
+        """Run trials, and tell the study their values.
+
+        Returns:
+            The names of the jobs, without those that diverged: a bad result is not a failure of the sweep.
+        """
+        from optuna.trial import TrialState
+
+        planned = [self._place(params) for _, params in batch]
+        try:
+            check(self.sweeper, self.job, planned, self.sweep_dir)
+        except UserError:
+            if not any(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
+                raise  # the first trials: most likely every other one would be refused too
+        assert self.sweeper.launcher is not None
+        waiting = {one.folder: one.launched(self.sweep_dir) for one in planned if one.state is not State.DONE}
+        if waiting:
+            self.sweeper.launcher.launch(list(waiting.values()), initial_job_idx=batch[0][0])
+        names = []
+        for (number, _), one in zip(batch, planned, strict=True):
+            assert one.folder is not None
+            value = self._value(one.folder)
+            if value is None and stop_number(self.sweep_dir) is not None:
+                names.append(one.folder.name)
+                continue  # the next start goes on with this trial
+            if value is None:
+                study.tell(number, state=TrialState.FAIL)
+            else:
+                study.tell(number, value)
+            if value is None or math.isfinite(value):
+                names.append(one.folder.name)
+        return names
+
+    def _value(self, folder: Path) -> float | None:
+        """Return the result of a job; infinity where it diverged, None where it failed for another reason.
+
+        Raises:
+            UserError: the run has no such figure.
+        """
+        worst = math.inf if self.config.direction == "minimize" else -math.inf
+        if state(folder) is State.DONE:
+            metrics = read_json(folder / METRICS_NAME, Record({}, {self.config.metric: Number()}), "remove it")
+            if self.config.metric not in metrics:
+                known = ", ".join(name for name, value in metrics.items() if isinstance(value, float))
+                raise UserError(
+                    f"sweep.metric={self.config.metric}: not in {folder / METRICS_NAME}: give one of {known}"
+                )
+            value = float(metrics[self.config.metric])
+            return value if math.isfinite(value) else worst
+        try:
+            error = (folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        return worst if error.startswith("Diverged: ") else None
+
+    def _print_best(self, study: optuna.Study) -> None:
+        from optuna.trial import TrialState
+
+        values = [
+            (trial.value, trial)
+            for trial in study.get_trials(states=(TrialState.COMPLETE,))
+            if trial.value is not None and math.isfinite(trial.value)
+        ]
+        if not values:
+            return
+        choose = min if self.config.direction == "minimize" else max
+        value, best = choose(values, key=lambda pair: pair[0])
+        params = " ".join(f"{key}={each}" for key, each in best.params.items())
+        print(f"best of {len(values)} trials: {self.config.metric}={value:.4f} with {params}")
+
+
+def search(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> None:
+    """Run a search: `sweep.n_trials` jobs whose values Optuna chooses.
+
+    Raises:
+        UserError: Optuna is not installed, another process runs this sweep, or its folder has the study of another one.
+    """
+    assert sweeper.config is not None and sweeper.hydra_context is not None
+    with needs("optuna", "sweep=optuna_..."):
+        import optuna  # noqa: F401
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UserError(
+            "a search under torchrun or srun: each rank would choose values of its own: start it as one process "
+            "(trainer=ddp starts the other ranks of a job)"
+        )
+    SweepTable.check_lock()
+    params = sweeper.params or {}
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments])
+    found = Search(sweeper, job, list({each.get_key_element(): each for each in overrides}.values()))
+    if found.config.dry_run:
+        found.show()
+    else:
+        found.run()

@@ -1,0 +1,142 @@
+"""A search goes on with its study, takes up the trials that died, and learns from runs that diverged."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bitnet_lit import cli, train
+from bitnet_lit.errors import Diverged, UserError
+from bitnet_lit.runs.job import ResumableTask
+from bitnet_lit.runs.search import STUDY_NAME
+from tests.support import Killed
+
+optuna = pytest.importorskip("optuna", reason="sweep=optuna_lr needs the package optuna")
+
+SEARCH = ["-m", "sweep=optuna_lr", "mode=smoke", "sweep.n_trials=4", "hydra.sweep.dir=s"]
+
+
+class Objective:
+    """Stands for training: the loss is the distance of the learning rate from 0.02. It can die, diverge and fail."""
+
+    def __init__(self):
+        self.ran, self.resumed, self.shown = [], [], []
+        self.dies_in = self.diverges_in = self.fails_in = None
+
+    def __call__(self, config):
+        rate, number = config.optim.learning_rate, len(self.ran)
+        self.ran.append(rate)
+        folder = Path(config.run_dir)
+        (folder / "config.yaml").write_text(f"seed: {config.seed}\nrun_dir: {folder}\n")
+        if number == self.dies_in:
+            (folder / "checkpoints").mkdir()
+            (folder / "checkpoints" / "last.ckpt").write_text("x")
+            raise Killed
+        if number == self.diverges_in:
+            raise Diverged("step 3: the output of lm_head is not finite")
+        if number == self.fails_in:
+            raise OSError("the disk is gone")
+        loss = abs(math.log(rate / 0.02))
+        (folder / "metrics.json").write_text(json.dumps({"val/loss": loss + 1, "val/best_loss": loss}))
+        return loss
+
+    def resume(self, folder, config):
+        self.resumed.append(Path(folder).name)
+        return config, []
+
+    def start(self, *arguments):
+        self.ran.clear()
+        self.resumed.clear()
+        resumable = ResumableTask(self.resume, self.shown.extend)
+        try:
+            cli.run("train", self, arguments, defaults=train._place, configure=train._configure, resumable=resumable)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+
+@pytest.fixture
+def objective(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Objective()
+
+
+def trials(path):
+    return optuna.load_study(study_name="sweep", storage=f"sqlite:///{path / 's' / STUDY_NAME}").get_trials()
+
+
+def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
+    objective.dies_in = 1
+    with pytest.raises(Killed):
+        objective.start(*SEARCH)
+    first, second = objective.ran
+    assert [trial.state.name for trial in trials(tmp_path)] == ["COMPLETE", "RUNNING"]
+    objective.dies_in = None
+    assert objective.start(*SEARCH) == 0
+    assert "1 of 4 trials done, 1 to go on with" in capsys.readouterr().err
+    assert objective.ran[0] == second and objective.resumed == [f"optim.learning_rate={second}"]
+    assert len(objective.ran) == 3 and len({first, *objective.ran}) == 4  # no value is drawn again
+    found = trials(tmp_path)
+    assert [trial.state.name for trial in found] == ["COMPLETE"] * 4
+    assert all(trial.value == abs(math.log(trial.params["optim.learning_rate"] / 0.02)) for trial in found)
+    assert objective.start(*SEARCH) == 0 and not objective.ran  # all trials are done
+    out = capsys.readouterr().out
+    assert f"best of 4 trials: val/best_loss={min(trial.value for trial in found):.4f}" in out
+    assert objective.start(*SEARCH, "sweep.n_trials=5") == 0 and len(objective.ran) == 1
+    with pytest.raises(UserError, match=r"study.db: its study searches .*optim.learning_rate=.*this one would search"):
+        objective.start(*SEARCH, "optim.learning_rate=interval(1e-3,1e-2)")
+    with pytest.raises(UserError, match=r"study.db: its study searches .*metric=val/best_loss.*metric=val/loss"):
+        objective.start(*SEARCH, "sweep.metric=val/loss")
+
+
+def test_a_run_that_diverges_is_a_bad_result_and_a_failure_is_tried_again(objective, tmp_path, capsys):
+    objective.diverges_in, objective.fails_in = 0, 2
+    assert objective.start(*SEARCH) == 1
+    printed = capsys.readouterr().err
+    assert "1 of 3 jobs of" in printed  # the run that diverged is none of them
+    diverged, _, failed, _ = objective.ran
+    found = trials(tmp_path)
+    assert found[0].value == math.inf and [trial.state.name for trial in found] == [
+        "COMPLETE",
+        "COMPLETE",
+        "FAIL",
+        "COMPLETE",
+    ]
+    objective.diverges_in = objective.fails_in = None
+    assert objective.start(*SEARCH) == 0 and objective.ran == [failed] and failed != diverged
+    assert len(trials(tmp_path)) == 5
+
+
+def test_values_to_choose_from(objective, tmp_path):
+    """Names, whole numbers and ranges; the figure and its direction are chosen too."""
+    space = ["quant=b158,none", "seed=int(interval(1,5))", "data.batch_size=range(4,13,4)"]
+    more = ["sweep.n_trials=5", "sweep.metric=val/loss", "sweep.direction=maximize", "sweep.sampler=random"]
+    assert objective.start(*SEARCH, *space, *more, "optim.learning_rate=1e-2") == 0
+    found = trials(tmp_path)
+    assert {trial.params["quant"] for trial in found} <= {"b158", "none"}
+    assert {trial.params["data.batch_size"] for trial in found} <= {4, 8, 12}
+    assert {trial.params["seed"] for trial in found} <= {1, 2, 3, 4, 5}
+    assert all(trial.value == abs(math.log(0.5)) + 1 for trial in found)
+    with pytest.raises(UserError, match="sweep.metric=val/nothing: not in"):
+        objective.start(*SEARCH, "hydra.sweep.dir=t", "sweep.metric=val/nothing")
+
+
+def test_a_dry_run_of_a_search_shows_an_example(objective, tmp_path, capsys):
+    assert objective.start(*SEARCH, "sweep.dry_run=true") == 0
+    assert len(objective.shown) == 1 and not objective.ran and not list(tmp_path.iterdir())
+    assert "A search of 4 trials, of which 0 are done." in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(objective, monkeypatch):
+    for wrong, words in [
+        ("optim.learning_rate=interval(2,1)", "give two numbers, the smaller one first"),
+        ("optim.learning_rate=1e-2", "a search needs values to choose from"),
+        ("sweep.direction=down", "sweep.direction=down: must be one of minimize, maximize"),
+        ("sweep.n_trials=0", "sweep.n_trials=0: must be"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            objective.start(*SEARCH, wrong)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="a search under torchrun or srun"):
+        objective.start(*SEARCH)
