@@ -14,7 +14,7 @@ import sys
 COMMANDS = {
     "prepare": "text to shards of token ids and a tokenizer",
     "train": "shards to a run folder with a model folder in it; sweeps with -m",
-    "evaluate": "loss, perplexity, bits per byte and accuracy on the validation split",
+    "evaluate": "loss, perplexity, bits per byte and accuracy on the validation split or on text",
     "lm_eval": "tasks of the lm-evaluation-harness, with its own flags",
     "infer": "a model continues a prompt",
     "export": "packed codes, GGUF and other formats, each compared with the model",

@@ -68,7 +68,7 @@ def register_schemas() -> None:
 def open_groups(cls: type) -> DictConfig:
     """Return a command's schema, in which the groups that accept a user's own class take any key."""
     node: DictConfig = OmegaConf.structured(cls)
-    for group in GROUPS.keys() & node.keys():
+    for group in GROUPS.keys() & node.keys() if issubclass(cls, schema.TrainConfig) else ():
         node[group] = {}
         OmegaConf.set_struct(node[group], False)
     return node

@@ -1,7 +1,9 @@
-"""`python -m bitnet_lit.evaluate` prints loss, perplexity, bits per byte and accuracy on a validation split."""
+"""`python -m bitnet_lit.evaluate` prints loss, perplexity, bits per byte and accuracy on a validation split or text."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from bitnet_lit.entry_point import run_command
@@ -15,7 +17,10 @@ def _evaluate(config: EvaluateConfig) -> None:
     from bitnet_lit.terminal import console
 
     page = console()
-    for name, value in evaluate(config).items():
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        figures = evaluate(config)
+    for name, value in figures.items():
         page.print(f"{name:16}{value:.6f}" if isinstance(value, float) else f"{name:16}{value}")
 
 

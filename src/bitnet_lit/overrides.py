@@ -11,6 +11,7 @@ Hydra or OmegaConf would interpret is escaped. Where each key has one value, the
 - A path (`PATHS`) is text, and `~/` at its start is the home folder: not every shell expands it behind an `=`.
 - A list of texts (`stop`, `callbacks.sample_prompts`, ...): `[a, 'b, c', "\n"]` is read as YAML, or in Hydra's grammar
   where YAML cannot read it. Any other value is a list of that one text, and an empty value is the empty list.
+- A group that holds files takes them as its value: `data=my.txt` of `evaluate` is `data.files=my.txt`.
 - Hydra's own text (`hydra.run.dir`, ...): every character belongs to the text, and interpolations are resolved.
 - Any other key: the value is in Hydra's grammar. A key below an open slot (`quant.settings`) needs no `+`.
 
@@ -43,7 +44,16 @@ from bitnet_lit.errors import UserError
 
 PATHS = frozenset(
     (
-        *("checkpoint", "data.cache_dir", "data.dir", "data.tokenizer", "data_dir", "download_dir", "init_from"),
+        *(
+            "checkpoint",
+            "data.cache_dir",
+            "data.dir",
+            "data.files",
+            "data.tokenizer",
+            "data_dir",
+            "download_dir",
+            "init_from",
+        ),
         *("out", "prompts"),
         *("resume", "run_dir", "runs", "source", "tokenizer", "hydra.run.dir", "hydra.sweep.dir"),
     )
@@ -236,6 +246,8 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
             prefix = "++"  # Hydra needs it to set a key that the schema does not know
         if key in keys:
             value = (_sweep_spelled if sweep else _spelled)(key, value, keys[key])
+        elif f"{key}.files" in keys:  # the value of a group is a dictionary, or Hydra would take a text for an option
+            value = "{files:" + _spelled(f"{key}.files", value, keys[f"{key}.files"]) + "}"
         elif _parse(f"key={value}") is None:
             value = quoted(value)  # then the schema refuses it and names the key
         spelled.append(f"{prefix}{key}={value}")

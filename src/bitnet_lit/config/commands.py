@@ -93,9 +93,22 @@ class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
 
 
 @dataclass
-class EvaluateConfig(CheckpointConfig):
-    """`python -m bitnet_lit.evaluate` measures a model in one deterministic pass over a validation split."""
+class TextFilesConfig(Checked):
+    """TextFilesConfig names text files to evaluate on: `data=my.txt` is `data.files=my.txt`."""
 
+    files: list[str] = field(default_factory=list)
+    """Files, folders and globs of .txt, .jsonl and .json files, read as prepare reads them; - is standard input."""
+
+
+@dataclass
+class EvaluateConfig(CheckpointConfig):
+    """`python -m bitnet_lit.evaluate` measures a model in one deterministic pass over a validation split, or over text.
+
+    Text is read in windows that slide over each document (inference/evaluation_text.py).
+    """
+
+    data: TextFilesConfig = field(default_factory=TextFilesConfig)
+    """Text to evaluate on, in place of a validation split."""
     data_dir: str | None = None
     """The folder of shards to evaluate on. null: the folder that the model was trained on."""
     allow: list[str] = field(default_factory=list)
@@ -106,14 +119,21 @@ class EvaluateConfig(CheckpointConfig):
     batch_size: int = 32
     """Sequences per forward pass. It changes the speed, and the result only by float rounding."""
     sequence_length: int | None = None
-    """Tokens of a sequence. null: as in training."""
+    """Tokens of a sequence, or of a window of text. null: as in training."""
+    stride: int | None = None
+    """Tokens by which a window of text moves on. Each token has at least sequence_length - stride tokens before it,
+    except at the start of a document. null: half of sequence_length."""
     accelerator: str = "auto"
     """auto, cpu, gpu (or cuda) or mps, Lightning's names. auto: a GPU where there is one."""
 
-    RANGES: ClassVar[dict[str, Range]] = {"batch_size": SIZE, "sequence_length": SIZE}
+    RANGES: ClassVar[dict[str, Range]] = {"batch_size": SIZE, "sequence_length": SIZE, "stride": SIZE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.files and self.data_dir is not None:
+            raise UserError(f"data={self.data.files[0]} and data_dir={self.data_dir}: give one, text or shards")
+        if self.stride is not None and not self.data.files:
+            raise UserError(f"stride={self.stride}: windows slide over text: give data=<text file>")
         one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
 
 

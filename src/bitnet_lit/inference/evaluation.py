@@ -1,7 +1,7 @@
-"""`evaluate` measures a trained model in one deterministic pass over a whole validation split.
+"""`evaluate` measures a trained model in one deterministic pass over a whole validation split, or over text.
 
-It gives the figures that training logs as `val/...` (loss_sums.py), for any model that can be opened and any data with
-the model's tokenizer (evaluation_data.py).
+On a split it gives the figures that training logs as `val/...` (loss_sums.py), for any model that can be opened and any
+data with the model's tokenizer (evaluation_data.py). On text it gives those of evaluation_text.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.evaluation_data import validation_batches
+from bitnet_lit.inference.evaluation_text import check_files, evaluate_text, native_scorer
 from bitnet_lit.inference.loss_sums import LossSums
+from bitnet_lit.inference.scoring import NetworkScorer
 from bitnet_lit.model import token_losses
 
 
@@ -41,23 +43,33 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         The figures of `LossSums.metrics`, and what they were measured on: `tokens`, `sequence_length`, `data_dir` and
-        `checkpoint`.
+        `checkpoint`. For text, those of `evaluate_text` and `checkpoint`.
 
     Raises:
         UserError: no model, no data, or data of another tokenizer.
         ModelError: the loss is NaN or infinite.
     """
+    check_files(config.data.files)
     path = find_model(config.checkpoint)
-    pretrained = open_custom_folder(path, config.networks) or build_pretrained(open_stored(path))
-    context = pretrained.config.max_position_embeddings
-    length = config.sequence_length or pretrained.info.get("sequence_length") or context
+    own = open_custom_folder(path, config.networks)
+    opened = own or open_stored(path)
+    context = opened.config.max_position_embeddings
+    length = config.sequence_length or opened.info.get("sequence_length") or context
     if length > context:
         raise UserError(
             f"sequence_length={length}: is beyond the model's context of {context} tokens: give {context} or less"
         )
     device = torch.device(_device(config.accelerator))
+    if config.data.files and own is None and device.type == "cpu":
+        figures = evaluate_text(config, native_scorer(path), opened.tokenizer, length)
+        return {**figures, "checkpoint": str(opened.path)}
+    pretrained = own or build_pretrained(open_stored(path))
+    model = pretrained.model.to(device)
+    if config.data.files:
+        figures = evaluate_text(config, NetworkScorer(model, context, config.batch_size), opened.tokenizer, length)
+        return {**figures, "checkpoint": str(opened.path)}
     data, batches, tokenizer = validation_batches(pretrained, config, length)
-    sums = evaluate_batches(pretrained.model.to(device), batches, tokenizer, device)
+    sums = evaluate_batches(model, batches, tokenizer, device)
     if not sums.tokens:
         raise UserError(f"{data}: its validation split is empty: give data_dir=<folder of shards>")
     if not math.isfinite(sums.nats):

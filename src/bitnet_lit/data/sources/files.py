@@ -23,14 +23,15 @@ SHARD_TEXT_BYTES = 64 * 2**20
 COMPRESSION_RATIO = 3  # of English text with gzip (about 2.7) and Zstandard (about 3)
 
 
-def files_source(source: str, built_in: Sequence[str], column: str | None = None) -> Source:
+def files_source(source: str, built_in: Sequence[str] = (), column: str | None = None, key: str = "source") -> Source:
     """Open a file, a folder or a glob.
 
     Args:
         built_in: the names of the built-in sources, which an error's line names too.
         column: the column of a table, or the key of a JSON record, that has the text. None: the usual ones.
+        key: the option that gave `source`, which an error's line names.
     """
-    found = find_text(source, built_in)
+    found = find_text(source, built_in, key)
     identity = os.fsencode(os.path.abspath(source)).decode("utf-8", "backslashreplace")  # a path may be any bytes
     if column is not None:
         identity += f"#{column}"

@@ -65,18 +65,19 @@ def kind_of(path: Path) -> str:
     return compression if compression and (inner in TABLES or inner not in SUFFIXES) else inner
 
 
-def find_text(source: str, built_in: Sequence[str] = ()) -> FoundText:
+def find_text(source: str, built_in: Sequence[str] = (), key: str = "source") -> FoundText:
     """Find the text files that a path or a glob means.
 
     Args:
         built_in: the names of the built-in sources, for the line of an error.
+        key: the option that gave `source`, for the line of an error.
 
     Raises:
         UserError: there is nothing, nothing that can be read as text, or a folder that cannot be listed; one line.
     """
     also = f" (or name a built-in source: {', '.join(built_in)})" if built_in else ""
     if not source:
-        raise UserError(f"source is empty: give a file, a folder or a glob{also}")
+        raise UserError(f"{key} is empty: give a file, a folder or a glob{also}")
     path = Path(source)
     found = FoundText()
     kinds = ", ".join(SUFFIXES)
@@ -93,14 +94,14 @@ def find_text(source: str, built_in: Sequence[str] = ()) -> FoundText:
             else:
                 found.pass_over(match, "folders" if os.path.isdir(match) else "no files")
         if not candidates and not found.passed_over:
-            raise UserError(f"source={source}: no such file, folder or glob{also}")
+            raise UserError(f"{key}={source}: no such file, folder or glob{also}")
     for candidate in candidates:
         if kind_of(candidate) not in SUFFIXES:  # in a folder they are passed over; here they were asked for
             raise UserError(f"{candidate}: cannot read '{candidate.suffix}' files: give {kinds}")
     _keep_each_once(candidates, found)
     if not found.files:
         passed_over = found.describe_passed_over()
-        raise UserError(f"source={source}: no {kinds} files in it{': ' if passed_over else ''}{passed_over}")
+        raise UserError(f"{key}={source}: no {kinds} files in it{': ' if passed_over else ''}{passed_over}")
     return found
 
 
