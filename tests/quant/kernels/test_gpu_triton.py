@@ -170,6 +170,17 @@ def test_weight_gradients_in_fp8(rows, counts, inputs, per_row):
     assert cosine(result, expected) > 0.9999
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (513, 288), (2112, 100), (132, 5632)])
+def test_sums_of_columns(rows, columns, dtype):
+    from bitnet_lit.quant.kernels.triton.norm_backward import column_sums
+
+    parts = randn(rows, columns)
+    expected = parts.double().sum(0)
+    # bf16 keeps 8 bits; the sum of `rows` float32 has an error of the order of its terms' last bits.
+    assert_close(column_sums(parts, dtype).double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 0, atol=1e-4)
+
+
 def gradients(layer, x, dtype, grad_y):
     layer.zero_grad()
     x = x.detach().requires_grad_()

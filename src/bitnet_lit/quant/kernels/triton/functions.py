@@ -138,10 +138,11 @@ def _product_gradients(
 
 
 def _output_gradient(grad: Tensor, rounded_weights: RoundedWeights) -> OutputGradient:
-    """Return the gradient of an output in all forms."""
+    """Return the gradient of an output in its own dtype, and in FP8 where the weights are."""
     grad = grad.contiguous()
     if rounded_weights.transposed.numel() == 0:
-        return OutputGradient(grad, grad, grad)
+        nothing = grad.new_empty((0, grad.shape[1]))
+        return OutputGradient(grad, nothing, nothing)
     return OutputGradient(grad, *fp8_rows(grad, rounded_weights.scale))
 
 
