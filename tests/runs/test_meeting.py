@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
@@ -83,6 +84,21 @@ def test_a_process_group_connects_where_they_met(monkeypatch, launched):
     again = TCPStore("localhost", port, world_size=1, is_master=True, multi_tenant=True)  # as init_process_group does
     again.set("key", "value")
     assert again.get("key") == b"value"
+
+
+def test_processes_that_cannot_meet_are_one_line(monkeypatch):
+    monkeypatch.setattr(meeting, "_CONNECTION", timedelta(seconds=1))
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=rf"^MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: is taken: give a free port$"):
+            first_alone(lambda: None, True, "the work")
+    with pytest.raises(UserError, match="does not answer: give the address and a free port of rank 0"):
+        first_alone(lambda: None, False, "the work")
 
 
 def test_processes_that_come_later_need_not_wait(monkeypatch):

@@ -35,7 +35,7 @@ def test_what_the_launcher_started_is_what_the_config_must_say(monkeypatch, envi
 def test_a_job_of_one_task_says_how_to_start_its_ranks(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     checked(1, 1)
-    with pytest.raises(UserError, match=r"SLURM has 1 tasks on 1 nodes: start it with srun --ntasks-per-node=4"):
+    with pytest.raises(UserError, match=r"SLURM has 1 task on 1 node: start it with srun --ntasks-per-node=4"):
         checked(4, 1)
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")  # Lightning starts the ranks, as on any machine
     checked(4, 1)

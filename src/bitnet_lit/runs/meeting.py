@@ -27,7 +27,11 @@ _DONE, _FAILED = b"done", b"failed"
 
 
 def _store(is_first: bool) -> TCPStore | None:
-    """Return the store in which the processes of a run meet; None where they need not meet."""
+    """Return the store in which the processes of a run meet; None where they need not meet.
+
+    Raises:
+        UserError: the port is taken, or the first process cannot be reached.
+    """
     given = os.environ
     by_torchrun = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     by_hand = "MASTER_ADDR" in given and "MASTER_PORT" in given and "NODE_RANK" in given and "LOCAL_RANK" not in given
@@ -40,16 +44,14 @@ def _store(is_first: bool) -> TCPStore | None:
         address, port = environment.main_address, environment.main_port
     else:
         return None
-    from torch.distributed import TCPStore
+    from torch.distributed import DistError, TCPStore
 
-    return TCPStore(
-        address,
-        port,
-        is_master=is_first and not by_torchrun,
-        timeout=_CONNECTION,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    keeps = is_first and not by_torchrun
+    try:
+        return TCPStore(address, port, is_master=keeps, timeout=_CONNECTION, wait_for_workers=False, multi_tenant=True)
+    except DistError:
+        what = "is taken: give a free port" if keeps else "does not answer: give the address and a free port of rank 0"
+        raise UserError(f"MASTER_ADDR={address} MASTER_PORT={port}: {what}") from None
 
 
 def first_alone(work: Callable[[], object], is_first: bool, what: str) -> None:
@@ -60,7 +62,7 @@ def first_alone(work: Callable[[], object], is_first: bool, what: str) -> None:
         what: the name of the work, for the error text.
 
     Raises:
-        UserError: the work has failed in the first process, and this is another one.
+        UserError: the work has failed in the first process, and this is another one; or they cannot meet.
     """
     store, key = _store(is_first), f"bitnet_lit/meeting/{next(_meetings)}"
     if is_first:

@@ -30,7 +30,7 @@ def check_launcher(trainer: TrainerConfig, ranks: int) -> None:
         if started != ranks:
             each = int(os.environ.get("LOCAL_WORLD_SIZE", started))
             raise UserError(
-                f"{asked}: that is {_processes(ranks)}, and torchrun has started {started}: "
+                f"{asked}: that is {_count(ranks, 'process', 'processes')}, and torchrun has started {started}: "
                 f"give trainer.devices={each} trainer.num_nodes={started // each}"
             )
     elif in_slurm_job():
@@ -44,11 +44,12 @@ def check_launcher(trainer: TrainerConfig, ranks: int) -> None:
         if started != ranks or nodes != trainer.num_nodes:
             each = each or started // nodes
             raise UserError(
-                f"{asked}: that is {_processes(ranks)}, and SLURM has {started} tasks on {nodes} nodes: start it with "
-                f"srun --ntasks-per-node={ranks // trainer.num_nodes} --nodes={trainer.num_nodes}, or give "
+                f"{asked}: that is {_count(ranks, 'process', 'processes')}, and SLURM has "
+                f"{_count(started, 'task', 'tasks')} on {_count(nodes, 'node', 'nodes')}: start it with srun "
+                f"--ntasks-per-node={ranks // trainer.num_nodes} --nodes={trainer.num_nodes}, or give "
                 f"trainer.devices={each} trainer.num_nodes={nodes}"
             )
 
 
-def _processes(number: int) -> str:
-    return "1 process" if number == 1 else f"{number} processes"
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
