@@ -39,6 +39,7 @@ REPOSITORY = Path(__file__).parents[1]
 IMPORTS = (
     *("torch", "lightning", "hydra", "sentencepiece", "tokenizers", "safetensors.torch", "gguf", "matplotlib.figure"),
     *("bitnet_lit.training.run", "bitnet_lit.training.resume", "bitnet_lit.runs.curves", "bitnet_lit.data.prepare"),
+    *("bitnet_lit.reports.report_files",),
     *("bitnet_lit.exports.write", "bitnet_lit.inference.print_texts", "bitnet_lit.inference.evaluation"),
 )
 

@@ -127,6 +127,10 @@ def plot(path: str, draw: Random) -> None:
     call_command("plot", [f"runs={path}", "out=curves.png"])
 
 
+def report(path: str, draw: Random) -> None:
+    call_command("report", [f"runs={path}", "out=report"])
+
+
 def infer_run(path: str, draw: Random) -> None:
     infer(f"{path}/run", draw)
 
@@ -266,9 +270,9 @@ KINDS = {
     "meta": Kind("data", "meta.json", (evaluate_on, evaluate_on, prepare_again, train_on), ("latent",)),
     "data-tokenizer": Kind("data", "tokenizer.model", (evaluate_on, prepare_again, train_on), ("latent",)),
     "text": Kind("texts", "*.*", (prepare_from,)),
-    "run-config": Kind("run", "run/config.yaml", (resume, resume, plot, infer_run)),
-    "run-metrics": Kind("run", "run/metrics.*", (resume, plot, plot)),
-    "run-health": Kind("run", "run/*_health.csv", (resume,)),
+    "run-config": Kind("run", "run/config.yaml", (resume, resume, plot, report, infer_run)),
+    "run-metrics": Kind("run", "run/metrics.*", (resume, plot, report, report)),
+    "run-health": Kind("run", "run/*_health.csv", (resume, report)),
     "run-checkpoint": Kind("run", "run/checkpoints/last.ckpt", (resume,)),
     "prompts-file": Kind("prompts.txt", "", (infer_prompts,), ("latent",)),
     "prompts": Kind("", "", (prompts,), ("latent",)),

@@ -12,6 +12,7 @@ from bitnet_lit.model.accounting import account
 from bitnet_lit.reports.report_files import make_comparison
 from bitnet_lit.reports.statistics import quantile_975
 from bitnet_lit.reports.weight_sizes import weight_sizes
+from bitnet_lit.runs.history import run_folders
 from tests.reports.making import config_of, make_run
 from tests.support import REPOSITORY, tiny_config
 
@@ -44,7 +45,7 @@ def test_the_keys_that_tell_runs_apart_are_found(tmp_path):
     assert list(rows) == ["large b158", "small b158", "small none"]
     rows, _ = compared(tmp_path, by=["quant,hidden_size"])  # the last part of a key is enough
     assert list(rows) == ["b158 32", "b158 128", "none 32"]
-    assert list(compared(tmp_path / "0")[0]) == ["all runs"]
+    assert list(compared(tmp_path / "0")[0]) == ["0"]
 
 
 def test_runs_of_different_lengths_are_compared_at_the_tokens_that_both_reached(tmp_path):
@@ -72,7 +73,7 @@ def test_the_gap_at_equal_bytes_is_interpolated_in_the_logarithm(tmp_path):
     assert gap.estimate.mean == pytest.approx(2.1 - (3.0 - share))
     outside = rows["small b158"].at_equal_bytes
     assert outside.estimate is None and "those of the dense models" in outside.why_not
-    assert compared(tmp_path / "b158-small")[0]["all runs"].at_equal_bytes.why_not.startswith("it takes dense models")
+    assert compared(tmp_path / "b158-small")[0]["b158-small"].at_equal_bytes.why_not.startswith("it takes dense models")
 
 
 def test_the_bytes_of_weights_are_those_of_accounting():
@@ -122,7 +123,7 @@ def test_half_a_line_of_a_run_that_goes_on_is_left_out(tmp_path):
     folder = make_run(tmp_path / "a", done=False)
     with (folder / "metrics.csv").open("a") as file:
         file.write("60,,,1.")
-    assert compared(tmp_path)[0]["all runs"].loss.mean == 2.0
+    assert compared(tmp_path)[0]["a"].loss.mean == 2.0
 
 
 def test_the_newest_of_two_runs_with_one_config_counts(tmp_path):
@@ -184,6 +185,15 @@ def test_one_line(tmp_path, options, message):
     with pytest.raises(UserError) as error:
         compared(tmp_path, **options)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_what_lies_in_a_run_is_no_run_but_runs_below_it_are(tmp_path):
+    """Weights & Biases keeps a config.yaml of its own, with run_dir in it."""
+    run = make_run(tmp_path / "run")
+    for inside in ("wandb/offline-run-1/files", ".hydra", "later/deeper"):
+        make_run(run / inside, seed=2, final=9.0)
+    assert run_folders([str(tmp_path)]) == [run, run / "later" / "deeper"]
+    assert run_folders([str(tmp_path / "r*"), str(run / "later")]) == [run, run / "later" / "deeper"]  # each once
 
 
 def test_no_runs(tmp_path):

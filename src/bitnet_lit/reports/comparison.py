@@ -60,8 +60,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The row's values, as one text."""
-        return " ".join(self.values.values()) or "all runs"
+        """The row's values as one text; where no key names it, the folder of its run."""
+        runs = [*self.counted, *(run for run, _ in self.left_out)]
+        return " ".join(self.values.values()) or (runs[0].folder.absolute().name if len(runs) == 1 else "all runs")
 
 
 @dataclass

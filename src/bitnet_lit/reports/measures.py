@@ -13,8 +13,7 @@ from bitnet_lit.runs.history import DONE, Run
 def final(run: Run, metric: str) -> float | None:
     """Return the metric at the end of a run, or as far as the run is; None where it has no finite value."""
     if run.state == DONE and metric in run.figures:
-        value = run.figures[metric]
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        return run.figures[metric] if math.isfinite(run.figures[metric]) else None
     points = run.curve(metric).finite
     return float(points.values[-1]) if len(points.values) else None
 
@@ -23,7 +22,7 @@ def reached(run: Run, metric: str) -> float | None:
     """Return the tokens at which the metric was measured last; None where the files do not say."""
     if run.tokens_per_step is None:
         return None
-    if run.state == DONE and metric in run.figures and isinstance(run.figures.get("steps"), int):
+    if run.state == DONE and metric in run.figures and run.figures.get("steps", 0) > 0:
         return run.figures["steps"] * run.tokens_per_step
     points = run.curve(metric).finite
     return float(points.steps[-1]) * run.tokens_per_step if len(points.steps) else None

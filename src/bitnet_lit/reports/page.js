@@ -181,7 +181,7 @@ function drawCurves() {
     }
     shown.forEach(([label, line], i) => {
       traces.push({ x: line.x, y: line.y, mode: marks, line: { ...style, width: mean || lines.length === 1 ? 2 : 1.3 },
-        marker: { size: 4, symbol: symbol(row) }, name: plain(row.name), legendgroup: String(index), showlegend: i === 0,
+        marker: { size: line.x.length > 1 ? 4 : 9, symbol: symbol(row) }, name: plain(row.name), legendgroup: String(index), showlegend: i === 0,
         text: line.x.map(() => `${hover} ${plain(label)}`), hovertemplate: "%{text}<br>%{x:.4s}: %{y:.4f}<extra></extra>" });
       for (const each of line.y) if (each !== null) { y.low = Math.min(y.low, each); y.high = Math.max(y.high, each); }
     });
@@ -284,7 +284,7 @@ function drawGaps() {
     text: [`<b>${names[i]}</b><br>${means[i].toFixed(4)}${halves[i] ? ` ± ${halves[i].toFixed(4)} (95 %)` : ""}, ${row[state.gap].estimate[2]} pairs`],
     hovertemplate: "%{text}<extra></extra>",
   })), {
-    height: 110 + 34 * shown.length, xaxis: axis(data.metric.endsWith("loss") ? "difference in loss (nats per token)" : `difference in ${lossName(data.metric)}`, { zeroline: true, zerolinecolor: css("--quiet"), zerolinewidth: 1 }),
+    height: 110 + 34 * shown.length, xaxis: axis(data.metric.endsWith("loss") ? "difference in loss (nats per token)" : `difference in ${lossName(data.metric)}`, { rangemode: "tozero", zeroline: true, zerolinecolor: css("--quiet"), zerolinewidth: 1 }),
     yaxis: axis("", { type: "category", showgrid: false, tickfont: { size: 12, color: css("--text") } }),
   });
 }
@@ -298,9 +298,10 @@ function drawHealth() {
   const of = (figure) => points(health[figure], health.tokensPerStep, x) || { x: [], y: [] };
   const height = narrow() ? 250 : 280;
   draw(document.getElementById("shares"), SHARES.map(([figure, name, colours]) => ({
-    ...of(figure), name, stackgroup: "codes", mode: "lines", line: { width: 0.5, color: colours[theme()] }, fillcolor: colours[theme()],
+    ...of(figure), name, stackgroup: "codes", mode: health.zero.steps.length > 1 ? "lines" : "lines+markers", line: { width: 0.5, color: colours[theme()] }, fillcolor: colours[theme()],
     hovertemplate: `code ${name}: %{y:.3f}<extra></extra>`,
   })), { height, hovermode: "x", xaxis: xaxis(), yaxis: axis("share of the codes", { range: [0, 1] }), showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, margin: { l: 56, r: 12, t: TOP + 20, b: 44 } });
+  document.getElementById("flips").hidden = !of("flip_rate").x.length;  // the first validation has none
   draw(document.getElementById("flips"), [{ ...of("flip_rate"), mode: "lines+markers", line: { color: css("--accent"), width: 2 }, marker: { size: 5 },
     hovertemplate: "%{x:.4s}: %{y:.4f}<extra></extra>" }],
     { height, xaxis: xaxis(), yaxis: axis("flips since the last validation", { rangemode: "tozero" }), margin: { l: 56, r: 12, t: TOP + 20, b: 44 } });

@@ -50,12 +50,16 @@ def _notes(comparison: Comparison) -> str:
     return f"<details><summary>{len(lines)} notes</summary>{_list(lines)}</details>"
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _summary(comparison: Comparison) -> str:
     counted = sum(len(row.counted) for row in comparison.rows)
     left_out = len(comparison.runs) - counted
     made = datetime.now().strftime("%Y-%m-%d %H:%M")
-    parts = [f"{len(comparison.rows)} rows", f"{counted} runs", f"{left_out} left out" if left_out else "", made]
-    return html.escape(" · ".join(part for part in parts if part))
+    runs = _count(counted, "run") + (f", {left_out} left out" if left_out else "")
+    return html.escape(" · ".join([_count(len(comparison.rows), "row"), runs, made]))
 
 
 def as_page(comparison: Comparison, title: str, plotly: str) -> str:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import account
+
+_DAMAGED = (TypeError, ValueError, AttributeError, KeyError, ArithmeticError)
+"""What a config raises whose values are of other types, or of sizes that nothing has."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def quant_config(config: dict[str, Any]) -> QuantConfig | None:
     known = {field.name for field in fields(QuantConfig)} - {"_target_", "kernel", "grad"}
     try:
         return QuantConfig(**{key: value for key, value in values.items() if key in known})
-    except (UserError, TypeError):
+    except _DAMAGED:
         return None
 
 
@@ -61,7 +63,7 @@ def weight_sizes(config: dict[str, Any], dense_bits: int) -> WeightSizes | None:
         counted = account(
             ModelConfig(**{key: value for key, value in values.items() if key in known}), quant, dense_bits=dense_bits
         )
-    except (UserError, TypeError, AttributeError):
+    except _DAMAGED:
         return None
     bits = counted.projections * counted.bits_per_weight + (counted.embedding + counted.norms) * dense_bits
     return WeightSizes(counted.parameters, counted.bits_per_weight, bits / 8)

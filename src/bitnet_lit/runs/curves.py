@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
-from bitnet_lit.errors import UserError, disk_errors
+from bitnet_lit.errors import UserError, disk_errors, one_line
 from bitnet_lit.extras import needs
 from bitnet_lit.runs.config_keys import value_of
 from bitnet_lit.runs.folder import CSV_NAME
@@ -69,5 +69,8 @@ def plot_curves(config: PlotConfig) -> Path:
     with disk_errors(f"out={config.out}", refused="choose another out="):
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as temporary:
-            figure.savefig(temporary, format=kind)
+            try:
+                figure.savefig(temporary, format=kind)
+            except (ValueError, OverflowError) as error:  # damaged values, such as 1e308
+                raise UserError(f"metric={config.metric}: its values cannot be drawn ({one_line(error)})") from None
     return out

@@ -36,7 +36,8 @@ from bitnet_lit.runs.folder import (
 from bitnet_lit.runs.metrics_csv import read_metrics
 
 DONE, UNFINISHED, FAILED = "done", "unfinished", "failed"
-_NO_RUNS_INSIDE = {CHECKPOINTS, MODEL, MODEL_LAST, "wandb", "tensorboard"}
+_NO_RUNS_INSIDE = {CHECKPOINTS, MODEL, MODEL_LAST, "wandb", "tensorboard", "mlruns"}
+_MOST = 2**40  # of anything that is counted here; a larger number comes from a damaged file
 _REMEDY = "put a copy of it there, or move it away"
 
 
@@ -71,7 +72,7 @@ class Run:
     Attributes:
         config: its config.yaml as plain data; empty where there is none.
         state: DONE, UNFINISHED or FAILED.
-        figures: the figures of metrics.json; empty unless the run is done.
+        figures: the figures of metrics.json, NaN where one is no number; empty unless the run is done.
         curves: every column of metrics.csv, by its name.
         error: why the run failed, in one line.
     """
@@ -79,7 +80,7 @@ class Run:
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     state: str = UNFINISHED
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     error: str = ""
 
@@ -101,7 +102,7 @@ class Run:
     def tokens_per_step(self) -> float | None:
         """Tokens of an optimizer step, on all devices; None where the files do not say."""
         steps, tokens = self.figures.get("steps"), self.figures.get("tokens")
-        if isinstance(steps, int) and isinstance(tokens, int) and steps > 0:
+        if steps is not None and tokens is not None and steps > 0 and tokens > 0:
             return tokens / steps
         groups = [self.config.get(name) for name in ("data", "model", "trainer")]
         data, model, trainer = (group if isinstance(group, dict) else {} for group in groups)
@@ -113,7 +114,7 @@ class Run:
             trainer.get("num_nodes", 1),
             len(devices) if isinstance(devices, list) else devices,
         )
-        if not all(type(factor) is int and factor > 0 for factor in factors):
+        if not all(type(factor) is int and 0 < factor < _MOST for factor in factors):
             return None
         return float(math.prod(factors))
 
@@ -152,14 +153,11 @@ def _below(place: Path) -> Iterator[Path]:
         folder = Path(name)
         is_here = CSV_NAME in files or (CONFIG_NAME in files and is_run(folder))
         is_here = is_here or (ERROR_NAME in files and RECORD in folders)  # it failed before it wrote its config
-        folders[:] = sorted(each for each in folders if not each.startswith(".") and not (is_here and _is_inside(each)))
+        folders[:] = sorted(
+            each for each in folders if not each.startswith(".") and not (is_here and each in _NO_RUNS_INSIDE)
+        )
         if is_here:
             yield folder
-
-
-def _is_inside(name: str) -> bool:
-    """Return whether a folder of this name in a run holds a part of that run, and no other runs."""
-    return name in _NO_RUNS_INSIDE
 
 
 def _read_curves(path: Path) -> dict[str, Curve]:
@@ -170,6 +168,8 @@ def _read_curves(path: Path) -> dict[str, Curve]:
     """
     columns: dict[str, tuple[list[int], list[float]]] = {}
     for row in read_metrics(path):
+        if len(row["step"]) > 12:
+            raise UserError(f"{path}: damaged (a step of {len(row['step'])} digits): {_REMEDY}")
         step = int(row["step"])
         for name, text in row.items():
             if name == "step":
@@ -183,6 +183,11 @@ def _read_curves(path: Path) -> dict[str, Curve]:
     return {
         name: Curve(np.array(steps, np.int64), np.array(values, float)) for name, (steps, values) in columns.items()
     }
+
+
+def _number(value: Any) -> float:
+    """Return a value of metrics.json as a number; NaN where it is none."""
+    return float(value) if type(value) in (int, float) and abs(value) < 2**63 else math.nan
 
 
 def read_run(folder: Path) -> Run:
@@ -199,7 +204,8 @@ def read_run(folder: Path) -> Run:
     if (folder / CSV_NAME).is_file():
         run.curves = _read_curves(folder / CSV_NAME)
     if (folder / METRICS_NAME).is_file():
-        run.figures = read_json(folder / METRICS_NAME, Record({}), "resume the run, which writes it again")
+        figures = read_json(folder / METRICS_NAME, Record({}), "resume the run, which writes it again")
+        run.figures = {name: _number(value) for name, value in figures.items()}
         run.state = DONE
     elif (folder / ERROR_NAME).is_file():
         run.state, run.error = FAILED, one_line((folder / ERROR_NAME).read_text("utf-8", "replace"), 300)
