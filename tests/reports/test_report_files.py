@@ -103,6 +103,16 @@ def test_what_is_not_finite_is_null_on_the_page(tmp_path):
     assert data_of(page)["runs"][0]["curves"]["val/loss"]["values"] == [3.0, None, None]
 
 
+@pytest.mark.parametrize("damage", [("1280.0", "1e-320"), ("2.0", "9e300"), ("40,", "999999999999,")])
+def test_numbers_that_nothing_has_do_not_end_the_report(tmp_path, damage):
+    for seed in (1, 2):
+        folder = make_run(tmp_path / str(seed), seed=seed, done=False)
+        (folder / "metrics.csv").write_text((folder / "metrics.csv").read_text().replace(*damage))
+    comparison = make_comparison(ReportConfig(runs=[str(tmp_path)], by=["quant"]))
+    assert comparison.rows[0].loss.mean == (3.0 if damage[0] == "2.0" else 2.0)
+    assert data_of(as_page(comparison, "t", ""))["rows"][0]["loss"][0] == comparison.rows[0].loss.mean
+
+
 def test_health_of_each_matrix(tmp_path):
     lines = ["step,layer,minus,zero,plus,flip_rate,weight_scale"]
     for step in (10, 20, 30, 40):

@@ -37,6 +37,7 @@ from bitnet_lit.runs.metrics_csv import read_metrics
 
 DONE, UNFINISHED, FAILED = "done", "unfinished", "failed"
 _NO_RUNS_INSIDE = {CHECKPOINTS, MODEL, MODEL_LAST, "wandb", "tensorboard", "mlruns"}
+_HUGE, _SLOWEST = 1e30, 1e-6  # beyond these a metric, or a speed in tokens/s, comes from a damaged file
 _MOST = 2**40  # of anything that is counted here; a larger number comes from a damaged file
 _REMEDY = "put a copy of it there, or move it away"
 
@@ -55,8 +56,8 @@ class Curve:
 
     @property
     def finite(self) -> Curve:
-        """The points that are finite, one for each step; the last one where a step was logged twice."""
-        is_kept = np.isfinite(self.values)
+        """The points that are numbers below 1e30, one for each step; the last one where a step was logged twice."""
+        is_kept = np.abs(self.values) < _HUGE  # not where it is NaN
         steps, values = self.steps[is_kept], self.values[is_kept]
         is_last = np.append(np.diff(steps) > 0, True)[: len(steps)]
         return Curve(steps[is_last], values[is_last])
@@ -122,7 +123,7 @@ class Run:
     def seconds(self) -> Curve:
         """Seconds of training up to each logged step, from the logged speed. Validation is left out."""
         speed = self.curve("perf/tokens_per_s").finite
-        if not len(speed.steps) or self.tokens_per_step is None or not (speed.values > 0).all():
+        if not len(speed.steps) or self.tokens_per_step is None or not (speed.values > _SLOWEST).all():
             return _EMPTY
         tokens = np.diff(speed.steps, prepend=0) * self.tokens_per_step
         return Curve(speed.steps, np.cumsum(tokens / speed.values))
