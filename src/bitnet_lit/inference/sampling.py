@@ -121,6 +121,10 @@ class Sampler:
         """The next random number in [0, 1); each token takes one."""
         return float((self._bits.random_raw() >> 11) * 2.0**-53)
 
+    def uniforms(self, count: int) -> NDArray[np.float64]:
+        """The next random numbers, float64 (count,): those that `uniform` would give one after the other."""
+        return (self._bits.random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
     def draw(self, logits: Floats, recent: Sequence[int]) -> int:
         """Draw one token id; `logits` and `recent` are those of `distribution`."""
         sums = distribution(logits, recent, self.options).cumsum(dtype=np.float64)

@@ -22,9 +22,11 @@ def test_rows_of_every_peer_and_of_the_memory(monkeypatch):
     compared = [(row["what"], row["peer"]) for row in rows if row["unit"] == "tokens/s"]
     assert compared == [
         ("decode, batch 1", "dense twin, bfloat16"),
-        ("generate, batch 1", "the engine's decode"),
+        ("generate greedily, batch 1", "the engine's decode"),
+        ("generate by the defaults, batch 1", "the engine's decode"),
         ("decode, batch 2", "dense twin, bfloat16"),
-        ("generate, batch 2", "the engine's decode"),
+        ("generate greedily, batch 2", "the engine's decode"),
+        ("generate by the defaults, batch 2", "the engine's decode"),
         ("decode, batch 1", "PyTorch, eager"),
     ]
     for row in rows:

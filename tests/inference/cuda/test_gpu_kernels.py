@@ -131,14 +131,87 @@ def test_sampling_is_that_of_the_host(options, vocabulary, pieces):
         generator = torch.Generator().manual_seed(step)
         logits = 3 * torch.randn(rows, vocabulary, generator=generator)
         sample(logits.cuda(), state, position, variant, advance=True)
-        assert torch.equal(state.token, state.drawn)
-        for row, token in enumerate(state.drawn.tolist()):
+        drawn = state.token.tolist()  # waits for the GPU
+        assert state.drawn[step].tolist() == drawn
+        for row, token in enumerate(drawn):
             known = logits[row, :pieces].numpy()
             assert distribution(known, ids[row], options)[token] > 0
             same += token == host[row].draw(known, ids[row])
             ids[row].append(token)
     assert position.tolist() == [15] * rows
     assert same >= 0.98 * 10 * rows  # a number within the rounding of a float32 sum of a border falls on its other side
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_programs_of_a_text_agree(rows):
+    """A text has as many programs as the GPU has room for. They find one threshold, and draw one token."""
+    from bitnet_lit.inference.engines.cuda.sampling import SamplingState, Variant, option_numbers, sample
+
+    pieces, drawn = 128256, []
+    for options in (GenerationConfig(), GenerationConfig(top_k=40, top_p=0.9), GenerationConfig(temperature=0)):
+        logits = 2 * torch.randn(rows, pieces, generator=torch.Generator().manual_seed(rows)).cuda()
+        for _ in range(3):
+            state = SamplingState(rows, torch.device("cuda"))
+            state.options.copy_(torch.tensor(option_numbers(options, pieces)))
+            state.uniform.fill_(0.37)
+            position = torch.zeros(rows, dtype=torch.int64, device="cuda")
+            sample(logits, state, position, Variant.of(options, pieces), advance=True)
+            assert state.counter.tolist() == [0] * rows and position.tolist() == [1] * rows
+            drawn.append(state.token.tolist())
+            for row, token in enumerate(drawn[-1][:3]):
+                assert distribution(logits[row].cpu().numpy(), [], options)[token] > 0
+        assert drawn[-1] == drawn[-2] == drawn[-3]
+
+
+@pytest.mark.parametrize(
+    ("half", "heads", "reach", "splits", "positions"),
+    [
+        (True, (4, 2, 32), 256, 4, (0, 5, 63, 64, 130, 255, -1)),  # a program for each block
+        (True, (20, 5, 128), 1024, 2, (0, 31, 512, 700, 1023, -1)),  # several blocks in a program
+        (False, (3, 3, 18), 256, 1, (0, 33, 200, -1)),  # an odd size, and norms of queries and keys
+    ],
+)
+def test_attention_over_the_past(half, heads, reach, splits, positions):
+    from bitnet_lit.inference.engines.cuda.kernels.attention import attend
+
+    (H, KV, P), rows, dtype = heads, len(positions), torch.float16 if half else torch.float32
+    torch.manual_seed(0)
+    caches = [torch.randn(2, 2, KV, reach, P, dtype=dtype, device="cuda") for _ in positions]
+    before = [cache[1].float() for cache in caches]
+    qkv, cos, sin = (torch.randn(*shape, device="cuda") for shape in ((rows, (H + 2 * KV) * P), (reach, P), (reach, P)))
+    q_norm, k_norm = torch.rand(P, device="cuda"), torch.rand(P, device="cuda")
+    address = torch.tensor([cache.data_ptr() for cache in caches]).cuda()
+    room, position = torch.full((rows,), reach).cuda(), torch.tensor(positions).cuda()
+    block_p = max(16, 1 << (P - 1).bit_length())
+    partial = torch.empty(rows, KV, splits, H // KV, block_p + 2, device="cuda")
+    counter = torch.zeros(rows, KV, dtype=torch.int32, device="cuda")
+    y = torch.zeros(rows, H * P, device="cuda")
+    attend[(rows, KV, splits)](
+        y, qkv, cos, sin, q_norm, k_norm, address, room, position, partial, counter, 1, reach // splits, P**-0.5, 1e-5,
+        H=H, KV=KV, P=P, BLOCK_C=64 if reach // splits == 64 else 32, BLOCK_P=block_p, BLOCK_G=16, HALF=half,
+        QK_NORM=not half, PDL=False,
+    )  # fmt: skip
+    assert not counter.any()
+
+    def rotated(x, norm, at):
+        x = x if half else torch.nn.functional.rms_norm(x, (P,), norm, 1e-5)
+        return x * cos[at] + torch.cat([-x[:, P // 2 :], x[:, : P // 2]], dim=1) * sin[at]
+
+    for row, at in enumerate(positions):
+        if at < 0:
+            assert not y[row].any()
+            continue
+        q, k, v = qkv[row].view(-1, P).split([H, KV, KV])
+        q, k = rotated(q, q_norm, at), rotated(k, k_norm, at)
+        keys, values = before[row][:, :, : at + 1].clone()
+        keys[:, at], values[:, at] = k.to(dtype), v.to(dtype)
+        stored = torch.stack([keys[:, at], values[:, at]])  # the last bit of a float16 is 1e-3 of it
+        torch.testing.assert_close(caches[row][1, :, :, at].float(), stored, rtol=2e-3, atol=1e-5)
+        keys, values = (one.repeat_interleave(H // KV, dim=0).double() for one in (keys, values))
+        share = (torch.einsum("hp,hcp->hc", q.double(), keys) * P**-0.5).softmax(dim=1)
+        expected = torch.einsum("hc,hcp->hp", share, values).flatten().float()
+        # Scores of float16 queries are off by 1e-3 of their size, about 4 here; a mean of values by as much.
+        torch.testing.assert_close(y[row], expected, rtol=0, atol=2e-2 if half else 1e-5)
 
 
 def test_logits_that_are_no_numbers_are_found():
@@ -150,8 +223,8 @@ def test_logits_that_are_no_numbers_are_found():
     logits = torch.zeros(3, 300, device="cuda")
     logits[1, 5], logits[2, 7] = math.nan, math.inf
     sample(logits, state, torch.zeros(3, dtype=torch.int64, device="cuda"), Variant.of(options, 300), advance=False)
-    assert state.drawn[0] >= 0 and state.drawn[1:].tolist() == [-1, -1]
-    assert ((state.token >= 0) & (state.token < 300)).all()
+    assert ((state.token >= 0) & (state.token < 300)).all()  # waits for the GPU
+    assert state.drawn[0, 0] >= 0 and state.drawn[0, 1:].tolist() == [-1, -1]
 
 
 def test_packing_on_the_gpu_is_packing_on_the_cpu():

@@ -12,7 +12,7 @@ def planes(words):
     return torch.cat([(as_bytes >> 2 * c & 3).to(torch.int8) - 1 for c in range(4)], dim=1)
 
 
-@pytest.mark.parametrize("inputs", [1, 255, 256, 257, 700, 2560])
+@pytest.mark.parametrize("inputs", [1, 255, 256, 257, 700, 2560, 4100])
 def test_a_packed_row_times_a_permuted_token_is_their_product(inputs):
     generator = torch.Generator().manual_seed(inputs)
     codes = torch.randint(-1, 2, (7, inputs), generator=generator, dtype=torch.int8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, Only, refused_fields
 from bitnet_lit.inference.engines.cpu.native import NORMS, PROJECTIONS
+from bitnet_lit.inference.engines.supported_schemes import refused_scheme
 from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, unnamed_tensors
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.weights import PerTensor
@@ -26,7 +27,6 @@ COMPUTED = {
 }
 TENSORS = {EMBEDDING, *NORMS.values(), *PROJECTIONS.values(), FINAL_NORM, HEAD}
 ACTIVATIONS = ("silu", "relu2")
-DENSE_LAYERS = ["lm_head"]
 LONGEST_ROW = 2**18  # inputs of a matrix: 63 * 127 times as much fits the 32 bits in which products are added up
 
 
@@ -39,18 +39,5 @@ def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
     longest = max(config.hidden_size, config.intermediate_size, config.attention_size)
     if longest > LONGEST_ROW:
         found.append(f"a matrix has {longest} inputs: the native engine takes {LONGEST_ROW} at most")
-    scheme = quant.scheme
-    if not scheme.quantizes:
-        return "; ".join(found) or None
-    name = f"quant={quant.name}"
-    if not scheme.is_plain:
-        found.append(f"{name}: its layer computes more than a product of codes")
-    if not scheme.is_ternary:
-        found.append(f"{name}: its codes are {', '.join(map(str, scheme.levels))}, the kernels' are -1, 0 and +1")
-    if scheme.granularity != PerTensor():
-        found.append(f"{name}: its scales are {scheme.granularity}, the kernels have one for the matrix")
-    if scheme.activations != AbsMax(8):
-        found.append(f"{name}: it rounds activations by {scheme.activations}, the kernels by {AbsMax(8)}")
-    if quant.skip != DENSE_LAYERS:
-        found.append(f"quant.skip={quant.skip}: in the native engine the output head alone is dense")
+    found += refused_scheme(quant, "native engine", [PerTensor()], [AbsMax(8)])
     return "; ".join(found) or None

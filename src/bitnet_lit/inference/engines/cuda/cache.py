@@ -17,12 +17,14 @@ class CudaCache:
     Attributes:
         length: tokens in it.
         memory: (layers, 2, KV, room, P): keys and values of each layer. Keys are stored after the rotary embedding.
+        room, address: how many positions there is memory for, and where. They are read for each text of each step, and
+            asking the tensor takes microseconds.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self._config, self._device, self._dtype = config, device, dtype
         self.length = 0
-        self.memory = self._new_memory(min(FIRST_POSITIONS, config.max_position_embeddings))
+        self._keep(self._new_memory(min(FIRST_POSITIONS, config.max_position_embeddings)))
 
     def _new_memory(self, room: int) -> Tensor:
         config = self._config
@@ -35,10 +37,8 @@ class CudaCache:
                 "shorter or fewer texts"
             ) from None
 
-    @property
-    def room(self) -> int:
-        """Return how many positions there is memory for."""
-        return self.memory.shape[3]
+    def _keep(self, memory: Tensor) -> None:
+        self.memory, self.room, self.address = memory, memory.shape[3], memory.data_ptr()
 
     def reserve(self, length: int) -> None:
         """Make room for `length` tokens, which the context holds.
@@ -48,7 +48,7 @@ class CudaCache:
         """
         if length > self.room:
             old, kept = self.memory, self.length
-            self.memory = self._new_memory(min(max(2 * self.room, length), self._config.max_position_embeddings))
+            self._keep(self._new_memory(min(max(2 * self.room, length), self._config.max_position_embeddings)))
             self.memory[:, :, :, :kept] = old[:, :, :, :kept]
 
     def truncate(self, length: int) -> None:
@@ -59,5 +59,6 @@ class CudaCache:
         """Return a copy, for another text that begins in the same way."""
         copy = CudaCache.__new__(CudaCache)
         copy._config, copy._device, copy._dtype = self._config, self._device, self._dtype
-        copy.length, copy.memory = self.length, self.memory.clone()
+        copy.length = self.length
+        copy._keep(self.memory.clone())
         return copy

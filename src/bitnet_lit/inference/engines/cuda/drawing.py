@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class _Launched:
 
     Attributes:
         texts: the text in each row.
-        drawn: int64 (rows,), in pinned memory, once `event` has happened.
+        drawn: int64 (rows,), memory of the host that has the tokens once `event` has happened.
     """
 
     texts: list[int]
@@ -105,11 +106,10 @@ class CudaDrawing:
             yield token_of[text]
 
     def _fetch(self) -> None:
-        """Send the tokens that were just drawn to the host."""
-        drawn = torch.empty(self._rows.size, dtype=torch.int64, pin_memory=True)
-        drawn.copy_(self._rows.sampling.drawn, non_blocking=True)
+        """Note where the tokens of the step that was just launched will be."""
         event = torch.cuda.Event()
         event.record()
+        drawn = self._rows.sampling.drawn[UNIFORMS - self._uniforms_left]
         self._launched.append(_Launched(list(self._texts), drawn, event))
         self._steps_left -= 1
         self._uniforms_left -= 1
@@ -134,14 +134,17 @@ class CudaDrawing:
 
     def _send_uniforms(self) -> None:
         """Send the next random numbers of each text to the GPU."""
-        numbers = [[self._samplers[text].uniform() for _ in range(UNIFORMS)] for text in self._texts]
+        numbers = np.stack([self._samplers[text].uniforms(UNIFORMS) for text in self._texts])
         state = self._rows.sampling
-        state.uniform[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64).to(state.uniform.device)
+        state.uniform[: len(numbers)] = torch.from_numpy(numbers).to(state.uniform.device)
         state.count.zero_()
         self._uniforms_left = UNIFORMS
 
     def _move(self, kept: list[int]) -> None:
         """Go on in a smaller batch with the texts of the rows `kept`."""
+        for step in self._launched:  # somebody else may get the old rows, and draw into them
+            step.event.synchronize()
+            step.drawn = step.drawn.clone()
         old, new = self._rows, self._engine.take_rows(round_up(len(kept)))
         index = torch.tensor(kept, device=old.position.device)
         for name in SamplingState.MOVED:

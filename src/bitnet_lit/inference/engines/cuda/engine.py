@@ -141,7 +141,7 @@ class CudaEngine:
                 cache = caches[text]
                 stretches.append(Stretch(len(where), end - start, cache.length, cache.memory))
                 places = range(cache.length, cache.length + end - start)
-                where += [(cache.memory.data_ptr(), cache.room, position) for position in places]
+                where += [(cache.address, cache.room, position) for position in places]
                 cache.length += end - start
             texts = Texts(*torch.tensor(where).T.contiguous().to(self.device))
             hidden = self.network.prefill(torch.tensor(tokens).to(self.device), texts, stretches)

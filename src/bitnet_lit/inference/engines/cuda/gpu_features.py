@@ -1,4 +1,4 @@
-"""This module asks a GPU whether it can start kernels early, and how much shared memory a program has."""
+"""This module asks a GPU whether it can start kernels early, how many programs it runs, and what memory they have."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def early(device: torch.device) -> dict[str, Any]:
     """
     can = torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs surely run at the same time: one on each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

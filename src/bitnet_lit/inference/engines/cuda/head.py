@@ -88,19 +88,19 @@ class Int8Head:
         block_t = triton.next_power_of_2(T)
         length = torch.empty(M, dtype=torch.float32, device=x.device)
         pdl = early(x.device)
+        words = torch.empty(2 * M, 4 * T, dtype=torch.int32, device=x.device)
+        x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
+        quantize_16[(M,)](
+            words, x_scale, length, x, self.norm, M, self.eps,
+            K=K, T=T, NORM=True, BLOCK_T=block_t, num_warps=max(1, min(8, block_t // 32)), **pdl,
+        )  # fmt: skip
         if M == 1:
             block_v = 16
             head_matvec[(triton.cdiv(V, block_v),)](
-                logits, length, x, self.norm, self.codes.view(torch.int32), self.scale, self.eps,
-                V=V, K=K, T=T, NORM=True, BLOCK_V=block_v, BLOCK_T=block_t, num_warps=4, **pdl,
+                logits, words, x_scale, self.codes.view(torch.int32), self.scale,
+                V=V, T=T, BLOCK_V=block_v, BLOCK_T=min(128, 4 * block_t), num_warps=4, **pdl,
             )  # fmt: skip
         else:
-            words = torch.empty(2 * M, 4 * T, dtype=torch.int32, device=x.device)
-            x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
-            quantize_16[(M,)](
-                words, x_scale, length, x, self.norm, M, self.eps,
-                K=K, T=T, NORM=True, BLOCK_T=block_t, num_warps=max(1, min(8, block_t // 32)), **pdl,
-            )  # fmt: skip
             block_m = min(64, max(16, triton.next_power_of_2(M)))
             head_matmul[(triton.cdiv(V, 64), triton.cdiv(M, block_m))](
                 logits, words.view(torch.int8), x_scale, self.codes, self.scale, M, M,

@@ -30,8 +30,10 @@ from bitnet_lit.model.layers import rotary_tables
 from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD
 from bitnet_lit.quant.packing import CODES_PER_BYTE, unpack_codes
 
-CHUNK = 64
-"""Positions that one program of `attend` reads. A longer past is divided among several programs."""
+BLOCK = 64
+"""The fewest positions that one program of `attend` reads. A longer past is divided among several programs."""
+MOST_SPLITS = 16
+PROGRAMS = 512  # of `attend`: about four for each multiprocessor
 
 
 @dataclass
@@ -164,18 +166,23 @@ class Network:
             "QK_NORM": config.qk_norm,
         }
 
-    def decode(self, tokens: Tensor, texts: Texts, splits: int, scratch: Scratch, logits: Tensor) -> None:
+    def decode(self, tokens: Tensor, texts: Texts, reach: int, scratch: Scratch, logits: Tensor) -> None:
         """Compute the logits after one new token of each text.
 
         Args:
             tokens: int64 (B,).
-            texts: one for each token; positions are below splits * CHUNK.
-            scratch: for attention, of the same size.
+            texts: one for each token; positions are below `reach`, a power of two from BLOCK on.
+            scratch: for attention, of the same reach.
             logits: float32 (B, V), out.
         """
         heads = self._heads()
         config = self.config
         block_g = max(16, triton.next_power_of_2(config.num_attention_heads // config.num_kv_heads))
+        splits = scratch.splits
+        # Two blocks are in registers at once, so programs of several blocks take small ones.
+        small = max(16, min(BLOCK, (4096 if self.half else 2048) // heads["BLOCK_P"]))
+        block_c = BLOCK if self.half and reach // splits == BLOCK else small
+        warps = 8 if block_c * heads["BLOCK_P"] > 4096 else 4
 
         def attention(index: int, layer: Layer, qkv: Tensor) -> Tensor:
             y = torch.empty(len(qkv), config.attention_size, dtype=torch.float32, device=self.device)
@@ -183,8 +190,9 @@ class Network:
             attend[(len(qkv), config.num_kv_heads, splits)](
                 y, qkv, self.cos, self.sin, self.cos if q_norm is None else q_norm,
                 self.cos if k_norm is None else k_norm, texts.address, texts.room, texts.position,
-                scratch.partial, scratch.counter, index, config.head_size**-0.5, config.rms_norm_eps,
-                CHUNK=CHUNK, BLOCK_G=block_g, num_warps=4, **heads, **early(self.device),
+                scratch.partial, scratch.counter, index, reach // splits, config.head_size**-0.5, config.rms_norm_eps,
+                BLOCK_C=block_c, BLOCK_G=block_g, num_warps=warps, **heads,
+                **early(self.device),
             )  # fmt: skip
             return y
 
@@ -245,10 +253,16 @@ class Stretch:
 
 
 class Scratch:
-    """Is memory in which the programs of `attend` leave parts to each other."""
+    """Is memory in which the programs of `attend` leave parts to each other.
 
-    def __init__(self, config: ModelConfig, rows: int, splits: int, device: torch.device) -> None:
+    Attributes:
+        splits: among how many programs the past of a text is divided: as many as the GPU has room for.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, reach: int, device: torch.device) -> None:
         groups = config.num_attention_heads // config.num_kv_heads
         block_p = max(16, triton.next_power_of_2(config.head_size))
-        self.partial = torch.empty(rows, config.num_kv_heads, splits, groups, block_p + 2, device=device)
+        room = max(1, PROGRAMS // (rows * config.num_kv_heads))
+        self.splits = min(reach // BLOCK, MOST_SPLITS, 1 << (room.bit_length() - 1))
+        self.partial = torch.empty(rows, config.num_kv_heads, self.splits, groups, block_p + 2, device=device)
         self.counter = torch.zeros(rows, config.num_kv_heads, dtype=torch.int32, device=device)

@@ -72,70 +72,73 @@ class TernaryProjection:
         return cls(pack_words(codes), scale.contiguous(), bias, codes.shape[1], limit, eps, counter)
 
     def __call__(self, x: Tensor, norm: Tensor | None, *, act: str = "", add_to: Tensor | None = None) -> Tensor:
-        """See `Projection`."""
-        if len(x) == 1 and not act:
-            return self._matvec(x, norm, "", add_to)
-        M, N, T = len(x), len(self.scale), self.words.shape[1]
+        """See `Projection`; `act` is always part of the product before."""
+        assert not act
+        return self._product(x, norm, "", add_to)
+
+    def gated(self, x: Tensor, norm: Tensor | None, act: str) -> tuple[Tensor, str]:
+        """See `Projection`. The activation is part of the product."""
+        return self._product(x, norm, act, None), ""
+
+    def _product(self, x: Tensor, norm: Tensor | None, act: str, add_to: Tensor | None) -> Tensor:
+        M, N = len(x), len(self.scale) // (2 if act else 1)
+        y = torch.empty(M, N, dtype=torch.float32, device=x.device) if add_to is None else add_to
+        (self._matvec if M == 1 else self._matmul)(y, x, norm, act, add_to is not None)
+        return y
+
+    def _matvec(self, y: Tensor, x: Tensor, norm: Tensor | None, act: str, add: bool) -> None:
+        N, T = y.shape[1], self.words.shape[1]
+        blocks = matvec_blocks(T)
+        matvec[(triton.cdiv(N, blocks["BLOCK_N"]),)](
+            y, x, x if norm is None else norm, self.words, self.scale, self.scale if self.bias is None else self.bias,
+            self.eps, N=N, K=self.inputs, T=T, LIMIT=self.limit, NORM=norm is not None, BIAS=self.bias is not None,
+            RESIDUAL=add, ACT=act, **blocks, **early(x.device),
+        )  # fmt: skip
+
+    def _matmul(self, y: Tensor, x: Tensor, norm: Tensor | None, act: str, add: bool) -> None:
+        (M, N), T = y.shape, self.words.shape[1]
         words = torch.empty(M, 4 * T, dtype=torch.int32, device=x.device)
         x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
         x_sum = torch.empty(M, dtype=torch.int32, device=x.device)
         block_t = triton.next_power_of_2(T)
         quantize[(M,)](
-            words, x_scale, x_sum, x, x if norm is None else norm, x.shape[1], self.eps,
-            K=self.inputs, T=T, F=self.inputs if act else 0, LIMIT=self.limit, NORM=norm is not None, ACT=act,
-            BLOCK_T=block_t, num_warps=max(1, min(8, block_t // 32)), **early(x.device),
+            words, x_scale, x_sum, x, x if norm is None else norm, self.eps,
+            K=self.inputs, T=T, LIMIT=self.limit, NORM=norm is not None,
+            BLOCK_T=block_t, num_warps=max(1, min(block_t // 32, max(4, block_t // 128))), **early(x.device),
         )  # fmt: skip
-        y = torch.empty(M, N, dtype=torch.float32, device=x.device) if add_to is None else add_to
-        blocks = matmul_blocks(M, N, 4 * T, x.device)
+        blocks = matmul_blocks(M, N, 4 * T, bool(act), x.device)
         grid = (triton.cdiv(N, blocks["BLOCK_N"]), triton.cdiv(M, blocks["BLOCK_M"]), blocks["SPLITS"])
-        tiles = math.prod(grid) * blocks["BLOCK_N"] * blocks["BLOCK_M"] if blocks["SPLITS"] > 1 else 1
-        partial = torch.empty(tiles, dtype=torch.int32, device=x.device)
+        tiles = math.prod(grid) * (2 if act else 1) * blocks["BLOCK_N"] * blocks["BLOCK_M"]
+        partial = torch.empty(tiles if blocks["SPLITS"] > 1 else 1, dtype=torch.int32, device=x.device)
         matmul[grid](
             y, words.view(torch.int8), x_scale, x_sum, self.words.view(torch.int8), self.scale,
             self.scale if self.bias is None else self.bias, partial, self.counter, M,
-            N=N, K4=4 * T, BIAS=self.bias is not None, RESIDUAL=add_to is not None, **blocks, **early(x.device),
+            N=N, K4=4 * T, BIAS=self.bias is not None, RESIDUAL=add, ACT=act, **blocks, **early(x.device),
         )  # fmt: skip
-        return y
-
-    def gated(self, x: Tensor, norm: Tensor | None, act: str) -> tuple[Tensor, str]:
-        """See `Projection`. For one token the activation is part of the product."""
-        return (self._matvec(x, norm, act, None), "") if len(x) == 1 else (self(x, norm), act)
 
     @property
     def nbytes(self) -> int:
         """See `Projection`."""
         return self.words.nbytes
 
-    def _matvec(self, x: Tensor, norm: Tensor | None, act: str, add_to: Tensor | None) -> Tensor:
-        N, T = len(self.scale) // (2 if act else 1), self.words.shape[1]
-        y = torch.empty(1, N, dtype=torch.float32, device=x.device) if add_to is None else add_to
-        blocks = matvec_blocks(T)
-        matvec[(triton.cdiv(N, blocks["BLOCK_N"]),)](
-            y, x, x if norm is None else norm, self.words, self.scale, self.scale if self.bias is None else self.bias,
-            self.eps, N=N, K=self.inputs, T=T, LIMIT=self.limit, NORM=norm is not None, BIAS=self.bias is not None,
-            RESIDUAL=add_to is not None, ACT=act, BLOCK_T=triton.next_power_of_2(T), **blocks,
-            **early(x.device),
-        )  # fmt: skip
-        return y
-
 
 def matvec_blocks(T: int) -> dict[str, Any]:
     """Return the rows of a program of `matvec`, how it divides the words of a row, and its warps.
 
-    The numbers are the fastest of those that were measured on an H100.
+    The numbers are the fastest of those that were measured on an H200.
     """
     first = 1 << (T.bit_length() - 1)
     rest = triton.next_power_of_2(T - first) if first < T else 0
     if rest == first:
         first, rest = 2 * first, 0
-    return {"BLOCK_N": 32 if T <= 256 else 16, "BLOCK_A": first, "BLOCK_B": rest, "num_warps": 4}
+    return {"BLOCK_N": 4, "BLOCK_A": first, "BLOCK_B": rest, "num_warps": 2 if T <= 512 else 8}
 
 
-def matmul_blocks(M: int, N: int, K4: int, device: torch.device) -> dict[str, Any]:
+def matmul_blocks(M: int, N: int, K4: int, gated: bool, device: torch.device) -> dict[str, Any]:
     """Return the tile of a program of `matmul`, among how many programs inputs are divided, warps, and loads ahead."""
     stages = loads_ahead(device)
     if M > 64:
-        tile = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_J": 64}
+        tile = {"BLOCK_M": 128, "BLOCK_N": 64 if gated else 128, "BLOCK_J": 64}
         return {**tile, "SPLITS": 1, "num_warps": 8, "num_stages": stages}
     # 64 outputs of a program are what the tensor cores take at once. About 132 programs occupy an H100.
     block_j = 128 if K4 % 128 == 0 else 64

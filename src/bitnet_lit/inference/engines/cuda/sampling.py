@@ -1,4 +1,4 @@
-"""Sampling on the GPU is a few launches that draw a token of each text, by options that are numbers there."""
+"""Sampling on the GPU is a launch that draws a token of each text, by options that are numbers there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import triton
 from torch import Tensor
 
 from bitnet_lit.config import GenerationConfig
-from bitnet_lit.inference.engines.cuda.gpu_features import early
-from bitnet_lit.inference.engines.cuda.kernels.sampling import THRESHOLDS, draw, keep, narrow, peaks, penalize
+from bitnet_lit.inference.engines.cuda.gpu_features import early, multiprocessors
+from bitnet_lit.inference.engines.cuda.kernels import sampling as kernels
 
-BLOCK = 2048  # logits of a program
-SEARCHES = 5  # launches that find a threshold
 LONGEST_WINDOW = 4096
 """Tokens that repeat_penalty can look back; with a longer repeat_last_n the host draws."""
 UNIFORMS = 256  # random numbers that are sent ahead, for each text
@@ -59,10 +57,12 @@ class SamplingState:
 
     Attributes:
         token: int64 (B,), what the next step reads.
-        drawn: int64 (B,), what was drawn; -1 where the logits are not finite.
+        drawn: int64 (UNIFORMS, B), what was drawn by each random number; -1 where the logits are not finite. It is
+            memory of the host that the GPU writes to, so tokens come without a copy behind each step.
         recent, length: int64 (B, LONGEST_WINDOW) and (B,), the last tokens of each text, see `penalize`.
         uniform, count: float64 (B, UNIFORMS) and int64 (B,), random numbers and how many are used.
         options: float32 (6,), see `option_numbers`.
+        counter: int32 (B,), zeros, in which programs count themselves.
     """
 
     MOVED = ("token", "recent", "length", "uniform", "count")
@@ -70,12 +70,27 @@ class SamplingState:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.drawn = torch.zeros(UNIFORMS, rows, dtype=torch.int64, pin_memory=True)
         self.recent = torch.zeros(rows, LONGEST_WINDOW, dtype=torch.int64, device=device)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
         self.uniform = torch.zeros(rows, UNIFORMS, dtype=torch.float64, device=device)
         self.count = torch.zeros(rows, dtype=torch.int64, device=device)
         self.options = torch.zeros(6, dtype=torch.float32, device=device)
+        self.counter = torch.zeros(rows, dtype=torch.int32, device=device)
+
+
+def _division(rows: int, pieces: int, device: torch.device) -> dict[str, int]:
+    """Return how many programs draw the token of a text, how they divide its logits, and how they search.
+
+    Programs of a text wait for each other, so all must run at once: there is one on each multiprocessor at most. Where
+    a program has few logits, a pass costs the waiting, and more thresholds take fewer passes.
+    """
+    most = max(1, multiprocessors(device) // rows)
+    block = max(1024, min(4096, triton.next_power_of_2(triton.cdiv(pieces, most))))
+    blocks = triton.cdiv(triton.cdiv(pieces, block), most)
+    programs = triton.cdiv(pieces, block * blocks)
+    search = {"THRESHOLDS": 16, "num_warps": 8} if block == 1024 else {"THRESHOLDS": 8, "num_warps": 16}
+    return {"BLOCK_V": block, "BLOCKS": blocks, "PROGRAMS": programs, **search}
 
 
 def sample(logits: Tensor, state: SamplingState, position: Tensor, variant: Variant, advance: bool) -> None:
@@ -87,37 +102,17 @@ def sample(logits: Tensor, state: SamplingState, position: Tensor, variant: Vari
     """
     rows, V = logits.shape
     pdl = early(logits.device)
-    device, blocks = logits.device, triton.cdiv(variant.pieces, BLOCK)
-    shape = {"V": V, "PIECES": variant.pieces, "BLOCKS": blocks, "BLOCK_V": BLOCK}
-    rounded = {"ROUND_BLOCKS": triton.next_power_of_2(blocks)}
     if variant.penalty:
-        penalize[(rows,)](
+        kernels.penalize[(rows,)](
             logits, state.recent, state.length, state.options, V=V, RING=LONGEST_WINDOW, num_warps=8, **pdl
         )
-    peak = torch.empty(rows, 2, blocks, dtype=torch.float32, device=device)
-    where = torch.empty(rows, blocks, dtype=torch.int64, device=device)
-    peaks[(blocks, rows)](peak, where, logits, num_warps=4, **shape, **pdl)
-    mass = torch.empty(rows, blocks, dtype=torch.float32, device=device)
-    threshold = torch.empty(rows, dtype=torch.float32, device=device)
-    if not variant.greedy:
-        sums = torch.empty(2, rows, blocks, THRESHOLDS.value, dtype=torch.float32, device=device)
-        states = torch.empty(2, rows, 3, dtype=torch.float32, device=device)
-        searches = [True] * SEARCHES * variant.top_k + [False] * SEARCHES * variant.top_p
-        for i, count in enumerate(searches):
-            new, old = i % 2, 1 - i % 2
-            start = 1 if i == 0 else 2 if not count and searches[i - 1] else 0
-            narrow[(blocks, rows)](
-                sums[new], states[new], sums[old], states[old], logits, peak, state.options,
-                COUNT=count, START=start, num_warps=4, **shape, **rounded, **pdl,
-            )  # fmt: skip
-        last = (len(searches) - 1) % 2
-        keep[(blocks, rows)](
-            mass, threshold, sums[last], states[last], logits, peak, state.options,
-            SEARCHED=bool(searches), num_warps=4, **shape, **rounded, **pdl,
-        )  # fmt: skip
-    draw[(rows,)](
+    division = _division(rows, variant.pieces, logits.device)
+    programs = division["PROGRAMS"]
+    shared = torch.empty(rows, 2, programs, division["THRESHOLDS"], dtype=torch.float32, device=logits.device)
+    kernels.sample[(programs, rows)](
         state.drawn, state.token, position, state.recent, state.length, state.uniform, state.count,
-        mass, threshold, logits, peak, where, state.options,
-        GREEDY=variant.greedy, RING=LONGEST_WINDOW, UNIFORMS=UNIFORMS, ADVANCE=advance, num_warps=4,
-        **shape, **rounded, **pdl,
+        logits, shared, state.counter, state.options,
+        V=V, PIECES=variant.pieces, ROUND=triton.next_power_of_2(programs),
+        ROUND_BLOCKS=triton.next_power_of_2(division["BLOCKS"]), GREEDY=variant.greedy, SEARCH_K=variant.top_k,
+        SEARCH_P=variant.top_p, RING=LONGEST_WINDOW, UNIFORMS=UNIFORMS, ADVANCE=advance, **division, **pdl,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitnet_lit.inference.engines.cuda.cache import CudaCache
-from bitnet_lit.inference.engines.cuda.network import CHUNK, Network, Scratch, Texts
+from bitnet_lit.inference.engines.cuda.network import BLOCK, Network, Scratch, Texts
 from bitnet_lit.inference.engines.cuda.sampling import SamplingState, Variant, sample
 
 MOST_ROWS = 64
@@ -63,7 +63,7 @@ class Rows:
         for cache in caches:
             if cache is not None:
                 cache.reserve(cache.length + 1)
-            where.append((0, 0, -1) if cache is None else (cache.memory.data_ptr(), cache.room, cache.length))
+            where.append((0, 0, -1) if cache is None else (cache.address, cache.room, cache.length))
         where += [(0, 0, -1)] * (self.size - len(where))
         if where != self._placed:
             self._where.copy_(torch.tensor(where).T)
@@ -75,32 +75,33 @@ class Rows:
         With a variant the next token is drawn, and the positions are counted up.
         """
         longest = max(position for _, _, position in self._placed)
-        splits = round_up(max(longest, 0) // CHUNK + 1)
-        graph = self._graphs.get((splits, variant))
+        reach = BLOCK * round_up(max(longest, 0) // BLOCK + 1)
+        graph = self._graphs.get((reach, variant))
         if graph is None:
-            graph = self._graphs[splits, variant] = self._capture(splits, variant)
+            graph = self._graphs[reach, variant] = self._capture(reach, variant)
         graph.replay()
         if variant is not None:
             self._placed = [(*at, position + (position >= 0)) for *at, position in self._placed]  # type: ignore[misc]
 
-    def _step(self, splits: int, variant: Variant | None) -> None:
+    def _step(self, reach: int, variant: Variant | None) -> None:
         tokens = self.sampling.token
-        self.network.decode(tokens, self._texts, splits, self._scratches[splits], self.logits)
+        self.network.decode(tokens, self._texts, reach, self._scratches[reach], self.logits)
         if variant is not None:
             sample(self.logits, self.sampling, self.position, variant, advance=True)
 
-    def _capture(self, splits: int, variant: Variant | None) -> torch.cuda.CUDAGraph:
+    def _capture(self, reach: int, variant: Variant | None) -> torch.cuda.CUDAGraph:
         device = self.network.device
-        if splits not in self._scratches:
-            self._scratches[splits] = Scratch(self.network.config, self.size, splits, device)
+        if reach not in self._scratches:
+            self._scratches[reach] = Scratch(self.network.config, self.size, reach, device)
         # Kernels are compiled by a first run, on a copy of what a step changes, with all rows empty.
-        kept = [tensor.clone() for tensor in (self._where, *vars(self.sampling).values())]
+        changed = [self._where, *(value for name, value in vars(self.sampling).items() if name != "drawn")]
+        kept = [tensor.clone() for tensor in changed]
         self._where[2] = -1
-        self._step(splits, variant)
-        for tensor, value in zip((self._where, *vars(self.sampling).values()), kept, strict=True):
+        self._step(reach, variant)
+        for tensor, value in zip(changed, kept, strict=True):
             tensor.copy_(value)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._step(splits, variant)
+            self._step(reach, variant)
         return graph

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, refused_fields
 from bitnet_lit.extras import installed
+from bitnet_lit.inference.engines.supported_schemes import refused_scheme
 from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, unnamed_tensors
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.weights import PerRow, PerTensor
@@ -30,7 +31,6 @@ NORMS += ["self_attn.attn_sub_norm", "mlp.ffn_sub_norm"]
 TENSORS = {EMBEDDING, FINAL_NORM, HEAD, *(f"{name}.weight" for name in (*MATRICES, *NORMS))}
 TENSORS |= {f"{name}.bias" for name in MATRICES[:3]}
 ACTIVATIONS = ("silu", "relu2")
-DENSE_LAYERS = ["lm_head"]
 LONGEST_ROW = 2**15  # inputs of a matrix: a program holds a rounded token in its registers
 LARGEST_HEAD = 256  # elements: a program holds a block of keys and one of values
 OLDEST = (8, 0)  # Ampere: products of bytes on the tensor cores
@@ -51,20 +51,7 @@ def why_unsupported(config: ModelConfig, quant: QuantConfig) -> str | None:
         found.append(f"a matrix has {longest} inputs: the CUDA engine takes {LONGEST_ROW} at most")
     if config.head_size > LARGEST_HEAD:
         found.append(f"an attention head has {config.head_size} elements: the CUDA engine takes {LARGEST_HEAD} at most")
-    scheme = quant.scheme
-    if not scheme.quantizes:
-        return "; ".join(found) or None
-    name = f"quant={quant.name}"
-    if not scheme.is_plain:
-        found.append(f"{name}: its layer computes more than a product of codes")
-    if not scheme.is_ternary:
-        found.append(f"{name}: its codes are {', '.join(map(str, scheme.levels))}, the kernels' are -1, 0 and +1")
-    if scheme.granularity not in (PerTensor(), PerRow()):
-        found.append(f"{name}: its scales are {scheme.granularity}, the kernels have one for the matrix or each row")
-    if not isinstance(scheme.activations, AbsMax):
-        found.append(f"{name}: it rounds activations by {scheme.activations}, the kernels by {AbsMax(8)}")
-    if quant.skip != DENSE_LAYERS:
-        found.append(f"quant.skip={quant.skip}: in the CUDA engine the output head alone is dense")
+    found += refused_scheme(quant, "CUDA engine", [PerTensor(), PerRow()], [AbsMax(bits) for bits in range(2, 9)])
     return "; ".join(found) or None
 
 

@@ -3,7 +3,7 @@
 Each text has a cache of its own, a tensor (layers, 2, KV heads, room, P). Kernels find it by its address, so texts can
 come, go and grow while the compiled step stays the same.
 
-`attend` divides the past among programs: one for each text, key/value head and CHUNK of positions. The query heads that
+`attend` divides the past among programs: one for each text, key/value head and chunk of positions. The query heads that
 share a key/value head are the rows of one product. Each program leaves a maximum, a sum and a weighted mean of values,
 and the last program to finish puts them together (FlashDecoding, crfm.stanford.edu/2023/10/12/flashdecoding.html), in
 the order of the positions, whichever finished last.
@@ -63,11 +63,11 @@ def rotate(
             tl.store(cache + ((layer * 2 * KV + head - H) * room + position) * P + p, v.to(dtype), mask=p < P)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "chunk"])
 def attend(
     y_ptr, qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, address_ptr, room_ptr, position_ptr,
-    partial_ptr, counter_ptr, layer, scale, eps,
-    H: tl.constexpr, KV: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
+    partial_ptr, counter_ptr, layer, chunk, scale, eps,
+    H: tl.constexpr, KV: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
     HALF: tl.constexpr, QK_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -79,28 +79,29 @@ def attend(
         address_ptr, room_ptr, position_ptr: int64 (B,): see `rotate`. A head has programs for all positions.
         partial_ptr: float32 (B, KV, programs of a head, G, BLOCK_P + 2), for what programs leave to each other.
         counter_ptr: int32 (B, KV), zeros before and after.
+        chunk: positions of a program, a multiple of BLOCK_C, which are read at once.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     b, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // KV
     dtype: tl.constexpr = tl.float16 if HALF else tl.float32
     # What earlier steps wrote can be read before the kernel before this one has ended: the past, and where the text is.
     position = tl.load(position_ptr + b)
     room = tl.load(room_ptr + b)
-    cache = tl.load(address_ptr + b).to(tl.pointer_type(dtype))
+    cache = tl.multiple_of(tl.load(address_ptr + b).to(tl.pointer_type(dtype)), 16)  # torch aligns memory to more
     keys = cache + (layer * 2 * KV + kv) * room * P
     values = keys + KV * room * P
-    first = split * CHUNK
+    first = (split * chunk).to(tl.int64)
+    stop = tl.minimum(first + chunk, position)
     p = tl.arange(0, BLOCK_P)
     g = tl.arange(0, BLOCK_G)
-    c = first + tl.arange(0, CHUNK)
-    at = c[:, None] * P + p[None, :]
-    there = (c < position)[:, None] & (p < P)[None, :]
-    k = tl.load(keys + at, mask=there, other=0.0)
-    v = tl.load(values + at, mask=there, other=0.0)
+    # A block is loaded before the one in front of it is used, and the first before the wait.
+    c = first + tl.arange(0, BLOCK_C)
+    there = (c < stop)[:, None] & (p < P)[None, :]
+    k = tl.load(keys + c[:, None] * P + p[None, :], mask=there, other=0.0)
+    v = tl.load(values + c[:, None] * P + p[None, :], mask=there, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if first <= position:
         token = qkv_ptr + b * ((H + 2 * KV) * P)
         cos_at, sin_at = cos_ptr + position * P, sin_ptr + position * P
@@ -110,21 +111,31 @@ def attend(
         # The new token's key and value come from here: the cache does not have them yet.
         k_new = _rotated(token + (H + kv) * P, k_norm_ptr, cos_at, sin_at, p, p < P, eps, P, QK_NORM).to(dtype)
         v_new = tl.load(token + (H + KV + kv) * P + p, mask=p < P, other=0.0).to(dtype)
-        score = tl.dot(q.to(dtype), tl.trans(k), input_precision="ieee")
-        score = tl.where((c < position)[None, :], score, float("-inf"))
-        new_score = tl.sum(q * k_new.to(tl.float32)[None, :], 1)
-        if first + CHUNK > position:
+        has_new = (first + chunk > position).to(tl.float32)
+        if first + chunk > position:
             tl.store(keys + position * P + p, k_new, mask=p < P)
             tl.store(values + position * P + p, v_new, mask=p < P)
-        else:  # the new token belongs to another chunk
-            new_score = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        largest = tl.maximum(new_score, tl.max(score, 1))
-        share, new_share = tl.exp(score - largest[:, None]), tl.exp(new_score - largest)
-        weight = new_share + tl.sum(share, 1)
-        mean = new_share[:, None] * v_new.to(tl.float32)[None, :]
-        mean += tl.dot(share.to(dtype), v, input_precision="ieee")
+        new_score = tl.sum(q * k_new.to(tl.float32)[None, :], 1)
+        largest = tl.where(has_new > 0, new_score, -1e30)  # finite: a difference of infinities is no number
+        weight = tl.zeros([BLOCK_G], tl.float32) + has_new
+        mean = tl.zeros([BLOCK_G, BLOCK_P], tl.float32) + has_new * v_new.to(tl.float32)[None, :]
+        q = q.to(dtype)
+        while first < stop:
+            next_c = c + BLOCK_C
+            there = (next_c < stop)[:, None] & (p < P)[None, :]
+            next_k = tl.load(keys + next_c[:, None] * P + p[None, :], mask=there, other=0.0)
+            next_v = tl.load(values + next_c[:, None] * P + p[None, :], mask=there, other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            score = tl.where((c < stop)[None, :], score, float("-inf"))
+            larger = tl.maximum(largest, tl.max(score, 1))
+            old = tl.exp(largest - larger)
+            share = tl.exp(score - larger[:, None])
+            weight = weight * old + tl.sum(share, 1)
+            mean = mean * old[:, None] + tl.dot(share.to(dtype), v, input_precision="ieee")
+            largest, k, v, c = larger, next_k, next_v, next_c
+            first += BLOCK_C
         y_at = y_ptr + b * (H * P) + (kv * G + g)[:, None] * P + p[None, :]
-        live = position // CHUNK + 1
+        live = position // chunk + 1
         if live == 1:
             tl.store(y_at, mean / weight[:, None], mask=inside)
         else:

@@ -9,12 +9,11 @@ from bitnet_lit.inference.engines.cuda.kernels.rounding import load_weighted
 @triton.jit
 def embed(x_ptr, token_ptr, table_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
     """x[m] = table[token[m]] in float32; tokens are int64 (M,)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.load(token_ptr + m)
     row = tl.load(table_ptr + token * K + k, mask=k < K, other=0.0)
     tl.store(x_ptr + m.to(tl.int64) * K + k, row.to(tl.float32), mask=k < K)

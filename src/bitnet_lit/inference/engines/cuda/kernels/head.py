@@ -9,69 +9,44 @@ decoding is that of a float head. Of 128,000 tokens these are mostly one or two.
 import triton
 import triton.language as tl
 
-from bitnet_lit.inference.engines.cuda.kernels.rounding import code_words_16, load_weighted, scales_of
-from bitnet_lit.inference.engines.cuda.kernels.ternary import NATIVE
+from bitnet_lit.inference.engines.cuda.kernels.rounding import load_weighted
+from bitnet_lit.inference.engines.cuda.kernels.words import dot4
 
 SIX_DEVIATIONS: tl.constexpr = tl.constexpr(6 / 12**0.5)
 
 
 @triton.jit
-def _dot4(w, x, total):
-    """total + the products of four bytes."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, x, total], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return total + _emulated_dot4_signed(w, x)
-
-
-@triton.jit
-def _emulated_dot4_signed(w, x):
-    total = tl.zeros(w.shape, tl.int32)
-    for b in tl.static_range(4):
-        total += ((w << (24 - 8 * b)) >> 24) * ((x << (24 - 8 * b)) >> 24)
-    return total
-
-
-@triton.jit
 def head_matvec(
-    logits_ptr, length_ptr, x_ptr, norm_ptr, codes_ptr, scale_ptr, eps,
-    V: tl.constexpr, K: tl.constexpr, T: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, x_ptr, x_scale_ptr, codes_ptr, scale_ptr,
+    V: tl.constexpr, T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The logits of one token.
 
     Args:
         logits_ptr: float32 (V,), out.
-        length_ptr: float32 (1,), out: the length of the normalised token.
+        x_ptr: int32 (2, 4 T), as `rounding.quantize_16` leaves them.
         codes_ptr: int32 (V, 4 T): bytes in the order of the planes.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     t = tl.arange(0, BLOCK_T)
     at = codes_ptr + v[:, None].to(tl.int64) * (4 * T) + t[None, :]
-    inside = (v < V)[:, None] & (t < T)[None, :]
+    inside = (v < V)[:, None] & (t < 4 * T)[None, :]
+    w = tl.load(at, mask=inside, other=0)
+    w_scale = tl.load(scale_ptr + v, mask=v < V, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    factor, scale, rms = scales_of(x_ptr, norm_ptr, K, T, 0, eps, 32512, NORM, "", BLOCK_T)
+        tl.extra.cuda.gdc_launch_dependents()
     high_total = tl.zeros([BLOCK_V, BLOCK_T], tl.int32)
     low_total = tl.zeros([BLOCK_V, BLOCK_T], tl.int32)
-    for c in tl.static_range(4):
-        w = tl.load(at + c * T, mask=inside, other=0)
-        high, low = code_words_16(x_ptr, norm_ptr, K, T, factor, NORM, c, BLOCK_T)
-        high_total = _dot4(w, tl.broadcast_to(high[None, :], (BLOCK_V, BLOCK_T)), high_total)
-        low_total = _dot4(w, tl.broadcast_to(low[None, :], (BLOCK_V, BLOCK_T)), low_total)
+    for t0 in tl.static_range(0, 4 * T, BLOCK_T):
+        if t0 > 0:
+            w = tl.load(at + t0, mask=(v < V)[:, None] & (t0 + t < 4 * T)[None, :], other=0)
+        high = tl.load(x_ptr + t0 + t, mask=t0 + t < 4 * T, other=0)
+        low = tl.load(x_ptr + 4 * T + t0 + t, mask=t0 + t < 4 * T, other=0)
+        high_total = dot4(w, tl.broadcast_to(high[None, :], (BLOCK_V, BLOCK_T)), high_total)
+        low_total = dot4(w, tl.broadcast_to(low[None, :], (BLOCK_V, BLOCK_T)), low_total)
     product = tl.sum(high_total, 1).to(tl.float32) * 256.0 + tl.sum(low_total, 1).to(tl.float32)
-    w_scale = tl.load(scale_ptr + v, mask=v < V, other=0.0)
-    tl.store(logits_ptr + v, product * (scale * w_scale), mask=v < V)
-    if tl.program_id(0) == 0:
-        squares = tl.zeros([BLOCK_T], tl.float32)
-        for i in tl.static_range(16):
-            n = i * T + t
-            _, weighted = load_weighted(x_ptr, norm_ptr, n, (t < T) & (n < K), 0, NORM, "")
-            squares += weighted * weighted
-        tl.store(length_ptr, rms * tl.sqrt(tl.sum(squares, 0)))
+    tl.store(logits_ptr + v, product * (tl.load(x_scale_ptr) * w_scale), mask=v < V)
 
 
 @triton.jit(do_not_specialize=["M", "rows"])
@@ -87,8 +62,6 @@ def head_matmul(
         x_ptr: int8 (2 * rows, KB), as `rounding.quantize_16` leaves them.
         codes_ptr: int8 (V, KB).
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
@@ -99,6 +72,7 @@ def head_matmul(
     low = tl.zeros([BLOCK_V, BLOCK_M], tl.int32)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     for k0 in range(0, KB, BLOCK_K):
         w = tl.load(w_at + k0)
         high = tl.dot(w, tl.load(high_at + k0), high, out_dtype=tl.int32)
@@ -115,13 +89,12 @@ def bounds(
     V: tl.constexpr, PIECES: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_V: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Store a lower bound of the largest logit of each block, among the first PIECES: float32 (M, BLOCKS)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     m, block = tl.program_id(1), tl.program_id(0)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     scale = tl.load(scale_ptr + v, mask=v < V, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     logits = tl.load(logits_ptr + m.to(tl.int64) * V + v, mask=v < PIECES, other=float("-inf"))
     lower = logits - scale * (SIX_DEVIATIONS * tl.load(length_ptr + m))
     tl.store(bound_ptr + m * BLOCKS + block, tl.max(lower, 0))
@@ -141,13 +114,12 @@ def refine(
         x_ptr, norm_ptr: float32 (M, K), the tokens, and the weight of their norm.
         rows_ptr: the head (V, K) as it is stored.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     m, block = tl.program_id(1), tl.program_id(0)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     scale = tl.load(scale_ptr + v, mask=v < V, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     all_blocks = tl.arange(0, ROUND_BLOCKS)
     bound = tl.max(tl.load(bound_ptr + m * BLOCKS + all_blocks, mask=all_blocks < BLOCKS, other=float("-inf")), 0)
     logits = tl.load(logits_ptr + m.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))

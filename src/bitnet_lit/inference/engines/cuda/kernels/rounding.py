@@ -16,6 +16,8 @@ neighbouring lanes read neighbouring inputs, and nothing is exchanged between la
 import triton
 import triton.language as tl
 
+from bitnet_lit.inference.engines.cuda.kernels.words import dot4, pack4
+
 MAGIC: tl.constexpr = tl.constexpr(
     12582912.0
 )  # 1.5 * 2**23: adding it rounds to the nearest even integer, in the low bits
@@ -50,93 +52,113 @@ def load_weighted(x_ptr, norm_ptr, n, mask, F, NORM: tl.constexpr, ACT: tl.const
 
 
 @triton.jit
-def scales_of(
-    x_ptr, norm_ptr, K, T, F, eps, LIMIT: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, BLOCK_T: tl.constexpr
-):
-    """The factor that makes codes of x * norm_weight, the scale that makes numbers of codes, and sum(x**2)."""
-    t = tl.arange(0, BLOCK_T)
+def load_norm(norm_ptr, K, T, START, NORM: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The weights of a norm for 16 stretches of words from START on: 16 times float32 (BLOCK_T,)."""
+    t = START + tl.arange(0, BLOCK_T)
+    weights = ()
+    if NORM:
+        for i in tl.static_range(16):
+            n = i * T + t
+            weights += (tl.load(norm_ptr + n, mask=(t < T) & (n < K), other=0.0),)
+    return weights
+
+
+@triton.jit
+def load_token(x_ptr, weights, K, T, START, NORM: tl.constexpr, BLOCK_T: tl.constexpr):
+    """A token times the weights of its norm, 16 times float32 (BLOCK_T,), and sums of squares and maxima of it."""
+    t = START + tl.arange(0, BLOCK_T)
+    values = ()
     squares = tl.zeros([BLOCK_T], tl.float32)
     largest = tl.zeros([BLOCK_T], tl.float32)
     for i in tl.static_range(16):
         n = i * T + t
-        x, weighted = load_weighted(x_ptr, norm_ptr, n, (t < T) & (n < K), F, NORM, ACT)
+        x = tl.load(x_ptr + n, mask=(t < T) & (n < K), other=0.0)
         squares += x * x
-        largest = tl.maximum(largest, tl.abs(weighted))
-    total = tl.sum(squares, 0)
+        if NORM:
+            x *= weights[i]
+        largest = tl.maximum(largest, tl.abs(x))
+        values += (x,)
+    return values, squares, largest
+
+
+@triton.jit
+def _sum_and_max(sum_a, max_a, sum_b, max_b):
+    return sum_a + sum_b, tl.maximum(max_a, max_b)
+
+
+@triton.jit
+def reduce_token(squares, largest):
+    """The sum and the maximum of all lanes."""
+    return tl.reduce((squares, largest), 0, _sum_and_max)
+
+
+@triton.jit
+def scales_of(squares, largest, K, eps, LIMIT: tl.constexpr, NORM: tl.constexpr):
+    """The factor that makes codes of x * norm_weight, the scale that makes numbers of codes, and the norm's factor.
+
+    Args:
+        squares: the sum of x**2.
+        largest: of abs(x * norm_weight).
+    """
     rms = 1.0
     if NORM:
-        rms = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, K * 1.0) + eps))
-    amax = tl.maximum(rms * tl.max(largest, 0), SCALE_MIN)
+        rms = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, K * 1.0) + eps))
+    amax = tl.maximum(rms * largest, SCALE_MIN)
     return rms * tl.div_rn(LIMIT * 1.0, amax), tl.div_rn(amax, LIMIT * 1.0), rms
 
 
 @triton.jit
-def code_word(
-    x_ptr,
-    norm_ptr,
-    K,
-    T,
-    F,
-    factor,
-    NORM: tl.constexpr,
-    ACT: tl.constexpr,
-    PLANE: tl.constexpr,
-    START: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Words of one plane from START on, int32 (BLOCK_T,), and the sum of their codes for each lane."""
-    t = START + tl.arange(0, BLOCK_T)
-    word = tl.zeros([BLOCK_T], tl.int32)
-    sums = tl.zeros([BLOCK_T], tl.int32)
-    for b in tl.static_range(4):
-        n = (4 * PLANE + b) * T + t
-        _, weighted = load_weighted(x_ptr, norm_ptr, n, (t < T) & (n < K), F, NORM, ACT)
-        bits = (weighted * factor + MAGIC).to(tl.int32, bitcast=True)
-        word |= (bits & 255) << (8 * b)
-        sums += (bits << 24) >> 24
-    return word, sums
+def _rounded(x, factor):
+    """Round to integers, in the low bits."""
+    return (x * factor + MAGIC).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def code_words_16(x_ptr, norm_ptr, K, T, factor, NORM: tl.constexpr, PLANE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The words of one plane for codes of 16 bits: high bytes and low bytes, each int32 (BLOCK_T,)."""
-    t = tl.arange(0, BLOCK_T)
-    high = tl.zeros([BLOCK_T], tl.int32)
-    low = tl.zeros([BLOCK_T], tl.int32)
-    for b in tl.static_range(4):
-        n = (4 * PLANE + b) * T + t
-        _, weighted = load_weighted(x_ptr, norm_ptr, n, (t < T) & (n < K), 0, NORM, "")
-        bits = (weighted * factor + MAGIC).to(tl.int32, bitcast=True)
-        high |= (((bits + 128) >> 8) & 255) << (8 * b)
-        low |= (bits & 255) << (8 * b)
-    return high, low
+def code_word(values, factor, PLANE: tl.constexpr):
+    """The words of one plane, int32, of what `load_token` returns."""
+    return pack4(
+        _rounded(values[4 * PLANE], factor),
+        _rounded(values[4 * PLANE + 1], factor),
+        _rounded(values[4 * PLANE + 2], factor),
+        _rounded(values[4 * PLANE + 3], factor),
+    )
+
+
+@triton.jit
+def code_words_16(values, factor, PLANE: tl.constexpr):
+    """The words of one plane for codes of 16 bits: high bytes and low bytes."""
+    a, b = _rounded(values[4 * PLANE], factor), _rounded(values[4 * PLANE + 1], factor)
+    c, d = _rounded(values[4 * PLANE + 2], factor), _rounded(values[4 * PLANE + 3], factor)
+    return pack4((a + 128) >> 8, (b + 128) >> 8, (c + 128) >> 8, (d + 128) >> 8), pack4(a, b, c, d)
 
 
 @triton.jit
 def quantize(
-    words_ptr, scale_ptr, sum_ptr, x_ptr, norm_ptr, stride_x, eps,
-    K: tl.constexpr, T: tl.constexpr, F: tl.constexpr, LIMIT: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    words_ptr, scale_ptr, sum_ptr, x_ptr, norm_ptr, eps,
+    K: tl.constexpr, T: tl.constexpr, LIMIT: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Round tokens to 8 bits; one program for a token.
 
     Args:
         words_ptr: int32 (M, 4 T), out.
         scale_ptr, sum_ptr: float32 and int32 (M,), out: what a code stands for, and the sum of a token's codes.
-        x_ptr: float32 (M, stride_x).
+        x_ptr: float32 (M, K).
     """
+    weights = load_norm(norm_ptr, K, T, 0, NORM, BLOCK_T)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64)
-    x_ptr += m * stride_x
     t = tl.arange(0, BLOCK_T)
-    factor, scale, _ = scales_of(x_ptr, norm_ptr, K, T, F, eps, LIMIT, NORM, ACT, BLOCK_T)
+    values, squares, largest = load_token(x_ptr + m * K, weights, K, T, 0, NORM, BLOCK_T)
+    squares, largest = reduce_token(squares, largest)
+    factor, scale, _ = scales_of(squares, largest, K, eps, LIMIT, NORM)
     total = tl.zeros([BLOCK_T], tl.int32)
     for c in tl.static_range(4):
-        word, sums = code_word(x_ptr, norm_ptr, K, T, F, factor, NORM, ACT, c, 0, BLOCK_T)
+        word = code_word(values, factor, c)
         tl.store(words_ptr + (m * 4 + c) * T + t, word, mask=t < T)
-        total += sums
+        total = dot4(word, tl.full([BLOCK_T], 0x01010101, tl.int32), total)
     tl.store(scale_ptr + m, scale)
     tl.store(sum_ptr + m, tl.sum(total, 0))
 
@@ -152,21 +174,21 @@ def quantize_16(
         words_ptr: int32 (2 * rows, 4 T), out: high bytes in row m, low bytes in row rows + m.
         scale_ptr, length_ptr: float32 (M,), out: what a code stands for, and the length of the normalised token.
     """
+    weights = load_norm(norm_ptr, K, T, 0, NORM, BLOCK_T)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64)
-    x_ptr += m * K
     t = tl.arange(0, BLOCK_T)
-    factor, scale, rms = scales_of(x_ptr, norm_ptr, K, T, 0, eps, 32512, NORM, "", BLOCK_T)
-    squares = tl.zeros([BLOCK_T], tl.float32)
+    values, squares, largest = load_token(x_ptr + m * K, weights, K, T, 0, NORM, BLOCK_T)
+    squares, largest = reduce_token(squares, largest)
+    factor, scale, rms = scales_of(squares, largest, K, eps, 32512, NORM)
+    weighted = tl.zeros([BLOCK_T], tl.float32)
+    for i in tl.static_range(16):
+        weighted += values[i] * values[i]
     for c in tl.static_range(4):
-        high, low = code_words_16(x_ptr, norm_ptr, K, T, factor, NORM, c, BLOCK_T)
+        high, low = code_words_16(values, factor, c)
         tl.store(words_ptr + (m * 4 + c) * T + t, high, mask=t < T)
         tl.store(words_ptr + ((rows + m) * 4 + c) * T + t, low, mask=t < T)
-        for b in tl.static_range(4):
-            n = (4 * c + b) * T + t
-            _, weighted = load_weighted(x_ptr, norm_ptr, n, (t < T) & (n < K), 0, NORM, "")
-            squares += weighted * weighted
     tl.store(scale_ptr + m, scale)
-    tl.store(length_ptr + m, rms * tl.sqrt(tl.sum(squares, 0)))
+    tl.store(length_ptr + m, rms * tl.sqrt(tl.sum(weighted, 0)))
