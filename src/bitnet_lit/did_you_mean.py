@@ -115,9 +115,10 @@ WORDS = {
         "task_name": _NAME,
         "name": _NAME,
         "tags": f"{_NAME}; logger.wandb_group=<name> groups runs",
-        "hparams_search": "a sweep is -m key=a,b,c, or a file of your own: sweep=<name>",
+        "hparams_search": "a sweep is -m key=a,b,c, a search -m sweep=optuna_lr, or a file of your own: sweep=<name>",
         "test": "python -m bitnet_lit.evaluate checkpoint=<run folder> measures the whole validation split",
-        "optimized_metric": "a sweep optimizes the last val/loss",
+        "optimized_metric": "it is sweep.metric=val/best_loss",
+        "dry_run": "it is sweep.dry_run=true",
         "extras": "--cfg job prints the config",
         "callbacks.early_stopping": _EARLY,
         "callbacks.model_checkpoint": _CHECKPOINTS,
@@ -142,6 +143,14 @@ OPTION_WORDS = {
     "logger=neptune": WORDS["train"]["logger.neptune"],
     "logger=many_loggers": "it is logger=many",
 }
+
+
+LAUNCHERS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+}
+"""Launchers of Hydra -> the packages that have them."""
 
 
 def dotted_keys(node: Any, prefix: str = "") -> list[str]:
@@ -222,6 +231,8 @@ def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
 
 def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
     """Return the error line for an option that a group does not have."""
+    if group == "hydra" and name.startswith("launcher/") and (package := LAUNCHERS.get(name[9:])):
+        return f"launcher={name[9:]}: needs the package {package}: pip install 'bitnet-lit[sweep]'"
     if words := OPTION_WORDS.get(f"{group}={name}"):
         return f"unknown {group}={name}: {words}"
     if near := nearest(name, available, 0.6):

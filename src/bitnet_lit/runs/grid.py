@@ -6,6 +6,7 @@ once with status 2, and a job that is done is compared with what its overrides m
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -157,6 +158,19 @@ def preview(
     job.resumable.preview(rows)
 
 
+def check_launcher(config: DictConfig) -> None:
+    """Refuse to send jobs to SLURM from a machine that has none.
+
+    Raises:
+        UserError: there is no srun.
+    """
+    if str(config.hydra.launcher._target_).endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        raise UserError(
+            "launcher=submitit_slurm: no srun on this machine: start the sweep on a login node of the cluster, or try "
+            "it with launcher=submitit_local"
+        )
+
+
 def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any]:
     """Run a sweep: every combination of the values of `arguments` that is not done yet.
 
@@ -180,6 +194,7 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
     if config.sweep.dry_run:
         preview(job, planned, configs, sweep_dir, is_sweep=bool(swept))
         return []
+    check_launcher(config)
     if not rank():
         counts = Counter(one.state.value for one in planned)
         states = ", ".join(f"{counts[each.value]} {each.value}" for each in State if counts[each.value])

@@ -29,7 +29,7 @@ from bitnet_lit.extras import needs
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
-from bitnet_lit.runs.grid import Planned, check, place, preview
+from bitnet_lit.runs.grid import Planned, check, check_launcher, place, preview
 from bitnet_lit.runs.job import Job
 from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.job_names import identity
@@ -77,7 +77,7 @@ def _open_study(path: Path, config: SweepConfig, space: str) -> optuna.Study:
         study = optuna.create_study(
             storage=f"sqlite:///{path.absolute()}",
             study_name="sweep",
-            direction=config.direction,
+            direction=cast(Any, config.direction),
             load_if_exists=True,
             pruner=optuna.pruners.NopPruner(),
         )
@@ -186,8 +186,8 @@ class Search:
             batch = open_trials[: min(left, at_once)]
             open_trials = open_trials[len(batch) :]
             while len(batch) < min(left, at_once):
-                trial = study.ask(self.space)
-                batch.append((trial.number, trial.params))
+                asked = study.ask(self.space)
+                batch.append((asked.number, asked.params))
             names += self._run_batch(study, batch)
             left -= len(batch)
         SweepTable.jobs = names
@@ -286,4 +286,5 @@ def search(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> None:
     if found.config.dry_run:
         found.show()
     else:
+        check_launcher(sweeper.config)
         found.run()

@@ -36,8 +36,9 @@ from bitnet_lit.terminal import wide_console
 from bitnet_lit.training.data import DEMO_DIR, open_data, sequence_length, with_data_named
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import build_network, fill_in_sizes
+from bitnet_lit.training.launcher import check_launcher
 from bitnet_lit.training.optimizers import build_optimizer
-from bitnet_lit.training.plan import Plan, device_memory_bytes, make_plan, memory_estimate_bytes, time_limit
+from bitnet_lit.training.plan import Plan, device_memory_bytes, make_plan, memory_estimate_bytes, time_limit, world_size
 from bitnet_lit.training.precision import uses_cuda
 from bitnet_lit.training.resume import read_start
 from bitnet_lit.training.run import import_classes
@@ -84,6 +85,7 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
     config = with_data_named(config)
     if isinstance(config.data, DataConfig) and _uses_demo(config):
         config = replace(config, data=replace(config.data, dir=str(demo_dir)))
+    check_launcher(config.trainer, world_size(config.trainer))
     start = None if config.resume is None else read_start(config.resume)
     if start is None and config.init_from is None and isinstance(config.model, ModelConfig):
         check_targets(config.export.targets, config.model, config.quant)
