@@ -101,11 +101,11 @@ def sample(logits: Tensor, state: SamplingState, position: Tensor, variant: Vari
         position: int64 (B,), where the next token will stand; counted up if `advance`.
     """
     rows, V = logits.shape
-    pdl = early(logits.device)
     if variant.penalty:
         kernels.penalize[(rows,)](
-            logits, state.recent, state.length, state.options, V=V, RING=LONGEST_WINDOW, num_warps=8, **pdl
-        )
+            logits, state.recent, state.length, state.options,
+            V=V, RING=LONGEST_WINDOW, num_warps=8, **early(logits.device),
+        )  # fmt: skip
     division = _division(rows, variant.pieces, logits.device)
     programs = division["PROGRAMS"]
     shared = torch.empty(rows, 2, programs, division["THRESHOLDS"], dtype=torch.float32, device=logits.device)
@@ -114,5 +114,6 @@ def sample(logits: Tensor, state: SamplingState, position: Tensor, variant: Vari
         logits, shared, state.counter, state.options,
         V=V, PIECES=variant.pieces, ROUND=triton.next_power_of_2(programs),
         ROUND_BLOCKS=triton.next_power_of_2(division["BLOCKS"]), GREEDY=variant.greedy, SEARCH_K=variant.top_k,
-        SEARCH_P=variant.top_p, RING=LONGEST_WINDOW, UNIFORMS=UNIFORMS, ADVANCE=advance, **division, **pdl,
+        SEARCH_P=variant.top_p, RING=LONGEST_WINDOW, UNIFORMS=UNIFORMS, ADVANCE=advance,
+        launch_cooperative_grid=programs > 1, **division,
     )  # fmt: skip

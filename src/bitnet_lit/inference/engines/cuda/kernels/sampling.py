@@ -1,9 +1,9 @@
 """From logits to a token in one kernel, by the rules and in the order of `inference/sampling.py`.
 
 A vocabulary is cut into stretches, one program each, and the programs of a text meet several times: each leaves a few
-numbers, waits for the others, and reads the numbers of all. All of them run at the same time, because they are no more
-than the GPU's multiprocessors. No program adds floats in an order that changes, so one machine gives the same token for
-the same logits and the same random number.
+numbers, waits for the others, and reads the numbers of all. They are no more than the GPU's multiprocessors, and a
+cooperative launch makes sure that all run at the same time. No program adds floats in an order that changes, so one
+machine gives the same token for the same logits and the same random number.
 
 Sorting 128,000 logits would take as long as a small model's step. What top_k and top_p keep is all tokens above a
 threshold, so the threshold is searched: a pass over the logits adds up the probabilities (or counts the tokens) above
@@ -134,7 +134,7 @@ def sample(
     V: tl.constexpr, PIECES: tl.constexpr, PROGRAMS: tl.constexpr, ROUND: tl.constexpr, THRESHOLDS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCKS: tl.constexpr, ROUND_BLOCKS: tl.constexpr, GREEDY: tl.constexpr, SEARCH_K: tl.constexpr,
-    SEARCH_P: tl.constexpr, RING: tl.constexpr, UNIFORMS: tl.constexpr, ADVANCE: tl.constexpr, PDL: tl.constexpr,
+    SEARCH_P: tl.constexpr, RING: tl.constexpr, UNIFORMS: tl.constexpr, ADVANCE: tl.constexpr,
 ):  # fmt: skip
     """Draw a token of each text, and make everything ready for the next step; PROGRAMS programs for a text.
 
@@ -151,9 +151,7 @@ def sample(
         counter_ptr: int32 (B,), zeros before and after.
         BLOCKS: blocks of BLOCK_V logits of a program.
     """
-    # No early start for the next step: its kernels read positions and tokens before they wait.
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    # It does not start early, nor lets it the next step, whose kernels read positions and tokens before they wait.
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     logits_ptr += b * V
     shared_ptr += b * (2 * PROGRAMS * THRESHOLDS)
