@@ -258,6 +258,27 @@ def test_devices_that_are_none_are_one_line(run, devices):
         world_size(resume_config(str(run), [f"trainer.devices={devices}"]).trainer)
 
 
+def test_another_number_of_devices_keeps_the_sequences_of_a_step(run, monkeypatch):
+    def sizes(*typed):
+        config = resume_config(str(run), [*typed])
+        return config.data.batch_size, config.trainer.accumulate_grad_batches
+
+    assert sizes() == (4, 1)
+    assert sizes("trainer.devices=2") == (2, 1)
+    assert sizes("trainer.devices=2", "data.batch_size=1") == (1, 2)
+    assert sizes("trainer.accumulate_grad_batches=3") == (4, 3)  # larger steps on as many devices: as the user types it
+    with pytest.raises(UserError, match="its steps have 4 sequences, which 3 ranks cannot share"):
+        sizes("trainer.devices=3")
+    path = run / "config.yaml"
+    path.write_text(
+        path.read_text().replace("devices: 1\n", "devices: auto\n").replace("accelerator: cpu", "accelerator: gpu")
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpus, expected in {1: (4, 1), 2: (2, 1), 4: (1, 1)}.items():  # nothing is typed: another machine
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert sizes() == expected
+
+
 def test_a_saved_config_says_the_same_wherever_it_is_resumed_from(made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)
     config = resume_config("run")
