@@ -247,7 +247,8 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
         if key in keys:
             value = (_sweep_spelled if sweep else _spelled)(key, value, keys[key])
         elif f"{key}.files" in keys:  # the value of a group is a dictionary, or Hydra would take a text for an option
-            value = "{files:" + _spelled(f"{key}.files", value, keys[f"{key}.files"]) + "}"
+            # An empty value is an empty name, which is refused: the shell's variable for it may be empty.
+            value = "{files:" + _spelled(f"{key}.files", value or "['']", keys[f"{key}.files"]) + "}"
         elif _parse(f"key={value}") is None:
             value = quoted(value)  # then the schema refuses it and names the key
         spelled.append(f"{prefix}{key}={value}")

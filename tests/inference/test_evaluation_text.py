@@ -43,8 +43,8 @@ def text(tmp_path):
 
 
 def run(folder, *files, **options):
-    files = TextFilesConfig(files=[str(file) for file in files])
-    return evaluate(EvaluateConfig(checkpoint=str(folder), data=files, accelerator="cpu", **options))
+    options = {"data": TextFilesConfig(files=[str(file) for file in files]), **options}
+    return evaluate(EvaluateConfig(checkpoint=str(folder), accelerator="cpu", **options))
 
 
 def literal_nats(model, tokenizer, document, stride):
@@ -159,6 +159,7 @@ def test_files_that_are_passed_over_are_named(folder, text, tmp_path):
         (b" \n\n ", {}, r"^data=.*my.txt: holds no text but white space: give another file"),
         (b"ab\xffc", {}, r"my.txt: not UTF-8 at byte 2: convert it"),
         ("ab".encode("utf-16"), {}, r"my.txt: UTF-16, not UTF-8: convert it"),
+        (b"", {"data": TextFilesConfig(files=[""])}, "^data is empty: give a file, a folder or a glob"),
         (b"a", {"stride": 33}, r"^stride=33: is beyond the window of 32 tokens: give 32 or less"),
         (b"a", {"sequence_length": 33}, r"^sequence_length=33: is beyond the model's context of 32 tokens"),
         (b"a", {"data_dir": "data/demo"}, r"^data=.*my.txt and data_dir=data/demo: give one, text or shards"),
@@ -188,7 +189,12 @@ def test_a_model_that_cannot_read_text_is_one_line(tmp_path, text, tokenizer):
 
 
 def test_files_are_the_value_of_data():
-    for typed, files in (("my.txt", ["my.txt"]), ("[a.txt,'b, c.txt']", ["a.txt", "b, c.txt"]), ("-", ["-"])):
+    for typed, files in (
+        ("my.txt", ["my.txt"]),
+        ("[a.txt,'b, c.txt']", ["a.txt", "b, c.txt"]),
+        ("-", ["-"]),
+        ("", [""]),
+    ):
         assert compose("evaluate", [f"data={typed}"]).data.files == files
     assert compose("evaluate", ["data.files=a b.txt"]).data.files == ["a b.txt"]
     with pytest.raises(UserError, match="it is data_dir=<folder of shards>"):
