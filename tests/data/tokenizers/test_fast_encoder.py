@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from bitnet_lit.data.sources.demo import demo_stories
-from bitnet_lit.data.tokenizers import fast_encoder
+from bitnet_lit.data.tokenizers import fast_encoder, native_units
 from bitnet_lit.data.tokenizers.fast_encoder import FastEncoder
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from bitnet_lit.native.build import NoCompilerError
 from tests.support import TINYSTORIES, needs_tinystories
 
 TEXT = st.one_of(
@@ -31,14 +34,16 @@ def fast(encoder, text):
 
 
 def check_equal(tokenizer):
-    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16))
+    encoder, native = (FastEncoder(tokenizer.processor, np.dtype(np.uint16)) for _ in range(2))
+    has_compiler = native.use_native()  # without one, it goes on in Python
 
     @settings(max_examples=600, deadline=None)
     @given(TEXT)
     def equal(text):
-        assert fast(encoder, text) == tokenizer.encode(text, bos=False)
+        assert fast(encoder, text) == fast(native, text) == tokenizer.encode(text, bos=False)
 
     equal()
+    assert has_compiler == any(map(shutil.which, ("c++", "g++", "clang++"))) or os.environ.get("CXX")
     return encoder
 
 
@@ -119,3 +124,22 @@ def test_long_units_do_not_fill_the_memory(tokenizer):
     assert not encoder._cache
     fast(encoder, "a b\nb\nb")
     assert set(encoder._cache) == {"a", "b", "\0\nb"}  # a line break cuts too
+
+
+def test_much_text_is_encoded_in_cpp_and_the_table_is_bounded(tokenizer, monkeypatch):
+    monkeypatch.setattr(fast_encoder, "NATIVE_FROM_CHARACTERS", 1000)
+    monkeypatch.setattr(fast_encoder, "MAX_CACHED_UNITS", 50)
+    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16))
+    words = " ".join(f"word{number}\nlonger-than-eight-letters{number}" for number in range(30))
+    texts = [*demo_stories(5), words, words, "x" * 70_000 + " y", words[::-1].strip(), "y" * 100 + " " + "é" * 70]
+    for text in [*texts, *texts]:
+        assert fast(encoder, text) == tokenizer.encode(text, bos=False)
+
+
+def test_without_a_compiler_it_goes_on_in_python(tokenizer, monkeypatch):
+    def none(source):
+        raise NoCompilerError("none")
+
+    monkeypatch.setattr(native_units.build, "library", none)
+    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16))
+    assert not encoder.use_native() and fast(encoder, "a word") == tokenizer.encode("a word", bos=False)
