@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from bitnet_lit.cli import compose
-from bitnet_lit.config import DataConfig, PrepareConfig
+from bitnet_lit.config import DataConfig, EvaluateConfig, PrepareConfig
 from bitnet_lit.data.corpora import open_corpora
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.errors import UserError
+from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, Killed, kill_at
@@ -80,6 +81,8 @@ def test_a_mixed_run_goes_on_exactly_and_validates_each_corpus(shards, others, t
     assert "a: 75 %, 768 tokens" in printed and "b: 25 %, 256 tokens" in printed
     assert metrics["val/loss"] == pytest.approx(0.75 * metrics["val/loss_a"] + 0.25 * metrics["val/loss_b"], rel=1e-6)
     assert metrics["val/loss_a"] != metrics["val/loss_b"] and metrics["val/bits_per_byte"] > 0
+    with pytest.raises(UserError, match=r"several corpora .a, b.: give the one to evaluate on: data_dir=.*, .*"):
+        evaluate(EvaluateConfig(checkpoint=f"{tmp_path}/whole", accelerator="cpu"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 6)
         train(compose("train", [f"run_dir={tmp_path}/broken", *options]))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,15 +16,17 @@ import torch
 
 from bitnet_lit.config import BenchConfig
 from bitnet_lit.data.batches import TrainBatches
-from bitnet_lit.data.order import SampleOrder
+from bitnet_lit.data.order import SampleOrder, ShardOrder
 from bitnet_lit.data.shard_folder import find_shards, shard_path
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.sources.demo import demo_stories
+from bitnet_lit.data.tokenizers.fast_encoder import FastEncoder
 from bitnet_lit.data.tokenizers.train_sentencepiece import TRAINED_NAME, train_tokenizer
 
 NUM_STORIES = 20_000  # about 9 MB of text
 # TinyStories comes in fifty shards, which together are larger than a cache.
 NUM_SHARDS, TOKENS_PER_SHARD = 50, 1_000_000
+SPARSE_SHARD_TOKENS = 2**25  # 64 MiB, as prepare writes of about 120 MB of text
 BATCH, LENGTH = 128, 256
 
 
@@ -62,6 +66,73 @@ def encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
         rounds,
     )
     return _row(f"{megabytes:.0f} MB of demo stories", "encode, one core", ours, "sentencepiece", theirs, "MB/s")
+
+
+def warm_encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
+    """Measure encoding once most words were met, in C++ where there is a compiler, against the same in Python."""
+    tokenizer = train_tokenizer(demo_stories(2000), 1024, folder / "warm.model")
+    stories = list(demo_stories(NUM_STORIES, seed=1))
+    megabytes = sum(len(story.encode()) for story in stories) / 1e6
+    in_cpp, in_python = (FastEncoder(tokenizer.processor, np.dtype(np.uint16)) for _ in range(2))
+    has_compiler = in_cpp.use_native()
+
+    def rate(encoder: FastEncoder) -> float:
+        start = time.perf_counter()
+        for story in stories:
+            encoder.encode(story)
+        return megabytes / (time.perf_counter() - start)
+
+    for encoder in (in_cpp, in_python):
+        rate(encoder)
+    ours, theirs = _interleaved(lambda: rate(in_cpp), lambda: rate(in_python), rounds)
+    what = f"encode, words known, one core{'' if has_compiler else ', no compiler'}"
+    return _row(f"{megabytes:.0f} MB of demo stories", what, ours, "the same in Python", theirs, "MB/s")
+
+
+def _sparse_corpus(folder: Path, tokens: int) -> Path:
+    """Write a folder of shards of 2^25 tokens that take no room on the disk: all ids are 0."""
+    folder.mkdir()
+    for number in range(max(2, -(-tokens // SPARSE_SHARD_TOKENS))):
+        size = min(SPARSE_SHARD_TOKENS, max(tokens - number * SPARSE_SHARD_TOKENS, tokens // 2))
+        with shard_path(folder, f"data{number:03d}").open("wb") as file:
+            file.truncate(2 * size)
+    return folder
+
+
+def scale_rows(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Measure batches and memory of larger and larger corpora against the smallest one, in both orders."""
+    sizes = [10**7, 10**8, 10**9, 10**10]
+    splits = [open_shards(_sparse_corpus(folder / f"{size}", size)).train(LENGTH) for size in sizes]
+    rows = []
+    for shuffle in ("global", "shards"):
+
+        def dataset(number: int, shuffle: str = shuffle) -> TrainBatches:
+            split = splits[number]
+            if shuffle == "global":
+                return TrainBatches(split, SampleOrder(split.num_sequences, 0), BATCH)
+            return TrainBatches(split, ShardOrder([piece.num_sequences for piece in split.pieces], 0, 16), BATCH)
+
+        def rate(batches: TrainBatches) -> float:
+            start = time.perf_counter()
+            for batch in range(128):  # two blocks of ORDER_BLOCK samples
+                batches[batch * BATCH]
+            return 128 * BATCH * LENGTH / (time.perf_counter() - start) / 1e6
+
+        datasets = [dataset(number) for number in range(len(sizes))]
+        for number, size in enumerate(sizes[1:], 1):
+            ours, theirs = _interleaved(partial(rate, datasets[number]), partial(rate, datasets[0]), rounds)
+            shape = f"{size // 10**6:,} M tokens, {shuffle}"
+            rows.append(_row(shape, "loader, one core", ours, "10 M tokens", theirs, "M tokens/s"))
+        peaks = []
+        for number in (-1, 0):
+            tracemalloc.start()
+            measured = dataset(number)
+            measured[0]
+            peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+            tracemalloc.stop()
+        shape = f"{sizes[-1] // 10**6:,} M tokens, {shuffle}"
+        rows.append(_row(shape, "loader's memory", peaks[0], "10 M tokens", peaks[1], "MiB"))
+    return rows
 
 
 def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
@@ -116,4 +187,9 @@ def loader_row(folder: Path, rounds: int) -> dict[str, Any]:
 def data_rows(config: BenchConfig) -> list[dict[str, Any]]:
     """Measure all rows of `bench suite=data`."""
     with tempfile.TemporaryDirectory() as encoding, tempfile.TemporaryDirectory() as loading:
-        return [encoding_row(Path(encoding), config.rounds), loader_row(Path(loading), config.rounds)]
+        return [
+            encoding_row(Path(encoding), config.rounds),
+            warm_encoding_row(Path(encoding), config.rounds),
+            loader_row(Path(loading), config.rounds),
+            *scale_rows(Path(loading), config.rounds),
+        ]

@@ -48,6 +48,12 @@ def validation_batches(
         batches, tokenizer = _own_batches(pretrained, data, length, config)
         return str(data[TARGET]), batches, pretrained.tokenizer or tokenizer
     data_dir = config.data_dir or pretrained.info.get("data_dir") or data.get("dir")
+    if isinstance(mix := data.get("mix"), dict) and mix and not isinstance(data_dir, str):
+        folders = [str(corpus["dir"]) for corpus in mix.values() if isinstance(corpus, dict) and "dir" in corpus]
+        raise UserError(
+            f"{pretrained.path}: was trained on several corpora ({', '.join(mix)}): give the one to evaluate on: "
+            f"data_dir={', '.join(folders)}"
+        )
     if not isinstance(data_dir, str):
         raise UserError(f"{pretrained.path}: does not say what it was trained on: give data_dir=<folder of shards>")
     shards = _open_shards(pretrained, data_dir)
