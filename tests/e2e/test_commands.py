@@ -127,6 +127,15 @@ def test_every_kind_of_weights_in_one_sweep(tmp_path, shards):
     assert len(list(tmp_path.rglob("sweep.csv"))) == 1 and result.stdout.count("val loss") == 1
     run_command("plot", "runs=outputs", "out=curves.png", cwd=tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    result = run_command("report", "runs=outputs", "by=quant", "over=seed", "out=compared", cwd=tmp_path)
+    with (tmp_path / "compared" / "report.csv").open(encoding="utf-8") as file:
+        rows = {row["quant"]: row for row in csv.DictReader(file)}
+    assert {name: (row["runs"], row["gap_at_equal_tokens_pairs"]) for name, row in rows.items()} == {
+        "b1": ("2", "2"),
+        "b158": ("2", "2"),
+        "none": ("2", "0"),
+    }
+    assert float(rows["b158"]["val/loss_ci95"]) > 0 and "gap at equal tokens" in result.stdout
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from bitnet_lit.model.accounting import account
 from bitnet_lit.reports.report_files import make_comparison
 from bitnet_lit.reports.statistics import quantile_975
 from bitnet_lit.reports.weight_sizes import weight_sizes
+from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.history import run_folders
 from tests.reports.making import config_of, make_run
 from tests.support import REPOSITORY, tiny_config
@@ -111,12 +112,19 @@ def test_runs_that_cannot_count_are_named_with_the_reason(tmp_path):
     for expected in (
         "failed failed: UserError: no data",
         "nan has no val/loss that is a finite number",
-        "going is not finished (step 40), and finished runs count",
-        "fresh has not logged a step yet",
+        "going was stopped at step 40, and finished runs count",
+        "fresh was stopped at step 0 and has no val/loss yet",
         "is 'x', no number",
         "early failed: UserError: too early",
     ):
         assert expected in text, text
+
+
+def test_a_run_that_is_running_is_told_from_one_that_was_stopped(tmp_path):
+    make_run(tmp_path / "done", seed=1)
+    going = make_run(tmp_path / "going", seed=2, done=False)
+    with locked(going):  # as the process that trains there does
+        assert compared(tmp_path, by=["quant"])[1][0] == f"{going} is running (step 40), and finished runs count"
 
 
 def test_half_a_line_of_a_run_that_goes_on_is_left_out(tmp_path):

@@ -98,7 +98,7 @@ def _why_not(run: Run, metric: str) -> str:
         return ""
     if run.state == DONE:
         return f"has no {metric} that is a finite number"
-    return f"has no {metric} yet (step {run.last_step})" if run.last_step else "has not logged a step yet"
+    return f"{run.progress} and has no {metric} yet"
 
 
 def _written_at(run: Run) -> tuple[float, str]:
@@ -114,7 +114,7 @@ def _choose(row: Row, runs: Sequence[Run], over: Sequence[str], metric: str) -> 
     same: dict[object, list[Run]] = defaultdict(list)
     for run in able:
         if row.is_finished and run.state != DONE:
-            reasons[run] = f"is not finished (step {run.last_step}), and finished runs count"
+            reasons[run] = f"{run.progress}, and finished runs count"
         else:
             same[run.learned_from() or run].append(run)
     for each in same.values():

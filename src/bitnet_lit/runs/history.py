@@ -33,6 +33,7 @@ from bitnet_lit.runs.folder import (
     RECORD,
     is_run,
 )
+from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.metrics_csv import read_metrics
 
 DONE, UNFINISHED, FAILED = "done", "unfinished", "failed"
@@ -98,6 +99,12 @@ class Run:
     def last_step(self) -> int:
         """The last optimizer step that the run logged; 0 where it logged none."""
         return max((int(curve.steps[-1]) for curve in self.curves.values() if len(curve.steps)), default=0)
+
+    @property
+    def progress(self) -> str:
+        """How far a run is that is not finished: it "is running (step 40)" or "was stopped at step 40"."""
+        is_running = state(self.folder) is State.RUNNING
+        return f"is running (step {self.last_step})" if is_running else f"was stopped at step {self.last_step}"
 
     @cached_property
     def tokens_per_step(self) -> float | None:
