@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import sys
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -163,6 +165,12 @@ def fork() -> int:
     return address
 
 
+def _let_openmp_rest(loaded: ctypes.CDLL) -> None:
+    """Shorten the busy waiting of PyTorch's threads (csrc/openmp.h), unless a variable says how long they wait."""
+    if sys.platform == "linux" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        loaded.bitnet_let_openmp_rest(c_void_p(fork()))
+
+
 @cache
 def functions() -> dict[str, Callable[[ctypes.Structure], None]]:
     """Return the compiled functions by their names. The first call in a process loads them, or compiles them.
@@ -172,6 +180,12 @@ def functions() -> dict[str, Callable[[ctypes.Structure], None]]:
     """
     fork()
     loaded = build.library(TRAINING)
+    _let_openmp_rest(loaded)
+    return functions_of(loaded)
+
+
+def functions_of(loaded: ctypes.CDLL) -> dict[str, Callable[[ctypes.Structure], None]]:
+    """Return the functions of a compiled library by their names."""
     found: dict[str, Callable[[ctypes.Structure], None]] = {}
     for name, structure in FUNCTIONS.items():
         function = getattr(loaded, f"bitnet_{name}")

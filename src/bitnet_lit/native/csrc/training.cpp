@@ -4,6 +4,7 @@
 #include "linears.h"
 #include "loss.h"
 #include "newton_schulz.h"
+#include "openmp.h"
 
 extern "C" {
 void bitnet_linears_forward(const Linears* a) { linears_forward(*a); }
@@ -15,4 +16,5 @@ void bitnet_attention_backward(const Attention* a) { attention_backward(*a); }
 void bitnet_loss(const Loss* a) { next_token_loss(*a); }
 void bitnet_newton_schulz(const NewtonSchulz* a) { newton_schulz(*a); }
 void bitnet_muon_step(const MuonStep* a) { muon_step(*a); }
+void bitnet_let_openmp_rest(Fork fork) { let_openmp_rest(fork); }
 }
