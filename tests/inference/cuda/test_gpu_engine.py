@@ -128,6 +128,14 @@ def test_more_texts_than_a_step_takes(tmp_path):
     assert_close_but_for_borders(logits, torch.from_numpy(np.concatenate(expected)))
 
 
+def test_steps_are_captured_after_all_rows_are_gone(tmp_path):
+    """PyTorch refuses to capture in memory whose last graph is gone, for example after a capture that failed."""
+    engine, _ = engines(tmp_path)
+    for _ in range(2):
+        engine.forward([[1]], [engine.new_cache()])
+        engine._free_rows.clear()
+
+
 @pytest.fixture(scope="module")
 def generators(tmp_path_factory, tokenizer):
     """The CUDA engine with everything in floats, which makes the tokens of the PyTorch engine."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,18 @@ def _check_compiler() -> None:
         raise NoKernelsError(f"Triton cannot compile its kernels: {reason:.200}") from None
 
 
+def _graph_memory(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:
+    """Return memory that graphs share, and a graph that keeps it.
+
+    PyTorch gives the memory up with the last graph in it, and could not capture another one there.
+    """
+    pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
+    return pool, graph
+
+
 class CudaEngine:
     """Is an `inference.engines.Engine` on an NVIDIA GPU.
 
@@ -78,7 +91,7 @@ class CudaEngine:
             self.network = Network(stored, self.device, "float" if head == "float" else "int8", kv_cache == "half")
         self.name = f"CUDA, {torch.cuda.get_device_name(self.device)}"
         self.lock = threading.RLock()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._kept = _graph_memory(self.device)
         self._free_rows: dict[int, list[Rows]] = defaultdict(list)
 
     def __str__(self) -> str:
