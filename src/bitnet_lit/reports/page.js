@@ -194,7 +194,7 @@ function drawCurves() {
   if (isLog && y.low <= 0) y.low = y.high / 1e3;
   const space = 0.05 * (value(y.high) - value(y.low)) || 0.1, range = [value(y.low) - space, value(y.high) + space];
   draw(plotOf("curves"), traces, {
-    height, xaxis: axis(X_TITLES[x](), { rangemode: "tozero" }), yaxis: axis(lossName(metric), { type: isLog ? "log" : "linear", range }),
+    height, xaxis: axis(X_TITLES[x](), { rangemode: "tozero" }), yaxis: axis(lossName(metric), { range, ...(isLog ? { type: "log", tickvals: logTicks(10 ** range[0], 10 ** range[1]) } : { type: "linear" }) }),
     showlegend: !direct && ends.length > 1 && ends.length <= 24,
     margin: { l: 56, r: direct ? Math.min(230, 24 + 7 * longest) : 12, t: TOP, b: 44 },
     annotations: direct ? endLabels(ends, range, height - TOP - 44, value) : [],
