@@ -93,3 +93,20 @@ def test_strength_moves_from_dense_to_quantized():
     assert torch.equal(bit_linear_reference(x, w, None, B158(), 0.0), dense)
     half = bit_linear_reference(x, w, None, B158(), 0.5)
     assert not torch.allclose(half, dense) and not torch.allclose(half, quantized)
+
+
+@pytest.mark.parametrize("scheme", ["b158", "b1"])
+def test_codes_and_scale_do_not_depend_on_the_number_of_threads(scheme):
+    """A sum over a matrix this large is divided among PyTorch's threads."""
+    weight = torch.randn(512, 384, generator=torch.Generator().manual_seed(1)) * 0.02 + 1e-4
+    rule = scheme_named(scheme).weights
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3, 4):
+            torch.set_num_threads(number)
+            found.append(rule.quantize(weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(codes, found[0][0]) and torch.equal(scale, found[0][1]) for codes, scale in found)
+    assert torch.allclose(found[0][1], weight.abs().mean(), rtol=1e-6)

@@ -54,6 +54,18 @@ class Granularity(ABC):
         """Return the lower median of the weights that share a scale, for each scale; (O, I) -> `scale_shape`."""
 
 
+def matrix_mean(matrix: Tensor) -> Tensor:
+    """Return the mean of a matrix (O, I), the same for every number of CPU threads.
+
+    PyTorch divides the sum of more than 32768 numbers among its threads, so the last bit of the mean depends on how
+    many there are. A weight at a rounding border then gets another code, and the same training another result on
+    another machine, or beside other jobs. A row is never divided.
+    """
+    if matrix.device.type != "cpu" or matrix.numel() <= 32768:  # at::internal::GRAIN_SIZE
+        return matrix.mean()
+    return matrix.mean(-1).mean()
+
+
 @dataclass(frozen=True)
 class PerTensor(Granularity):
     """All weights of a matrix share one scale."""
@@ -63,7 +75,7 @@ class PerTensor(Granularity):
         return ()
 
     def mean(self, magnitude: Tensor) -> Tensor:
-        return magnitude.mean()
+        return matrix_mean(magnitude)
 
     def median(self, magnitude: Tensor) -> Tensor:
         return magnitude.median()
@@ -253,4 +265,4 @@ class Sign(WeightRule):
         return (weight >= center).float() * 2 - 1, scale
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return weight.abs().mean().clamp(min=SCALE_MIN), weight.mean()
+        return matrix_mean(weight.abs()).clamp(min=SCALE_MIN), matrix_mean(weight)
