@@ -28,6 +28,7 @@ from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
 from bitnet_lit.inference.random_weights import random_model
 from bitnet_lit.model.tensors import tensor_shapes
+from bitnet_lit.terminal import console
 
 OF_2B4T = (2560, 30, 6912, 20)
 """BitNet b1.58 2B4T (conf/model/2b4t.yaml); its other sizes are taken too."""
@@ -159,6 +160,8 @@ def bytes_per_token(engine: CudaEngine, length: int) -> int:
 
 def _row(shape: str, what: str, peer: str, ours: list[float], theirs: list[float], unit: str) -> dict[str, Any]:
     mine, their = statistics.median(ours), statistics.median(theirs)
+    # The table comes at the end, minutes later.
+    console(stderr=True).print(f"{shape}: {what}: {mine:,.0f} {unit}; {peer}: {their:,.0f}", highlight=False)
     return {
         "shape": shape,
         "what": what,
