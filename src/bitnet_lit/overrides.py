@@ -211,6 +211,16 @@ def _sweep_spelled(key: str, value: str, text: TextKey) -> str:
     return value if override.is_sweep_override() else _spelled(key, _unescaped(value), text)
 
 
+def _files_spelled(key: str, value: str, text: TextKey, sweep: bool) -> str:
+    """Write the files of a group as the value of the group.
+
+    An empty value is an empty name, which is refused later: it may come from a shell's variable that is not set.
+    """
+    elements = _sweep_elements(value) if sweep and _parse(f"key={value}") is not None else []
+    values = [_unescaped(element) for element in elements] or [value or "['']"]
+    return ",".join("{files:" + _spelled(key, each, text) + "}" for each in values)
+
+
 def _unescaped(element: str) -> str:
     r"""Remove Hydra's backslashes from an element of a sweep: `a\, b` is one element with a comma."""
     return element if _is_quoted(element) else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", element)
@@ -247,8 +257,7 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
         if key in keys:
             value = (_sweep_spelled if sweep else _spelled)(key, value, keys[key])
         elif f"{key}.files" in keys:  # the value of a group is a dictionary, or Hydra would take a text for an option
-            # An empty value is an empty name, which is refused: the shell's variable for it may be empty.
-            value = "{files:" + _spelled(f"{key}.files", value or "['']", keys[f"{key}.files"]) + "}"
+            value = _files_spelled(f"{key}.files", value, keys[f"{key}.files"], sweep)
         elif _parse(f"key={value}") is None:
             value = quoted(value)  # then the schema refuses it and names the key
         spelled.append(f"{prefix}{key}={value}")

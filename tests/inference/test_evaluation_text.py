@@ -21,6 +21,7 @@ from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.inference.evaluation_text import TextSums, encode_documents, sliding_windows
 from bitnet_lit.inference.language_model import load
 from bitnet_lit.inference.scoring import NativeScorer, NetworkScorer
+from bitnet_lit.overrides import as_typed
 from tests.support import tiny_model
 
 FIRST = "Once upon a time, there was a boy named Jack.\n\nHe had  a red ball. " * 6
@@ -133,6 +134,31 @@ def test_files_of_every_kind_hold_the_same_documents(folder, text, tmp_path, mon
     assert both["documents"] == 4 and both["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
+def test_the_text_of_a_record_may_have_another_name(folder, tmp_path):
+    (tmp_path / "my.jsonl").write_text(json.dumps({"question": SECOND}))
+    with pytest.raises(UserError, match="line 1 has no text under 'story' or 'text'.*column="):
+        run(folder, tmp_path / "my.jsonl")
+    assert run(folder, tmp_path / "my.jsonl", column="question")["bytes"] == len(SECOND.encode())
+    with pytest.raises(UserError, match="column=question: is of text files: give data=<text file>"):
+        EvaluateConfig(column="question")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "^data=-: standard input is empty"),
+        (b"ab\xffc", "^data=-: not UTF-8 at byte 2: convert it"),
+        (b" \n", "^data=-: holds no text but white space"),
+    ],
+    ids=str,
+)
+def test_standard_input_that_is_no_text_is_one_line(folder, monkeypatch, content, says):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(UserError, match=says) as error:
+        run(folder, "-")
+    assert "\n" not in str(error.value) and "stdin.txt" not in str(error.value)
+
+
 def test_a_document_that_comes_in_parts_is_one(tokenizer):
     """A very long file of .txt is read in parts, cut at a space."""
     whole, parts = TextSums(), TextSums()
@@ -196,6 +222,7 @@ def test_files_are_the_value_of_data():
         ("", [""]),
     ):
         assert compose("evaluate", [f"data={typed}"]).data.files == files
+    assert as_typed(EvaluateConfig, ["data=a.txt,b.txt"], sweep=True) == ["data={files:['a.txt']},{files:['b.txt']}"]
     assert compose("evaluate", ["data.files=a b.txt"]).data.files == ["a b.txt"]
     with pytest.raises(UserError, match="it is data_dir=<folder of shards>"):
         compose("evaluate", ["data.dir=x"])

@@ -109,6 +109,8 @@ class EvaluateConfig(CheckpointConfig):
 
     data: TextFilesConfig = field(default_factory=TextFilesConfig)
     """Text to evaluate on, in place of a validation split."""
+    column: str | None = None
+    """For text: the column of a table, or the key of a JSON record, that has it. null: text, story or content."""
     data_dir: str | None = None
     """The folder of shards to evaluate on. null: the folder that the model was trained on."""
     allow: list[str] = field(default_factory=list)
@@ -134,6 +136,8 @@ class EvaluateConfig(CheckpointConfig):
             raise UserError(f"data={self.data.files[0]} and data_dir={self.data_dir}: give one, text or shards")
         if self.stride is not None and not self.data.files:
             raise UserError(f"stride={self.stride}: windows slide over text: give data=<text file>")
+        if self.column is not None and not self.data.files:
+            raise UserError(f"column={self.column}: is of text files: give data=<text file>")
         one_of("accelerator", self.accelerator, ("auto", "cpu", "gpu", "cuda", "mps"))
 
 

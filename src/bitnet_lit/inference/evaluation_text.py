@@ -67,27 +67,35 @@ def check_files(files: Sequence[str]) -> None:
             find_text(name, key="data")
 
 
-def documents(files: Sequence[str]) -> Iterator[str]:
+def documents(files: Sequence[str], column: str | None = None) -> Iterator[str]:
     """Yield the documents of files, folders and globs; of standard input for "-".
+
+    Args:
+        column: the column of a table, or the key of a JSON record, that has the text.
 
     Raises:
         UserError: a file is missing, is no text, or holds none; one line.
     """
     for name in files:
-        if name == STDIN:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "stdin.txt")
-                with path.open("wb") as file:
-                    shutil.copyfileobj(sys.stdin.buffer, file)
-                yield from _stories(str(path), "data=- (standard input)")
-        else:
-            yield from _stories(name, f"data={name}")
+        if name != STDIN:
+            yield from _stories(name, column)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "stdin.txt")
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            if not path.stat().st_size:
+                raise UserError("data=-: standard input is empty: give it a text")
+            try:
+                yield from _stories(str(path), column)
+            except UserError as error:
+                raise UserError(str(error).replace(f"data={path}", "data=-").replace(str(path), "data=-")) from None
 
 
-def _stories(name: str, given: str) -> Iterator[str]:
-    source = files_source(name, key="data")
+def _stories(name: str, column: str | None) -> Iterator[str]:
+    source = files_source(name, column=column, key="data")
     if source.passed_over:
-        warnings.warn(f"{given}: not read: {source.passed_over}", stacklevel=2)
+        warnings.warn(f"data={name}: not read: {source.passed_over}", stacklevel=2)
     counts, number = ReadCounts(), 0
     for shard in source.shards:
         for segment in shard.segments:
@@ -95,7 +103,7 @@ def _stories(name: str, given: str) -> Iterator[str]:
                 number += 1
                 yield story
     if not number:
-        raise UserError(f"{given}: holds no text but white space: give another file")
+        raise UserError(f"data={name}: holds no text but white space: give another file")
 
 
 def sliding_windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -217,7 +225,9 @@ def evaluate_text(config: EvaluateConfig, scorer: Scorer, tokenizer: Tokenizer |
     chosen = stride or max(1, length // 2)
     if chosen > length:
         raise UserError(f"stride={stride}: is beyond the window of {length} tokens: give {length} or less")
-    sums = score_documents(documents(files), tokenizer, scorer, length, chosen, BATCHES_AT_ONCE * config.batch_size)
+    sums = score_documents(
+        documents(files, config.column), tokenizer, scorer, length, chosen, BATCHES_AT_ONCE * config.batch_size
+    )
     if not sums.tokens:
         raise UserError(f"data={files[0]}: has no token to predict: give another file")
     if not math.isfinite(sums.nats):
