@@ -62,6 +62,7 @@ def opened(browser, address):
 
     def open_page(**options):
         contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(120_000)  # a busy machine takes half a minute to open a page
         page = contexts[-1].new_page()
         page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))

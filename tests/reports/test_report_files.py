@@ -103,6 +103,16 @@ def test_what_is_not_finite_is_null_on_the_page(tmp_path):
     assert data_of(page)["runs"][0]["curves"]["val/loss"]["values"] == [3.0, None, None]
 
 
+def test_runs_without_a_validation_have_their_training_curves_on_the_page(tmp_path):
+    folder = make_run(tmp_path / "a", done=False)
+    (folder / "metrics.csv").write_text("step,train/loss\n10,3.5\n20,3.25\n")
+    comparison = make_comparison(ReportConfig(runs=[str(tmp_path)]))
+    assert comparison.rows[0].loss is None
+    assert comparison.notes == [f"{folder} was stopped at step 20 and has no val/loss yet"]
+    (run,) = data_of(as_page(comparison, "t", ""))["runs"]
+    assert run["curves"]["train/loss"]["values"] == [3.5, 3.25] and run["final"] is None
+
+
 @pytest.mark.parametrize("damage", [("1280.0", "1e-320"), ("2.0", "9e300"), ("40,", "999999999999,")])
 def test_numbers_that_nothing_has_do_not_end_the_report(tmp_path, damage):
     for seed in (1, 2):

@@ -192,6 +192,7 @@ function drawCurves() {
   const longest = Math.max(0, ...ends.map((end) => end.row.name.length));
   const height = narrow() ? 340 : 420, value = (each) => (isLog ? Math.log10(each) : each);
   if (isLog && y.low <= 0) y.low = y.high / 1e3;
+  if (!(y.high > -Infinity)) y.low = y.high = 1;  // no run has the curve on this axis
   const space = 0.05 * (value(y.high) - value(y.low)) || 0.1, range = [value(y.low) - space, value(y.high) + space];
   draw(plotOf("curves"), traces, {
     height, xaxis: axis(X_TITLES[x](), { rangemode: "tozero" }), yaxis: axis(lossName(metric), { range, ...(isLog ? { type: "log", tickvals: logTicks(10 ** range[0], 10 ** range[1]) } : { type: "linear" }) }),
@@ -203,6 +204,7 @@ function drawCurves() {
 
 // Ticks of a logarithmic axis at 1, 2, 5, 10, ..., or at fewer of them where there is little room.
 function logTicks(low, high) {
+  if (!(low > 0 && high < Infinity)) return [];
   const all = [[1, 2, 5], [1, 3], [1]].map((digits) => {
     const ticks = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {

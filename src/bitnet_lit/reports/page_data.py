@@ -17,7 +17,7 @@ from bitnet_lit.reports.health import read_matrices
 from bitnet_lit.reports.measures import final
 from bitnet_lit.reports.statistics import Estimate
 from bitnet_lit.runs.config_keys import value_of
-from bitnet_lit.runs.history import Curve, Run
+from bitnet_lit.runs.history import UNFINISHED, Curve, Run
 
 MOST_POINTS = 500
 _MOST_CELLS = 400_000  # of all heat maps of a page; a cell is about six bytes
@@ -111,10 +111,12 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
     rows, runs, health = [], [], []
     quantized = [row for row in comparison.rows if row.counted and not row.is_dense]
     for index, row in enumerate(comparison.rows):
-        quant = value_of(row.counted[0].config, "quant") if row.counted else ""
+        runs_of_row = row.counted or [run for run, _ in row.left_out]
+        quant = value_of(runs_of_row[0].config, "quant")
         others = [value for key, value in row.values.items() if key.partition(".")[0] != "quant"]
         rows.append(_row(row, quant, " ".join(others)))
-        for run in row.counted:
+        on_their_way = [run for run, _ in row.left_out if run.state == UNFINISHED]
+        for run in row.counted or on_their_way:
             label = ", ".join(f"{key} {value_of(run.config, key)}" for key in comparison.over) or run.folder.name
             runs.append(_run(run, index, label, comparison))
         if row in quantized:

@@ -57,7 +57,8 @@ def make_comparison(config: ReportConfig) -> Comparison:
     by, over = _keys(config, runs)
     comparison = compare(runs, by, over, config.metric, config.dense_bits)
     known = sorted({name for run in runs for name in run.curves})
-    if known and config.metric not in known and all(row.loss is None for row in comparison.rows):
+    is_late = config.metric == ReportConfig.metric  # no run has come to its first validation
+    if known and config.metric not in known and not is_late and all(row.loss is None for row in comparison.rows):
         raise UserError(f"metric={config.metric}: in no metrics.csv of these runs, which have {', '.join(known)}")
     comparison.notes += [f"left out: {error}" for error in damaged]
     return comparison
