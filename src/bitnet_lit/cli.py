@@ -9,14 +9,16 @@ import copy
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, StringNode
 
@@ -149,6 +151,17 @@ def fit_mode(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
+@contextmanager
+def _second_hydra() -> Iterator[None]:
+    """Let a config be composed while a command runs, whose Hydra is the one of the process, and keep that one."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
 def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     """Compose the config of a command in Python: `compose("train", ["model=15m", "seed=2"])` returns its dataclass.
 
@@ -159,7 +172,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> Any:
     if command == "train":  # the command sets the run folder to Hydra's, and here there is none
         overrides = [f"run_dir={schema.TrainConfig.run_dir}", *overrides]
     try:
-        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        with _second_hydra(), hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             spelled = _with_custom(as_typed(SCHEMAS[command], overrides))
             cfg = hydra.compose(command, spelled)
             return to_object(fit_mode(cfg, spelled) if command == "train" else cfg)

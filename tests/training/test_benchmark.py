@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
+from bitnet_lit import cli
+from bitnet_lit.cli import compose
 from bitnet_lit.config import BenchConfig, QuantConfig
 from bitnet_lit.model import batch_loss, build_model
 from bitnet_lit.training import benchmark
@@ -50,6 +53,24 @@ def test_the_bare_network_has_the_loss_and_the_gradients_of_ours(linear, quant):
         other = ours.get_parameter(our_name(name)).grad
         cosine = torch.cosine_similarity(parameter.grad.flatten(), other.flatten(), dim=0)
         assert cosine > (0.99999 if quant == "none" else 0.99), name
+
+
+def test_the_command_trains_while_bench_is_a_command_itself(monkeypatch, shards):
+    def on_a_cpu(command, overrides):
+        return compose(command, [item.replace("accelerator=gpu", "accelerator=cpu") for item in overrides])
+
+    monkeypatch.setattr(benchmark, "compose", on_a_cpu)
+    monkeypatch.setattr(benchmark, "WARM_UP", 1)
+    monkeypatch.setattr(benchmark, "WINDOW", 1)
+    speeds = []
+
+    def task(config):
+        hydra = GlobalHydra.instance().hydra
+        speeds.append(benchmark.through_the_command(TINY, "b158", shards))
+        assert hydra is not None and GlobalHydra.instance().hydra is hydra
+
+    cli.run("bench", task, ["suite=gpu_train", "rounds=1"])
+    assert speeds[0].tokens_per_s > 0
 
 
 @pytest.mark.gpu
