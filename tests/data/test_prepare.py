@@ -260,7 +260,7 @@ def test_no_space_left_is_one_line_and_no_half_file(tmp_path, monkeypatch):
 
     prepare(demo(tmp_path))
     (tmp_path / "data01.bin").unlink()
-    monkeypatch.setattr(write_shards_module.ShardEncoder, "__call__", full)
+    monkeypatch.setattr(write_shards_module.ShardEncoder, "many", full)
     with pytest.raises(UserError, match="the disk is full: whole shards are kept"):
         prepare(demo(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data00.bin", "meta.json", "tokenizer.model"]
@@ -312,13 +312,13 @@ def test_files_of_one_name_are_both_encoded(tmp_path, tokenizer):
 
 def test_text_that_changes_while_it_is_encoded_is_no_whole_shard(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.txt").write_text("some text")
-    encode = write_shards_module.ShardEncoder.__call__
+    encode = write_shards_module.ShardEncoder.many
 
-    def changing(self, text):
+    def changing(self, stories):
         (tmp_path / "a.txt").write_text("other")
-        return encode(self, text)
+        return encode(self, stories)
 
-    monkeypatch.setattr(write_shards_module.ShardEncoder, "__call__", changing)
+    monkeypatch.setattr(write_shards_module.ShardEncoder, "many", changing)
     options = {"source": str(tmp_path / "a.txt"), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
     with pytest.raises(UserError, match="a.txt: it, or a file read with it, changed meanwhile"):
         prepare(PrepareConfig(**options))

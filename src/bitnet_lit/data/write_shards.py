@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -26,9 +26,11 @@ from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.shard_cache import file_sha256
 from bitnet_lit.data.shard_folder import dtype_for, shard_digest, shard_path
 from bitnet_lit.data.sources.source import Continuation, ReadCounts, TextShard, fingerprint
-from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
+from bitnet_lit.data.tokenizers import TextEncoder, Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.terminal import console
+
+GROUP_CHARACTERS = 2**16  # of stories that are encoded in one call: they fit a core's own cache
 
 # In a worker process: the tokenizer's file, and the encoder, whose cache of words lasts from shard to shard.
 _tokenizer_path: Path | None = None
@@ -61,7 +63,8 @@ class ShardEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.dtype = dtype_for(tokenizer.vocab_size)
         self._bos = np.array([tokenizer.bos_id], self.dtype).tobytes()
-        self._encode = tokenizer.shard_encoder(self.dtype)
+        encode = tokenizer.shard_encoder(self.dtype)
+        self._encode = encode if isinstance(encode, TextEncoder) else TextEncoder(encode)
         # SentencePiece puts a space in front of each text; a byte-level tokenizer does not.
         parts, whole = [self._encode("ab"), self._encode(" ab")], self._encode("ab ab")
         self._keeps_space = parts[0] + parts[1] == whole != parts[0] * 2
@@ -71,6 +74,12 @@ class ShardEncoder:
         if isinstance(story, Continuation):
             return self._encode(story if self._keeps_space else story[1:])
         return self._bos + self._encode(story)
+
+    def many(self, stories: Sequence[str]) -> bytes:
+        """Return the bytes of several stories."""
+        if any(isinstance(story, Continuation) for story in stories):
+            return b"".join(map(self, stories))
+        return self._encode.many(stories, self._bos)
 
 
 def _write_in_worker(text: TextShard, folder: Path) -> dict[str, Any]:
@@ -93,10 +102,10 @@ def write_shard(text: TextShard, folder: Path, encoder: ShardEncoder) -> dict[st
     path = shard_path(folder, text.name)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         for segment in text.segments:
-            for story in segment.stories(counts):
-                file.write(encoder(story))
-                stories += not isinstance(story, Continuation)
-                text_bytes += len(story.encode())
+            for together in _grouped(segment.stories(counts)):
+                file.write(encoder.many(together))
+                stories += sum(not isinstance(story, Continuation) for story in together)
+                text_bytes += sum(len(story.encode()) for story in together)
         tokens = file.tell() // encoder.dtype.itemsize
         if not tokens:
             raise UserError(f"{text.segments[0]}: no text in it: take the file away, or give another source")
@@ -104,6 +113,20 @@ def write_shard(text: TextShard, folder: Path, encoder: ShardEncoder) -> dict[st
             raise UserError(f"{text.segments[0]}: it, or a file read with it, changed meanwhile: try again")
     entry = {"tokens": tokens, "stories": stories, "text_bytes": text_bytes, "fingerprint": before, **asdict(counts)}
     return entry | {"sha256": file_sha256(path), "digest": shard_digest(path)}
+
+
+def _grouped(stories: Iterable[str]) -> Iterator[list[str]]:
+    """Yield stories in groups of about GROUP_CHARACTERS."""
+    group: list[str] = []
+    size = 0
+    for story in stories:
+        group.append(story)
+        size += len(story)
+        if size >= GROUP_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def write_shards(

@@ -42,7 +42,16 @@ def check_equal(tokenizer):
     def equal(text):
         assert fast(encoder, text) == fast(native, text) == tokenizer.encode(text, bos=False)
 
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(TEXT, max_size=8))
+    def equal_together(texts):
+        bos = np.array([1], np.uint16).tobytes()
+        expected = [id for text in texts for id in (1, *tokenizer.encode(text, bos=False))]
+        for each in (encoder, native):
+            assert np.frombuffer(each.many(texts, bos), np.uint16).tolist() == expected
+
     equal()
+    equal_together()
     assert has_compiler == any(map(shutil.which, ("c++", "g++", "clang++"))) or os.environ.get("CXX")
     return encoder
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from bitnet_lit.data.tokenizers.tokenizer import Tokenizer
+from bitnet_lit.data.tokenizers.tokenizer import TextEncoder, Tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
 
-__all__ = ["Tokenizer", "find_tokenizer", "open_tokenizer", "tokenizer_file_names"]
+__all__ = ["TextEncoder", "Tokenizer", "find_tokenizer", "open_tokenizer", "tokenizer_file_names"]
 
 _KINDS = (SentencePieceTokenizer, JsonTokenizer)  # where a folder holds files of both, the first kind counts
 

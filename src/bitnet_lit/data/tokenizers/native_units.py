@@ -10,7 +10,7 @@ import ctypes
 import sys
 import weakref
 from collections.abc import Callable
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from bitnet_lit.native import build
@@ -26,7 +26,8 @@ class _State(ctypes.Structure):
         ("text", c_char_p),
         ("out", c_void_p),
         *((name, c_int64) for name in ("size", "position", "written", "start", "end")),
-        *((name, c_int32) for name in ("cuts_lines", "drops_spaces", "is_glued")),
+        *((name, c_int32) for name in ("cuts_lines", "drops_spaces", "is_glued", "bos_bytes")),
+        ("bos", c_uint64),
     )
 
 
@@ -64,13 +65,15 @@ class NativeUnits:
         self._reference = ctypes.byref(self._state)
         weakref.finalize(self, library.units_free, self._table)
 
-    def encode(self, text: str, cuts_lines: bool) -> bytes:
+    def encode(self, content: bytes, cuts_lines: bool, bos: bytes = b"") -> bytes:
         """Return the bytes of the ids of a text, which neither begins nor ends with a space.
 
         Args:
+            content: the text in UTF-8; or several texts, with a NUL between them.
             cuts_lines: whether each line break begins a unit.
+            bos: the bytes of the id that is written in place of a NUL.
         """
-        content = text.encode() + _PADDING
+        content += _PADDING
         size = len(content) - len(_PADDING)
         # A byte gives one id at most, and a unit one more for the space in front of it.
         room = (2 * size + 2) * self._itemsize + len(_PADDING)
@@ -79,7 +82,7 @@ class NativeUnits:
             self._buffer = ctypes.create_string_buffer(room)
             state.out = ctypes.addressof(self._buffer)
         state.text, state.size, state.position, state.written = content, size, 0, 0
-        state.cuts_lines = cuts_lines
+        state.cuts_lines, state.bos_bytes, state.bos = cuts_lines, len(bos), int.from_bytes(bos, "little")
         while self._encode_units(self._table, self._reference):
             unit, is_glued = content[state.start : state.end], bool(state.is_glued)
             ids, is_kept = self._encode_unit(unit.decode(), is_glued)

@@ -11,7 +11,7 @@ import codecs
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from bitnet_lit.data.tokenizers.tokenizer import (
     PieceKind,
     SentencePieceVocabulary,
     StreamDecoder,
+    TextEncoder,
     Tokenizer,
     without_surrogates,
 )
@@ -93,11 +94,11 @@ class SentencePieceTokenizer(Tokenizer):
         """Return a decoder for the tokens that follow `prompt_ids`."""
         return SentencePieceDecoder(self, prompt_ids)
 
-    def shard_encoder(self, dtype: np.dtype) -> Callable[[str], bytes]:
-        """Return a function from a text to its ids without BOS, as the bytes of an array of `dtype`."""
+    def shard_encoder(self, dtype: np.dtype) -> TextEncoder:
+        """Return what turns a text into its ids without BOS, as the bytes of an array of `dtype`."""
         from bitnet_lit.data.tokenizers.fast_encoder import FastEncoder  # imports protobuf, which only `prepare` needs
 
-        return FastEncoder(self.processor, dtype).encode
+        return FastEncoder(self.processor, dtype)
 
     def sentencepiece_vocabulary(self) -> SentencePieceVocabulary:
         """Return the pieces of the model, for formats that store them in their own way."""

@@ -81,9 +81,9 @@ class Tokenizer(ABC):
         """Return a decoder for the tokens that follow `prompt_ids`."""
         return PieceDecoder(self, prompt_ids)
 
-    def shard_encoder(self, dtype: np.dtype) -> Callable[[str], bytes]:
-        """Return a function from a text to its ids without BOS, as the bytes of an array of `dtype`."""
-        return lambda text: np.array(self.encode(text, bos=False), dtype=dtype).tobytes()
+    def shard_encoder(self, dtype: np.dtype) -> TextEncoder:
+        """Return what turns a text into its ids without BOS, as the bytes of an array of `dtype`."""
+        return TextEncoder(lambda text: np.array(self.encode(text, bos=False), dtype=dtype).tobytes())
 
     def transformers_files(self) -> dict[str, str]:
         """Return the contents of files, by name, that `transformers` needs beside those of `copy_to`; often none."""
@@ -119,6 +119,25 @@ class Tokenizer(ABC):
         pieces = [self.piece_bytes(token) for token in range(self.vocab_size)]
         lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         return lengths, np.array([piece.startswith(b" ") for piece in pieces])
+
+
+class TextEncoder:
+    """Encodes many texts, for shards.
+
+    Args:
+        encode_text: returns the bytes of the ids of a text, without BOS.
+    """
+
+    def __init__(self, encode_text: Callable[[str], bytes]) -> None:
+        self._encode_text = encode_text
+
+    def __call__(self, text: str) -> bytes:
+        """Return the bytes of the ids of a text, without BOS."""
+        return self._encode_text(text)
+
+    def many(self, texts: Sequence[str], bos: bytes) -> bytes:
+        """Return the bytes of the ids of several texts, each behind `bos`."""
+        return b"".join([bos + self._encode_text(text) for text in texts])
 
 
 class StreamDecoder(Protocol):

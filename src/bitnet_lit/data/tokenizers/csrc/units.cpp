@@ -3,7 +3,7 @@
 // A unit is what stands between two spaces; further spaces of a run belong to the unit behind them, or are dropped.
 // Where lines are cut, a line break begins a unit too, one that is *glued* to the text before it. fast_encoder.py says
 // why the ids of a text are those of its units. The table is filled by Python, with what SentencePiece gives for a
-// unit.
+// unit. Several texts come with a NUL between them, which is written as the token that begins a text.
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -71,6 +71,8 @@ struct State {
     char* out;         // with room for all ids and eight bytes more
     int64_t size, position, written, start, end;
     int32_t cuts_lines, drops_spaces, is_glued;
+    int32_t bos_bytes;
+    uint64_t bos;
 };
 
 Table* units_new() { return new Table; }
@@ -121,13 +123,19 @@ int32_t units_encode(Table* table, State* state) {
     int64_t at = state->position;
     char* out = state->out + state->written;
     while (at < state->size) {
+        if (text[at] == 0) {
+            std::memcpy(out, &state->bos, 8);
+            out += state->bos_bytes;
+            ++at;
+            continue;
+        }
         const int64_t start = at;
         while (text[at] == ' ') ++at;  // of a run; the text does not end with a space
         const bool is_glued = cuts_lines && text[at] == '\n' && at == start;
         at += is_glued;
         for (;;) {
             const uint64_t word = load(text + at);
-            const uint64_t found = equal(word, ' ') | (cuts_lines ? equal(word, '\n') : 0);
+            const uint64_t found = equal(word, ' ') | equal(word, 0) | (cuts_lines ? equal(word, '\n') : 0);
             if (found) {
                 at += std::countr_zero(found) / 8;
                 break;
