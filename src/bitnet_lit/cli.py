@@ -282,7 +282,8 @@ def run(
             raise UserError(explain(command, error, overrides, CONF_DIR)) from error
         from bitnet_lit.runs.sweep_table import SweepTable
 
-        SweepTable.end()
+        if (status := SweepTable.end()) > 128:  # a signal ended the sweep before that process could handle it
+            sys.exit(status)
         raise TrainingStopped(
             "a process of the sweep was killed, most likely for memory: take fewer (hydra.launcher.n_jobs)"
         ) from None

@@ -198,10 +198,10 @@ class SweepTable(Callback):
             if rows:
                 write_table(sweep_dir, rows)
             own = rows if cls.jobs is None else [row for row in rows if row["job"] in cls.jobs]
-            status = _report_failures(own, sweep_dir) if rows else 1
+            status = 1 if not rows else 0 if number is not None else _report_failures(own, sweep_dir)
             if number is not None and (commands := commands_to_go_on(sweep_dir)):
                 print("The sweep was stopped. The same command goes on with it, or each of its jobs alone with:")
-                print("", *commands, sep="\n  ")
+                print(*(f"  {command}" for command in commands), sep="\n")
         except Exception as error:  # Hydra would turn it into a warning, and the status into 0
             print(f"error: the table of {sweep_dir}: {one_line(error)}", file=sys.stderr)
             status = 1
