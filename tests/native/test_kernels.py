@@ -21,6 +21,7 @@ from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.bit_linear import BitLinearFunction
 from bitnet_lit.quant.kernels import cpu
 from bitnet_lit.quant.kernels.choose import describe
+from bitnet_lit.quant.kernels.interface import Norm
 from bitnet_lit.training.muon import Muon, orthogonalize
 from tests.support import tiny_config
 
@@ -83,6 +84,27 @@ def test_linears(quant, tokens, inputs, outputs):
     close = LARGE_CLOSE if inputs >= 128 else {"atol": 1e-4, "rtol": 2e-5}  # sums over 100 tokens
     for mine, other in zip(gradients(ours, tensors), gradients(theirs, tensors), strict=True):
         assert_close(mine, other, **close)
+
+
+def test_integers_of_values_at_rounding_borders():
+    """Values of few bits often lie in the middle of two codes, where the last bit of the factor decides."""
+    torch.manual_seed(0)
+    layer = linear(64, 48, QuantConfig())
+    x = torch.randn(400, 64).bfloat16().float()
+    (ours,) = normed_linears(x, None, 0.0, [layer])
+    assert torch.equal(ours, reference(x, layer))
+
+
+@pytest.mark.parametrize("wrong", [-100, 512], ids=["left out by PyTorch", "outside of the vocabulary"])
+def test_targets_that_are_no_tokens_are_answered_as_by_pytorch(wrong):
+    torch.manual_seed(0)
+    head, x, gain = torch.nn.Linear(32, 512, bias=False), torch.randn(1, 20, 32), torch.ones(32)
+    targets = torch.randint(512, (1, 20))
+    targets[0, 3] = wrong
+    kernels = cpu.CpuKernels()
+    assert kernels.next_token_loss(x, Norm(gain, 1e-5), head, targets) is None
+    assert kernels.next_token_loss(x, Norm(gain, 1e-5), head, targets.clamp(0).int()) is None
+    assert kernels.next_token_loss(x, Norm(gain, 1e-5), head, targets.clamp(0, 511)) is not None
 
 
 def test_a_norm_before_linears():

@@ -32,8 +32,8 @@ class _Reader(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        stream = torch.cuda.Stream(self.device)
         try:
+            stream = torch.cuda.Stream(self.device)
             for batch in self.batches:
                 with torch.cuda.stream(stream):
                     copy = batch.pin_memory().to(self.device, non_blocking=True)

@@ -54,10 +54,12 @@ class StepFigures:
         self._figures = dict(figures)
         self._names = [name for name, figure in figures.items() if isinstance(figure, Tensor)]
         tensors = [figures[name] for name in self._names]
-        on_device = [tensor.to(device, torch.float32, non_blocking=True) for tensor in tensors]  # type: ignore[union-attr]
-        self._values = torch.empty(len(tensors), pin_memory=device.type == "cuda")
+        # Elsewhere (MPS) there is no event that says when a copy in the background is done.
+        in_background = device.type == "cuda"
+        on_device = [tensor.to(device, torch.float32, non_blocking=in_background) for tensor in tensors]  # type: ignore[union-attr]
+        self._values = torch.empty(len(tensors), pin_memory=in_background)
         if tensors:
-            self._values.copy_(torch.stack(on_device), non_blocking=True)
+            self._values.copy_(torch.stack(on_device), non_blocking=in_background)
         self._moment = Moment(device)
 
     def has_arrived(self) -> bool:

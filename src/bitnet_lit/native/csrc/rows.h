@@ -72,7 +72,7 @@ NOINLINE inline void normalize_backward(const float* x, const float* gain, float
 // Codes of one token, and its scale: quant/activations.py's AbsMax, with the same operations on floats.
 inline float quantize_row(const float* h, int n, float limit, int8_t* codes) {
     const float largest = abs_max(h, n), amax = largest < 1e-5f ? 1e-5f : largest;  // a NaN stays a NaN
-    const float inverse = limit / amax;
+    const float inverse = 1.0f / amax * limit;  // PyTorch computes limit / amax in these two steps
 #pragma omp simd
     for (int i = 0; i < n; i++)
         codes[i] = int8_t(int32_t(std::nearbyint(std::min(limit, std::max(-limit - 1, h[i] * inverse)))));

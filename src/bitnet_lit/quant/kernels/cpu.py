@@ -110,4 +110,9 @@ class CpuKernels(Kernels):
         """See `Kernels`."""
         from bitnet_lit.native.loss import next_token_loss
 
-        return next_token_loss(x, norm.weight, norm.eps, head.weight, targets) if head.bias is None else None
+        if head.bias is not None or targets.dtype != torch.int64 or not targets.numel():
+            return None
+        lowest, largest = targets.aminmax()
+        if lowest < 0 or largest >= len(head.weight):  # PyTorch leaves -100 out, and refuses the others
+            return None
+        return next_token_loss(x, norm.weight, norm.eps, head.weight, targets)

@@ -151,7 +151,8 @@ class Projections {
         }
         if (s.dense) return;
         int8_t* out = codes + size_t(slot) * stride;
-        const float largest = std::max(abs_max(value, n), 1e-5f), factor = 127.0f / largest;
+        const float largest = std::max(abs_max(value, n), 1e-5f);
+        const float factor = 1.0f / largest * 127.0f;  // PyTorch computes 127 / largest in these two steps
         int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int i = 0; i < n; i++) {
