@@ -52,6 +52,14 @@ def _with_biases(outputs: Sequence[Tensor], layers: Sequence[nn.Linear]) -> tupl
     return tuple(y if layer.bias is None else y + layer.bias for y, layer in zip(outputs, layers, strict=True))
 
 
+def _are_tokens(targets: Tensor, vocabulary: int) -> bool:
+    """Return whether the C++ may read the logits of these targets. PyTorch leaves -100 out, and refuses others."""
+    if targets.dtype != torch.int64 or not targets.numel():
+        return False
+    lowest, largest = targets.aminmax()
+    return 0 <= int(lowest) and int(largest) < vocabulary
+
+
 class CpuKernels(Kernels):
     """Kernels for float32 on the CPU. Each method is described by `Kernels`."""
 
@@ -110,9 +118,6 @@ class CpuKernels(Kernels):
         """See `Kernels`."""
         from bitnet_lit.native.loss import next_token_loss
 
-        if head.bias is not None or targets.dtype != torch.int64 or not targets.numel():
+        if not _are_tokens(targets, len(head.weight)):
             return None
-        lowest, largest = targets.aminmax()
-        if lowest < 0 or largest >= len(head.weight):  # PyTorch leaves -100 out, and refuses the others
-            return None
-        return next_token_loss(x, norm.weight, norm.eps, head.weight, targets)
+        return next_token_loss(x, norm.weight, norm.eps, head.weight, targets) if head.bias is None else None
