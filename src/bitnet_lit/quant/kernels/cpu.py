@@ -57,7 +57,7 @@ def _are_tokens(targets: Tensor, vocabulary: int) -> bool:
     if targets.dtype != torch.int64 or not targets.numel():
         return False
     lowest, largest = targets.aminmax()
-    return 0 <= int(lowest) and int(largest) < vocabulary
+    return int(lowest) >= 0 and int(largest) < vocabulary
 
 
 class CpuKernels(Kernels):
