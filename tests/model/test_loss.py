@@ -43,6 +43,13 @@ def test_losses_of_tokens_in_chunks_are_those_of_all_logits(monkeypatch):
     assert not losses.requires_grad
 
 
+def test_no_tokens():
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    targets = torch.empty(0, dtype=torch.int64)
+    assert linear_cross_entropy(hidden, weight, targets).isnan()
+    assert [len(values) for values in linear_token_losses(hidden, weight, targets)] == [0, 0]
+
+
 def test_softmax_gradient_of_logits_that_overflow_an_exponential():
     logits = torch.tensor([[1000.0, 0.0, -1000.0], [-100.0, -100.0, -100.0]])
     losses, gradient = SoftmaxGradient()(logits, torch.tensor([1, 2]), 0.5)

@@ -107,6 +107,33 @@ def test_targets_that_are_no_tokens_are_answered_as_by_pytorch(wrong):
     assert kernels.next_token_loss(x, Norm(gain, 1e-5), head, targets.clamp(0, 511)) is not None
 
 
+def test_a_norm_of_another_class_is_called():
+    torch.manual_seed(0)
+    model = build_model(tiny_config(), QuantConfig())
+    for layer in model.model.layers:
+        layer.input_layernorm = torch.nn.LayerNorm(model.config.hidden_size, bias=True)
+        torch.nn.init.normal_(layer.input_layernorm.bias)
+    ids = torch.randint(model.config.vocab_size, (2, 21))
+    ours = batch_loss(model, ids)
+    for module in model.modules():
+        if isinstance(module, BitLinear | torch.nn.Linear):
+            module.kernel = "reference"
+    assert_close(ours, batch_loss(model, ids), **CLOSE)
+
+
+def test_no_tokens_have_gradients_of_zero():
+    for quant in (QuantConfig(), QuantConfig(name="none")):
+        model = build_model(tiny_config(), quant)
+        model(torch.zeros(2, 0, dtype=torch.int64)).sum().backward()
+        assert all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+
+
+def test_a_layer_that_rounds_nothing_does_not_round_its_inputs():
+    torch.manual_seed(0)
+    layer, x = BitLinear.from_linear(torch.nn.Linear(64, 48, bias=False), QuantConfig(name="none")), torch.randn(9, 64)
+    assert_close(normed_linears(x, None, 0.0, [layer])[0], F.linear(x, layer.weight), **CLOSE)
+
+
 def test_a_norm_before_linears():
     torch.manual_seed(0)
     layers = [linear(64, 48, QuantConfig(name="none"))]

@@ -157,7 +157,8 @@ def test_the_spellings_are_one_model(tmp_path):
         bitnet_lit.load(bitnet_folder(tmp_path / f"{number}", *spelling)).logits(ids)
         for number, spelling in enumerate(spellings)
     ]
-    assert torch.equal(logits[0], logits[1])
+    # transformers' mean of the magnitudes is PyTorch's, whose last bit depends on the number of threads; ours does not.
+    assert_close_but_for_borders(logits[1], logits[0])
     # 1 / (1 / scale) is the scale to the last bit or two.
     assert_close_but_for_borders(logits[2], logits[0])
 

@@ -47,7 +47,12 @@ def _as_norm(norm: nn.Module) -> Norm | None:
 
 
 def _kernels(x: Tensor, norms: Sequence[nn.Module], linears: Sequence[nn.Module]) -> Kernels | None:
-    """Return the kernels that compute the norms and the linear layers together, or None where there are none."""
+    """Return the kernels that compute the norms and the linear layers together, or None where there are none.
+
+    Kernels know RMSNorm alone. A norm of another class is called as it is.
+    """
+    if any(type(norm) not in (RMSNorm, nn.Identity) for norm in norms):
+        return None
     if not are_alike(linears) or not are_unobserved([*norms, *linears]):
         return None
     return chosen(cast(list[BitLinear], linears), x)

@@ -17,6 +17,7 @@ Axis letters: N tokens (B * T), D hidden, V vocabulary, R the rows of a chunk.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class TokenLosses(nn.Module):
 
 
 def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    """Return slices of equally many rows, of at most `CHUNK_ELEMENTS` logits each."""
+    """Return slices of equally many rows, of at most `CHUNK_ELEMENTS` logits each; without rows, an empty slice."""
+    if num_rows == 0:
+        return [slice(0, 0)]
     count = -(-num_rows * vocabulary // CHUNK_ELEMENTS)
     rows = -(-num_rows // count)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
@@ -102,7 +105,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight: Tensor | None = None
-        scale = 1.0 / len(targets)
+        scale = 1.0 / len(targets) if len(targets) else math.nan  # the mean of nothing, as in F.cross_entropy
         for rows in _chunks(len(targets), len(weight)):
             logits_RV = hidden_ND[rows] @ weight_VD.T
             losses, grad_logits_RV = softmax_gradient(logits_RV, targets[rows], scale)
@@ -129,7 +132,7 @@ def linear_cross_entropy(
     Args:
         hidden: float (N, D).
         weight: float (V, D).
-        targets: int64 (N,).
+        targets: int64 (N,), from 0 to V - 1: there is no number that leaves a row out.
         softmax_gradient: the module to use; it may be compiled.
     """
     chosen = softmax_gradient or SoftmaxGradient()

@@ -120,7 +120,10 @@ class CausalLM(nn.Module):
 
     def _loss_kernels(self) -> Kernels | None:
         """Return kernels that may compute the final norm, the head and the loss together, or None."""
-        if type(self.lm_head) is not nn.Linear or not are_unobserved([self.model, self.model.norm, self.lm_head]):
+        norm = self.model.norm
+        if type(self.lm_head) is not nn.Linear or type(norm) is not RMSNorm:
+            return None
+        if not are_unobserved([self.model, norm, self.lm_head]):
             return None
         return chosen(cast(list[BitLinear], [self.lm_head]), self.lm_head.weight)
 

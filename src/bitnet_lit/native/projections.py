@@ -58,7 +58,7 @@ def rounded(layer: nn.Linear) -> Rounded:
 
 def limit(layer: nn.Linear) -> float | None:
     """Return the largest code of the activations that enter `layer`; None where they are not quantized."""
-    rule = layer._activations if isinstance(layer, BitLinear) else None
+    rule = layer._activations if isinstance(layer, BitLinear) and layer._weights is not None else None
     return None if rule is None else float(2 ** (rule.bits - 1) - 1)
 
 

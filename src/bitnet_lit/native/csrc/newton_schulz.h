@@ -1,4 +1,4 @@
-// Newton-Schulz iterations of Muon, in float32: training/optimizers.py's `orthogonalize`, for many matrices at once.
+// Newton-Schulz iterations of Muon, in float32: training/muon.py's `orthogonalize`, for many matrices at once.
 //
 //     x = x / |x|;  repeat: g = x @ x.T;  x = a x + (b g + c g @ g) @ x
 //

@@ -41,6 +41,8 @@ def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:
         layers: one layer or several, which read `x` or its norm.
     """
     kernels, first = KERNELS.get(x.device.type), layers[0]
+    if not x.numel():  # kernels would leave the gradients of the weights as they find them in memory
+        return None
     if kernels is None or getattr(first, "kernel", "auto") not in ("auto", kernels.name):
         return None
     if not kernels.takes_dense if type(first) is nn.Linear else first.strength is not None:
