@@ -1,6 +1,7 @@
 """The CUDA engine has 2-bit weights, 8-bit activations, and a decode step that is one launch.
 
-It computes what the PyTorch engine computes, with the same integers in every product of codes. Keys and values are
+It computes what the PyTorch engine computes, with exact integers in every product of codes. An activation that lies at
+the border of two codes may get the other one: the factor of a norm is applied after rounding. Keys and values are
 float16 or float32, and the output head is int8 with exact logits for the likeliest tokens, or float. A dense model runs
 in bfloat16.
 
