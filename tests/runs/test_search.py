@@ -88,6 +88,19 @@ def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
         objective.start(*SEARCH, "optim.learning_rate=interval(1e-3,1e-2)")
     with pytest.raises(UserError, match=r"study.db: its study searches .*metric=val/best_loss.*metric=val/loss"):
         objective.start(*SEARCH, "sweep.metric=val/loss")
+    with pytest.raises(UserError, match=r"direction=minimize, and this one would search .*direction=maximize"):
+        objective.start(*SEARCH, "sweep.direction=maximize")
+
+
+def test_values_that_failed_wait_once_in_the_queue(objective, tmp_path):
+    objective.fails_in = 0
+    assert objective.start(*SEARCH, "sweep.n_trials=1") == 1
+    objective.fails_in = objective.dies_in = None
+    waiting = {"fixed_params": trials(tmp_path)[0].params}
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 's' / STUDY_NAME}")
+    study.enqueue_trial(waiting["fixed_params"])  # as a start does that ends before its first trial
+    assert objective.start(*SEARCH, "sweep.n_trials=3") == 0
+    assert len({*objective.ran}) == len(objective.ran) == 3
 
 
 def test_a_run_that_diverges_is_a_bad_result_and_a_failure_is_tried_again(objective, tmp_path, capsys):

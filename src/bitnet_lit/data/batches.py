@@ -17,7 +17,7 @@ from bitnet_lit.data.order import Order
 from bitnet_lit.data.prefetch import prefetched
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.token_split import TokenSplit
-from bitnet_lit.errors import DataError
+from bitnet_lit.errors import DataError, UserError
 
 ORDER_BLOCK = 8192  # samples whose order is computed at once
 
@@ -85,7 +85,7 @@ class ValidationBatches(Dataset):
 
 
 class ErrorsAsItems(Dataset):
-    """Returns a `DataError` in place of the batch: if a loader's process raised it, the user would see a traceback."""
+    """Returns an error that is one line in place of the batch: raised in a loader's process, it is a traceback."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -93,7 +93,7 @@ class ErrorsAsItems(Dataset):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.dataset[index]
-        except DataError as error:
+        except (DataError, UserError) as error:
             return error
 
 
@@ -116,6 +116,6 @@ class BatchLoader(DataLoader):
 
 def _raised(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
-        if isinstance(batch, DataError):
+        if isinstance(batch, DataError | UserError):
             raise batch
         yield batch

@@ -21,8 +21,9 @@ from omegaconf import DictConfig, open_dict, read_write
 from bitnet_lit.errors import TrainingStopped
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.devices import take_gpus
+from bitnet_lit.runs.folder import can_be_resumed
 from bitnet_lit.runs.job_folder import State, check_unchanged, final_loss, is_of, state
-from bitnet_lit.runs.ranks import command_of_a_job
+from bitnet_lit.runs.ranks import command_of_a_job, rank
 from bitnet_lit.runs.sweep import run_job
 
 
@@ -75,6 +76,8 @@ class Job:
             take_gpus(sweep_dir, cfg.trainer.accelerator, cfg.trainer.devices)
         is_own = self.resumable is not None and is_of(folder, overrides)
         found = state(folder) if is_own else State.NEW
+        if rank() and found is State.RUNNING:  # the first rank of this very job holds the lock
+            found = State.HALF_DONE if can_be_resumed(folder) else State.NEW
 
         def work() -> Any:
             if found in (State.DONE, State.HALF_DONE):
@@ -89,7 +92,8 @@ class Job:
             with command_of_a_job(self.module, self.flags, resumed):
                 return self.task(config)
 
-        return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own)
+        # A job that another process trains is refused, and its error is not written into the folder of that process.
+        return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own and found is not State.RUNNING)
 
     def config(self, composed: DictConfig, folder: Path) -> Any:
         """Build the config of a job without running it.

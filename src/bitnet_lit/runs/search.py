@@ -134,7 +134,8 @@ class Search:
         """Return what the study searches, as text that is the same for the same search."""
         whole: dict[str, Any] = {key: str(each) for key, each in sorted(self.space.items())}
         whole |= identity(item for item in self.fixed if not item.startswith("sweep="))
-        return ", ".join(f"{key}={value}" for key, value in {**whole, "metric": self.config.metric}.items())
+        whole |= {"metric": self.config.metric, "direction": self.config.direction}
+        return ", ".join(f"{key}={value}" for key, value in whole.items())
 
     def _place(self, params: Mapping[str, Any]) -> Planned:
         values = [f"{key}={value}" for key, value in params.items()]
@@ -171,6 +172,9 @@ class Search:
         open_trials = [(trial.number, trial.params) for trial in waiting if trial not in lost]
         done = sum(trial.state == TrialState.COMPLETE for trial in trials)
         has_value = [trial.params for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.RUNNING)]
+        # An earlier start has put these into the queue, and ended before their turn came.
+        in_queue = [trial.system_attrs for trial in trials if trial.state == TrialState.WAITING]
+        has_value += [attributes["fixed_params"] for attributes in in_queue if "fixed_params" in attributes]
         for trial in trials:
             if trial.state == TrialState.FAIL and trial.params and trial.params not in has_value:
                 study.enqueue_trial(trial.params, skip_if_exists=False)
