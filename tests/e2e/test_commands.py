@@ -82,8 +82,8 @@ def test_an_empty_and_a_too_long_prompt(trained):
         ("train", ["model=15mm"], "did you mean '15m'?"),
         ("train", ["resume=nowhere"], "no run in it"),
         ("train", ["model.hidden_size=x"], "could not be converted to Integer"),
-        ("plot", ["runs=[nowhere]"], "no metrics.csv below"),
-        ("report", ["runs=nowhere"], "no metrics.csv below"),
+        ("plot", ["runs=[nowhere]"], "runs=nowhere: no such folder"),
+        ("report", ["runs=nowhere"], "runs=nowhere: no such folder"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(tmp_path, command, arguments, message):

@@ -122,7 +122,7 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(cluster):
     typed = ["my run", "data.dir=a b", "allow=[mine]"]
     both = ["trainer.devices=4", "trainer.num_nodes=2"]
     train = ["-m", "bitnet_lit.train"]
-    command = ["--kill-on-bad-exit=1", "python", *train]
+    command = ["--kill-on-bad-exit=1", "--cpus-per-task=1", "python", *train]
     with job(cluster, *typed, tasks=4):
         pass
     assert called(cluster, "srun") == [*command, "hydra.run.dir=my run", *typed[1:], *both]

@@ -51,7 +51,7 @@ def test_a_run_is_labelled_by_a_value_a_groups_name_or_its_class(tmp_path):
         ("1,4.5,\r\n", {"out": "c.xyz"}, "out=c.xyz: no kind of picture is called .xyz"),
         ("1,4.5,\r\n", {"out": "/dev/null/c.png"}, "out=/dev/null/c.png"),
         ("1,1e308,\r\n2,-1e308,\r\n", {}, "metric=val/loss: its values cannot be drawn"),
-        ("1,4.5,\r\n", {"runs": ["nowhere"]}, "no metrics.csv below"),
+        ("1,4.5,\r\n", {"runs": ["nowhere"]}, "runs=nowhere: no such folder"),
     ],
 )
 def test_one_line(tmp_path, rows, options, message):

@@ -166,8 +166,9 @@ def compare(runs: Sequence[Run], by: list[str], over: list[str], metric: str, de
         if row.is_dense:
             row.at_equal_tokens = row.at_equal_bytes = _DENSE
         elif row.counted:
-            row.at_equal_tokens = gap_at_equal_tokens(row.counted, list(dense), [*by, *over], metric)
-            row.at_equal_bytes = gap_at_equal_bytes(row.counted, row.sizes, dense, over, metric)
+            quantized = [run for run in row.counted if run not in dense]  # a dense run would be its own twin
+            row.at_equal_tokens = gap_at_equal_tokens(quantized, list(dense), [*by, *over], metric)
+            row.at_equal_bytes = gap_at_equal_bytes(quantized, row.sizes, dense, over, metric)
     sign = -1 if metric in LARGER_IS_BETTER else 1
     finished = {sign * row.loss.mean: row for row in comparison.rows if row.loss is not None and row.is_finished}
     if len(finished) > 1:

@@ -50,9 +50,9 @@ def read_matrices(folder: Path, most_steps: int) -> Matrices | None:
         with (folder / HEALTH_NAME).open(newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.DictReader(file):
                 try:
-                    key = str(row["layer"]), int(row["step"])
+                    key = str(row["layer"]), int(np.int64(row["step"]))
                     cells[key] = tuple(float(row[name]) for name in FIGURES)
-                except (KeyError, TypeError, ValueError):
+                except (KeyError, TypeError, ValueError, OverflowError):
                     continue  # half a line of a run that is on its way
     except (OSError, csv.Error):
         return None

@@ -100,7 +100,7 @@ def explanation(comparison: Comparison) -> list[str]:
     over = ", ".join(comparison.over)
     return [
         f"{comparison.metric}: mean over {over or 'runs'} ± half of the 95 % interval (Student's t); "
-        "- where there is one run only.",
+        "one run alone has no interval.",
         "Gaps are differences to the dense model, paired by run: at equal tokens to the run that differs in quant "
         "alone, at equal bytes to dense models of other sizes, interpolated in the logarithm of bytes.",
         f"Weights that are not quantized count {comparison.dense_bits} bits. Time is training time without validation.",

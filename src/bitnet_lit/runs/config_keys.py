@@ -16,7 +16,7 @@ ABSENT = "-"
 """What is shown where a config does not have a key."""
 
 _FIRST = ("model", "quant", "optim", "schedule", "data")
-_WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger", "callbacks", "export")
+_WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger", "callbacks", "export", "sweep")
 """Keys and groups that do not change what a run learns."""
 
 

@@ -147,10 +147,15 @@ def run_folders(typed: Sequence[str]) -> list[Path]:
 
     Args:
         typed: folders, or globs of folders. A folder that has such a name is taken before a glob.
+
+    Raises:
+        UserError: there is no such folder.
     """
     found: dict[Path, None] = {}
     for each in typed:
         places = [each] if os.path.exists(each) else sorted(glob.glob(each, recursive=True))
+        if not places:
+            raise UserError(f"runs={each}: no such folder: give folders of runs or of sweeps")
         for place in places:
             found |= dict.fromkeys(_below(Path(place)))
     return list(found)

@@ -64,7 +64,8 @@ def first_alone(work: Callable[[], object], is_first: bool, what: str) -> None:
     Raises:
         UserError: the work has failed in the first process, and this is another one; or they cannot meet.
     """
-    store, key = _store(is_first), f"bitnet_lit/meeting/{next(_meetings)}"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart of the processes
+    store, key = _store(is_first), f"bitnet_lit/meeting/{restarts}/{next(_meetings)}"
     if is_first:
         result = _FAILED
         try:
