@@ -13,7 +13,7 @@ from bitnet_lit.model.layers import apply_rotary, rotary_tables
 from bitnet_lit.model.transformer import batch_loss, token_losses
 from bitnet_lit.native import library, newton_schulz
 from bitnet_lit.native.attention import rotary_attention
-from bitnet_lit.native.build import NoCompilerError
+from bitnet_lit.native.build import NoCompilerError, is_kept
 from bitnet_lit.native.gated_mlp import gated_mlp
 from bitnet_lit.native.linears import normed_linears
 from bitnet_lit.native.loss import next_token_loss
@@ -132,6 +132,12 @@ def test_a_layer_that_rounds_nothing_does_not_round_its_inputs():
     torch.manual_seed(0)
     layer, x = BitLinear.from_linear(torch.nn.Linear(64, 48, bias=False), QuantConfig(name="none")), torch.randn(9, 64)
     assert_close(normed_linears(x, None, 0.0, [layer])[0], F.linear(x, layer.weight), **CLOSE)
+
+
+def test_a_machine_that_has_no_cache_yet(monkeypatch, tmp_path):
+    monkeypatch.setenv("BITNET_LIT_CACHE", str(tmp_path / "absent" / "cache"))
+    assert not is_kept(library.TRAINING)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_norm_before_linears():

@@ -246,7 +246,12 @@ def is_kept(source: Source) -> bool:
         recipe = _Recipe(source)
     except NoCompilerError:
         return False
-    return any(why_not_private(folder) is None and _kept(folder, recipe) for folder in cache_folders())
+    for folder in cache_folders():
+        with contextlib.suppress(OSError):  # on a new machine the folder is not there yet
+            folder = folder.resolve(strict=True)
+            if why_not_private(folder) is None and _kept(folder, recipe):
+                return True
+    return False
 
 
 def load_library(source: Source) -> ctypes.CDLL:
