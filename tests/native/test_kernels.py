@@ -135,7 +135,7 @@ def test_a_layer_that_rounds_nothing_does_not_round_its_inputs():
 
 
 def test_a_machine_that_has_no_cache_yet(monkeypatch, tmp_path):
-    monkeypatch.setenv("BITNET_LIT_CACHE", str(tmp_path / "absent" / "cache"))
+    monkeypatch.setattr("bitnet_lit.native.build.cache_folders", lambda: [tmp_path / "absent" / "cache"])
     assert not is_kept(library.TRAINING)
     assert not list(tmp_path.iterdir())
 
