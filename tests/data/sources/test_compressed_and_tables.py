@@ -143,23 +143,40 @@ def test_the_key_of_a_record(tmp_path):
         stories_of(file_shards([tmp_path / "a.jsonl"], "title"))
 
 
-def test_a_document_that_is_too_long_is_cut_between_words(tmp_path, monkeypatch):
+# White space and SentencePiece's sign for it beside a space: no place to cut at.
+BESIDE_A_SPACE = "\u00a0 \u3000 \u2028 \u2581 \u1680 \u0085 \u205f  \n \t "
+
+
+@pytest.mark.parametrize("word", ["word", "слово", "λόγος", "سلام", "한국어", "かな", "სიტყვა", "漢字", "🙂"])
+def test_a_document_that_is_too_long_is_cut_between_words(tmp_path, monkeypatch, word):
     """Its tokens are those of the whole, in several shards of a plain file and in one of a compressed file."""
-    text = "".join(f"word{number} " for number in range(500)) + "<|endoftext|>next"
-    (tmp_path / "a.txt").write_text(text)
+    number = 500 * 8 // len(f"{word}000 ".encode())
+    words = "".join(f"{word}{word} {BESIDE_A_SPACE if n % 9 == 0 else ''}" for n in range(number * 2))
+    text = words + "<|endoftext|>next"
+    (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     monkeypatch.setattr("bitnet_lit.data.sources.files.SHARD_TEXT_BYTES", 900)
     monkeypatch.setattr(read_text, "_BLOCK", 64)
     monkeypatch.setattr(read_text, "LONGEST_CHARACTERS", 900)
     monkeypatch.setattr(open_text, "_BLOCK", 64)
-    for name, shards in (("a.txt", 5), ("b.txt.gz", 1)):
+    for name, is_cut in (("a.txt", True), ("b.txt.gz", False)):
         cut, counts = file_shards([tmp_path / name]), ReadCounts()
         parts = [story for shard in cut for segment in shard.segments for story in segment.stories(counts)]
-        assert len(cut) == shards and sum(isinstance(part, Continuation) for part in parts) >= 4
+        assert (len(cut) > 3) == is_cut and sum(isinstance(part, Continuation) for part in parts) >= 3
         assert all(part[0] == " " for part in parts if isinstance(part, Continuation))
         *long, last = parts
         assert "".join(long) == text.partition("<|endoftext|>")[0].strip() and last == "next"
         assert counts.documents == 2
+
+
+def test_a_text_that_has_no_place_to_be_cut_at_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("слово\n" * 2000)
+    monkeypatch.setattr(read_text, "LONGEST_CHARACTERS", 900)
+    assert len(stories_of(file_shards([tmp_path / "a.txt"]))) == 1
+    monkeypatch.setattr(read_text, "LONGEST_LINE_CHARACTERS", 3000)
+    monkeypatch.setattr(open_text, "_BLOCK", 64)
+    with pytest.raises(UserError, match=r"a.txt: 3000 characters with neither <\|endoftext\|> nor a space .*: put"):
+        stories_of(file_shards([tmp_path / "a.txt"]))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

@@ -38,13 +38,20 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 
 LONGEST_CHARACTERS = 64 * 2**20  # of a document that is held as a whole
-LONGEST_LINE_CHARACTERS = 2**28  # of a .jsonl file; a record is one document
+LONGEST_LINE_CHARACTERS = 2**28  # of a .jsonl file, whose records are documents; and of a text without spaces
 _BLOCK = 2**20  # bytes to search at once
 _OVERLAP = 16  # bytes of the block before that are searched again: more than a separator has
 _MEND = "mend the file, or take it out of the source"
-# Between these two words, each of which ends or begins with a visible ASCII character, a document may be cut.
-_BORDER = re.compile(r"(?<=[!-~]) (?=[!-~])")
-_BORDER_BYTES = re.compile(rb"(?<=[!-~]) (?=[!-~])")
+# A document may be cut at one space between two characters that are neither white space nor SentencePiece's sign for a
+# space. In UTF-8 these are all characters but U+0085, U+00A0, U+1680, U+2000-205F, U+2581 and U+3000; the whole of
+# U+0080-00BF and U+2000-2FFF is left out, because the text has other spaces.
+_BORDER = re.compile(r"(?<=[^\s\u2581]) (?=[^\s\u2581])")
+_BORDER_BYTES = re.compile(
+    rb"(?:(?<=[!-~])|(?<=[\xc3-\xdf][\x80-\xbf])|(?<=[\xe0\xe4-\xef][\x80-\xbf]{2})"
+    rb"|(?<=\xe1[\x80-\x99\x9b-\xbf][\x80-\xbf])|(?<=\xe3[\x81-\xbf][\x80-\xbf])"
+    rb"|(?<=[\xf0-\xf4][\x80-\xbf]{3})) "
+    rb"(?=[!-~\xc3-\xe0\xe4-\xf4]|\xe1[\x80-\x99\x9b-\xbf]|\xe3[\x81-\xbf])"
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class FileSegment(Segment):
         """
         kind, pieces = kind_of(self.path), _counted(self, counts)
         if kind == ".txt":
-            yield from _txt_stories(pieces, counts, self.continues)
+            yield from _txt_stories(self, pieces, counts)
         elif kind == ".jsonl":
             for text in _jsonl_texts(self, pieces):
                 yield from documents_of_record(text, counts)
@@ -113,17 +120,24 @@ def _counted(segment: FileSegment, counts: ReadCounts) -> Iterator[str]:
         yield from text_of(segment.path, segment.start, segment.stop)
 
 
-def _txt_stories(pieces: Iterator[str], counts: ReadCounts, continues: bool) -> Iterator[str]:
+def _txt_stories(segment: FileSegment, pieces: Iterator[str], counts: ReadCounts) -> Iterator[str]:
     """Yield the documents between separators; one that is too long comes in parts."""
-    kept = ""
+    kept, continues = "", segment.continues
     for piece in pieces:
-        *documents, kept = (kept + piece).split(SEPARATOR)
+        searched = max(0, len(kept) - len(SEPARATOR))  # what comes before has been searched with an earlier piece
+        first, *others = (kept[searched:] + piece).split(SEPARATOR)
+        *documents, kept = kept[:searched] + first, *others
         for document in documents:
             yield from _document(document, counts, continues)
-            continues = False
-        while len(kept) > LONGEST_CHARACTERS and (border := _BORDER.search(kept, LONGEST_CHARACTERS)):
+            continues, searched = False, 0
+        while border := _BORDER.search(kept, max(LONGEST_CHARACTERS, searched)):
             yield from _document(kept[: border.start()], counts, continues)
-            kept, continues = kept[border.start() :], True
+            kept, continues, searched = kept[border.start() :], True, 0
+        if len(kept) > LONGEST_LINE_CHARACTERS:
+            raise UserError(
+                f"{segment.path}: {LONGEST_LINE_CHARACTERS} characters with neither {SEPARATOR} nor a space between "
+                f"two words: put {SEPARATOR} between documents"
+            )
     yield from _document(kept, counts, continues)
 
 
