@@ -69,7 +69,7 @@ class DataConfig(Checked):
     num_workers: int = 0
     """Processes that read batches. Reading takes microseconds per sequence; 0 is right unless the disk is slow."""
     cache_dir: str | None = None
-    """Where shards of a URL are kept on this machine. null: ~/.cache/bitnet_lit/shards."""
+    """The folder of this machine that keeps shards of a URL. null: ~/.cache/bitnet_lit/shards."""
     cache_gib: float = 20.0
     """The most that the shards in cache_dir take, in GiB. Those used least recently go first."""
     max_train_sequences: int | None = None

@@ -91,7 +91,7 @@ def length_of(loader: Any) -> int | None:
     """Return the number of batches of an epoch; None where the loader does not say."""
     try:
         return len(loader)
-    except (TypeError, NotImplementedError):  # a dataset without __len__, or with one that only raises
+    except (TypeError, NotImplementedError):  # PyTorch raises either where the dataset does not know its length
         return None
 
 

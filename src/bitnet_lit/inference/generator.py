@@ -25,7 +25,7 @@ from bitnet_lit.inference.stop_texts import StopFilter
 
 @dataclass
 class Statistics:
-    """What a text, or a batch of texts, cost.
+    """Statistics says how many tokens a text, or a batch of texts, had, and how long they took.
 
     Attributes:
         prompt_tokens: tokens of all prompts; equal prompts count once, because they are computed once.

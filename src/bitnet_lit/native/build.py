@@ -241,7 +241,7 @@ def library(source: Source) -> ctypes.CDLL:
 
 
 def is_kept(source: Source) -> bool:
-    """Whether a process before this one has compiled `source`, so that `library` only loads it."""
+    """Return whether a process before this one has compiled `source`, so that `library` only loads it."""
     try:
         recipe = _Recipe(source)
     except NoCompilerError:

@@ -1,4 +1,4 @@
-"""What divides documents, and what becomes of a text, is the same in every kind of file."""
+"""Every kind of file divides documents in the same way, and does the same to their texts."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from bitnet_lit.inference.engines.cuda.layout import pack_words
 
 
 class Projection(Protocol):
-    """What a layer of the network needs of a linear layer."""
+    """A Projection is a linear layer as the layers of the network call it."""
 
     def __call__(self, x: Tensor, norm: Tensor | None, *, act: str = "", add_to: Tensor | None = None) -> Tensor:
         """Return y = W norm(x).

@@ -66,7 +66,7 @@ class SamplingState:
     """
 
     MOVED = ("token", "recent", "length", "uniform", "count")
-    """What belongs to a text, and moves with it to another row."""
+    """Names of the tensors that belong to a text, and move with it to another row."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)

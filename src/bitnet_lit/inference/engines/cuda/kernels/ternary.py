@@ -110,7 +110,7 @@ def matvec(
 
 @triton.jit
 def _scaled(total, x_scale_ptr, x_sum_ptr, scale_ptr, bias_ptr, n, m, M, N, BIAS: tl.constexpr):
-    """What sums of products (outputs, tokens) stand for, float32."""
+    """Return the float32 outputs of sums of products of codes, (outputs, tokens)."""
     total -= tl.load(x_sum_ptr + m, mask=m < M, other=0)[None, :]
     x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
     w_scale = tl.load(scale_ptr + n, mask=n < N, other=0.0)

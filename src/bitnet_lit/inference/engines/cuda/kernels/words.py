@@ -85,7 +85,7 @@ def pack4(a, b, c, d):
 
 @triton.jit
 def unpack(w, PLANE: tl.constexpr):
-    """Codes + 1 of one plane from bytes of four codes; int8."""
+    """Return codes + 1 of one plane from bytes of four codes, int8."""
     if NATIVE:
         if PLANE == 0:
             return tl.inline_asm_elementwise(
