@@ -12,6 +12,8 @@ from bitnet_lit.data.corpora import open_corpora
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
+from bitnet_lit.training.data import ShardData
+from bitnet_lit.training.identity import check_identity
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, Killed, kill_at
@@ -43,6 +45,17 @@ def test_one_split_and_one_order_for_all(shards, others):
         assert np.array_equal(gathered[which == corpus], its_split.gather(its_order(own[which == corpus])))
     assert own[which == 1].max() > alone[1][1].num_samples  # the small one is in its second epoch
     assert corpora.num_sequences(16) == {"a": alone[0][0].num_sequences, "b": alone[1][0].num_sequences}
+
+
+def test_the_order_of_the_names_is_part_of_what_a_run_goes_on_with(shards, others):
+    first, second = {"dir": str(shards)}, {"dir": str(others)}
+    split = {}
+    for names in ("ab", "ba"):
+        corpora = dict(zip(names, (first, second) if names == "ab" else (second, first), strict=True))
+        split[names] = ShardData(DataConfig(mix=corpora)).identity()
+    check_identity(split["ab"], dict(split["ab"]), "run")
+    with pytest.raises(UserError, match="data.mix was a, b when the run began, and is b, a now"):
+        check_identity(split["ab"], split["ba"], "run")
 
 
 def test_the_first_sequences_of_each_corpus(shards, others):

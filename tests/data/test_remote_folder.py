@@ -154,6 +154,15 @@ def test_a_folder_that_says_too_little_is_refused(folder, tmp_path, change, mess
     assert str(error.value).startswith(f"data.dir={server.url}: ") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["<html>Please log in</html>", '{"format_version": 1e9}'], ids=["page", "form"])
+def test_a_page_in_the_place_of_meta_json_is_asked_for_once(folder, tmp_path, content):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "meta.json").write_text(content)
+    with served(copy) as server, pytest.raises(UserError, match=r"meta.json.*") as error:
+        open_shards(server.url)
+    assert server.requests["meta.json"] == 1 and "\n" not in str(error.value)
+
+
 def test_where_there_is_no_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with served(tmp_path / "empty") as server, pytest.raises(UserError, match="read by the meta.json that prepare"):

@@ -20,14 +20,16 @@ from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.job import ResumableTask
 from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.sweep_table import read_jobs
+from tests.runs.stand_in import StandIn
 from tests.support import REPOSITORY, TINY_RUN, Killed, kill_at, run_command
 
 
-class Task:
+class Task(StandIn):
     """Stands for training: notes what it is asked to do, and leaves what a run leaves."""
 
     def __init__(self, fails=()):
-        self.ran, self.resumed, self.shown, self.fails = [], [], [], set(fails)
+        super().__init__()
+        self.fails = set(fails)
 
     def __call__(self, config):
         folder = Path(config.run_dir)
@@ -37,21 +39,6 @@ class Task:
         (folder / "config.yaml").write_text(f"seed: {config.seed}\nrun_dir: {folder}\n")
         (folder / "metrics.json").write_text(json.dumps({"val/loss": config.seed + 0.5}))
         return config.seed + 0.5
-
-    def resume(self, folder, config):
-        self.resumed.append(Path(folder).name)
-        return config, ["resume=x"]
-
-    def start(self, *arguments):
-        """Start a sweep, and return its exit status."""
-        self.ran.clear()
-        self.resumed.clear()
-        try:
-            resumable = ResumableTask(self.resume, self.shown.extend)
-            cli.run("train", self, arguments, defaults=train._place, configure=train._configure, resumable=resumable)
-        except SystemExit as end:
-            return end.code
-        return 0
 
 
 @pytest.fixture
@@ -203,6 +190,9 @@ def test_a_job_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch,
     for seed in (1, 2):
         whole, killed = (figures(tmp_path / name / f"seed={seed}") for name in ("whole", "killed"))
         assert whole == killed
+
+    with pytest.raises(UserError, match="complete at step 8"):
+        start_training(f"resume={tmp_path}/whole/seed=1", "sweep.dry_run=true")
 
 
 def test_a_dry_run_checks_what_a_run_checks(tmp_path, monkeypatch, shards, capsys):

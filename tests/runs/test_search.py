@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_lit import cli, train
 from bitnet_lit.errors import Diverged, UserError
-from bitnet_lit.runs.job import ResumableTask
 from bitnet_lit.runs.search import STUDY_NAME
+from tests.runs.stand_in import StandIn
 from tests.support import Killed
 
 optuna = pytest.importorskip("optuna", reason="sweep=optuna_lr needs the package optuna")
@@ -17,11 +16,11 @@ optuna = pytest.importorskip("optuna", reason="sweep=optuna_lr needs the package
 SEARCH = ["-m", "sweep=optuna_lr", "mode=smoke", "sweep.n_trials=4", "hydra.sweep.dir=s"]
 
 
-class Objective:
+class Objective(StandIn):
     """Stands for training: the loss is the distance of the learning rate from 0.02. It can die, diverge and fail."""
 
     def __init__(self):
-        self.ran, self.resumed, self.shown = [], [], []
+        super().__init__()
         self.dies_in = self.diverges_in = self.fails_in = None
 
     def __call__(self, config):
@@ -40,20 +39,6 @@ class Objective:
         loss = abs(math.log(rate / 0.02))
         (folder / "metrics.json").write_text(json.dumps({"val/loss": loss + 1, "val/best_loss": loss}))
         return loss
-
-    def resume(self, folder, config):
-        self.resumed.append(Path(folder).name)
-        return config, []
-
-    def start(self, *arguments):
-        self.ran.clear()
-        self.resumed.clear()
-        resumable = ResumableTask(self.resume, self.shown.extend)
-        try:
-            cli.run("train", self, arguments, defaults=train._place, configure=train._configure, resumable=resumable)
-        except SystemExit as end:
-            return end.code
-        return 0
 
 
 @pytest.fixture

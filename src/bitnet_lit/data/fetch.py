@@ -62,7 +62,7 @@ def fetch(url: str, path: Path, check: Callable[[Path], None]) -> None:
     """Write the file behind a URL to `path`, which exists.
 
     Args:
-        check: raises `Damaged` for a file that is not the right one.
+        check: raises `Damaged` for a file that is not the right one, and `NotThere` where no later one will be.
 
     Raises:
         NotThere: there is no such file, or it may not be read; one line.
@@ -77,6 +77,8 @@ def fetch(url: str, path: Path, check: Callable[[Path], None]) -> None:
             system.get_file(remote, str(path))
             check(path)
             return
+        except NotThere:
+            raise
         except Exception as error:  # each kind of storage has exceptions of its own
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise

@@ -103,10 +103,13 @@ def _fetch_meta(url: str) -> dict[str, Any]:
         def check(path: Path) -> None:
             if path.stat().st_size > MAX_META_BYTES:
                 raise Damaged(f"more than {MAX_META_BYTES} bytes")
+            content = path.read_bytes().strip()
             try:
-                read.append(parse_meta(path.read_bytes(), META_NAME, remedy))
+                read.append(parse_meta(content, META_NAME, remedy))
             except UserError as error:
-                raise Damaged(str(error)) from None
+                if content.startswith(b"{") and not content.endswith(b"}"):
+                    raise Damaged(str(error)) from None  # a part of it
+                raise NotThere(f"{shown(address)}: {error}: check the URL") from None
 
         fetch(address, path, check)
     return read[-1]

@@ -103,8 +103,8 @@ class BitnetLit(TemplateLM):
             tokenizer=tokenizer,
         )
         context = self._model.config.max_position_embeddings
-        Range(1, context, must=f"be 1 to {context}, the model's context").check("max_length", max_length or context)
-        self.max_length = max_length or context
+        self.max_length = context if max_length is None else max_length
+        Range(1, context, must=f"be 1 to {context}, the model's context").check("max_length", self.max_length)
         self.max_gen_toks = max_gen_toks
         self._scorer = self._model.scorer(self._batch_size, None if dtype == "auto" else dtype)
         self._tokenizer = self._model.generator.tokenizer
@@ -170,6 +170,10 @@ class BitnetLit(TemplateLM):
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Refuse `--apply_chat_template`: models of this project have no chat template."""
+        raise UserError("--apply_chat_template: models of this project have no chat template: leave it out")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each context, without the stop text."""

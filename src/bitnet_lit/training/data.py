@@ -111,6 +111,8 @@ class ShardData:
         """See `RunData`."""
         hashes = {f"the shard {name}": digest for name, digest in self.corpora.digests().items()}
         facts: dict[str, Any] = {"data.max_train_sequences": self.config.max_train_sequences}
+        if self.config.mix:
+            facts["data.mix"] = ", ".join(self.config.mix)  # where two are due, the first one comes
         facts |= {f"data.mix.{name}.weight": corpus.weight for name, corpus in self.config.mix.items()}
         facts["data.shuffle"] = self.config.shuffle
         if self.config.shuffle == "shards":

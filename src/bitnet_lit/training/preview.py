@@ -101,6 +101,7 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
     time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)
+        start.check_incomplete(plan.steps, config.callbacks.extra)
     build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)
     return Outlook(plan, 0 if start is None else min(start.step, plan.steps), memory_estimate_bytes(config, plan))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.data.sources.documents import documents_of_record, with_unix_line_ends
+from bitnet_lit.data.sources.open_text import READ_REMEDY
 from bitnet_lit.data.sources.source import ReadCounts, Segment
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.extras import needs
@@ -50,8 +51,15 @@ class TableSegment(Segment):
         return str(self.path)
 
     def fingerprint(self) -> str:
-        """Return the path, size, modification time, column and range."""
-        status = self.path.stat()
+        """Return the path, size, modification time, column and range.
+
+        Raises:
+            UserError: the file is not there any more.
+        """
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
         where = f"{self.column}/{self.start}-{self.stop}"
         return f"{self.path.absolute()}/{status.st_size}/{status.st_mtime_ns}/{where}"
 
