@@ -85,16 +85,21 @@ def _place(overrides: list[str], is_sweep: bool) -> list[str]:
         overrides: what the user typed.
 
     Raises:
-        UserError: the folder cannot be a run folder.
+        UserError: the folder cannot be a run folder, or `-m` is missing.
     """
     from bitnet_lit.errors import UserError
     from bitnet_lit.overrides import quoted, readable
     from bitnet_lit.runs.folder import RESUME_RECORD, find_run
+    from bitnet_lit.runs.ranks import rank
 
     typed = dict(map(readable, overrides))
     for key in ("hydra.run.dir", "hydra.sweep.dir", "run_dir"):
         if not typed.get(key, key):
             raise UserError(f"{key}= is empty: give a folder, or leave it out")
+    for group in ("sweep", "launcher"):
+        # The command of one job of a sweep names its folder, and that of a further rank is not the user's.
+        if not is_sweep and typed.get(group, "null") != "null" and "hydra.run.dir" not in typed and not rank():
+            raise UserError(f"{group}={typed[group]} without -m would train one run: add -m")
     given = typed.get("resume", "null")
     is_resumed = given.lower() != "null"
     for path in {os.path.abspath(typed.get("run_dir", "")), os.path.abspath(given if is_resumed else "")}:

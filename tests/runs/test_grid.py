@@ -147,6 +147,13 @@ def test_a_value_typed_twice_is_one_job(sweep):
     assert sweep.ran == [("b158", 1), ("b158", 2)]
 
 
+@pytest.mark.parametrize("typed", ["sweep=lr", "launcher=joblib"])
+def test_a_sweep_needs_its_flag(sweep, tmp_path, typed):
+    with pytest.raises(UserError, match=f"^{typed} without -m would train one run: add -m$"):
+        sweep.start("mode=smoke", typed)
+    assert not sweep.ran and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("several", [True, False])
 def test_a_dry_run_writes_nothing(sweep, tmp_path, several):
     assert sweep.start(*(PAIR if several else PAIR[1:2]), "sweep.dry_run=true") == 0
