@@ -86,7 +86,8 @@ def fetch(url: str, path: Path, check: Callable[[Path], None]) -> None:
             if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or _is_refused(error):
                 raise NotThere(f"{shown(url)}: {reason}: check the URL, and the rights to read it") from None
             if attempt == ATTEMPTS:
-                remedy = "is the folder being written? Give the same command again later"
+                question = "is the folder being written?" if isinstance(error, Damaged) else "is the server there?"
+                remedy = f"{question} Give the same command again later"
                 raise DataError(f"{shown(url)}: {reason}, {ATTEMPTS} times in a row: {remedy}") from None
             console(stderr=True).print(
                 f"{shown(url)}: {reason}: attempt {attempt + 1} of {ATTEMPTS} in {pause:.1f} s", markup=False
