@@ -10,6 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from bitnet_lit.training import muon
 from bitnet_lit.training.muon import Muon, orthogonalize
+from bitnet_lit.training.optimizers import sharded_state
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = [(24, 16), (16, 24), (16, 16), (24, 16), (24, 16), (7, 16), (16, 16)]  # 7 rows: no multiple of two ranks
@@ -31,8 +32,8 @@ def trained(make, shapes=SHAPES, device="cpu", place=lambda matrix: matrix, step
     return [getattr(p.detach(), "full_tensor", p.detach)() for p in parameters], optimizer
 
 
-def one_by_one(parameters, lr, nesterov=True, **unused):
-    """Muon as it is defined, one matrix after the other, in float32."""
+def one_by_one(parameters, lr, nesterov=True, row_beta2=None, is_cautious=False):
+    """Muon as it is defined, one matrix after the other, in float32; with the options of NorMuon and cautious decay."""
 
     class Plain(torch.optim.Optimizer):
         @torch.no_grad()
@@ -41,8 +42,13 @@ def one_by_one(parameters, lr, nesterov=True, **unused):
                 state = self.state[p]
                 average = state.setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.05)
                 direction = p.grad.lerp(average, 0.95) if nesterov else average
-                p.mul_(1 - lr * 0.1)
                 update = orthogonalize(direction, COEFFICIENTS, 5, 1e-7)
+                if row_beta2 is not None:  # algorithm 1 of the paper, with the norm kept as in the authors' code
+                    mean = state.setdefault("rows", torch.zeros(len(p), 1))
+                    mean.mul_(row_beta2).add_((1 - row_beta2) * update.square().mean(dim=1, keepdim=True))
+                    divided = update / (mean.sqrt() + 1e-10)
+                    update = divided * update.norm() / divided.norm()
+                p.mul_(torch.where(update * p >= 0, 1 - lr * 0.1, 1.0) if is_cautious else 1 - lr * 0.1)
                 p.add_(update, alpha=-lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
 
     return Plain(parameters, {})
@@ -82,6 +88,44 @@ def test_on_a_cpu_it_is_its_definition_bit_for_bit(monkeypatch, nesterov):
         assert all(map(torch.equal, ours, wanted))
 
 
+OPTIONS = [{"row_beta2": 0.9}, {"is_cautious": True}, {"row_beta2": 0.5, "is_cautious": True, "nesterov": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("is_native", [True, False])
+def test_normuon_and_cautious_decay_are_their_definitions(monkeypatch, options, is_native):
+    if not is_native:
+        monkeypatch.setattr(muon.library, "is_available", lambda: False)
+    elif not muon.library.is_available():
+        pytest.skip("there is no C++ compiler")
+    ours, optimizer = trained(Muon, steps=4, **options)
+    wanted, definition = trained(one_by_one, steps=4, **options)
+    # Sums of a row run in another order; the C++ iterations do too, and five of them amplify that.
+    assert off(ours, wanted) < (1e-4 if is_native else 1e-6)
+    assert off(ours, trained(Muon, steps=4)[0]) > 0.02  # plain Muon is another one
+    if "row_beta2" in options:
+        for mine, its in zip(optimizer.param_groups[0]["params"], definition.param_groups[0]["params"], strict=True):
+            moment, literal = optimizer.state[mine]["second_momentum_buffer"], definition.state[its]["rows"]
+            assert torch.allclose(moment, literal, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_matrix_whose_gradient_is_zero_stays_finite(options):
+    parameter = torch.nn.Parameter(torch.ones(4, 8))
+    parameter.grad = torch.zeros(4, 8)
+    Muon([parameter], lr=0.5, weight_decay=0.1, **options).step()
+    assert torch.allclose(parameter, torch.full((4, 8), 0.95))  # no update, and decay of all that agree with it
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_normuon_and_cautious_decay_on_a_gpu(options):
+    shapes = [(768, 768)] * 2 + [(2048, 768), (768, 2048)]
+    ours, _ = trained(Muon, shapes, "cuda", **options)
+    wanted, _ = trained(one_by_one, shapes, **options)
+    assert off([p.cpu() for p in ours], wanted, shapes) < 0.05  # bfloat16, as plain Muon
+
+
 def test_it_is_torchs_up_to_bfloat16():
     ours, optimizer = trained(Muon)
     theirs, other = trained(torch.optim.Muon)
@@ -113,23 +157,42 @@ def test_a_parameter_without_a_gradient_stays():
     assert torch.equal(parameters[1], before) and parameters[1] not in optimizer.state
 
 
+KINDS = [{}, OPTIONS[2]]
+
+
 def _on_a_rank(rank, folder):
     """One of two processes that train replicas, and rows of the same matrices."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    replicas, _ = trained(Muon)
-    shards, _ = trained(Muon, place=lambda matrix: distribute_tensor(matrix, mesh, [Shard(0)]))
-    torch.save((replicas, shards), f"{folder}/{rank}.pt")
+
+    def shard(matrix):
+        return distribute_tensor(matrix, mesh, [Shard(0)])
+
+    results = [trained(Muon, place=place, **options)[0] for options in KINDS for place in (lambda p: p, shard)]
+    _, optimizer = trained(Muon, place=shard, **OPTIONS[0])
+    state = optimizer.state_dict()
+    for values in state["state"].values():
+        values |= {name: value.full_tensor() for name, value in values.items()}
+    _, plain = trained(Muon, place=shard, steps=0)
+    plain.load_state_dict(sharded_state(plain, state))
+    both = [
+        [each.state[parameter]["second_momentum_buffer"].full_tensor() for parameter in each.param_groups[0]["params"]]
+        for each in (optimizer, plain)
+    ]
+    torch.save((results, both), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_are_one(tmp_path):
     torch.multiprocessing.spawn(_on_a_rank, (tmp_path,), nprocs=2)
-    wanted, _ = trained(Muon)
+    wanted = [trained(Muon, **options)[0] for options in KINDS for _ in range(2)]
     for rank in range(2):
-        for parameters in torch.load(tmp_path / f"{rank}.pt"):
+        results, (saved, restored) = torch.load(tmp_path / f"{rank}.pt")
+        for parameters, each in zip(results, wanted, strict=True):
             # Products on a CPU may depend on where a matrix lies in memory, in their last bits.
-            assert off(parameters, wanted) < 1e-4
+            assert off(parameters, each) < 1e-4
+        assert [tuple(moment.shape) for moment in saved] == [(rows, 1) for rows, _ in SHAPES]
+        assert all(map(torch.equal, saved, restored))
 
 
 def test_one_rank_has_all_rows(tmp_path):

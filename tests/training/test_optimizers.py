@@ -10,6 +10,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from bitnet_lit.config import AdamWConfig, MuonConfig
 from bitnet_lit.model import next_token_loss
 from bitnet_lit.model.layers import DecoderLayer
+from bitnet_lit.training.cautious_decay import CautiousAdamW, decay_where_agreed
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer, sharded_state
 from tests.support import tiny_model
 
@@ -92,6 +93,78 @@ def test_where_a_gradient_is_not_finite_no_parameter_changes():
     muon.step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "_proj" in name}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_cautious_adamw_is_its_definition(fused):
+    torch.manual_seed(0)
+    start, lr, decay, betas, eps = torch.randn(7, 5), 0.1, 0.5, (0.8, 0.9), 1e-8
+    w, m, v = start.clone(), torch.zeros(7, 5), torch.zeros(7, 5)
+    ours, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"lr": lr, "weight_decay": decay, "betas": betas, "eps": eps, "fused": fused}
+    optimizer, plain = CautiousAdamW([ours], **options), torch.optim.AdamW([other], **options)
+    for step in range(1, 6):
+        gradient = torch.randn(7, 5)
+        m, v = betas[0] * m + (1 - betas[0]) * gradient, betas[1] * v + (1 - betas[1]) * gradient**2
+        u = m / (1 - betas[0] ** step) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
+        w = w - lr * (u + decay * (u * w >= 0) * w)
+        ours.grad = other.grad = gradient
+        assert optimizer.step(lambda: 3) == 3
+        plain.step()
+    assert torch.allclose(ours, w, atol=1e-5)  # float32, in another order
+    assert (ours - other).abs().max() > 0.01
+    assert optimizer.param_groups[0]["weight_decay"] == decay
+
+
+def test_cautious_decay_waits_for_nobody_where_a_gradient_is_not_finite():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    decay_where_agreed([parameter.data], [torch.tensor([torch.nan, torch.inf, 1.0])], 0.5 * (1 - torch.ones(())))
+    assert torch.equal(parameter, torch.ones(3))
+
+
+@pytest.mark.parametrize("config", [AdamWConfig, MuonConfig])
+def test_cautious_decay_reaches_every_matrix(config):
+    """An update of 0 agrees with every weight, so all matrices lose a tenth, and vectors nothing."""
+    model = tiny_model(tie_word_embeddings=False)
+    optimizer = build_optimizer(model, config(cautious_weight_decay=True, weight_decay=1.0))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, before[name] * (0.9 if parameter.ndim == 2 else 1.0)), name
+
+
+def test_normuon_goes_on_from_a_checkpoint_and_from_plain_muon(tmp_path):
+    config = MuonConfig(normuon=True, normuon_beta2=0.9)
+    a = tiny_model()
+    optimizer = build_optimizer(a, config)
+    backward(a)
+    optimizer.step()
+    torch.save({"model": a.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.ckpt")
+    saved = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    found = []
+    for load in (lambda o, state: o.load_state_dict(state), restore_optimizer):
+        model = tiny_model(seed=5)
+        model.load_state_dict(saved["model"])
+        restored = build_optimizer(model, config)
+        load(restored, copy.deepcopy(saved["optimizer"]))  # an optimizer takes the tensors themselves
+        found.append((model, restored))
+    for model, its_optimizer in [(a, optimizer), *found]:
+        model.zero_grad()
+        backward(model)
+        its_optimizer.step()
+    for model, _ in found:
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), model.parameters(), strict=True))
+    plain = build_optimizer(a, MuonConfig())  # switched off and on again, as a resume with the key may do
+    plain.load_state_dict(optimizer.state_dict())
+    plain.step()
+    again = build_optimizer(a, config)
+    again.load_state_dict(build_optimizer(a, MuonConfig()).state_dict())
+    again.step()
+    assert {"momentum_buffer", "second_momentum_buffer"} == set(next(iter(again.parts[0].state.values())))
 
 
 @pytest.mark.filterwarnings("ignore:.*are being deprecated:FutureWarning")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bitnet_lit.config import ScheduleConfig
-from bitnet_lit.training.schedule import build_schedule, learning_rate_factor
+from bitnet_lit.errors import UserError
+from bitnet_lit.training.schedule import build_schedule, learning_rate_factor, weight_decay_factor
 
 
 def factors(name, warmup=10, total=110, **options):
@@ -35,6 +36,20 @@ def test_wsd_stays_and_then_falls_linearly():
     curve = factors("wsd", warmup=0, total=100, decay_share=0.2)
     assert curve[5:81] == [1.0] * 76
     assert curve[90] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("cosine", [1, 0.75, 0.5, 0.25, 0, 0]), ("wsd", [1, 0.75, 0.5, 0.25, 0, 0]), ("two_stage", [1, 0.75, 0, 0, 0, 0])],
+)
+def test_weight_decay_falls_to_zero_at_the_end_of_the_curve(name, expected):
+    schedule = ScheduleConfig(name=name, weight_decay="to_zero")
+    assert [weight_decay_factor(step, schedule, 100) for step in (0, 25, 50, 75, 100, 120)] == expected
+
+
+def test_weight_decay_that_falls_is_known():
+    with pytest.raises(UserError, match=r"schedule.weight_decay=linear: must be one of constant, to_zero"):
+        ScheduleConfig(weight_decay="linear")
 
 
 def test_rates_and_decay_reach_the_groups_and_resume():

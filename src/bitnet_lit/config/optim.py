@@ -20,6 +20,9 @@ class OptimConfig(Checked):
     """The peak of the learning rate, which the schedule scales. For Muon it is the peak of the hidden matrices."""
     weight_decay: float = 0.1
     """Weight decay of matrices. Norms and biases have none."""
+    cautious_weight_decay: bool = False
+    """Let weight decay act only on the weights that the step moves towards zero: where update and weight have the same
+    sign (Cautious Weight Decay, arXiv 2510.12402)."""
     betas: tuple[float, float] = (0.9, 0.95)  # BitNet's Training Tips, table 2
     eps: float = 1e-8
 
@@ -59,12 +62,18 @@ class MuonConfig(OptimConfig):
     nesterov: bool = True
     ns_steps: int = 5
     """Newton-Schulz iterations that orthogonalize an update."""
+    normuon: bool = False
+    """Divide each row of an orthogonalized update, which is one neuron, by the running root mean square of that row,
+    and give the whole update its norm back (NorMuon, arXiv 2510.05491)."""
+    normuon_beta2: float = 0.95
+    """For normuon, the decay of the running mean of a row's squares, as betas[1] is for AdamW."""
 
     RANGES: ClassVar[dict[str, Range]] = {
         **OptimConfig.RANGES,
         "adamw_learning_rate": POSITIVE,
         "momentum": Range(0, 1, open_right=True),
         "ns_steps": Range(1, 99),  # torch.optim.Muon refuses more
+        "normuon_beta2": Range(0, 1, open_right=True),
     }
     STATES: ClassVar[float] = 1.3
 
@@ -121,6 +130,9 @@ class ScheduleConfig(Checked):
     """For two_stage, the share of the peak to which the rate drops (BitNet 700M: 1.5e-3 to 1e-3)."""
     decay_share: float = 0.2
     """For wsd, the share of the run, at its end, over which the rate falls linearly."""
+    weight_decay: str = "constant"
+    """How weight decay changes over the run: constant, or to_zero, which falls linearly from optim.weight_decay at the
+    first step to 0 at the last (nanochat). The second stage of two_stage has none in either case."""
     total_steps: int | None = None
     """The number of steps after which the curve ends. null: the length of the run. A resumed run with another length
     must set it."""
@@ -139,6 +151,7 @@ class ScheduleConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("schedule.name", self.name, ("cosine", "two_stage", "wsd"))
+        one_of("schedule.weight_decay", self.weight_decay, ("constant", "to_zero"))
 
 
 @dataclass

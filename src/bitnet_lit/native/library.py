@@ -128,9 +128,9 @@ class MuonStep(ctypes.Structure):
     """`struct MuonStep`."""
 
     _fields_ = (
-        *((name, POINTER(c_void_p)) for name in ("weights", "gradients", "averages")),
-        *_integers("count rows columns threads nesterov"),
-        *((name, c_float) for name in ("momentum", "new_share", "kept", "rate")),
+        *((name, POINTER(c_void_p)) for name in ("weights", "gradients", "averages", "row_moments")),
+        *_integers("count rows columns threads nesterov cautious"),
+        *((name, c_float) for name in ("momentum", "new_share", "kept", "rate", "row_new_share")),
         ("iterations", Iterations),
         ("fork", c_void_p),
     )

@@ -31,22 +31,29 @@ def muon_step(
     shrinkage: float,
     rate: float,
     iterations: tuple[Sequence[float], int, float],
+    row_moments: Sequence[Tensor] = (),
+    row_beta2: float = 0.0,
+    is_cautious: bool = False,
 ) -> None:
-    """Do Muon's step for matrices of one shape, contiguous and float32: weights and averages are changed.
+    """Do Muon's step for matrices of one shape, contiguous and float32: weights, averages and moments are changed.
 
     Args:
         averages: of the gradients, with `momentum`.
         shrinkage: the weights are multiplied by 1 - shrinkage.
         rate: the weights move by -rate times the orthogonalized direction.
         iterations: coefficients, steps and eps, as `orthogonalize` takes them.
+        row_moments: of each matrix, the running mean of the squares of each row, (M, 1), with `row_beta2`
+            (training/normuon.py); none for plain Muon.
+        is_cautious: whether only weights that agree with their update in sign are multiplied by 1 - shrinkage.
     """
     gradients = [gradient.contiguous() for gradient in gradients]
     pointers = [
-        (ctypes.c_void_p * len(weights))(*[part.data_ptr() for part in parts])
-        for parts in (weights, gradients, averages)
+        (ctypes.c_void_p * len(parts))(*[part.data_ptr() for part in parts]) if parts else None
+        for parts in (weights, gradients, averages, row_moments)
     ]
     coefficients, steps, eps = iterations
-    call = library.MuonStep(*pointers, len(weights), *weights[0].shape, torch.get_num_threads(), nesterov)
+    call = library.MuonStep(*pointers, len(weights), *weights[0].shape, torch.get_num_threads(), nesterov, is_cautious)
+    call.row_new_share = 1 - row_beta2
     call.momentum, call.new_share, call.kept, call.rate = momentum, 1 - momentum, 1 - shrinkage, rate
     call.iterations, call.fork = library.Iterations(*coefficients, eps, steps), library.fork()
     library.functions()["muon_step"](call)

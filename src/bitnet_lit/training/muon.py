@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from bitnet_lit.native import library, newton_schulz
+from bitnet_lit.training.cautious_decay import decay_where_agreed
+from bitnet_lit.training.normuon import row_factors, zero_for_each_row
 from bitnet_lit.training.sharing import Exchange, exchange_for, local
 
 # Elements of a stack on one rank. A stack of 64 Mi elements fills a GPU with work and takes 128 MiB; the copies that
@@ -90,9 +93,21 @@ class Muon(torch.optim.Muon):
 
     As in PyTorch's fused optimizers, a tensor `found_inf` that is 1 (set by the training loop where a gradient is not
     finite) keeps a step from changing the parameters, and the host need not wait to learn it. The momentum is lost.
+
+    Args:
+        row_beta2: makes this NorMuon: the decay of the running mean of each row's squares (`normuon.py`). The mean is
+            kept as `second_momentum_buffer`, float32 (M, 1), in the state of a matrix (M, N). None is plain Muon.
+        is_cautious: whether weight decay acts only where update and weight agree in sign (`cautious_decay.py`).
+        options: those of `torch.optim.Muon`.
     """
 
     found_inf: Tensor | None = None
+
+    def __init__(
+        self, params: ParamsT, *, row_beta2: float | None = None, is_cautious: bool = False, **options: Any
+    ) -> None:
+        super().__init__(params, **options)
+        self.row_beta2, self.is_cautious = row_beta2, is_cautious  # not in the groups, which a checkpoint overwrites
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -119,6 +134,8 @@ class Muon(torch.optim.Muon):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if self.row_beta2 is not None and "second_momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["second_momentum_buffer"] = zero_for_each_row(parameter)
         rows, columns = parameters[0].shape
         learning_rate = float(group["lr"])
         shrinkage, rate = learning_rate * group["weight_decay"], learning_rate * math.sqrt(max(1.0, rows / columns))
@@ -133,6 +150,11 @@ class Muon(torch.optim.Muon):
                 shrinkage=shrinkage,
                 rate=rate,
                 iterations=iterations,
+                row_moments=[self.state[parameter]["second_momentum_buffer"] for parameter in parameters]
+                if self.row_beta2 is not None
+                else [],
+                row_beta2=self.row_beta2 or 0.0,
+                is_cautious=self.is_cautious,
             )
             return lambda: None
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
@@ -153,8 +175,19 @@ class Muon(torch.optim.Muon):
         updates = exchange.start(orthogonalized, directions)
 
         def finish() -> None:
-            shards = [local(parameter) for parameter in parameters]
-            torch._foreach_mul_(shards, 1 - (shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)))
-            torch._foreach_add_(shards, updates(), alpha=-rate)
+            shards, moves = [local(parameter) for parameter in parameters], updates()
+            lost = shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)
+            if self.is_cautious:
+                decay_where_agreed(shards, moves, lost)
+            else:
+                torch._foreach_mul_(shards, 1 - lost)
+            if self.row_beta2 is None:
+                torch._foreach_add_(shards, moves, alpha=-rate)
+                return
+            moments = [local(self.state[parameter]["second_momentum_buffer"]) for parameter in parameters]
+            for shard, move, factor in zip(
+                shards, moves, row_factors(moves, moments, self.row_beta2, columns, exchange.total), strict=True
+            ):
+                shard.addcmul_(move, factor, value=-rate)
 
         return finish

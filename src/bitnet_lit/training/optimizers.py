@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from bitnet_lit.config import CustomOptim, MuonConfig, OptimConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import instantiate, locate, takes
+from bitnet_lit.training.cautious_decay import CautiousAdamW
 from bitnet_lit.training.muon import Muon
 
 
@@ -104,7 +105,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig | CustomOptim) -> Opti
 
     def adamw(parameters: Named, learning_rate: float) -> AdamW:
         groups = _groups(parameters, vectors, config.weight_decay)
-        return AdamW(groups, lr=learning_rate, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
+        chosen = CautiousAdamW if config.cautious_weight_decay else AdamW
+        return chosen(groups, lr=learning_rate, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
 
     if not isinstance(config, MuonConfig):
         return adamw(named, config.learning_rate)
@@ -118,6 +120,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig | CustomOptim) -> Opti
         momentum=config.momentum,
         nesterov=config.nesterov,
         ns_steps=config.ns_steps,
+        row_beta2=config.normuon_beta2 if config.normuon else None,
+        is_cautious=config.cautious_weight_decay,
     )
     return MuonAdamW(muon, adamw(others, config.adamw_learning_rate))
 
@@ -144,6 +148,11 @@ def _keys(state: dict[str, Any]) -> list[Any]:
     return [key for group in state["param_groups"] for key in group["params"]]
 
 
+def _fits(moment: Tensor, parameter: Tensor) -> bool:
+    """Return whether a moment has a value for each element of a parameter, or one for each row (NorMuon)."""
+    return moment.shape in (parameter.shape, (*parameter.shape[:1], 1))
+
+
 def sharded_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """Return a saved state for an optimizer whose parameters are sharded: of each moment, this rank's part.
 
@@ -160,7 +169,7 @@ def sharded_state(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]
             mesh, placements = parameter.device_mesh, parameter.placements
             states[key] = {
                 name: distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
-                if isinstance(value, Tensor) and value.shape == parameter.shape
+                if isinstance(value, Tensor) and _fits(value, parameter)
                 else value
                 for name, value in states[key].items()
             }
@@ -171,7 +180,7 @@ def _check_shapes(part: Optimizer, saved: dict[str, Any]) -> None:
     """Refuse moments with other shapes than the parameters: `load_state_dict` accepts them, but a step would fail."""
     for number, (key, parameter) in enumerate(zip(_keys(saved), _parameters(part), strict=True)):
         for name, value in saved["state"].get(key, {}).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+            if isinstance(value, Tensor) and value.ndim and not _fits(value, parameter):
                 raise UserError(
                     f"init_optimizer=true: {name} of parameter {number} is {tuple(value.shape)} in init_from's run "
                     f"and {tuple(parameter.shape)} here: take init_optimizer=false"

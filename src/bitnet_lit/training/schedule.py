@@ -9,6 +9,8 @@ All three schedules begin with a linear warm-up of the learning rate.
               before it.
 `wsd`         The rate stays at its peak and falls linearly over the last `decay_share` of the run.
 
+Weight decay is constant, or falls linearly to 0 over the run (`schedule.weight_decay=to_zero`).
+
 The curve depends only on (step, total_steps), so a resumed run follows the same curve. A run that is resumed with
 another length would change its curve, so `resume.py` refuses that unless `schedule.total_steps` is given.
 
@@ -56,9 +58,12 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig, warmup_steps: int,
 def weight_decay_factor(step: int, schedule: ScheduleConfig, total_steps: int) -> float:
     """Return the weight decay at an optimizer step as a share of the configured one.
 
-    The share is 0 in the second stage of `two_stage`, and 1 everywhere else.
+    The share is 0 in the second stage of `two_stage`. Elsewhere it is 1, or with `weight_decay=to_zero` the share of
+    the run that is left.
     """
-    return 0.0 if schedule.name == "two_stage" and step >= schedule.switch_at * total_steps else 1.0
+    if schedule.name == "two_stage" and step >= schedule.switch_at * total_steps:
+        return 0.0
+    return max(0.0, 1 - step / total_steps) if schedule.weight_decay == "to_zero" else 1.0
 
 
 class Schedule(LambdaLR):

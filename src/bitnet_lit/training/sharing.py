@@ -112,6 +112,10 @@ class Exchange:
         done = work(_stack(matrices, (len(matrices), *self.shape), matrices[0].device))
         return lambda: list(done.unbind())
 
+    def total(self, sums: Tensor) -> Tensor:
+        """Return sums over whole matrices, given the sums over what this rank holds of them."""
+        return sums
+
 
 @dataclass(frozen=True)
 class Replicas(Exchange):
@@ -157,6 +161,11 @@ class Shards(Exchange):
             dist.all_to_all_single(got, sent, group=self.group, async_op=got.is_cuda),
             lambda: [result[: part.shape[0]] for result, part in zip(got, matrices, strict=False)],
         )
+
+    def total(self, sums: Tensor) -> Tensor:
+        """See `Exchange`. Every rank of the group must call this function."""
+        dist.all_reduce(sums, group=self.group)
+        return sums
 
 
 def exchange_for(parameter: Tensor) -> Exchange:

@@ -27,8 +27,11 @@ struct MuonStep {
     float* const* weights;  // count matrices (rows, columns), as the next two
     const float* const* gradients;
     float* const* averages;
-    int32_t count, rows, columns, threads, nesterov;
-    float momentum, new_share, kept, rate;  // new_share is 1 - momentum; a weight becomes kept * weight - rate * update
+    float* const* row_moments;  // (rows) of each matrix: NorMuon's running means of squares; null for plain Muon
+    int32_t count, rows, columns, threads, nesterov, cautious;
+    // new_share is 1 - momentum. A weight becomes kept * weight - rate * update; where cautious, only weights that agree
+    // with their update in sign are multiplied by kept.
+    float momentum, new_share, kept, rate, row_new_share;
     Iterations iterations;
     Fork fork;
 };
@@ -94,6 +97,26 @@ inline void newton_schulz(const NewtonSchulz& job) {
     });
 }
 
+// NorMuon (training/normuon.py): divides each row by the root of its running mean of squares, and keeps the norm.
+inline void normalize_rows(int rows, int columns, float new_share, float* moments, float* update) {
+    constexpr double LEAST = 1e-10;
+    double before = 0, after = 0;
+    float* const scales = scratch(0, rows);
+    for (int row = 0; row < rows; row++) {
+        const double squares = sum_of_squares(update + int64_t(row) * columns, columns);
+        moments[row] = std::fma(new_share, float(squares / columns) - moments[row], moments[row]);
+        scales[row] = float(1 / (std::sqrt(double(moments[row])) + LEAST));
+        before += squares;
+        after += squares * scales[row] * scales[row];
+    }
+    const float factor = float(std::sqrt(before) / (std::sqrt(after) + LEAST));
+    for (int row = 0; row < rows; row++) {
+        float *const values = update + int64_t(row) * columns, scale = scales[row] * factor;
+#pragma omp simd
+        for (int i = 0; i < columns; i++) values[i] *= scale;
+    }
+}
+
 // A whole step: the momentum, the iterations, weight decay, and the move of the weights.
 inline void muon_step(const MuonStep& job) {
     const int64_t size = int64_t(job.rows) * job.columns;
@@ -110,6 +133,16 @@ inline void muon_step(const MuonStep& job) {
             update[i] = std::fma(old_share - 1.0f, mean - gradient[i], mean);
         }
         orthogonalize(job.iterations, job.rows, job.columns, update, update);
+        if (job.row_moments)
+            normalize_rows(job.rows, job.columns, job.row_new_share, job.row_moments[matrix], update);
+        if (job.cautious) {
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) {
+                const float kept = update[i] * weight[i] >= 0 ? job.kept : 1.0f;
+                weight[i] = std::fma(-job.rate, update[i], weight[i] * kept);
+            }
+            return;
+        }
 #pragma omp simd
         for (int64_t i = 0; i < size; i++) weight[i] = std::fma(-job.rate, update[i], weight[i] * job.kept);
     });
