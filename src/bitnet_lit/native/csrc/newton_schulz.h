@@ -29,8 +29,8 @@ struct MuonStep {
     float* const* averages;
     float* const* row_moments;  // (rows) of each matrix: NorMuon's running means of squares; null for plain Muon
     int32_t count, rows, columns, threads, nesterov, cautious;
-    // new_share is 1 - momentum. A weight becomes kept * weight - rate * update; where cautious, only weights that agree
-    // with their update in sign are multiplied by kept.
+    // new_share is 1 - momentum. A weight becomes kept * weight - rate * update. Where cautious, only a weight that has
+    // the sign of its update is multiplied by kept.
     float momentum, new_share, kept, rate, row_new_share;
     Iterations iterations;
     Fork fork;
@@ -133,8 +133,7 @@ inline void muon_step(const MuonStep& job) {
             update[i] = std::fma(old_share - 1.0f, mean - gradient[i], mean);
         }
         orthogonalize(job.iterations, job.rows, job.columns, update, update);
-        if (job.row_moments)
-            normalize_rows(job.rows, job.columns, job.row_new_share, job.row_moments[matrix], update);
+        if (job.row_moments) normalize_rows(job.rows, job.columns, job.row_new_share, job.row_moments[matrix], update);
         if (job.cautious) {
 #pragma omp simd
             for (int64_t i = 0; i < size; i++) {
