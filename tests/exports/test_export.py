@@ -4,6 +4,8 @@ import importlib
 import itertools
 import json
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +121,7 @@ def test_the_report_says_the_sizes_that_lie_on_the_disk(tmp_path, tokenizer, mon
 
 MODERN = {"intermediate_size": 512, "num_key_value_heads": 2}
 LLAMA = {**MODERN, "sub_norm": False}
+QWEN = {**LLAMA, "qk_norm": True}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,9 @@ def test_transformers_computes_the_same(tmp_path, tokenizer, quant, sizes, optio
         ("b158", {**LLAMA, "num_key_value_heads": 1, "rope_theta": 5e5}, "tq1_0+f16"),
         ("b158", MODERN, "f16+f16"),
         ("none", {**LLAMA, "tie_word_embeddings": False}, "f16+q8_0"),
+        ("b158", QWEN, "tq2_0+q8_0"),
+        ("b1", {**QWEN, "tie_word_embeddings": False}, "tq1_0+f16"),
+        ("none", {**QWEN, "head_dim": 32}, "f16+f16"),
     ],
     ids=str,
 )
@@ -211,6 +217,34 @@ def test_a_quantized_head_is_held_by_no_other_tool(tmp_path, tokenizer, monkeypa
         assert torch.equal(from_pretrained(tmp_path / "latent").model(ids), from_pretrained(folder).model(ids))
 
 
+@pytest.mark.parametrize(
+    ("quant", "sizes", "options"),
+    [
+        ("b158", {}, "tq2_0+q8_0"),
+        ("b1", {"tie_word_embeddings": False}, "tq1_0+f16"),
+        ("none", {"head_dim": 32}, "f16+f16"),
+    ],
+    ids=str,
+)
+def test_norms_of_queries_and_keys_go_to_llama_cpps_qwen3_graph(
+    tmp_path, tokenizer, monkeypatch, quant, sizes, options
+):
+    leave_out_other_tools(monkeypatch)
+    folder = saved_model(tmp_path / "model", QUANTS[quant], tokenizer, **{**QWEN, **sizes})
+    report = export_to(tmp_path / "out.gguf", folder, **FORMATS[options])
+    stored = open_stored(folder)
+    assert {row["name"] for row in report["tensors"]} == set(stored.tensors)
+    assert all(row["error"] == 0 for row in report["tensors"] if row["name"].endswith("norm.weight"))
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert reader.get_field("general.architecture").contents() == "qwen3"
+    assert reader.get_field("qwen3.attention.key_length").contents() == stored.config.head_size
+    # This graph rotates the pairs (i, i + head_dim / 2) as this project does: the rows stay where they are.
+    (q_proj,) = (tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_q.weight")
+    written = gguf.quants.dequantize(q_proj.data, q_proj.tensor_type)
+    expected = stored.dequantized("model.layers.0.self_attn.q_proj.weight").numpy()
+    assert np.abs(written - expected).max() <= 2**-11 * np.abs(expected).max()  # fp16
+
+
 REFUSED = [
     ("tq2_0+q8_0", {"hidden_act": "relu2"}, "take hidden_act=silu"),
     ("f16+f16", {"hidden_act": "relu2"}, "take hidden_act=silu"),
@@ -219,8 +253,10 @@ REFUSED = [
     ("f16+q6_k", {"hidden_size": 128}, "take embeddings=f16"),
     ("f16+q8_0", {"hidden_size": 48, "num_attention_heads": 4}, "take embeddings=f16"),
     ("f16+f16", {"head_dim": 32}, "heads must add up to hidden_size"),
-    ("f16+f16", {"sub_norm": False, "qkv_bias": True}, "graphs have no biases and no norms"),
-    ("f16+f16", {"sub_norm": False, "qk_norm": True}, "graphs have no biases and no norms"),
+    ("f16+f16", {"sub_norm": False, "qkv_bias": True}, "graphs have no biases"),
+    ("f16+f16", {"sub_norm": False, "qkv_bias": True, "qk_norm": True}, "graphs have no biases"),
+    ("tq2_0+q8_0", {"qk_norm": True}, "qwen3 graph has norms of queries and keys, but no sub-norms: take false, or"),
+    ("tq2_0+q8_0", {"sub_norm": False, "qk_norm": True, "head_dim": 32}, "num_attention_heads . head_dim=128.*256"),
     ("llama2c", {"sub_norm": False, "hidden_act": "relu2"}, "take hidden_act=silu"),
     ("llama2c", {"sub_norm": False, "rope_theta": 5e5}, "take rope_theta=10000"),
     ("llama2c", {"sub_norm": False, "rms_norm_eps": 1e-6}, "take rms_norm_eps=1e-5"),

@@ -6,8 +6,9 @@ values to quantize must be code * scale, because most latent weights would becom
 only error of a projection. llama.cpp quantizes activations by blocks of 256 instead of by tokens, so its logits differ
 from ours by a little more.
 
-With sub-norms the architecture is `bitnet`, which has both sub-norms, silu and a tied head. Without them it is `llama`,
-whose graph rotates the pairs (2i, 2i + 1) of a head, so the rows of q and k are reordered. Rows whose length is not a
+llama.cpp computes a network by the graph of its architecture. With sub-norms that is `bitnet`, which has both sub-norms
+and a tied head. With norms of queries and keys it is `qwen3`. With neither it is `llama`, which rotates the pairs
+(2i, 2i + 1) of a head, so the rows of q and k are reordered. All three compute silu. Rows whose length is not a
 multiple of 256 are refused; other converters silently store them in 4 bits.
 """
 
@@ -47,6 +48,8 @@ LAYER_NAMES = {
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.k_proj.weight": "attn_k.weight",
     "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.attn_sub_norm.weight": "attn_sub_norm.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -60,16 +63,36 @@ FILE_TYPES = {"tq2_0": "MOSTLY_TQ2_0", "tq1_0": "MOSTLY_TQ1_0", "f16": "MOSTLY_F
 # Half a step, and the rounding of the scale. Q8_0 has 127 steps and an fp16 scale. Q6_K has 32 steps, and its scales
 # are rounded to 1/127 of the largest scale in the block.
 ERRORS = {**FLOAT_ERRORS, "q8_0": 0.5 / 127 + 2.0**-10, "q6_k": 0.5 / 32 + 1 / 127}
-NEITHER = Only(False, "llama.cpp's bitnet and llama graphs have no biases and no norms on q, k and v: take false")
 
 HELD = {
     **SIZES,
-    **dict.fromkeys(("rope_theta", "rms_norm_eps", "tie_word_embeddings", "sub_norm"), ANY),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "tie_word_embeddings", "sub_norm", "qk_norm"), ANY),
     "hidden_act": Only("silu", "llama.cpp's graph computes silu: take hidden_act=silu"),
-    "qkv_bias": NEITHER,
-    "qk_norm": NEITHER,
+    "qkv_bias": Only(False, "llama.cpp's bitnet, llama and qwen3 graphs have no biases on q, k and v: take false"),
 }
 TENSOR_NAMES = {**LAYER_NAMES, **OTHER_NAMES}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A Graph is an architecture of llama.cpp.
+
+    Attributes:
+        name: its name in a file.
+        rotates_neighbours: whether it rotates the pairs (2i, 2i + 1) of a head; otherwise (i, i + head_dim / 2).
+        any_head_dim: whether heads need not add up to hidden_size. Their size is then in the file.
+    """
+
+    name: str
+    rotates_neighbours: bool = False
+    any_head_dim: bool = False
+
+
+def graph_of(config: ModelConfig) -> Graph:
+    """Return the graph for a network; `Gguf.problems` says what it does not compute."""
+    if config.sub_norm:
+        return Graph("bitnet")
+    return Graph("qwen3", any_head_dim=True) if config.qk_norm else Graph("llama", rotates_neighbours=True)
 
 
 def _gguf() -> Any:
@@ -85,8 +108,8 @@ def _their_name(tensor: NetworkTensor) -> str:
 
 
 def _heads(tensor: NetworkTensor, config: ModelConfig) -> int | None:
-    """Return the number of heads of a tensor whose rows the llama graph needs in another order; None for the others."""
-    return None if config.sub_norm else tensor.rotary_heads
+    """Return the number of heads of a tensor whose rows the graph needs in another order; None for the others."""
+    return tensor.rotary_heads if graph_of(config).rotates_neighbours else None
 
 
 def _llama_cpp_logits(path: Path, ids: Tensor) -> Tensor:
@@ -159,7 +182,12 @@ class Gguf(Format):
                 "model.tie_word_embeddings=false: llama.cpp's bitnet graph has no head of its own: take true, or "
                 "sub_norm=false"
             )
-        if config.attention_size != config.hidden_size:
+        if config.sub_norm and config.qk_norm:
+            found.append(
+                "model.qk_norm=true: llama.cpp's qwen3 graph has norms of queries and keys, but no sub-norms: take "
+                "false, or sub_norm=false"
+            )
+        if config.attention_size != config.hidden_size and not graph_of(config).any_head_dim:
             found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size: leave head_dim out")
         return found if self.type == "f16" else [*found, *self._ternary_problems(config, quant)]
 
@@ -173,6 +201,8 @@ class Gguf(Format):
                 f"has one: take quant=b158_row, groups of a multiple of {TERNARY_BLOCK}, or type=f16"
             )
         rows = {"model.hidden_size": config.hidden_size, "model.intermediate_size": config.intermediate_size}
+        if config.attention_size != config.hidden_size:
+            rows["model.num_attention_heads * head_dim"] = config.attention_size
         for key, size in rows.items():
             if size % TERNARY_BLOCK:
                 near = max(TERNARY_BLOCK, round(size / TERNARY_BLOCK) * TERNARY_BLOCK)
@@ -188,7 +218,7 @@ class Gguf(Format):
             UserError: the tokenizer is not a SentencePiece BPE, or the type of the embeddings cannot hold their rows.
         """
         gguf = _gguf()
-        writer = gguf.GGUFWriter(out, "bitnet" if stored.config.sub_norm else "llama")
+        writer = gguf.GGUFWriter(out, graph_of(stored.config).name)
         _add_fields(writer, stored, self.type)
         tensors, rows = network_tensors(stored.config), []
         for tensor in tensors:
@@ -250,6 +280,9 @@ def _add_fields(writer: Any, stored: StoredModel, type: str) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if graph_of(config).any_head_dim:
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
     problem = llama_tokenizer_problem(tokenizer)

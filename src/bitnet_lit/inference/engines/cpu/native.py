@@ -16,6 +16,8 @@ DONE, NO_MEMORY, SHORT_READ = range(3)  # `enum Status` of engine.cpp
 
 NORMS = {
     "input_norm": "input_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
     "attn_norm": "self_attn.attn_sub_norm.weight",
     "post_norm": "post_attention_layernorm.weight",
     "ffn_norm": "mlp.ffn_sub_norm.weight",

@@ -23,7 +23,7 @@ COMPUTED = {
     "tie_word_embeddings": ANY,
     "sub_norm": ANY,
     "qkv_bias": Only(False, "the native engine has no biases"),
-    "qk_norm": Only(False, "the native engine has no norms of queries and keys"),
+    "qk_norm": ANY,
 }
 TENSORS = {EMBEDDING, *NORMS.values(), *PROJECTIONS.values(), FINAL_NORM, HEAD}
 ACTIVATIONS = ("silu", "relu2")

@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "lm_head.h"
 #include "projection.h"
+#include "rms_norm.h"
 #include "rotary.h"
 
 namespace {
@@ -72,6 +73,12 @@ struct Engine {
         });
     }
 
+    // The norm of a query or key head, where the network has one (Qwen 3), and its rotation.
+    void place_head(float* head, const float* norm, int position) const {
+        if (norm) rms_norm(head, norm, s.head_dim, s.eps, head);
+        rotary.rotate(head, s.head_dim, position);
+    }
+
     // Attention of the query heads that share key/value heads [from, to) of layer `index`, for all rows.
     template <class E>
     void attend_heads(int from, int to, int index, const Row* rows, int count) {
@@ -109,9 +116,9 @@ struct Engine {
                 in, first, last, assign);
             for (int t = first; t < last; t++) {
                 const size_t at = size_t(t) * row_stride;
-                for (int g = from * group; g < to * group; g++) rotary.rotate(q + at + g * p, p, rows[t].position);
+                for (int g = from * group; g < to * group; g++) place_head(q + at + g * p, l->q_norm, rows[t].position);
                 for (int h = from; h < to; h++) {
-                    rotary.rotate(k + at + h * p, p, rows[t].position);
+                    place_head(k + at + h * p, l->k_norm, rows[t].position);
                     store_kv<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, k + at + h * p,
                                 v + at + h * p);
                 }
@@ -152,8 +159,7 @@ struct Engine {
     template <int BITS>
     NOINLINE void head_input(const float* in, int slot) {
         float* row = projections.normed(slot);
-        const float factor = 1.0f / std::sqrt(sum_of_squares(in, s.hidden) / float(s.hidden) + s.eps);
-        for (int i = 0; i < s.hidden; i++) row[i] = in[i] * factor * w.norm[i];
+        rms_norm(in, w.norm, s.hidden, s.eps, row);
         if constexpr (BITS < 32) head.quantize_input<BITS>(row, s.hidden, slot);
     }
 

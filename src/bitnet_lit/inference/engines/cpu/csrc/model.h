@@ -45,7 +45,8 @@ struct RowTable {
 };
 
 struct Layer {
-    const float *input_norm, *attn_norm, *post_norm, *ffn_norm;  // null where the network has no such norm
+    // Null where the network has no such norm. q_norm and k_norm (head_dim) are of each head.
+    const float *input_norm, *q_norm, *k_norm, *attn_norm, *post_norm, *ffn_norm;
     Matrix q, k, v, o, gate, up, down;
 };
 

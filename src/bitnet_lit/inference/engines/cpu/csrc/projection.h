@@ -10,6 +10,7 @@
 #pragma once
 
 #include "model.h"
+#include "rms_norm.h"
 #include "ternary_matmul.h"
 #include "thread_pool.h"
 
@@ -144,8 +145,7 @@ class Projections {
     NOINLINE void norm_and_quantize(const float* in, const float* norm, int n, int slot) {
         float* value = normed(slot);
         if (norm) {
-            const float factor = 1.0f / std::sqrt(sum_of_squares(in, n) / float(n) + s.eps);
-            for (int i = 0; i < n; i++) value[i] = in[i] * factor * norm[i];
+            rms_norm(in, norm, n, s.eps, value);
         } else {
             std::memcpy(value, in, size_t(n) * sizeof(float));
         }
