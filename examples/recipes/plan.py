@@ -1,0 +1,177 @@
+"""The plan of the study: study.yaml becomes a list of sweeps, the most telling first.
+
+Each sweep is one command `python -m bitnet_lit.train -m ...` in a folder of its own, `<recipe>/<twin>/<what>`:
+
+    gutenberg_5m/b158/search       trials that Optuna chooses; gutenberg_5m/none/search has as many
+    gutenberg_5m/b158/base         the best trial again, with each seed
+    gutenberg_5m/b158/qk_norm      the best trial with one option more, with each seed
+    gutenberg_5m/b158/wide         the best trial with twice the width, with each seed
+    gutenberg_5m/b158/speed        the best trial alone on a GPU, some hundred steps, for its tokens/s
+    gutenberg_5m/b158/same_time    the best trial for as long as the dense twin takes, with each seed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bitnet_lit.errors import UserError
+
+TWINS = ("b158", "none")
+SEARCH, BASE, WIDE, SPEED, SAME_TIME = "search", "base", "wide", "speed", "same_time"
+SPEED_STEPS = 300
+DENSE_RUN = "{dense_run}"  # in an option's override: the folder of the dense twin's first seed
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep of the study.
+
+    Attributes:
+        recipe, quant, what: where it belongs; together they are its name.
+        fixed: overrides of every job, by key. The values of the best trial come between `experiment` and these.
+        space: what a search chooses from; empty for a grid over seeds.
+        seeds: of a grid.
+        jobs: how many runs it has.
+        tokens, tokens_per_s: of one run; the speed is an assumption.
+        needs: sweeps that must be done before it begins.
+        is_alone: whether nothing else may run on its GPU.
+    """
+
+    recipe: str
+    quant: str
+    what: str
+    fixed: dict[str, str]
+    space: dict[str, str]
+    seeds: tuple[int, ...]
+    jobs: int
+    tokens: float
+    tokens_per_s: float
+    needs: tuple[str, ...] = ()
+    is_alone: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}/{self.quant}/{self.what}"
+
+    @property
+    def best_of(self) -> str | None:
+        """The search whose best trial this sweep begins from."""
+        return None if self.what == SEARCH else f"{self.recipe}/{self.quant}/{SEARCH}"
+
+    def gpu_seconds(self, startup_seconds: float) -> float:
+        """Return the time of the sweep on one GPU, one run after the other.
+
+        Start-up costs the GPU little, so a quarter of it counts: several runs share a GPU.
+        """
+        return self.jobs * (self.tokens / self.tokens_per_s + startup_seconds / 4)
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Return overrides by key; the last one of a key counts."""
+    return dict(override.partition("=")[::2] for override in overrides)
+
+
+def read_settings(typed: list[str], default: Path) -> DictConfig:
+    """Read study.yaml, changed by what was typed (`key=value`).
+
+    Raises:
+        UserError: a key is unknown, or a value has no such form.
+    """
+    settings = OmegaConf.load(default)
+    OmegaConf.set_struct(settings, True)
+    for item in typed:
+        key, sign, value = item.partition("=")
+        if not sign or key not in settings:
+            raise UserError(f"{item}: give key=value with one of {', '.join(map(str, settings))}")
+        try:
+            settings[key] = OmegaConf.from_dotlist([f"value={value}"]).value
+        except (OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"{item}: {' '.join(str(error).split())}") from None
+    assert isinstance(settings, DictConfig)
+    for key, least in (("trials", 1), ("jobs_per_gpu", 1), ("gpus", 0), ("budget_minutes", 0)):
+        value = settings[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and value >= least) and not (value is None and key in ("gpus", "budget_minutes")):
+            raise UserError(f"{key}={value}: must be a number, at least {least}")
+    if not settings.seeds:
+        raise UserError("seeds=[] is empty: give at least one, such as seeds=[1,2,3]")
+    return settings
+
+
+class Plan:
+    """The sweeps of the study, in order."""
+
+    def __init__(self, settings: DictConfig) -> None:
+        self.settings: dict[str, Any] = OmegaConf.to_container(settings, resolve=True)  # type: ignore[assignment]
+        self.typed = by_key(self.settings["overrides"])
+        found: dict[str, Sweep] = {}
+        for step in self.settings["order"]:
+            for sweep in self._step(*step.split()):
+                found.setdefault(sweep.name, sweep)
+        self.sweeps = list(found.values())
+
+    def option(self, name: str) -> list[str]:
+        """Return the overrides of an option."""
+        return [str(override) for override in self.settings["options"][name]["overrides"]]
+
+    def _step(self, kind: str, recipe: str) -> list[Sweep]:
+        kinds = {
+            "search": lambda: [self._search(recipe, quant) for quant in TWINS],
+            "seeds": lambda: [self._grid(recipe, quant, BASE, {}) for quant in TWINS],
+            "options": lambda: self._options(recipe),
+            "wide": lambda: [self._wide(recipe)],
+            "same_time": lambda: [*(self._speed(recipe, quant) for quant in TWINS), self._same_time(recipe)],
+        }
+        if kind not in kinds or recipe not in self.settings["recipes"]:
+            raise UserError(
+                f"order: {kind} {recipe}: give one of {', '.join(kinds)} and one of "
+                f"{', '.join(self.settings['recipes'])}"
+            )
+        return kinds[kind]()
+
+    def _sweep(self, recipe: str, quant: str, what: str, overrides: Iterable[str], cost: float, **rest: Any) -> Sweep:
+        has = self.settings["recipes"][recipe]
+        start = {"experiment": f"recipes/{recipe}", "quant": quant, "callbacks": "quiet"}
+        start |= {"data.dir": str(Path(self.settings["data"][recipe.partition("_")[0]]).absolute())}
+        fixed = start | by_key(overrides) | self.typed
+        tokens = float(self.typed.get("trainer.max_tokens", has["tokens"]))
+        rest = {"space": {}, "seeds": tuple(self.settings["seeds"]), "jobs": len(self.settings["seeds"])} | rest
+        return Sweep(recipe, quant, what, fixed, tokens=tokens, tokens_per_s=float(has["tokens_per_s"]) / cost, **rest)
+
+    def _search(self, recipe: str, quant: str) -> Sweep:
+        space = {key: str(values) for key, values in self.settings["space"].items()}
+        trials = int(self.settings["trials"])
+        return self._sweep(recipe, quant, SEARCH, ["sweep=optuna_lr"], 1, space=space, seeds=(), jobs=trials)
+
+    def _grid(self, recipe: str, quant: str, what: str, option: dict[str, Any], *needs: str) -> Sweep:
+        has_teacher = any(DENSE_RUN in override for override in option.get("overrides", ()))
+        needed = [f"{recipe}/{quant}/{SEARCH}", *needs, *([f"{recipe}/none/{BASE}"] if has_teacher else [])]
+        overrides, cost = option.get("overrides", ()), float(option.get("cost", 1))
+        return self._sweep(recipe, quant, what, overrides, cost, needs=tuple(needed))
+
+    def _options(self, recipe: str) -> list[Sweep]:
+        return [
+            self._grid(recipe, quant, name, option)
+            for quant in TWINS  # first all that are tried with b158
+            for name, option in self.settings["options"].items()
+            if quant in option["twins"]
+        ]
+
+    def _wide(self, recipe: str) -> Sweep:
+        if recipe not in self.settings["wide"]:
+            raise UserError(f"order: wide {recipe}: its overrides are missing in wide")
+        return self._grid(recipe, TWINS[0], WIDE, self.settings["wide"][recipe])
+
+    def _speed(self, recipe: str, quant: str) -> Sweep:
+        overrides = [f"trainer.max_steps={SPEED_STEPS}", "trainer.max_tokens=null", "trainer.limit_val_batches=1"]
+        sweep = self._sweep(recipe, quant, SPEED, overrides, 1, seeds=(1,), jobs=1, is_alone=True)
+        return Sweep(**{**vars(sweep), "tokens": 5e6, "needs": (f"{recipe}/{quant}/{SEARCH}",)})
+
+    def _same_time(self, recipe: str) -> Sweep:
+        return self._grid(recipe, TWINS[0], SAME_TIME, {}, *(f"{recipe}/{quant}/{SPEED}" for quant in TWINS))

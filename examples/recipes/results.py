@@ -1,0 +1,158 @@
+"""The results of the study: results.jsonl, one line of JSON for each run, written as soon as the run has ended.
+
+The file alone says what is done. So a study goes on from it on another machine too, where the run folders are missing.
+A line that a kill cut off is left out, and its run is read again from its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from plan import BASE, SEARCH, Sweep
+
+from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.reports.weight_sizes import weight_sizes
+from bitnet_lit.runs.folder import CHECKPOINTS, ERROR_NAME, MODEL, MODEL_LAST, locked
+from bitnet_lit.runs.history import DONE, FAILED, Run, read_runs
+from bitnet_lit.runs.job_folder import State as JobState
+from bitnet_lit.runs.job_folder import job_folders, state
+
+FILE_NAME = "results.jsonl"
+DIVERGED = "diverged"
+DENSE_BITS = 16  # of a weight that is not quantized, as models are shipped
+
+Record = dict[str, Any]
+
+
+def _figures(run: Run) -> Record:
+    speeds = run.curve("perf/tokens_per_s").finite.values
+    sizes = weight_sizes(run.config, DENSE_BITS)
+    return {
+        "state": DONE,
+        "loss": run.figures["val/loss"],
+        "bits_per_byte": run.figures.get("val/bits_per_byte"),
+        "tokens": run.figures.get("tokens"),
+        "tokens_per_s": float(np.median(speeds)) if len(speeds) else None,
+        "parameters": None if sizes is None else sizes.parameters,
+        "bytes": None if sizes is None else sizes.num_bytes,
+    }
+
+
+def _record(sweep: Sweep, folder: Path, overrides: dict[str, str]) -> Record | None:
+    """Return the line of a job that has ended; None where it has not, or failed for a reason that may go away."""
+    found = state(folder)
+    if found not in (JobState.DONE, JobState.FAILED, JobState.HALF_DONE):
+        return None
+    (run,) = read_runs([str(folder)], lambda error: None) or (None,)
+    if run is None:
+        return None
+    record: Record = {"sweep": sweep.name, "job": folder.name, "seed": int(overrides.get("seed", "1"))}
+    values = {key: text for key, text in overrides.items() if key in sweep.space}
+    if run.state == DONE and math.isfinite(run.figures.get("val/loss", math.nan)):
+        return record | _figures(run) | {"values": values, "overrides": overrides, "folder": str(folder)}
+    try:
+        error = (folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        error = ""
+    if run.state == DONE or (run.state == FAILED and error.startswith("Diverged: ")):
+        return record | {
+            "state": DIVERGED,
+            "loss": None,
+            "error": one_line(error),
+            "values": values,
+            "overrides": overrides,
+            "folder": str(folder),
+        }
+    return None
+
+
+def _remove_weights(folder: Path) -> None:
+    """Remove checkpoints and models of a run that has ended: those of a study would fill a disk."""
+    with contextlib.suppress(UserError, OSError), locked(folder):  # else its process still writes
+        for name in (CHECKPOINTS, MODEL, MODEL_LAST):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+class Results:
+    """The lines of results.jsonl, and how they are collected from the folders of the runs.
+
+    Args:
+        out: the folder of the study.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.path = out, out / FILE_NAME
+        self.records: dict[tuple[str, str], Record] = {}  # by sweep and job
+        if self.path.is_file():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            for line in text.splitlines():
+                with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                    record = json.loads(line)
+                    self.records[record["sweep"], record["job"]] = record
+            if text and not text.endswith("\n"):  # a kill cut the last line off
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n")
+
+    def of(self, sweep: str) -> list[Record]:
+        """Return the lines of a sweep."""
+        return [record for (name, _), record in self.records.items() if name == sweep]
+
+    def is_complete(self, sweep: Sweep) -> bool:
+        """Return whether every run of a sweep has a result."""
+        if sweep.what == SEARCH:
+            return len(self.of(sweep.name)) >= sweep.jobs
+        return not self.missing_seeds(sweep)
+
+    def missing_seeds(self, sweep: Sweep) -> list[int]:
+        """Return the seeds of a grid that have no result yet."""
+        done = {record["seed"] for record in self.of(sweep.name)}
+        return [seed for seed in sweep.seeds if seed not in done]
+
+    def elsewhere(self, sweep: Sweep) -> int:
+        """Return how many runs of a sweep have a result here and their folder on another machine."""
+        return sum(not (self.out / sweep.name / job).is_dir() for name, job in self.records if name == sweep.name)
+
+    def best(self, search: str) -> Record | None:
+        """Return the trial of a search with the least loss; None where no trial has one."""
+        finite = [record for record in self.of(search) if record["state"] == DONE]
+        return min(finite, key=lambda record: record["loss"], default=None)
+
+    def best_values(self, search: str) -> dict[str, str] | None:
+        """Return the values of the best trial, with two digits, as they are typed for the runs after it."""
+        best = self.best(search)
+        return None if best is None else {key: _rounded(text) for key, text in best["values"].items()}
+
+    def collect(self, sweep: Sweep) -> list[Record]:
+        """Write a line for each run of a sweep that has ended since the last call, and return these lines."""
+        folder = self.out / sweep.name
+        new = []
+        for job, overrides in job_folders(folder) if folder.is_dir() else ():
+            if overrides is None or (sweep.name, job.name) in self.records:
+                continue
+            if (record := _record(sweep, job, overrides)) is not None:
+                self._write(record)
+                new.append(record)
+                if sweep.what != BASE:  # the base runs stay, as teachers and to be looked at
+                    _remove_weights(job)
+        return new
+
+    def _write(self, record: Record) -> None:
+        self.records[record["sweep"], record["job"]] = record
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _rounded(text: str) -> str:
+    try:
+        return text if text.lstrip("-").isdecimal() else f"{float(text):.2g}"
+    except ValueError:
+        return text

@@ -1,0 +1,215 @@
+"""The study of recipes: does a 1.58-bit model lose anything to its dense twin, and which options help?
+
+    python3 examples/recipes/study.py dry_run=true              # the sweeps, their runs, tokens and minutes
+    python3 examples/recipes/study.py budget_minutes=28         # on all GPUs; the same line again goes on
+
+Each twin of a recipe gets a search with the same number of trials, then several seeds of its best trial; options are
+tried one at a time on top of it (plan.py). Every sweep is an ordinary `python -m bitnet_lit.train -m`, printed as it
+begins. Results are lines of results.jsonl as the runs end, and tables.md has the tables of docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from plan import BASE, DENSE_RUN, SAME_TIME, SEARCH, SPEED, TWINS, Plan, Sweep, read_settings
+from pool import Pool
+from results import Results
+from rich.table import Table
+from tables import Tables, put_into
+
+from bitnet_lit.atomic import atomic_file
+from bitnet_lit.errors import UserError
+from bitnet_lit.overrides import quoted
+from bitnet_lit.runs.devices import visible_gpus
+from bitnet_lit.runs.folder import locked
+from bitnet_lit.terminal import wide_console
+
+SETTINGS = Path(__file__).with_name("study.yaml")
+POLL_SECONDS = 1.0
+LEAST_SECONDS = 60.0  # a sweep that would have less before the end of the budget does not begin
+
+
+class Study:
+    """Runs the sweeps of a plan in order, as GPUs have room.
+
+    Args:
+        command: what a sweep's overrides are given to.
+    """
+
+    def __init__(self, plan: Plan, command: list[str]) -> None:
+        self.plan, self.command = plan, command
+        self.out = Path(plan.settings["out"]).absolute()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.results = Results(self.out)
+        self.tables = Tables(plan, self.results)
+        self.failed: dict[str, str] = {}
+        self.is_stopped = False
+
+    def overrides(self, sweep: Sweep, jobs: int) -> list[str]:
+        """Return the overrides of a sweep, with the values of the best trial that it begins from.
+
+        Args:
+            jobs: how many of its runs go side by side.
+        """
+        fixed = dict(sweep.fixed)
+        if sweep.best_of is not None:
+            values = self.results.best_values(sweep.best_of)
+            assert values is not None, "a sweep begins when its search is done"
+            fixed = {key: fixed.pop(key) for key in ("experiment", "quant")} | values | fixed
+        if sweep.what == SAME_TIME:
+            fixed["trainer.max_tokens"] = str(self._tokens_in_the_same_time(sweep))
+        dense = self.out / sweep.recipe / "none" / BASE / f"seed={self.plan.settings['seeds'][0]}"
+        fixed = {key: value.replace(DENSE_RUN, str(dense)) for key, value in fixed.items()}
+        start = [
+            f"hydra.sweep.dir={quoted(str(self.out / sweep.name))}",
+            "launcher=joblib",
+            f"hydra.launcher.n_jobs={jobs}",
+        ]
+        if sweep.what == SEARCH:
+            elsewhere = self.results.elsewhere(sweep)
+            varied = [*(f"{key}={values}" for key, values in sweep.space.items())]
+            varied += [f"sweep.n_trials={sweep.jobs - elsewhere}", f"sweep.seed={elsewhere}", "sweep.metric=val/loss"]
+        else:
+            varied = [f"seed={','.join(map(str, self.results.missing_seeds(sweep)))}"]
+        return [*(f"{key}={value}" for key, value in fixed.items()), *varied, *start]
+
+    def _tokens_in_the_same_time(self, sweep: Sweep) -> int:
+        b158, dense = (self.results.of(f"{sweep.recipe}/{quant}/{SPEED}")[0]["tokens_per_s"] for quant in TWINS)
+        return round(sweep.tokens * b158 / dense)
+
+    def _is_ready(self, sweep: Sweep, running: set[str]) -> bool:
+        if sweep.name in running or sweep.name in self.failed or self.results.is_complete(sweep):
+            return False
+        by_name = {each.name: each for each in self.plan.sweeps}
+        if not all(self.results.is_complete(by_name[need]) for need in sweep.needs):
+            return False
+        if sweep.best_of is not None and self.results.best(sweep.best_of) is None:
+            self.failed[sweep.name] = f"no trial of {sweep.best_of} has a loss"
+            return False
+        folder = self.out / sweep.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                return True
+        except UserError:  # processes of a killed study still save
+            return False
+
+    def run(self, pool: Pool, budget_seconds: float | None) -> None:
+        """Run until all is done, the time is up, or a signal comes."""
+        deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
+        for sweep in self.plan.sweeps:
+            self._collect(sweep)
+        while not self.is_stopped and (deadline is None or time.monotonic() < deadline):
+            for one in list(pool.running):
+                self._collect(one.sweep)
+            for one in pool.ended():
+                self._collect(one.sweep)
+                if not self.results.is_complete(one.sweep):
+                    log = self._log(one.sweep)
+                    self.failed[one.sweep.name] = f"exit status {one.process.returncode}, see {log}"
+                    print(f"failed: {one.sweep.name}: {self.failed[one.sweep.name]}", file=sys.stderr, flush=True)
+            has_time = deadline is None or time.monotonic() < deadline - min(LEAST_SECONDS, (budget_seconds or 0) / 4)
+            names = {one.sweep.name for one in pool.running}
+            ready = [sweep for sweep in self.plan.sweeps if self._is_ready(sweep, names)] if has_time else []
+            if ready:
+                self._start(ready[0], pool)
+            elif not pool.running and not self._is_waiting():
+                break
+            time.sleep(0 if ready and pool.place_for(ready[0], self._jobs_left(ready[0])) else POLL_SECONDS)
+        for one in pool.stop():
+            self._collect(one.sweep)
+
+    def _is_waiting(self) -> bool:
+        """Return whether a folder that a sweep needs is still locked by a process of a killed study."""
+        for sweep in self.plan.sweeps:
+            folder = self.out / sweep.name
+            if sweep.name not in self.failed and not self.results.is_complete(sweep) and folder.is_dir():
+                try:
+                    with locked(folder):
+                        pass
+                except UserError:
+                    return True
+        return False
+
+    def _jobs_left(self, sweep: Sweep) -> int:
+        return sweep.jobs - len(self.results.of(sweep.name))
+
+    def _log(self, sweep: Sweep) -> Path:
+        return self.out / "logs" / f"{sweep.name.replace('/', '_')}.log"
+
+    def _start(self, sweep: Sweep, pool: Pool) -> None:
+        room = pool.place_for(sweep, self._jobs_left(sweep))
+        if room is None:
+            return
+        place, jobs = room
+        overrides = self.overrides(sweep, jobs)
+        gpu = f"GPU {pool.gpus[place]}" if pool.gpus else "the CPU"
+        shown = shlex.join(["python", "-m", "bitnet_lit.train", "-m", *overrides])
+        print(f"{time.strftime('%H:%M:%S')} {sweep.name} on {gpu}: {shown}", flush=True)
+        pool.start(sweep, [*self.command, *overrides], place, jobs, self._log(sweep))
+
+    def _collect(self, sweep: Sweep) -> None:
+        new = self.results.collect(sweep)
+        for record in new:
+            loss = "diverged" if record["loss"] is None else f"{record['loss']:.4f}"
+            print(f"{time.strftime('%H:%M:%S')} {sweep.name} {record['job']}: {loss}", flush=True)
+        if new:
+            with atomic_file(self.out / "tables.md") as temporary:
+                temporary.write_text(self.tables.text(), encoding="utf-8")
+
+    def show(self) -> None:
+        """Print the sweeps that are left, with runs, tokens and minutes on one GPU."""
+        table = Table()
+        for column in ("sweep", "runs", "tokens a run", "tokens", "minutes", "minutes so far"):
+            table.add_column(column, justify="left" if column == "sweep" else "right")
+        minutes = tokens = runs = 0.0
+        for sweep in self.plan.sweeps:
+            left = self._jobs_left(sweep)
+            if left <= 0:
+                continue
+            each = sweep.gpu_seconds(float(self.plan.settings["startup_seconds"])) / 60 / sweep.jobs * left
+            minutes, tokens, runs = minutes + each, tokens + left * sweep.tokens, runs + left
+            total = f"{left * sweep.tokens / 1e6:,.0f} M"
+            table.add_row(sweep.name, str(left), f"{sweep.tokens / 1e6:,.1f} M", total, f"{each:.1f}", f"{minutes:.1f}")
+        wide_console(120).print(table)
+        print(f"{runs:.0f} runs, {tokens / 1e9:.2f} G tokens, about {minutes:.0f} minutes on one GPU (assumed speeds)")
+
+
+def main(typed: list[str], command: list[str]) -> int:
+    """Run the study, and return the exit status: 0 all is done, 1 sweeps failed, 2 a mistake, 3 the time is up."""
+    try:
+        settings = read_settings(typed, SETTINGS)
+        study = Study(Plan(settings), command)
+        if settings.dry_run:
+            study.show()
+            return 0
+        gpus = visible_gpus() if settings.gpus != 0 else []
+        if len(gpus) < (settings.gpus or 0):
+            raise UserError(f"gpus={settings.gpus}: this machine shows {len(gpus)}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(study, "is_stopped", True))
+        budget = settings.budget_minutes
+        pool = Pool(gpus[: settings.gpus], settings.jobs_per_gpu)
+        study.run(pool, None if budget is None else budget * 60)
+        text = study.tables.text()
+        print(text)
+        if settings.into is not None:
+            put_into(Path(settings.into), text)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.status
+    left = [sweep.name for sweep in study.plan.sweeps if not study.results.is_complete(sweep)]
+    for name, why in study.failed.items():
+        print(f"error: {name}: {why}", file=sys.stderr)
+    if left:
+        print(f"{len(left)} sweeps are left; the same command goes on", file=sys.stderr)
+    return 1 if study.failed else 3 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], [sys.executable, "-m", "bitnet_lit.train", "-m"]))

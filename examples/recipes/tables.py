@@ -1,0 +1,155 @@
+"""The tables of docs/recipes.md, made from results.jsonl.
+
+A loss is a mean over seeds with half of its 95 % interval. A difference is the mean of the differences between runs of
+the same seed, which share the order of their data, so its interval is usually the narrower one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from plan import BASE, SAME_TIME, SEARCH, SPEED, TWINS, WIDE, Plan, Sweep
+from results import DIVERGED, Record, Results
+
+from bitnet_lit.atomic import atomic_file
+from bitnet_lit.errors import UserError
+from bitnet_lit.reports.gaps import megabytes
+from bitnet_lit.reports.statistics import Estimate
+from bitnet_lit.reports.tables import amount, with_interval
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+LOSS, BITS = "loss", "bits_per_byte"
+
+
+def _by_seed(records: Iterable[Record], figure: str) -> dict[int, float]:
+    return {record["seed"]: record[figure] for record in records if record.get(figure) is not None}
+
+
+def mean(records: Iterable[Record], figure: str) -> str:
+    """Return the mean of a figure over seeds with half of its 95 % interval."""
+    values = list(_by_seed(records, figure).values())
+    return with_interval(Estimate.of(values) if values else None)
+
+
+def difference(records: Iterable[Record], others: Iterable[Record], figure: str) -> str:
+    """Return the mean over seeds of the difference of a figure, paired by seed, with half of its 95 % interval."""
+    one, other = _by_seed(records, figure), _by_seed(others, figure)
+    values = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+    return with_interval(Estimate.of(values) if values else None, signed=True)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(headings)} |", "|--" + "|--:" * (len(headings) - 1) + "|"]
+    return ["", *lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _count(records: Sequence[Record]) -> str:
+    failed = sum(record["state"] == DIVERGED for record in records)
+    return f"{len(records)}" + (f" ({failed} diverged)" if failed else "")
+
+
+class Tables:
+    """Makes the tables of a plan from what is there."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan, self.results = plan, results
+        self.recipes = list(dict.fromkeys(sweep.recipe for sweep in plan.sweeps))
+
+    def _of(self, recipe: str, quant: str, what: str) -> list[Record]:
+        return self.results.of(f"{recipe}/{quant}/{what}")
+
+    def twins(self) -> list[str]:
+        """The best of each twin at equal tokens."""
+        rows = []
+        for recipe in self.recipes:
+            b158, dense = (self._of(recipe, quant, BASE) for quant in TWINS)
+            if b158 or dense:
+                one = (b158 or dense)[0]
+                figures = [amount(one.get("parameters")), amount(one.get("tokens")), f"{len(b158)}, {len(dense)}"]
+                losses = [mean(b158, LOSS), mean(dense, LOSS), difference(b158, dense, LOSS)]
+                bits = [mean(b158, BITS), mean(dense, BITS), difference(b158, dense, BITS)]
+                rows.append([recipe, *figures, *losses, *bits])
+        names = ("b158", "dense", "gap", "b158, bits/byte", "dense, bits/byte", "gap, bits/byte")
+        return _table(["recipe", "parameters", "tokens", "seeds", *names], rows)
+
+    def against_dense(self, what: str) -> list[str]:
+        """b158 with twice the width, or trained for the same time, against the dense base run."""
+        rows = []
+        for recipe in self.recipes:
+            b158, dense = self._of(recipe, TWINS[0], what), self._of(recipe, "none", BASE)
+            if b158 and dense:
+                sizes = [megabytes(each[0]["bytes"]) if each[0].get("bytes") else "-" for each in (b158, dense)]
+                tokens = [amount(each[0].get("tokens")) for each in (b158, dense)]
+                losses = [mean(b158, LOSS), mean(dense, LOSS), difference(b158, dense, LOSS)]
+                rows.append([recipe, *sizes, *tokens, *losses, difference(b158, dense, BITS)])
+        names = ("b158, weights", "dense, weights", "b158, tokens", "dense, tokens")
+        return _table(["recipe", *names, "b158", "dense", "gap", "gap, bits/byte"], rows)
+
+    def speeds(self) -> list[str]:
+        """Tokens/s of each twin alone on a GPU."""
+        rows = []
+        for recipe in self.recipes:
+            found = [self._of(recipe, quant, SPEED) for quant in TWINS]
+            if all(found):
+                b158, dense = (each[0]["tokens_per_s"] for each in found)
+                rows.append([recipe, amount(b158), amount(dense), f"{b158 / dense:.3f}"])
+        return _table(["recipe", "b158, tokens/s", "dense, tokens/s", "ratio"], rows) if rows else []
+
+    def options(self) -> list[str]:
+        """Each option against the base run of its twin."""
+        rows = []
+        for sweep in self.plan.sweeps:
+            records = self.results.of(sweep.name)
+            if sweep.what in (SEARCH, BASE, WIDE, SPEED, SAME_TIME) or not records:
+                continue
+            base, dense = (self._of(sweep.recipe, quant, BASE) for quant in (sweep.quant, "none"))
+            typed = " ".join(f"`{item}`" for item in self.plan.option(sweep.what))
+            figures = [_count(records), mean(records, LOSS), difference(records, base, LOSS)]
+            rows.append(
+                [sweep.recipe, sweep.quant, f"{sweep.what}: {typed}", *figures, difference(records, dense, LOSS)]
+            )
+        return _table(["recipe", "twin", "option", "seeds", "loss", "change", "gap to dense"], rows)
+
+    def searches(self) -> list[str]:
+        """Each search, and the command of its best trial."""
+        rows = []
+        for sweep in self.plan.sweeps:
+            records = self.results.of(sweep.name)
+            if sweep.what == SEARCH and (best := self.results.best(sweep.name)) is not None:
+                rows.append([sweep.recipe, sweep.quant, _count(records), f"{best['loss']:.4f}", self._command(sweep)])
+        return _table(["recipe", "twin", "trials", "best loss", "command of the best"], rows)
+
+    def _command(self, search: Sweep) -> str:
+        values = self.results.best_values(search.name) or {}
+        typed = [f"experiment={search.fixed['experiment']}", f"quant={search.quant}"]
+        return f"`{' '.join([*typed, *(f'{key}={value}' for key, value in values.items()), 'seed=1,2,3'])}`"
+
+    def text(self) -> str:
+        """Return all tables, with headings."""
+        parts = {
+            "The twins at equal tokens": self.twins(),
+            "At equal bytes: b158 with twice the width": self.against_dense(WIDE),
+            "At equal training time": [*self.speeds(), *self.against_dense(SAME_TIME)],
+            "Options, one at a time": self.options(),
+            "Searches": self.searches(),
+        }
+        lines = [line for heading, table in parts.items() for line in (f"### {heading}", *table)]
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
+
+
+def put_into(page: Path, text: str) -> None:
+    """Replace what stands between the study's two marks in a page.
+
+    Raises:
+        UserError: the page is missing, or has no marks.
+    """
+    try:
+        whole = page.read_text(encoding="utf-8")
+        before, rest = whole.split(BEGIN)
+        _, after = rest.split(END)
+    except (OSError, ValueError):
+        raise UserError(f"into={page}: no page with one {BEGIN} and one {END} behind it") from None
+    with atomic_file(page) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")

@@ -1,0 +1,52 @@
+"""Stands for `python -m bitnet_lit.train -m` in tests of examples/recipes: it leaves at once what a sweep leaves.
+
+A loss is the distance of the learning rate from 2e-2, and a little more for each seed and for b158. With STAND_IN_JOBS
+in the environment a sweep ends with status 1 after that many jobs; with STAND_IN_SECONDS each job first waits so long.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main(typed):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    given = dict(item.partition("=")[::2] for item in typed if "=" in item)
+    sweep = Path(given.pop("hydra.sweep.dir").strip("'"))
+    fixed = {key: value for key, value in given.items() if not key.startswith(("hydra.", "sweep", "launcher"))}
+    if "sweep" in given:
+        rates = [0.01 * 2 ** (number + int(given["sweep.seed"])) for number in range(int(given["sweep.n_trials"]))]
+        jobs = [{"optim.learning_rate": f"{rate:.5f}"} for rate in rates]
+    else:
+        jobs = [{"seed": seed} for seed in given["seed"].split(",")]
+    for number, values in enumerate(jobs):
+        if number == int(os.environ.get("STAND_IN_JOBS", "1000")):
+            sys.exit(1)
+        time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
+        write(sweep / "__".join(f"{key}={value}" for key, value in values.items()), fixed | values)
+
+
+def write(folder, overrides):
+    rate, seed = float(overrides["optim.learning_rate"]), int(overrides.get("seed", "1"))
+    if (folder / "metrics.json").exists():
+        return
+    for name in (".hydra", "checkpoints", "model"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {key}={value}\n" for key, value in overrides.items()))
+    (folder / "config.yaml").write_text(f"quant:\n  name: {overrides['quant']}\nmodel:\n  vocab_size: 64\nrun_dir: x\n")
+    loss = abs(math.log(rate / 0.02)) + 0.01 * seed + (0.1 + 0.001 * seed if overrides["quant"] != "none" else 0)
+    speed = {"none": 1000.0}.get(overrides["quant"], 1100.0)
+    (folder / "metrics.csv").write_text(f"step,val/loss,perf/tokens_per_s\n10,{loss},{speed}\n")
+    if rate > 0.1:
+        (folder / "error.txt").write_text("Diverged: loss is nan at step 7\n")
+        return
+    figures = {"val/loss": loss, "val/bits_per_byte": loss / 2, "tokens": 640, "steps": 10}
+    (folder / "metrics.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,205 @@
+"""The study of examples/recipes: what it starts in which order, and that it goes on after a kill and elsewhere.
+
+`train -m` is a stand-in that leaves results at once (stand_in_for_train.py).
+"""
+
+import importlib
+import json
+import math
+import re
+import shutil
+import sys
+import time
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from bitnet_lit.cli import compose
+from bitnet_lit.errors import UserError
+from bitnet_lit.reports.statistics import quantile_975
+from bitnet_lit.runs.search import distribution
+from tests.support import REPOSITORY
+
+RECIPES = REPOSITORY / "examples" / "recipes"
+MODULES = ("plan", "results", "pool", "tables", "study")
+STAND_IN = [sys.executable, "-S", str(REPOSITORY / "tests" / "examples" / "stand_in_for_train.py")]
+SMALL = ["gpus=0", "trials=3", "jobs_per_gpu=2", "space={optim.learning_rate: 'interval(1e-2, 1e-1)'}"]
+TWINS = "order=[search gutenberg_5m, seeds gutenberg_5m]"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The modules of the folder, which import each other by their bare names as a script's folder allows."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    found = {name: importlib.import_module(name) for name in MODULES}
+    monkeypatch.setattr(found["study"], "POLL_SECONDS", 0.05)
+    yield found
+    for name in MODULES:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def study(modules, tmp_path, monkeypatch):
+    """A call that runs the study with the stand-in, and returns its exit status."""
+    monkeypatch.setattr(modules["study"].signal, "signal", lambda *_: None)  # the handlers are pytest's
+    return lambda *typed: modules["study"].main([f"out={tmp_path}", *SMALL, *typed], STAND_IN)
+
+
+def lines_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines() if line]
+
+
+def default_plan(modules, *typed):
+    return modules["plan"].Plan(modules["plan"].read_settings([*typed], RECIPES / "study.yaml"))
+
+
+def test_every_recipe_option_and_range_of_the_plan_composes(modules):
+    """Options with different keys are composed together, since each composition takes a while."""
+    plan = default_plan(modules)
+    space = OverridesParser.create().parse_overrides([f"{key}={v}" for key, v in plan.sweeps[0].space.items()])
+    ranges = {key: distribution(each) for each in space if (key := each.get_key_element())}
+    first = {key: one.choices[0] if hasattr(one, "choices") else one.low for key, one in ranges.items()}
+    last = {key: one.choices[-1] if hasattr(one, "choices") else one.high for key, one in ranges.items()}
+    composed = [
+        {"experiment": "recipes/gutenberg_5m"} | {key: str(v) for key, v in each.items()} for each in (first, last)
+    ]
+    composed += [{"experiment": f"recipes/{recipe}"} for recipe in plan.settings["recipes"]]
+    added = [plan.option(name) for name in plan.settings["options"]]
+    for option in map(modules["plan"].by_key, added + [wide["overrides"] for wide in plan.settings["wide"].values()]):
+        free = next((one for one in composed if not one.keys() & option.keys()), None)
+        assert free is not None, "more options with one key than recipes: compose some of them apart"
+        free |= option
+    for overrides in composed:
+        assert compose("train", ["run_dir=unused", *(f"{key}={value}" for key, value in overrides.items())])
+
+
+def test_twins_are_searched_alike_and_first_in_order(modules):
+    sweeps = default_plan(modules).sweeps
+    by_name = {sweep.name: sweep for sweep in sweeps}
+    for recipe in ("gutenberg_5m", "gutenberg_40m", "gutenberg_800k", "tinystories_5m"):
+        b158, none = by_name[f"{recipe}/b158/search"], by_name[f"{recipe}/none/search"]
+        assert (b158.jobs, b158.space, b158.tokens) == (none.jobs, none.space, none.tokens)
+        assert {key for key in b158.fixed if b158.fixed[key] != none.fixed[key]} == {"quant"}
+    for place, sweep in enumerate(sweeps):
+        assert set(sweep.needs) <= {before.name for before in sweeps[:place]}
+
+
+def test_the_best_trial_goes_on_with_every_seed(study, tmp_path):
+    assert study(TWINS, "seeds=[1,2,3]") == 0
+    found = lines_of(tmp_path)
+    assert len(found) == 2 * 3 + 2 * 3
+    base = [line for line in found if line["sweep"] == "gutenberg_5m/b158/base"]
+    assert [line["seed"] for line in base] == [1, 2, 3]
+    assert {line["overrides"]["optim.learning_rate"] for line in base} == {"0.02"}  # trials had 0.01, 0.02 and 0.04
+    assert base[0]["loss"] == pytest.approx(0.111) and base[0]["tokens_per_s"] == 1100
+    page = (tmp_path / "tables.md").read_text()
+    half = quantile_975(2) * 0.001 / math.sqrt(3)
+    assert f"| +0.1020 ± {half:.4f} |" in page and f"| +0.0510 ± {half / 2:.4f} |" in page
+    assert "`experiment=recipes/gutenberg_5m quant=b158 optim.learning_rate=0.02 seed=1,2,3`" in page
+    assert not (tmp_path / "gutenberg_5m/b158/search/optim.learning_rate=0.02000/model").exists()
+    assert (tmp_path / "gutenberg_5m/b158/base/seed=1/model").exists()
+
+
+def test_the_same_line_again_does_nothing(study, tmp_path, capfd):
+    assert study(TWINS) == 0
+    before = (tmp_path / "results.jsonl").read_text()
+    capfd.readouterr()
+    assert study(TWINS) == 0
+    assert (tmp_path / "results.jsonl").read_text() == before and "bitnet_lit.train" not in capfd.readouterr().out
+
+
+def test_it_goes_on_without_the_folders_and_with_a_line_cut_off(study, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("STAND_IN_JOBS", "2")
+    assert study(TWINS) == 1  # the searches have two of three trials
+    assert len(lines_of(tmp_path)) == 4
+    for name in ("gutenberg_5m", "logs"):
+        shutil.rmtree(tmp_path / name)
+    results = tmp_path / "results.jsonl"
+    results.write_text(results.read_text()[:-30])
+    monkeypatch.delenv("STAND_IN_JOBS")
+    capfd.readouterr()
+    assert study(TWINS, "seeds=[1,2]") == 0
+    said = capfd.readouterr().out
+    assert "sweep.n_trials=1 sweep.seed=2" in said and "sweep.n_trials=2 sweep.seed=1" in said
+    searched = [json.loads(line)["sweep"] for line in results.read_text().splitlines() if line.endswith("}")]
+    assert sorted(searched) == sorted(
+        f"gutenberg_5m/{quant}/{what}" for quant in ("b158", "none") for what in 3 * ["search"] + 2 * ["base"]
+    )
+    assert study(TWINS, "seeds=[1,2,3]") == 0 and "seed=3" in capfd.readouterr().out
+
+
+def test_a_trial_that_diverged_counts_and_is_never_the_best(study, tmp_path):
+    assert study("order=[search gutenberg_5m]", "trials=5") == 0  # the last rate is 0.16
+    diverged = [line for line in lines_of(tmp_path) if line["state"] == "diverged"]
+    assert len(diverged) == 2 and all(line["loss"] is None for line in diverged)
+    assert "| 5 (1 diverged) |" in (tmp_path / "tables.md").read_text()
+
+
+def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
+    order = (
+        f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in ('search', 'seeds', 'wide', 'same_time', 'options'))}]"
+    )
+    options = "options={wsd: {overrides: [schedule=wsd], twins: [b158]}}"
+    assert study(order, options, "seeds=[1,2]") == 0
+    found = {line["sweep"]: line["overrides"] for line in lines_of(tmp_path)}
+    assert found["gutenberg_5m/b158/wide"]["model.hidden_size"] == "512"
+    assert found["gutenberg_5m/b158/wsd"]["schedule"] == "wsd"
+    assert int(found["gutenberg_5m/b158/same_time"]["trainer.max_tokens"]) == 55_000_000  # 1.1 times as fast
+    page = (tmp_path / "tables.md").read_text()
+    assert "| 1.1 k | 1 k | 1.100 |" in page and "wsd: `schedule=wsd`" in page
+
+
+def test_the_end_of_the_budget_ends_the_sweeps(study, monkeypatch, tmp_path):
+    monkeypatch.setenv("STAND_IN_SECONDS", "30")
+    began = time.monotonic()
+    assert study(TWINS, "budget_minutes=0.005") == 3
+    assert time.monotonic() - began < 20 and not (tmp_path / "results.jsonl").exists()
+
+
+def test_gpus_share_their_room(modules):
+    plan = default_plan(modules)
+    sweeps = {sweep.name: sweep for sweep in plan.sweeps}
+    search, base = sweeps["gutenberg_5m/b158/search"], sweeps["gutenberg_5m/b158/base"]
+    pool = modules["pool"].Pool(["0", "1"], 6)
+    assert pool.place_for(search, 16) == (0, 6)
+
+    def take(sweep, place, jobs):
+        pool.running.append(modules["pool"].Running(sweep, None, place, jobs, 0.0))
+
+    take(search, 0, 6)
+    assert pool.place_for(base, 3) == (1, 3)
+    take(base, 1, 3)
+    assert pool.place_for(base, 3) == (1, 3) and pool.place_for(search, 16) is None
+    alone = sweeps["gutenberg_5m/b158/speed"]
+    assert pool.place_for(alone, 1) is None
+    pool.running.clear()
+    take(alone, 0, 1)
+    assert pool.place_for(base, 3) == (1, 3)
+
+
+def test_tables_go_between_the_marks_of_a_page(modules, tmp_path):
+    tables, page = modules["tables"], tmp_path / "page.md"
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    tables.put_into(page, "new")
+    assert page.read_text() == f"before\n{tables.BEGIN}\n\nnew\n{tables.END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="no page with one"):
+        tables.put_into(page, "new")
+    text = (REPOSITORY / "docs" / "recipes.md").read_text()
+    assert text.count(tables.BEGIN) == text.count(tables.END) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("trial=3", "trial=3: give key=value with one of"),
+        ("trials=0", "trials=0: must be a number, at least 1"),
+        ("budget_minutes=soon", "budget_minutes=soon: must be a number"),
+        ("order=[search gutenberg_6m]", "order: search gutenberg_6m: give one of"),
+        ("seeds=[]", "seeds=\\[\\] is empty"),
+    ],
+)
+def test_a_mistake_is_one_line(study, typed, message, capsys):
+    assert study(typed) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
