@@ -29,25 +29,30 @@ SCHEMES = {
     "group 64": QuantConfig(name="b158_group", settings={"group_size": 64}),
     "group 256": QuantConfig(name="b158_group", settings={"group_size": 256}),
     "row, median, 4 bits": QuantConfig(name="b158_row", weight_scale="absmedian", activation_bits=4),
+    "sherry": QuantConfig(name="sherry"),
+    "tequila": QuantConfig(name="tequila", settings={"bias_factor": 0.1}),
+    "bitnet_v2": QuantConfig(name="bitnet_v2", activation_bits=4),
 }
 TOYS = {cls.name: cls for cls in (Threshold, Quinary, Centered, Gained)}
 OWN_LAYER = "its layer computes more than codes and scales"
+NOT_CODES = dict.fromkeys(["centered", "gained", "tequila", "bitnet_v2"], OWN_LAYER)
 # Target: what it says of the schemes it does not hold.
 REFUSED = {
     "latent": dict.fromkeys([*SCHEMES, *TOYS], "transformers knows absmean with one scale"),
     "packed": {
-        **dict.fromkeys([*SCHEMES, "quinary"], "transformers knows ternary codes with one scale"),
-        "centered": OWN_LAYER,
-        "gained": OWN_LAYER,
+        **dict.fromkeys(
+            ["row", "group 64", "group 256", "row, median, 4 bits", "quinary"],
+            "transformers knows ternary codes with one scale",
+        ),
+        **NOT_CODES,
     },
     "gguf_tq2_0": {
         "group 64": r"a ternary block of 256 inputs has one: take quant=b158_row",
         "quinary": "its codes are -2, -1, 0, 1, 2",
-        "centered": OWN_LAYER,
-        "gained": OWN_LAYER,
+        **NOT_CODES,
     },
-    "gguf_f16": {"quinary": "its codes are -2, -1, 0, 1, 2", "centered": OWN_LAYER, "gained": OWN_LAYER},
-    "llama2c": {"centered": OWN_LAYER, "gained": OWN_LAYER},
+    "gguf_f16": {"quinary": "its codes are -2, -1, 0, 1, 2", **NOT_CODES},
+    "llama2c": NOT_CODES,
 }
 REFUSED["gguf_tq1_0"] = REFUSED["gguf_tq2_0"]
 FORMATS = {
@@ -101,7 +106,10 @@ def test_every_format_keeps_what_it_holds(tmp_path, tokenizer, monkeypatch, name
         report = export_to(tmp_path / "out" / form, folder, **options)
         if form in ("latent", "packed"):
             described = json.loads((tmp_path / "out" / form / "config.json").read_text())
-            in_transformers = form == "packed" and name == "threshold"  # ternary codes with one scale: it is given both
+            in_transformers = form == "packed" and name in (
+                "threshold",
+                "sherry",
+            )  # ternary codes with one scale: it is given both
             assert described["model_type"] == ("llama" if in_transformers else "bitnet_lit")
             assert report["runs_in_transformers"] == in_transformers
             opened = open_stored(tmp_path / "out" / form)
@@ -192,6 +200,8 @@ def test_an_unknown_scheme_of_a_folder_is_refused_and_not_imported(tmp_path):
         ("row, median, 4 bits", "it rounds activations by AbsMax"),
         ("quinary", "its codes are -2, -1, 0, 1, 2"),
         ("centered", "its layer computes more"),
+        ("tequila", "its layer computes more"),
+        ("bitnet_v2", "it rounds activations by AbsMeanActivations"),
         ("threshold", None),
     ],
 )
@@ -207,9 +217,10 @@ def test_the_native_engine_says_what_it_cannot_run(tmp_path, tokenizer, name, wh
 
 
 @needs_compiler
-def test_the_native_engine_runs_a_ternary_rule_that_it_does_not_know(tmp_path, tokenizer):
+@pytest.mark.parametrize("name", ["threshold", "sherry"])
+def test_the_native_engine_runs_a_ternary_rule_that_it_does_not_know(tmp_path, tokenizer, name):
     """Codes and scales come from the rule itself; the kernels multiply them."""
-    folder = saved_model(tmp_path / "model", quant_of("threshold"), tokenizer)
+    folder = saved_model(tmp_path / "model", quant_of(name), tokenizer)
     stored = open_stored(folder)
     weights = Weights(stored)
     for name in sorted(stored.quantized):

@@ -35,6 +35,7 @@ SCHEMES = [
     QuantConfig(activation_bits=4),
     QuantConfig(name="b158_row"),
     QuantConfig(name="b158_group", settings={"group_size": 4}),
+    QuantConfig(name="sherry"),
     QuantConfig(name="none"),
 ]
 # Sums of up to 512 float32 products in another order, of values near 1.

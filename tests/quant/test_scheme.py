@@ -18,12 +18,13 @@ from bitnet_lit.model.accounting import account
 from bitnet_lit.quant import BitLinear, PackedBitLinear, Scheme, convert_linears, pack_linears, register, scheme_named
 from bitnet_lit.quant.bit_linear import bit_linear_reference
 from bitnet_lit.quant.scheme import is_skipped
-from bitnet_lit.quant.schemes import B1, B158, SCHEMES, B158Group, B158Row, Dense
+from bitnet_lit.quant.schemes import B1, B158, SCHEMES, B158Group, B158Row, BitNetV2, Dense, Sherry, Tequila
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, PerTensor, Sign, spread_scale
 from tests.quant.toy_schemes import Centered, CenteredLinear, Gained, GainedLinear, Quinary, Threshold
 from tests.support import REPOSITORY, tiny_config
 
 OURS = [B158(), B158("absmedian", 4), B158Row(), B158Row("absmedian"), B158Group(group_size=8), B1(), Dense()]
+OURS += [Sherry(), Tequila(), BitNetV2(activation_bits=4), BitNetV2(hadamard=False, activation_scale="absmax")]
 TOYS = [Threshold(), Threshold(factor=0.5), Quinary(), Centered()]
 
 
@@ -67,6 +68,8 @@ def test_what_the_first_version_saved_is_read():
         ({"name": "b158_group", "group_size": 64.0}, "group_size=64.0 must be of type int"),
         ({"name": "b158_group", "group_size": 1}, "group_size=1: must be 2 or more"),
         ({"name": "threshold", "factor": float("nan")}, "factor=nan must be of type float"),
+        ({"name": "bitnet_v2", "activation_scale": "mean"}, "activation_scale=mean: must be one of absmean, absmax"),
+        ({"name": "sherry", "weight_scale": "absmedian"}, "quant=sherry: has no setting weight_scale"),
         ({"name": "b158", "skip": "lm_head"}, "skip='lm_head': must be a list of names"),
     ],
     ids=str,
@@ -185,6 +188,8 @@ def test_bits_levels_and_scales():
     assert said[B158Row()] == ((-1, 0, 1), PerRow(), True, log3 + 32 / 256)
     assert said[B158Group(group_size=8)] == ((-1, 0, 1), PerGroup(8), True, log3 + 32 / 8)
     assert said[B1()] == ((-1, 1), PerTensor(), True, 1 + 32 / (64 * 256))
+    assert said[Sherry()] == ((-1, 0, 1), PerTensor(), True, 1.25 + 32 / (64 * 256))
+    assert said[Tequila()] == ((-1, 0, 1), PerTensor(), True, log3 + 32 / (64 * 256) + 32 / 256)  # 64 biases
     assert said[Dense()] == ((), PerTensor(), False, 32.0)
     assert not Quinary().is_ternary and not Centered().is_plain and Threshold().is_plain
 
@@ -196,6 +201,8 @@ def test_a_model_of_any_scheme_is_counted(scheme):
     shapes = [(32, 32)] * 4 + [(64, 32)] * 2 + [(32, 64)]
     if scheme.quantizes:
         scales = sum(torch.ones(scheme.weights.quantize(torch.randn(shape))[1].shape).numel() for shape in shapes)
+        if scheme == Tequila():
+            scales += sum(rows for rows, _ in shapes)  # biases
         expected = scheme.code_bits + 32 * scales / sum(rows * inputs for rows, inputs in shapes)
     else:
         expected = 32.0
@@ -208,6 +215,10 @@ def test_groups_that_do_not_fill_a_row_are_one_line_and_change_nothing():
         convert_linears(model, B158Group(group_size=64))
     assert type(model["a"]) is nn.Linear
     assert convert_linears(model, B158Group(group_size=64), skip=["b"]) == ["a"]
+    with pytest.raises(UserError, match="^b: rows of 30 inputs do not divide into blocks of 4 weights"):
+        convert_linears(nn.ModuleDict({"b": nn.Linear(30, 8)}), Sherry())
+    with pytest.raises(UserError, match="rows of 30 inputs do not divide into blocks of 4"):
+        account(tiny_config(hidden_size=30, num_attention_heads=3), QuantConfig(name="sherry"))
     with pytest.raises(UserError, match="do not divide into groups of 24"):
         account(tiny_config(), QuantConfig(name="b158_group", settings={"group_size": 24}))
 
@@ -238,7 +249,9 @@ def test_statistics_are_of_rules_that_two_numbers_describe():
         assert rule.statistics(weight) is None
 
 
-@pytest.mark.parametrize("scheme", [B158Row(), B158Group(group_size=16), B158(), Threshold(), Quinary()], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [B158Row(), B158Group(group_size=16), B158(), Sherry(), Threshold(), Quinary()], ids=str
+)
 def test_trained_and_packed_layers_agree_bit_for_bit_gradients_included(scheme):
     for seed in range(5):
         torch.manual_seed(seed)
@@ -283,11 +296,25 @@ def output_and_gradients(module, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", [B158(), B158Row(), B158Group(group_size=16), Quinary(), Centered()], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        B158(),
+        B158Row(),
+        B158Group(group_size=16),
+        Sherry(),
+        Tequila(),
+        BitNetV2(activation_bits=4),
+        Quinary(),
+        Centered(),
+    ],
+    ids=str,
+)
 def test_compiled_code_has_no_breaks_and_the_same_gradients(scheme, dtype, dynamo):
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(32, 16, bias=False))
+    module = nn.ModuleDict({"o_proj": nn.Linear(32, 16, bias=False)})
     convert_linears(module, scheme)
+    module = module["o_proj"]
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for found, expected in zip(output_and_gradients(compiled, dtype), output_and_gradients(module, dtype), strict=True):
         assert expected.abs().sum() > 0

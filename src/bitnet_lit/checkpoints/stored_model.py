@@ -161,7 +161,7 @@ class StoredModel:
         self.quantized = quantized_names(self.config, self.quant)
         try:
             for rows, inputs in {self.tensors[name] for name in self.quantized}:
-                self.quant.scheme.granularity.scale_shape(rows, inputs)
+                self.quant.scheme.check_sizes(rows, inputs)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         self._check(stored)

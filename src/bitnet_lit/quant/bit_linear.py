@@ -182,7 +182,7 @@ class BitLinear(nn.Linear):
         held: the rounded weights, where they are rounded less often than the layer is called (kernels/hold.py).
 
     Raises:
-        UserError: the group size of the scheme does not divide in_features, or `quant` is unknown.
+        UserError: the scheme cannot round a matrix of these sizes, or `quant` is unknown.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class BitLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.scheme = scheme_of(quant)
-        self.scheme.granularity.scale_shape(out_features, in_features)
+        self.scheme.check_sizes(out_features, in_features)
         # Kept as attributes: a scheme makes its rules anew at each access, and every forward pass reads them.
         self._weights, self._activations = self.scheme.weights, self.scheme.activations
         self.strength: Tensor | None = None

@@ -107,13 +107,12 @@ def convert_linears(module: nn.Module, quant: str | Scheme | QuantConfig, skip: 
     if not scheme.quantizes:
         return []
     left_alone = [*skip, *getattr(quant, "skip", ())]
-    make = scheme.layer or BitLinear
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
         if type(layer) is not nn.Linear or not _is_plain(layer) or is_skipped(name, left_alone):
             return None
         try:
-            new = make.from_linear(layer, scheme)
+            new = (scheme.layer_for(name) or BitLinear).from_linear(layer, scheme)
             new.kernel, new.grad = getattr(quant, "kernel", new.kernel), getattr(quant, "grad", new.grad)
             _take_over(new, layer)
         except UserError as error:

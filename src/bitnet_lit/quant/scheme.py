@@ -63,7 +63,7 @@ class Scheme(ABC):
     Attributes:
         name: its name in config files and on the command line.
         title: its description, for tables and model cards.
-        layer: a subclass of BitLinear, where BitLinear itself does not compute the scheme.
+        layer: a subclass of BitLinear, where BitLinear itself does not compute the scheme. `layer_for` chooses by name.
         ignores: settings of other schemes that it accepts and ignores; all others are refused.
     """
 
@@ -81,6 +81,22 @@ class Scheme(ABC):
     def activations(self) -> ActivationRule:
         """The rule by which activations are rounded."""
         return AbsMax(8)
+
+    def layer_for(self, name: str) -> type[BitLinear] | None:
+        """Return the class of one layer; None where it is BitLinear itself.
+
+        Args:
+            name: the full name of the layer in its network, such as "model.layers.0.mlp.down_proj".
+        """
+        return self.layer
+
+    def check_sizes(self, rows: int, inputs: int) -> None:
+        """Refuse a (rows, inputs) matrix that the scheme cannot round.
+
+        Raises:
+            UserError: the group size of the scheme does not divide `inputs`.
+        """
+        self.granularity.scale_shape(rows, inputs)
 
     def own_tensors(self, rows: int, inputs: int) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of the parameters and buffers that `layer` has beside weight and bias.
@@ -136,8 +152,9 @@ class Scheme(ABC):
         """Return the bits per weight of a (rows, inputs) matrix: the information of a code, and a share of the scales.
 
         Raises:
-            UserError: the group size of the scheme does not divide `inputs`.
+            UserError: see `check_sizes`.
         """
+        self.check_sizes(rows, inputs)
         if not self.quantizes:
             return self.code_bits
         scales = math.prod(self.granularity.scale_shape(rows, inputs))

@@ -6,15 +6,20 @@ scheme, but it cannot make us import code: a scheme that its user has neither in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.quant.activations import AbsMax, ActivationRule
-from bitnet_lit.quant.scheme import Scheme
+from bitnet_lit.quant.activations import AbsMax, AbsMeanActivations, ActivationRule
+from bitnet_lit.quant.scheme import SCALE_BITS, Scheme
+from bitnet_lit.quant.three_of_four import BLOCK, ThreeOfFour
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, Granularity, PerGroup, PerRow, PerTensor, Sign, WeightRule
 from bitnet_lit.registry import Registry, with_settings
+
+if TYPE_CHECKING:
+    from bitnet_lit.quant.bit_linear import BitLinear
 
 SCHEMES: Registry[Scheme] = Registry(
     Scheme,  # type: ignore[type-abstract]  # its subclasses are registered
@@ -116,6 +121,108 @@ class B1(Scheme):
     def activations(self) -> ActivationRule:
         """The rule that scales each token by its largest magnitude."""
         return AbsMax(self.activation_bits)
+
+
+@register
+@dataclass(frozen=True)
+class Sherry(Scheme):
+    """Sherry (arXiv 2601.07892) has three ternary weights of four that are not 0: 1.25 bits of information a weight.
+
+    Formats and engines of ternary codes hold it, in the 2 bits that they have for each.
+    """
+
+    name = "sherry"
+    title = "ternary weights, three of four not 0 (Sherry)"
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        _check_bits(self.activation_bits)
+
+    @property
+    def weights(self) -> WeightRule:
+        """The rule that makes the smallest of four neighbouring weights 0."""
+        return ThreeOfFour()
+
+    @property
+    def activations(self) -> ActivationRule:
+        """The rule that scales each token by its largest magnitude."""
+        return AbsMax(self.activation_bits)
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of information in a code: a block of four has 4 * 2**3 values, which are 5 bits."""
+        return math.log2(BLOCK * 2 ** (BLOCK - 1)) / BLOCK
+
+    def check_sizes(self, rows: int, inputs: int) -> None:
+        """Refuse a matrix whose rows do not divide into blocks of four."""
+        if inputs % BLOCK:
+            raise UserError(
+                f"rows of {inputs} inputs do not divide into blocks of {BLOCK} weights: take a multiple of {BLOCK}"
+            )
+
+
+@register
+@dataclass(frozen=True)
+class Tequila(B158):
+    """Tequila (arXiv 2509.23809) is b1.58 with a bias that is computed from the weights whose code is 0."""
+
+    name = "tequila"
+    title = "ternary weights (b1.58: -1, 0, +1), a bias of the weights that are 0 (Tequila)"
+    bias_factor: float = 1e-3
+    """The factor lambda of the paper, by which these weights are multiplied."""
+
+    def layer_for(self, name: str) -> type[BitLinear]:
+        """The layer with the bias."""
+        from bitnet_lit.quant.dead_zone import DeadZoneLinear
+
+        return DeadZoneLinear
+
+    @property
+    def is_plain(self) -> bool:
+        """False, because of the bias."""
+        return False
+
+    def bits_per_weight(self, rows: int, inputs: int) -> float:
+        """Return the bits of b1.58 and those of a float32 bias for each output."""
+        return super().bits_per_weight(rows, inputs) + SCALE_BITS / inputs
+
+
+@register
+@dataclass(frozen=True)
+class BitNetV2(B158):
+    """BitNet v2 (arXiv 2504.18415) is b1.58 for 4-bit activations: Hadamard transforms before o_proj and down_proj.
+
+    `quant=bitnet_v2` sets 4 bits. The paper trains with 8 bits first, and with 4 for the last twentieth of the tokens.
+    """
+
+    name = "bitnet_v2"
+    title = "ternary weights (b1.58: -1, 0, +1), Hadamard transforms (BitNet v2)"
+    hadamard: bool = True
+    """Whether the inputs of o_proj and down_proj are transformed."""
+    activation_scale: str = "absmean"
+    """absmean (BitNet v2 with 4 bits, clips large activations) or absmax (with 8 bits, and b1.58)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation_scale not in ("absmean", "absmax"):
+            raise UserError(f"quant.settings.activation_scale={self.activation_scale}: must be one of absmean, absmax")
+
+    @property
+    def activations(self) -> ActivationRule:
+        """The rule that scales each token by its mean or by its largest magnitude."""
+        return (AbsMeanActivations if self.activation_scale == "absmean" else AbsMax)(self.activation_bits)
+
+    def layer_for(self, name: str) -> type[BitLinear] | None:
+        """The layer with the transform for o_proj and down_proj, whose inputs have the large channels."""
+        from bitnet_lit.quant.hadamard import HadamardLinear
+
+        is_transformed = self.hadamard and name.rpartition(".")[2] in ("o_proj", "down_proj")
+        return HadamardLinear if is_transformed else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is no transform."""
+        return not self.hadamard
 
 
 @register

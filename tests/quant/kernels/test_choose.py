@@ -10,12 +10,13 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import build_model
 from bitnet_lit.model.layers import joint_layers
-from bitnet_lit.quant import BitLinear
+from bitnet_lit.quant import BitLinear, register
 from bitnet_lit.quant.bit_linear import bit_linear_reference, set_strength
 from bitnet_lit.quant.kernels import choose
 from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.quant.kernels.interface import Kernels
 from bitnet_lit.quant.kernels.triton import kernels as triton_kernels
+from tests.quant.toy_schemes import Threshold
 from tests.support import tiny_config
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -149,7 +150,7 @@ class TestWhyTritonRefuses:
         return describe(model, torch.device("cuda"), dtype)
 
     def test_it_computes_all_built_in_schemes_with_a_scale_for_a_matrix_or_a_row(self):
-        for name in ("b158", "b158_row", "b1"):
+        for name in ("b158", "b158_row", "b1", "sherry", "tequila"):
             assert self.line(tiny(name=name, grad="fp8")) == "triton (14 layers), gradients of the inputs in FP8"
         assert self.line(tiny(weight_scale="absmedian", grad="bf16")) == "triton (14 layers)"
         both = "gradients of the inputs and of the weights in FP8"
@@ -170,6 +171,14 @@ class TestWhyTritonRefuses:
     def test_scales_per_group(self):
         model = tiny(name="b158_group", settings={"group_size": 32})
         assert self.line(model) == "reference (14 layers: scales: one for 32 inputs)"
+
+    def test_rules_that_they_do_not_have(self):
+        model = tiny(name="bitnet_v2", activation_bits=4)
+        assert self.line(model) == "reference (14 layers: activations are rounded by AbsMeanActivations)"
+        model = tiny(name="bitnet_v2", settings={"activation_scale": "absmax"}, grad="bf16")
+        assert self.line(model) == "triton (14 layers)"
+        register(Threshold)
+        assert self.line(tiny(name="threshold")) == "reference (14 layers: weights are rounded by ThresholdRule)"
 
     def test_sizes_that_the_tma_cannot_load(self):
         torch.manual_seed(0)

@@ -23,6 +23,7 @@ SCHEMES = {
     "4 bits": {"activation_bits": 4},
     "b158_row": {"name": "b158_row"},
     "b1": {"name": "b1"},
+    "sherry": {"name": "sherry"},
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.kernels.interface import Kernels, Norm, compute_dtype
+from bitnet_lit.quant.three_of_four import ThreeOfFour
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerRow, PerTensor, Sign, WeightRule
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def _rule_name(rule: WeightRule | None) -> str | None:
     """Return the name of a rule that the kernels support, a key of `weights.RULES`; None for any other rule."""
     if type(rule) is Sign:
         return "sign"
+    if type(rule) is ThreeOfFour:
+        return "three_of_four"
     for kind, name in ((AbsMean, "absmean"), (AbsMedian, "absmedian")):
         if type(rule) is kind and rule.granularity == PerTensor():
             return name
@@ -74,8 +77,12 @@ class TritonKernels(Kernels):
         for layer in layers:
             if type(layer._activations) is not AbsMax:
                 return f"activations are rounded by {type(layer._activations).__name__}"
+            if layer._weights is None:
+                return "nothing is rounded"
             if _rule_name(layer._weights) is None:
-                return f"scales: {layer.scheme.granularity}" if layer._weights is not None else "nothing is rounded"
+                if layer._weights.granularity not in (PerTensor(), PerRow()):
+                    return f"scales: {layer._weights.granularity}"
+                return f"weights are rounded by {type(layer._weights).__name__}"
             if layer.in_features % ALIGNMENT or layer.out_features % ALIGNMENT:
                 return f"{layer.in_features} x {layer.out_features} features are no multiples of {ALIGNMENT}"
         return None

@@ -7,7 +7,7 @@ one product. The result holds the codes twice, in one pass over the latent weigh
 - FP8 (I, O), for the gradient of the input: `torch._scaled_mm` needs the summed axis to be the contiguous one.
 
 The scales are computed first. The mean of the magnitudes is the rule's but for the order of the sum, which is the same
-in every call. Other scales are computed by the rule itself.
+in every call. Other scales are computed by the rule itself, and so are the codes of the rules in `BY_RULE`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_lit.quant.activations import SCALE_MIN
+from bitnet_lit.quant.kernels.rounded_by_rule import round_by_rule
 from bitnet_lit.quant.kernels.triton.fp8_rows import FP8
 from bitnet_lit.quant.kernels.triton.launch import on_device_of, operator
+from bitnet_lit.quant.three_of_four import ThreeOfFour
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerRow, Sign, WeightRule
 
 CONTIGUOUS = torch.contiguous_format
@@ -32,8 +34,11 @@ RULES: dict[str, WeightRule] = {
     "absmedian": AbsMedian(),
     "absmedian_row": AbsMedian(PerRow()),
     "sign": Sign(),
+    "three_of_four": ThreeOfFour(),
 }
 """The rules that the kernels support, by a name that a custom operator can have as its argument."""
+BY_RULE = ("three_of_four",)
+"""Rules whose codes are computed by the rule itself, in a few more passes over the weights."""
 
 
 @triton.jit
@@ -126,6 +131,8 @@ def _round_weight(
 
 def round_into(weights: Sequence[Tensor], rule: str, codes: Tensor, transposed: Tensor | None, scale: Tensor) -> None:
     """Round the matrices of one product, and write what `round_weights` returns into tensors that are there already."""
+    if rule in BY_RULE:
+        return round_by_rule(weights, RULES[rule], codes, transposed, scale)
     assert len(weights) <= 3, "a launch rounds up to three matrices"
     # The kernels read whole rows of 16-byte blocks. A parameter that is a view of other memory may lie otherwise.
     weights = [
