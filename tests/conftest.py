@@ -8,6 +8,7 @@ it is skipped with the reason.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         _dynamo.reset()  # dynamo stops compiling a function that was compiled for many shapes in one process
         torch.cuda.empty_cache()
         return result
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_signals() -> Generator[None]:
+    """Check that a test leaves the handlers of signals as they were.
+
+    A process that is forked by a later test inherits them, and with a handler in Python it may outlive SIGTERM: when
+    the signal comes just before a call that waits, the handler waits too.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before, f"handlers of SIGINT and SIGTERM: {before} became {after}"
 
 
 @pytest.fixture(scope="session")
