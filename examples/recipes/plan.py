@@ -8,6 +8,7 @@ Each sweep is one command `python -m bitnet_lit.train -m ...` in a folder of its
     gutenberg_5m/b158/wide         the best trial with twice the width, with each seed
     gutenberg_5m/b158/speed        the best trial alone on a GPU, some hundred steps, for its tokens/s
     gutenberg_5m/b158/same_time    the best trial for as long as the dense twin takes, with each seed
+    gutenberg_5m/b158/combined     the best trial with all options that helped, with each seed
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_lit.errors import UserError
 
 TWINS = ("b158", "none")
-SEARCH, BASE, WIDE, SPEED, SAME_TIME = "search", "base", "wide", "speed", "same_time"
+SEARCH, BASE, WIDE, SPEED, SAME_TIME, COMBINED = "search", "base", "wide", "speed", "same_time", "combined"
+NO_OPTIONS = (SEARCH, BASE, WIDE, SPEED, SAME_TIME, COMBINED)
 SPEED_STEPS = 300
 DENSE_RUN = "{dense_run}"  # in an option's override: the folder of the dense twin's first seed
 
@@ -112,9 +114,10 @@ class Plan:
         self.typed = by_key(self.settings["overrides"])
         found: dict[str, Sweep] = {}
         for step in self.settings["order"]:
-            for sweep in self._step(*step.split()):
+            for sweep in self._step(*[*step.split(), ""][:2]):
                 found.setdefault(sweep.name, sweep)
         self.sweeps = list(found.values())
+        self.by_name = found
 
     def option(self, name: str) -> list[str]:
         """Return the overrides of an option."""
@@ -125,6 +128,7 @@ class Plan:
             "search": lambda: [self._search(recipe, quant) for quant in TWINS],
             "seeds": lambda: [self._grid(recipe, quant, BASE, {}) for quant in TWINS],
             "options": lambda: self._options(recipe),
+            "combined": lambda: [self._combined(recipe, quant) for quant in TWINS],
             "wide": lambda: [self._wide(recipe)],
             "same_time": lambda: [*(self._speed(recipe, quant) for quant in TWINS), self._same_time(recipe)],
         }
@@ -160,8 +164,21 @@ class Plan:
             self._grid(recipe, quant, name, option)
             for quant in TWINS  # first all that are tried with b158
             for name, option in self.settings["options"].items()
-            if quant in option["twins"]
+            if quant in option["twins"] and recipe in option.get("recipes", [recipe])
         ]
+
+    def _combined(self, recipe: str, quant: str) -> Sweep:
+        """Make the sweep with all options that helped, measured with the recipe of the plan's first `options`."""
+        measured = next((step.split()[1] for step in self.settings["order"] if step.startswith("options ")), None)
+        if measured is None:
+            raise UserError(f"order: combined {recipe}: needs a step options <recipe>")
+        options = [sweep for sweep in self._options(measured) if sweep.quant == quant]
+        needs = [f"{measured}/{quant}/{BASE}", *(sweep.name for sweep in options)]
+        return self._grid(recipe, quant, COMBINED, {}, *needs)
+
+    def portable(self, option: str, recipe: str) -> bool:
+        """Return whether an option is not made for another recipe's sizes."""
+        return recipe in self.settings["options"][option].get("recipes", [recipe])
 
     def _wide(self, recipe: str) -> Sweep:
         if recipe not in self.settings["wide"]:

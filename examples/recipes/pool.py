@@ -15,6 +15,8 @@ from pathlib import Path
 
 from plan import Sweep
 
+from bitnet_lit.control_groups import processors
+
 GRACE_SECONDS = 90.0  # for runs to save after SIGTERM
 
 
@@ -72,8 +74,10 @@ class Pool:
         """Start the command of a sweep on a GPU. What it prints is appended to a file."""
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place]
+        if self.gpus:  # each run takes a share of the processors, for compilation too
+            share = str(max(1, processors() // (len(self.gpus) * self.room)))
+            environment |= {"CUDA_VISIBLE_DEVICES": self.gpus[place], "OMP_NUM_THREADS": share}
+            environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", share)
         with log.open("ab") as file:
             process = subprocess.Popen(
                 command,

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import BASE, SEARCH, Sweep
+from plan import BASE, NO_OPTIONS, SEARCH, Plan, Sweep, by_key
 
 from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.reports.statistics import Estimate
 from bitnet_lit.reports.weight_sizes import weight_sizes
 from bitnet_lit.runs.folder import CHECKPOINTS, ERROR_NAME, MODEL, MODEL_LAST, locked
 from bitnet_lit.runs.history import DONE, FAILED, Run, read_runs
@@ -128,6 +129,35 @@ class Results:
         """Return the values of the best trial, with two digits, as they are typed for the runs after it."""
         best = self.best(search)
         return None if best is None else {key: _rounded(text) for key, text in best["values"].items()}
+
+    def change(self, sweep: str, base: str, figure: str = "loss") -> Estimate | None:
+        """Return the mean difference of a figure between runs of one seed; None where no two runs have it."""
+        one, other = (
+            {record["seed"]: record[figure] for record in self.of(name) if record.get(figure) is not None}
+            for name in (sweep, base)
+        )
+        values = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+        return Estimate.of(values) if values else None
+
+    def combination(self, plan: Plan, sweep: Sweep) -> dict[str, str]:
+        """Return the overrides of all options that helped the twin of a sweep.
+
+        An option helps if the whole interval of its change lies below 0. Of options that set one key the better one is
+        taken.
+        """
+        helped: list[tuple[float, str]] = []
+        for need in (plan.by_name[name] for name in sweep.needs if name in plan.by_name):
+            change = self.change(need.name, f"{need.recipe}/{need.quant}/{BASE}")
+            if need.what in NO_OPTIONS or change is None or not plan.portable(need.what, sweep.recipe):
+                continue
+            if change.mean + (change.half_width or 0) < 0:
+                helped.append((change.mean, need.what))
+        chosen: dict[str, str] = {}
+        for _, name in sorted(helped):
+            option = by_key(plan.option(name))
+            if not option.keys() & chosen.keys():
+                chosen |= option
+        return chosen
 
     def collect(self, sweep: Sweep) -> list[Record]:
         """Write a line for each run of a sweep that has ended since the last call, and return these lines."""

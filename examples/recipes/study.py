@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from plan import BASE, DENSE_RUN, SAME_TIME, SEARCH, SPEED, TWINS, Plan, Sweep, read_settings
+from plan import BASE, COMBINED, DENSE_RUN, SAME_TIME, SEARCH, SPEED, TWINS, Plan, Sweep, read_settings
 from pool import Pool
 from results import Results
 from rich.table import Table
@@ -48,6 +48,7 @@ class Study:
         self.results = Results(self.out)
         self.tables = Tables(plan, self.results)
         self.failed: dict[str, str] = {}
+        self.skipped: set[str] = set()
         self.is_stopped = False
 
     def overrides(self, sweep: Sweep, jobs: int) -> list[str]:
@@ -61,6 +62,8 @@ class Study:
             values = self.results.best_values(sweep.best_of)
             assert values is not None, "a sweep begins when its search is done"
             fixed = {key: fixed.pop(key) for key in ("experiment", "quant")} | values | fixed
+        if sweep.what == COMBINED:
+            fixed |= self.results.combination(self.plan, sweep)
         if sweep.what == SAME_TIME:
             fixed["trainer.max_tokens"] = str(self._tokens_in_the_same_time(sweep))
         dense = self.out / sweep.recipe / "none" / BASE / f"seed={self.plan.settings['seeds'][0]}"
@@ -83,13 +86,15 @@ class Study:
         return round(sweep.tokens * b158 / dense)
 
     def _is_ready(self, sweep: Sweep, running: set[str]) -> bool:
-        if sweep.name in running or sweep.name in self.failed or self.results.is_complete(sweep):
+        if sweep.name in {*running, *self.failed, *self.skipped} or self.results.is_complete(sweep):
             return False
-        by_name = {each.name: each for each in self.plan.sweeps}
-        if not all(self.results.is_complete(by_name[need]) for need in sweep.needs):
+        if not all(self._is_over(need, sweep.what == COMBINED) for need in sweep.needs):
             return False
         if sweep.best_of is not None and self.results.best(sweep.best_of) is None:
             self.failed[sweep.name] = f"no trial of {sweep.best_of} has a loss"
+            return False
+        if sweep.what == COMBINED and not self.results.combination(self.plan, sweep):
+            self.skipped.add(sweep.name)  # no option helped: its result is that of base
             return False
         folder = self.out / sweep.name
         try:
@@ -98,6 +103,11 @@ class Study:
                 return True
         except UserError:  # processes of a killed study still save
             return False
+
+    def _is_over(self, name: str, may_fail: bool) -> bool:
+        """Return whether a sweep that is needed is done; or failed, where it may, as an option of a combination."""
+        needed = self.plan.by_name.get(name)
+        return needed is not None and (self.results.is_complete(needed) or (may_fail and name in self.failed))
 
     def run(self, pool: Pool, budget_seconds: float | None) -> None:
         """Run until all is done, the time is up, or a signal comes."""
@@ -203,7 +213,8 @@ def main(typed: list[str], command: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.status
-    left = [sweep.name for sweep in study.plan.sweeps if not study.results.is_complete(sweep)]
+    names = [sweep.name for sweep in study.plan.sweeps if not study.results.is_complete(sweep)]
+    left = [name for name in names if name not in study.skipped]
     for name, why in study.failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)
     if left:

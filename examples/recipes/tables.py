@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from plan import BASE, SAME_TIME, SEARCH, SPEED, TWINS, WIDE, Plan, Sweep
+from plan import BASE, COMBINED, NO_OPTIONS, SAME_TIME, SEARCH, SPEED, TWINS, WIDE, Plan, Sweep
 from results import DIVERGED, Record, Results
 
 from bitnet_lit.atomic import atomic_file
@@ -23,21 +23,10 @@ BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 LOSS, BITS = "loss", "bits_per_byte"
 
 
-def _by_seed(records: Iterable[Record], figure: str) -> dict[int, float]:
-    return {record["seed"]: record[figure] for record in records if record.get(figure) is not None}
-
-
 def mean(records: Iterable[Record], figure: str) -> str:
     """Return the mean of a figure over seeds with half of its 95 % interval."""
-    values = list(_by_seed(records, figure).values())
+    values = [record[figure] for record in records if record.get(figure) is not None]
     return with_interval(Estimate.of(values) if values else None)
-
-
-def difference(records: Iterable[Record], others: Iterable[Record], figure: str) -> str:
-    """Return the mean over seeds of the difference of a figure, paired by seed, with half of its 95 % interval."""
-    one, other = _by_seed(records, figure), _by_seed(others, figure)
-    values = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
-    return with_interval(Estimate.of(values) if values else None, signed=True)
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -60,16 +49,20 @@ class Tables:
     def _of(self, recipe: str, quant: str, what: str) -> list[Record]:
         return self.results.of(f"{recipe}/{quant}/{what}")
 
-    def twins(self) -> list[str]:
-        """The best of each twin at equal tokens."""
+    def _difference(self, one: str, other: str, figure: str) -> str:
+        return with_interval(self.results.change(one, other, figure), signed=True)
+
+    def twins(self, what: str) -> list[str]:
+        """Each twin at equal tokens: the best trials, or these with all options that helped."""
         rows = []
         for recipe in self.recipes:
-            b158, dense = (self._of(recipe, quant, BASE) for quant in TWINS)
+            b158, dense = (self._of(recipe, quant, what) for quant in TWINS)
+            names = [f"{recipe}/{quant}/{what}" for quant in TWINS]
             if b158 or dense:
                 one = (b158 or dense)[0]
                 figures = [amount(one.get("parameters")), amount(one.get("tokens")), f"{len(b158)}, {len(dense)}"]
-                losses = [mean(b158, LOSS), mean(dense, LOSS), difference(b158, dense, LOSS)]
-                bits = [mean(b158, BITS), mean(dense, BITS), difference(b158, dense, BITS)]
+                losses = [mean(b158, LOSS), mean(dense, LOSS), self._difference(*names, LOSS)]
+                bits = [mean(b158, BITS), mean(dense, BITS), self._difference(*names, BITS)]
                 rows.append([recipe, *figures, *losses, *bits])
         names = ("b158", "dense", "gap", "b158, bits/byte", "dense, bits/byte", "gap, bits/byte")
         return _table(["recipe", "parameters", "tokens", "seeds", *names], rows)
@@ -82,8 +75,9 @@ class Tables:
             if b158 and dense:
                 sizes = [megabytes(each[0]["bytes"]) if each[0].get("bytes") else "-" for each in (b158, dense)]
                 tokens = [amount(each[0].get("tokens")) for each in (b158, dense)]
-                losses = [mean(b158, LOSS), mean(dense, LOSS), difference(b158, dense, LOSS)]
-                rows.append([recipe, *sizes, *tokens, *losses, difference(b158, dense, BITS)])
+                names = f"{recipe}/{TWINS[0]}/{what}", f"{recipe}/none/{BASE}"
+                losses = [mean(b158, LOSS), mean(dense, LOSS), self._difference(*names, LOSS)]
+                rows.append([recipe, *sizes, *tokens, *losses, self._difference(*names, BITS)])
         names = ("b158, weights", "dense, weights", "b158, tokens", "dense, tokens")
         return _table(["recipe", *names, "b158", "dense", "gap", "gap, bits/byte"], rows)
 
@@ -102,15 +96,24 @@ class Tables:
         rows = []
         for sweep in self.plan.sweeps:
             records = self.results.of(sweep.name)
-            if sweep.what in (SEARCH, BASE, WIDE, SPEED, SAME_TIME) or not records:
+            if sweep.what in NO_OPTIONS or not records:
                 continue
-            base, dense = (self._of(sweep.recipe, quant, BASE) for quant in (sweep.quant, "none"))
+            base, dense = (f"{sweep.recipe}/{quant}/{BASE}" for quant in (sweep.quant, "none"))
             typed = " ".join(f"`{item}`" for item in self.plan.option(sweep.what))
-            figures = [_count(records), mean(records, LOSS), difference(records, base, LOSS)]
-            rows.append(
-                [sweep.recipe, sweep.quant, f"{sweep.what}: {typed}", *figures, difference(records, dense, LOSS)]
-            )
+            figures = [_count(records), mean(records, LOSS), self._difference(sweep.name, base, LOSS)]
+            gap = self._difference(sweep.name, dense, LOSS)
+            rows.append([sweep.recipe, sweep.quant, f"{sweep.what}: {typed}", *figures, gap])
         return _table(["recipe", "twin", "option", "seeds", "loss", "change", "gap to dense"], rows)
+
+    def combinations(self) -> list[str]:
+        """The options of each combination."""
+        rows = []
+        for sweep in self.plan.sweeps:
+            if sweep.what == COMBINED and self.results.of(sweep.name):
+                chosen = self.results.combination(self.plan, sweep)
+                change = self._difference(sweep.name, f"{sweep.recipe}/{sweep.quant}/{BASE}", LOSS)
+                rows.append([sweep.recipe, sweep.quant, " ".join(f"`{k}={v}`" for k, v in chosen.items()), change])
+        return _table(["recipe", "twin", "options", "change"], rows) if rows else []
 
     def searches(self) -> list[str]:
         """Each search, and the command of its best trial."""
@@ -129,10 +132,11 @@ class Tables:
     def text(self) -> str:
         """Return all tables, with headings."""
         parts = {
-            "The twins at equal tokens": self.twins(),
+            "The twins at equal tokens": self.twins(BASE),
             "At equal bytes: b158 with twice the width": self.against_dense(WIDE),
             "At equal training time": [*self.speeds(), *self.against_dense(SAME_TIME)],
             "Options, one at a time": self.options(),
+            "With all options that helped": [*self.twins(COMBINED), *self.combinations()],
             "Searches": self.searches(),
         }
         lines = [line for heading, table in parts.items() for line in (f"### {heading}", *table)]

@@ -1,7 +1,8 @@
 """Stands for `python -m bitnet_lit.train -m` in tests of examples/recipes: it leaves at once what a sweep leaves.
 
-A loss is the distance of the learning rate from 2e-2, and a little more for each seed and for b158. With STAND_IN_JOBS
-in the environment a sweep ends with status 1 after that many jobs; with STAND_IN_SECONDS each job first waits so long.
+A loss is the distance of the learning rate from 2e-2, and a little more for each seed and for b158; stand_in.gain and
+the like lower it. With STAND_IN_JOBS in the environment a sweep ends with status 1 after that many jobs; with
+STAND_IN_SECONDS each job first waits so long.
 """
 
 import json
@@ -39,6 +40,7 @@ def write(folder, overrides):
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {key}={value}\n" for key, value in overrides.items()))
     (folder / "config.yaml").write_text(f"quant:\n  name: {overrides['quant']}\nmodel:\n  vocab_size: 64\nrun_dir: x\n")
     loss = abs(math.log(rate / 0.02)) + 0.01 * seed + (0.1 + 0.001 * seed if overrides["quant"] != "none" else 0)
+    loss -= sum(float(value) for key, value in overrides.items() if key.endswith("gain"))
     speed = {"none": 1000.0}.get(overrides["quant"], 1100.0)
     (folder / "metrics.csv").write_text(f"step,val/loss,perf/tokens_per_s\n10,{loss},{speed}\n")
     if rate > 0.1:

@@ -144,9 +144,33 @@ def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
     found = {line["sweep"]: line["overrides"] for line in lines_of(tmp_path)}
     assert found["gutenberg_5m/b158/wide"]["model.hidden_size"] == "512"
     assert found["gutenberg_5m/b158/wsd"]["schedule"] == "wsd"
-    assert int(found["gutenberg_5m/b158/same_time"]["trainer.max_tokens"]) == 55_000_000  # 1.1 times as fast
+    assert int(found["gutenberg_5m/b158/same_time"]["trainer.max_tokens"]) == 36_300_000  # 1.1 times as fast
     page = (tmp_path / "tables.md").read_text()
     assert "| 1.1 k | 1 k | 1.100 |" in page and "wsd: `schedule=wsd`" in page
+
+
+def test_the_options_that_helped_are_combined(study, modules, tmp_path):
+    """Of two options that set one key the better one counts, and one that makes it worse does not."""
+    options = {
+        "wsd": "schedule=wsd, stand_in.gain=0.02",
+        "two_stage": "schedule=two_stage, stand_in.gain=0.01",
+        "qk_norm": "model.qk_norm=true, stand_in.more_gain=0.01",
+        "absmedian": "quant.weight_scale=absmedian, stand_in.other_gain=-0.01",
+    }
+    typed = ", ".join(f"{name}: {{overrides: [{keys}], twins: [b158]}}" for name, keys in options.items())
+    steps = ("search", "seeds", "options", "combined")
+    order = f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in steps)}]"
+    assert study(order, f"options={{{typed}}}", "seeds=[1,2]") == 0
+    found = {line["sweep"]: line for line in lines_of(tmp_path)}
+    overrides = found["gutenberg_5m/b158/combined"]["overrides"]
+    assert (overrides["schedule"], overrides["model.qk_norm"], overrides.get("quant.weight_scale")) == (
+        "wsd",
+        "true",
+        None,
+    )
+    assert found["gutenberg_5m/b158/combined"]["loss"] == pytest.approx(0.122 - 0.03)
+    assert "gutenberg_5m/none/combined" not in found  # no option was tried with it
+    assert "`schedule=wsd`" in (tmp_path / "tables.md").read_text()
 
 
 def test_the_end_of_the_budget_ends_the_sweeps(study, monkeypatch, tmp_path):
