@@ -19,9 +19,11 @@ def train(*overrides):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_of_every_group_composes(group, option):
-    beside = {"convert_dense": ["init_from=x"], "custom": [f"{group}._target_=a.B"]}.get(
-        option, []
-    )  # what they cannot do without
+    beside = {  # what they cannot do without
+        "convert_dense": ["init_from=x"],
+        "distill": ["distill.teacher=x"],
+        "custom": [f"{group}._target_=a.B"],
+    }.get(option, [])
     assert isinstance(train(f"{group}={option}", *beside), TrainConfig)
 
 

@@ -51,6 +51,7 @@ PATHS = frozenset(
             "data.files",
             "data.tokenizer",
             "data_dir",
+            "distill.teacher",
             "download_dir",
             "init_from",
         ),

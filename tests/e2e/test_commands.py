@@ -181,9 +181,13 @@ def test_the_learning_rate_grid_runs_side_by_side(tmp_path, shards):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs_with_tiny_limits(tmp_path, shards, experiment):
     arguments = [f"experiment={experiment}", f"data.dir={shards}", *TINY_RUN, "trainer.max_steps=2"]
-    if experiment == "convert_dense":
+    dense = {
+        "convert_dense": ["init_from=outputs/dense", "quant.lambda_warmup_steps=1"],
+        "distill": ["distill.teacher=outputs/dense"],
+    }.get(experiment)
+    if dense:
         run_command("train", "quant=none", f"data.dir={shards}", *TINY_RUN, "hydra.run.dir=outputs/dense", cwd=tmp_path)
-        arguments += ["init_from=outputs/dense", "quant.lambda_warmup_steps=1"]
+        arguments += dense
     run_command("train", *arguments, cwd=tmp_path)
     assert list(tmp_path.rglob("model/model.safetensors"))
 

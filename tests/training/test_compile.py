@@ -5,7 +5,7 @@ import torch
 
 from bitnet_lit.cli import compose
 from bitnet_lit.training import module as module_file
-from bitnet_lit.training.compile import compile_failure, compile_network, is_compiled, undo_compile
+from bitnet_lit.training.compile import compile_failure, compile_networks, is_compiled, undo_compile
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, tiny_model
 
@@ -14,14 +14,14 @@ def test_the_layers_and_the_loss_of_our_network_are_compiled_and_a_foreign_netwo
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = tiny_model()
     names = set(model.state_dict())
-    compile_network(model)
+    compile_networks(model)
     compiled = {name for name, part in model.named_modules() if part._compiled_call_impl is not None}
     assert compiled == {"model.layers.0", "model.layers.1", "model.norm", "softmax_gradient", "token_losses"}
     assert set(model.state_dict()) == names and is_compiled(model)
     undo_compile(model)
     assert not is_compiled(model)
     foreign = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    compile_network(foreign)
+    compile_networks(foreign)
     assert foreign._compiled_call_impl is not None and foreign[0]._compiled_call_impl is None
 
 

@@ -19,6 +19,7 @@ from bitnet_lit.config.commands import (
 )
 from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.data import CustomData, DataConfig
+from bitnet_lit.config.distill import DistillConfig
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig
 from bitnet_lit.config.optim import (
@@ -43,6 +44,7 @@ __all__ = [
     "CustomOptim",
     "CustomSchedule",
     "DataConfig",
+    "DistillConfig",
     "EngineConfig",
     "EvaluateConfig",
     "ExportConfig",

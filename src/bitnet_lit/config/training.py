@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from bitnet_lit.config.checks import Checked, Range, one_of
 from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.data import CustomData, DataConfig
+from bitnet_lit.config.distill import DistillConfig
 from bitnet_lit.config.network import ModelConfig, QuantConfig, import_schemes
 from bitnet_lit.config.optim import CustomOptim, CustomSchedule, OptimConfig, ScheduleConfig, optim_schema
 from bitnet_lit.config.slots import Group
@@ -67,6 +68,7 @@ class TrainConfig(Checked):
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     export: ExportTargetsConfig = field(default_factory=ExportTargetsConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 1
     """The seed of the initial weights, of the order of the data and of dropout."""
@@ -114,6 +116,11 @@ class TrainConfig(Checked):
                 raise UserError(
                     f"init_from={self.init_from} with model._target_={self.model._target_}: init_from reads weights of "
                     "this package's own network: leave one of them out"
+                )
+            if self.distill.teacher is not None:
+                raise UserError(
+                    f"distill.teacher={self.distill.teacher} with model._target_={self.model._target_}: distillation "
+                    "reads parts of this package's own network: leave one of them out"
                 )
             if self.trainer.strategy == "fsdp":
                 raise UserError("trainer.strategy=fsdp: shards only this package's own network: take trainer=ddp")

@@ -223,6 +223,11 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
+    def projected_heads(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of the layer's input before they are rotated, each (B, T, heads * P)."""
+        attention = self.self_attn
+        return normed_linears(x_BTD, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.self_attn(x_BTD, self.input_layernorm, cos, sin, cache))
         x_BTD = x_BTD + self.dropout(self.mlp(x_BTD, self.post_attention_layernorm))

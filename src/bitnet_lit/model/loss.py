@@ -18,6 +18,7 @@ Axis letters: N tokens (B * T), D hidden, V vocabulary, R the rows of a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,11 +71,20 @@ class TokenLosses(nn.Module):
         return losses, logits.argmax(-1) == targets
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    """Return slices of equally many rows, of at most `CHUNK_ELEMENTS` logits each; without rows, an empty slice."""
+LogitsGradient = Callable[[Tensor, slice, float], tuple[Tensor, Tensor]]
+"""Maps logits (R, V), the rows that they belong to, and a scale to the losses, float32 (R,), and to the scaled gradient
+of their sum, (R, V) in the dtype of the logits."""
+
+
+def chunks(num_rows: int, elements: int) -> list[slice]:
+    """Return slices of equally many rows, of at most `CHUNK_ELEMENTS` elements each; without rows, an empty slice.
+
+    Args:
+        elements: of a row, which are held at once: the size of the vocabulary.
+    """
     if num_rows == 0:
         return [slice(0, 0)]
-    count = -(-num_rows * vocabulary // CHUNK_ELEMENTS)
+    count = min(num_rows, -(-num_rows * elements // CHUNK_ELEMENTS))
     rows = -(-num_rows // count)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
@@ -96,19 +106,19 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
     return torch.addmm(total, a, b, out_dtype=dtype, out=total)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Computes the mean loss, and its gradients with it; see `linear_cross_entropy`."""
+class _LinearLoss(torch.autograd.Function):
+    """Computes the mean loss, and its gradients with it; see `linear_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient: SoftmaxGradient) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gradient_of: LogitsGradient) -> Tensor:
         hidden_ND, weight_VD = _operands(hidden, weight)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight: Tensor | None = None
-        scale = 1.0 / len(targets) if len(targets) else math.nan  # the mean of nothing, as in F.cross_entropy
-        for rows in _chunks(len(targets), len(weight)):
+        scale = 1.0 / len(hidden) if len(hidden) else math.nan  # the mean of nothing, as in F.cross_entropy
+        for rows in chunks(len(hidden), len(weight)):
             logits_RV = hidden_ND[rows] @ weight_VD.T
-            losses, grad_logits_RV = softmax_gradient(logits_RV, targets[rows], scale)
+            losses, grad_logits_RV = gradient_of(logits_RV, rows, scale)
             del logits_RV
             loss += losses.sum()
             torch.mm(grad_logits_RV, weight_VD, out=grad_hidden[rows])
@@ -117,17 +127,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss * scale
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None, None
+        return grad_hidden * grad_outputs[0], grad_weight * grad_outputs[0], None
+
+
+def linear_loss(hidden: Tensor, weight: Tensor, gradient_of: LogitsGradient) -> Tensor:
+    """Return the mean over rows of a loss of the logits hidden @ weight.T without holding all logits, float32 ().
+
+    The result can be differentiated once.
+
+    Args:
+        hidden: float (N, D).
+        weight: float (V, D).
+        gradient_of: computes the losses of a chunk of rows, and their gradient.
+    """
+    loss: Tensor = _LinearLoss.apply(hidden, weight, gradient_of)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, softmax_gradient: SoftmaxGradient | None = None
 ) -> Tensor:
-    """Return the mean of `next_token_loss(hidden @ weight.T, targets)` without holding the logits, float32 ().
-
-    The result can be differentiated once.
+    """Return the mean of `next_token_loss(hidden @ weight.T, targets)`; see `linear_loss`.
 
     Args:
         hidden: float (N, D).
@@ -136,8 +158,7 @@ def linear_cross_entropy(
         softmax_gradient: the module to use; it may be compiled.
     """
     chosen = softmax_gradient or SoftmaxGradient()
-    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, chosen)  # type: ignore[no-untyped-call]
-    return loss
+    return linear_loss(hidden, weight, lambda logits, rows, scale: chosen(logits, targets[rows], scale))
 
 
 @torch.no_grad()
@@ -150,6 +171,6 @@ def linear_token_losses(
     """
     chosen = token_losses or TokenLosses()
     hidden_ND, weight_VD = _operands(hidden, weight)
-    parts = [chosen(hidden_ND[rows] @ weight_VD.T, targets[rows]) for rows in _chunks(len(targets), len(weight))]
+    parts = [chosen(hidden_ND[rows] @ weight_VD.T, targets[rows]) for rows in chunks(len(targets), len(weight))]
     losses, hits = zip(*parts, strict=True)
     return torch.cat(losses), torch.cat(hits)

@@ -6,6 +6,7 @@ a map of names. `build_model` makes the dense network first, and then applies th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -64,15 +65,21 @@ class Decoder(nn.Module):
         output: Tensor = self.norm(self.last_layer(ids, cache))
         return output
 
-    def last_layer(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return what the last layer puts out, (B, T, D), before the final norm."""
+    def last_layer(self, ids: Tensor, cache: KVCache | None = None, inputs: dict[int, Tensor] | None = None) -> Tensor:
+        """Return what the last layer puts out, (B, T, D), before the final norm.
+
+        Args:
+            inputs: for each layer that is a key, it gets the input of that layer, (B, T, D).
+        """
         past = 0 if cache is None else cache.length
         end = past + ids.shape[1]
         if end > self.cos.shape[0]:
             raise ValueError(f"{end} positions, but the model's context is {self.cos.shape[0]}")
         cos, sin = self.cos[past:end], self.sin[past:end]
         x_BTD: Tensor = self.dropout(self.embed_tokens(ids))
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if inputs is not None and number in inputs:
+                inputs[number] = x_BTD
             if self.gradient_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, cos, sin, use_reentrant=False)
             else:
@@ -128,7 +135,12 @@ class CausalLM(nn.Module):
         return chosen(cast(list[BitLinear], [self.lm_head]), self.lm_head.weight)
 
     def forward(
-        self, ids: Tensor, cache: KVCache | None = None, targets: Tensor | None = None, per_token: bool = False
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        targets: Tensor | None = None,
+        per_token: bool = False,
+        criterion: Callable[[CausalLM, Tensor], Tensor] | None = None,
     ) -> Any:
         """Return the logits of every position, or with `targets` the loss.
 
@@ -140,6 +152,8 @@ class CausalLM(nn.Module):
                 position 0.
             targets: int64 (B, T).
             per_token: return what `token_losses` returns.
+            criterion: computes another loss from this network and the ids. It is called here, because FSDP gathers the
+                weights for a call of the network.
 
         Returns:
             Logits (B, T, V), in autocast's dtype under autocast, otherwise in the dtype of the weights. With `targets`,
@@ -148,6 +162,8 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: there are more positions than the context has.
         """
+        if criterion is not None:
+            return criterion(self, ids)
         if targets is not None and not per_token and (kernels := self._loss_kernels()) is not None:
             x_BTD, norm = self.model.last_layer(ids, cache), self.model.norm
             loss = kernels.next_token_loss(x_BTD, Norm(norm.weight, norm.eps), self.lm_head, targets)

@@ -36,8 +36,8 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
     return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
 
 
-def compile_network(model: nn.Module) -> None:
-    """Compile a network in place, at its first call; the names of its parameters stay.
+def compile_networks(*networks: nn.Module) -> None:
+    """Compile the networks of a run in place, at their first call; the names of their parameters stay.
 
     What was compiled for other networks in this process is forgotten. PyTorch keeps eight variants of a function, and
     runs further ones without compiling them; the jobs of a sweep would come to more.
@@ -45,15 +45,16 @@ def compile_network(model: nn.Module) -> None:
     torch.compiler.reset()
     if CACHE not in os.environ and (folders := cache_folders()):
         os.environ[CACHE] = str(folders[0] / "torchinductor")
-    if not isinstance(model, CausalLM):
-        model.compile()
-        return
-    for part in (*model.model.layers, model.model.norm, model.softmax_gradient, model.token_losses):
-        part.compile(dynamic=False)  # a training batch always has one shape
+    for model in networks:
+        if not isinstance(model, CausalLM):
+            model.compile()
+            continue
+        for part in (*model.model.layers, model.model.norm, model.softmax_gradient, model.token_losses):
+            part.compile(dynamic=False)  # a training batch always has one shape
 
 
 def undo_compile(model: nn.Module) -> None:
-    """Let a network run as it was before `compile_network`."""
+    """Let a network run as it was before `compile_networks`."""
     for module in model.modules():
         module._compiled_call_impl = None
 

@@ -1,8 +1,9 @@
 """The identity of a run is what must stay the same when the run is resumed.
 
 The network's sizes and rules, the seed, the length of a sequence, the shards and their tokenizer decide what the
-weights mean and which tokens come next. Each checkpoint holds all of them as one flat mapping of plain values. A resume
-compares the mapping, and so finds a config.yaml that was edited and shards that were prepared again.
+weights mean and which tokens come next. The teacher of a distillation decides what is learned. Each checkpoint holds
+all of them as one flat mapping of plain values. A resume compares the mapping, and so finds a config.yaml that was
+edited and shards that were prepared again.
 
 For each shard the mapping holds the size and a hash of a few blocks. That finds another text or another tokenizer, and
 reads only about a megabyte per shard.
@@ -28,9 +29,15 @@ _FREE = {
     "quant._target_",  # only where a scheme's class is defined; its name and its settings are compared
 }
 
+_TEACHER = "distill.teacher's sha256"
+
 
 def run_identity(
-    config: TrainConfig, data: dict[str, Any], tokenizer: Tokenizer | None, sequence_length: int
+    config: TrainConfig,
+    data: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    sequence_length: int,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """Return the identity of a run: a flat mapping from keys to plain values.
 
@@ -38,6 +45,7 @@ def run_identity(
         config: the config with every value filled in.
         data: the facts about the data (`RunData.identity`).
         sequence_length: tokens that a sequence predicts.
+        teacher: the hash of the teacher's weights; None where there is none.
     """
     identity: dict[str, Any] = {"seed": config.seed, "optim.name": config.optim.name}
     for section in ("model", "quant"):
@@ -45,6 +53,7 @@ def run_identity(
             identity[f"{section}.{key}"] = value
     identity["data.sequence_length"] = sequence_length
     identity["the tokenizer"] = None if tokenizer is None else tokenizer.sha256
+    identity[_TEACHER] = teacher
     identity |= data
     return {key: value for key, value in identity.items() if key not in _FREE}
 
@@ -57,6 +66,7 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str) -> N
     """
     if any(key.startswith("the shard") for key in saved):
         saved = {"data.shuffle": "global", **saved}  # the only order before there was this key
+    saved = {_TEACHER: None, **saved}  # no run had one before there was this key
     # A key that the checkpoint lacks was added by a later version, unless it is a shard: then the data has changed.
     compared = [*saved, *(key for key in now if key not in saved and key.startswith("the shard"))]
     changed = [key for key in compared if saved.get(key) != now.get(key)]

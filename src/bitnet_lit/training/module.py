@@ -26,6 +26,7 @@ from bitnet_lit.quant.kernels.hold import HeldWeights
 from bitnet_lit.terminal import console
 from bitnet_lit.training.compile import compile_failure, undo_compile
 from bitnet_lit.training.cuda_graph import GraphedStep, RecordingFailed, agreed, records_graph
+from bitnet_lit.training.distillation import Distillation
 from bitnet_lit.training.divergence import Divergence, skips_on_device
 from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
@@ -62,6 +63,7 @@ class BitNetModule(L.LightningModule):
         model: takes int64 ids (B, T) and returns logits (B, T, V).
         tokenizer: measures bits per byte; None where the data has no tokenizer.
         moments: state of the optimizer that trained the weights of `init_from`; None starts with a new state.
+        distillation: computes the training loss with a teacher; None where there is none.
 
     Attributes:
         step_figures: what the last optimizer step measured, by the name of the metric. Callbacks add theirs, and
@@ -76,6 +78,7 @@ class BitNetModule(L.LightningModule):
         plan: Plan,
         tokenizer: Tokenizer | None,
         moments: dict[str, Any] | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         self._moments = moments
@@ -86,7 +89,10 @@ class BitNetModule(L.LightningModule):
         self._shares: dict[str, float] = getattr(config.data, "shares", {})  # of the corpora of data.mix, by name
         self.validation_sums: list[LossSums] = []  # of each corpus
         self.step_figures: dict[str, Figure] = {}
+        self.distillation = distillation
+        self._loss_of = partial(batch_loss if distillation is None else distillation, model)
         self._step_loss = torch.zeros(())  # mean over the accumulated batches
+        self._step_parts = torch.zeros(())  # of a distillation's loss, likewise
         self.divergence = Divergence()
         self._trained: list[nn.Parameter] = []
         self._frees_gradients = False  # before the forward pass of a step
@@ -110,6 +116,8 @@ class BitNetModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        if self.distillation is not None:
+            self.distillation.to(self.device, str(self.trainer.precision))
         if self.trainer.accumulate_grad_batches > 1:
             self._held = HeldWeights(joint_layers(self.model))
         hooks = {type(callback).on_before_zero_grad for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
@@ -118,7 +126,7 @@ class BitNetModule(L.LightningModule):
         if agreed(records_graph(self.config, self.plan, self.device), self.device):
             mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
             batches = self.trainer.accumulate_grad_batches
-            self._graph = GraphedStep(partial(batch_loss, self.model), self.model, batches, mixed)
+            self._graph = GraphedStep(self._loss_of, self.model, batches, mixed)
         if self.config.quant.lambda_warmup_steps > self.global_step:
             self._strength = torch.zeros((), device=self.device)
             set_strength(self.model, self._strength)
@@ -142,7 +150,7 @@ class BitNetModule(L.LightningModule):
         set_strength(self.model, self._strength)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the mean next-token loss of the batch, in nats per token."""
+        """Return the mean next-token loss of the batch in nats per token, with a teacher the loss of distillation."""
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if self._held is not None and is_first:
             self._held.round(torch.bfloat16 if self.trainer.precision.startswith("bf16") else torch.float32)
@@ -156,6 +164,9 @@ class BitNetModule(L.LightningModule):
         self._batch = batch
         part = loss.detach() / self.trainer.accumulate_grad_batches
         self._step_loss = part if is_first else self._step_loss + part
+        if self.distillation is not None:
+            parts = self.distillation.parts / self.trainer.accumulate_grad_batches
+            self._step_parts = parts if is_first else self._step_parts + parts
         return loss
 
     def _replayed(self, batch: Tensor, is_first: bool, is_last: bool) -> Tensor | None:
@@ -179,16 +190,18 @@ class BitNetModule(L.LightningModule):
     def _loss(self, batch: Tensor) -> Tensor:
         """Return the loss of a batch. Where compile=auto and compiling fails, go on without it."""
         if not self._may_undo_compile:
-            return batch_loss(self.model, batch)
+            return self._loss_of(batch)
         self._may_undo_compile = False
         try:
-            return batch_loss(self.model, batch)
+            return self._loss_of(batch)
         except Exception as error:
             if (why := compile_failure(error)) is None:
                 raise
             undo_compile(self.model)
+            if self.distillation is not None:
+                self.distillation.undo_compile()
             self._note(f"not compiled, so steps are slower: {why}")
-            return batch_loss(self.model, batch)
+            return self._loss_of(batch)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients, unless a replayed graph has done it."""
@@ -225,7 +238,9 @@ class BitNetModule(L.LightningModule):
         # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
         torch.nn.utils.clip_grads_with_norm_(self._trained, limit, norm)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])
-        figures = {"train/loss": self._step_loss, "train/grad_norm": norm, "train/learning_rate": rate}
+        figures: dict[str, Any] = {"train/loss": self._step_loss, "train/grad_norm": norm, "train/learning_rate": rate}
+        if self.distillation is not None:
+            figures |= self.distillation.figures(self._step_parts)
         self.trainer.callback_metrics.update(figures)  # for callbacks of the user's own
         self.step_figures = {**figures}
 

@@ -114,6 +114,14 @@ class Plan:
     train_sequences: int | None
     """Sequences of an epoch; None where the data does not say."""
     accounting: Accounting
+    teacher: Accounting | None = None
+    """Counts of the network that teaches this one (`distill.teacher`); None where there is none."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of a token in a step: the forward and backward pass, and the teacher's forward pass."""
+        taught = 0.0 if self.teacher is None else self.teacher.forward_flops_per_token
+        return self.accounting.training_flops_per_token + taught
 
     @property
     def tokens_per_step(self) -> int:
@@ -140,7 +148,11 @@ def _sizes(config: TrainConfig) -> ModelConfig:
 
 
 def make_plan(
-    config: TrainConfig, sequence_length: int, train_sequences: int | None, counted: Accounting | None = None
+    config: TrainConfig,
+    sequence_length: int,
+    train_sequences: int | None,
+    counted: Accounting | None = None,
+    teacher: Accounting | None = None,
 ) -> Plan:
     """Compute the plan of a run, with every length that the config leaves open filled in.
 
@@ -148,6 +160,7 @@ def make_plan(
         sequence_length: tokens that a sequence predicts.
         train_sequences: sequences in the training split; None where the data does not say.
         counted: the parameter counts of a network of the user's own; None computes those of `config.model`.
+        teacher: the counts of the teacher; None where there is none.
 
     Raises:
         UserError: the lengths contradict each other, or they need the length of an epoch, which is not known.
@@ -189,6 +202,7 @@ def make_plan(
         sequence_length=sequence_length,
         train_sequences=train_sequences,
         accounting=counted or account(_sizes(config), config.quant, sequence_length),
+        teacher=teacher,
     )
 
 
@@ -233,7 +247,7 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
     Each token keeps about 14 vectors of the hidden size and 8 of the feed-forward size per layer: inputs of norms, int8
     codes, rotated heads, gate and up. With gradient checkpointing it keeps only the input of the layer. Logits count
     three times: the values, their float32 copy, and their gradient; on CUDA only those of a chunk of rows are held
-    (model/loss.py). Measured peaks lie within a factor of 1.5.
+    (model/loss.py). A teacher adds its weights and its logits. Measured peaks lie within a factor of 1.5.
     """
     tokens = config.data.batch_size * plan.sequence_length
     states, model = plan.accounting.training_bytes(config.optim.STATES), config.model
@@ -247,9 +261,15 @@ def memory_estimate_bytes(config: TrainConfig, plan: Plan) -> float:
         per_token_layer = 2 * model.hidden_size
     element = 4 if resolved_precision(config.trainer) == "32-true" else 2
     logits = tokens * model.vocab_size
-    if uses_cuda(config.trainer):
+    if uses_cuda(config.trainer) or plan.teacher is not None:
         logits = min(logits, CHUNK_ELEMENTS)
+    if plan.teacher is not None:  # the activations of its forward pass are smaller than those that the student keeps
+        states += element * plan.teacher.parameters + 12 * logits
     return states + tokens * model.num_hidden_layers * per_token_layer * element + 12 * logits
+
+
+def _teacher_share(plan: Plan) -> float:
+    return 1 - plan.accounting.training_flops_per_token / plan.flops_per_token
 
 
 def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
@@ -269,9 +289,12 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         "optimizer": f"{config.optim.name}, peak {config.optim.learning_rate:g}, {config.schedule.name} over "
         f"{plan.schedule_steps:,} steps, {plan.warmup_steps:,} of them warm-up",
         "validation": f"every {plan.validation_steps:,} steps",
-        "compute": f"{count.training_flops_per_token * plan.tokens / 1e12:,.1f} TFLOP",
+        "compute": f"{plan.flops_per_token * plan.tokens / 1e12:,.1f} TFLOP"
+        + ("" if plan.teacher is None else f", {_teacher_share(plan):.0%} of them in the teacher's forward pass"),
         "memory": f"about {memory_estimate_bytes(config, plan) / 2**30:.2f} GiB a device",
     }
+    if plan.teacher is not None:
+        rows["teacher"] = f"{config.distill.teacher}: {plan.teacher.parameters:,} parameters, on every device"
     rounds_head = config.quant.scheme.quantizes and not is_skipped("lm_head", config.quant.skip)
     if rounds_head and isinstance(config.model, ModelConfig):
         rows["lm_head"] = f"rounded too: add it to quant.skip={list(config.quant.skip)} to leave it dense"

@@ -34,6 +34,7 @@ from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
 from bitnet_lit.runs.job_folder import State
 from bitnet_lit.terminal import wide_console
 from bitnet_lit.training.data import DEMO_DIR, open_data, sequence_length, with_data_named
+from bitnet_lit.training.distillation import teacher_of
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import build_network, fill_in_sizes
 from bitnet_lit.training.launcher import check_launcher
@@ -89,15 +90,20 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
     start = None if config.resume is None else read_start(config.resume)
     if start is None and config.init_from is None and isinstance(config.model, ModelConfig):
         check_targets(config.export.targets, config.model, config.quant)
+    teacher = teacher_of(config)
     data = open_data(config)
     length = sequence_length(config)
     if start is not None:
-        start.check_identity(run_identity(config, data.identity(), data.tokenizer, length))
+        sha256 = None if teacher is None else teacher.sha256
+        start.check_identity(run_identity(config, data.identity(), data.tokenizer, length, sha256))
     fill_in_sizes(config, data)
     model: nn.Module = build_network(config, on_meta=True)
     length = sequence_length(config)
     counted = count(model, config.quant) if isinstance(config.model, CustomNetwork) else None
-    plan = make_plan(config, length, data.num_train_sequences(length), counted)
+    if teacher is not None:
+        teacher.check(config, data.tokenizer, length)
+    taught = None if teacher is None else teacher.accounting(length)
+    plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
     time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)
@@ -128,7 +134,7 @@ def _speeds(jobs: Sequence[tuple[Path, TrainConfig, Outlook]]) -> dict[str, floa
         except UserError:
             continue
         if speed := metrics.get("perf/tokens_per_s"):
-            flops = float(speed) * outlook.plan.accounting.training_flops_per_token
+            flops = float(speed) * outlook.plan.flops_per_token
             for name in (config.quant.name, ""):
                 found.setdefault(name, []).append(flops)
     return {name: statistics.median(speeds) for name, speeds in found.items()}
@@ -206,7 +212,7 @@ def _print(
             continue
         plan, is_done = outlook.plan, state is State.DONE
         left = 0 if is_done else outlook.tokens_left
-        flops = left * plan.accounting.training_flops_per_token
+        flops = left * plan.flops_per_token
         seconds = flops / (speeds.get(config.quant.name) or speeds[""])
         seconds_in_all, tokens_in_all = seconds_in_all + seconds, tokens_in_all + left
         has = device_memory_bytes(config.trainer)

@@ -8,6 +8,7 @@ imported only if the user names it too (`allow=`), or if it is known to be harml
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -44,7 +45,8 @@ _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml: the whole config with every default filled in, and with absolute paths of shards (URLs stay).
+    """Write config.yaml: the whole config with every default filled in, and with absolute paths of shards (URLs stay)
+    and of the teacher.
 
     The arguments of a data module of the user's own are written as they were typed: the run's identity has them.
 
@@ -56,6 +58,8 @@ def save_config(config: TrainConfig, run_dir: Path) -> None:
             values["data"][key] = str(Path(values["data"][key]).absolute())
     for corpus in values["data"].get("mix", {}).values() if isinstance(config.data, DataConfig) else ():
         corpus["dir"] = corpus["dir"] if is_url(corpus["dir"]) else str(Path(corpus["dir"]).absolute())
+    if (teacher := values["distill"]["teacher"]) is not None and os.path.lexists(teacher):  # or one of the hub
+        values["distill"]["teacher"] = os.path.abspath(teacher)
     with atomic_file(run_dir / CONFIG_NAME) as temporary:
         temporary.write_text(dump_yaml(values), encoding="utf-8")
 

@@ -35,8 +35,9 @@ from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import link_checkpoint
-from bitnet_lit.training.compile import compile_network, compiles
+from bitnet_lit.training.compile import compile_networks, compiles
 from bitnet_lit.training.data import open_data, sequence_length, with_data_named
+from bitnet_lit.training.distillation import Distillation, teacher_of
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
@@ -145,15 +146,20 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         start = read_start(config.resume)
     elif config.init_from is None and isinstance(config.model, ModelConfig):
         check_targets(config.export.targets, config.model, config.quant)
+    teacher = teacher_of(config)
     data = open_data(config)
     tokenizer = data.tokenizer
+    sha256 = None if teacher is None else teacher.sha256
     if start is not None:
-        identity = run_identity(config, data.identity(), tokenizer, sequence_length(config))
+        identity = run_identity(config, data.identity(), tokenizer, sequence_length(config), sha256)
         start.check_identity(identity)
     model = initial_model(config, data)  # fills in the sizes
     length = sequence_length(config)
     counted = count(model, config.quant) if isinstance(config.model, CustomNetwork) else None
-    plan = make_plan(config, length, data.num_train_sequences(length), counted)
+    if teacher is not None:
+        teacher.check(config, tokenizer, length)
+    taught = None if teacher is None else teacher.accounting(length)
+    plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
     max_time = time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)
@@ -162,12 +168,13 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     moments = None
     if config.init_from and config.init_optimizer and start is None:
         moments = optimizer_state(config.init_from)
-    module = BitNetModule(model, config, plan, tokenizer, moments)
+    distillation = None if teacher is None else Distillation(config, teacher)
+    module = BitNetModule(model, config, plan, tokenizer, moments, distillation)
     build_schedule(  # as a trial, so that a class of the user's own that fails is reported before the folder is taken
         build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps
     )
     if is_owner:
-        identity = identity or run_identity(config, data.identity(), tokenizer, length)
+        identity = identity or run_identity(config, data.identity(), tokenizer, length, sha256)
         _take_folder(config, run_dir, start, holding)
     csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
     precision = resolved_precision(config.trainer)
@@ -195,7 +202,9 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
     kernels = describe(model, trainer.strategy.root_device, dtype)
     if compiles(config, trainer.strategy.root_device):
-        compile_network(model)
+        compile_networks(*([model] if distillation is None else [model, distillation.teacher]))
+        if distillation is not None:
+            distillation.compile()
     if trainer.is_global_zero:
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {precision}"
         rows = {"run": run_dir, "data": data.described(plan.tokens, length), "device": device}

@@ -22,7 +22,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -102,6 +102,7 @@ def shard_model(model: nn.Module, device: torch.device, world_size: int) -> None
     for module in model.modules():
         if isinstance(module, DecoderLayer):
             fully_shard(module, mesh=mesh)
+            register_fsdp_forward_method(module, "projected_heads")
     fully_shard(model, mesh=mesh)
 
 

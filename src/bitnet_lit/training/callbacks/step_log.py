@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from bitnet_lit.training.distillation import PARTS
 from bitnet_lit.training.figures import Figure, StepFigures
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.sharing import mean_over_ranks
@@ -59,14 +60,17 @@ class StepLog(Callback):
         return {} if found_inf is None else {_FOUND_INF: found_inf}
 
     @staticmethod
-    def _share_loss(trainer: L.Trainer, module: BitNetModule) -> None:
-        """Make train/loss the mean over the ranks, which meet here. They do not at every step."""
-        if trainer.world_size > 1 and "train/loss" in module.step_figures:
-            loss = mean_over_ranks(torch.as_tensor(module.step_figures["train/loss"]))
-            module.step_figures["train/loss"] = trainer.callback_metrics["train/loss"] = loss
+    def _share_losses(trainer: L.Trainer, module: BitNetModule) -> None:
+        """Make the losses of the step the means over the ranks, which meet here. They do not at every step."""
+        names = [name for name in ("train/loss", *PARTS) if name in module.step_figures]
+        if trainer.world_size > 1 and names:
+            losses = torch.stack([torch.as_tensor(module.step_figures[name]) for name in names])
+            means = dict(zip(names, mean_over_ranks(losses).unbind(), strict=True))
+            module.step_figures |= means
+            trainer.callback_metrics.update(means)
 
     def _take(self, trainer: L.Trainer, module: BitNetModule) -> None:
-        self._share_loss(trainer, module)
+        self._share_losses(trainer, module)
         figures = {**module.step_figures, **self._found_inf(module)}
         self._waiting.append(StepFigures(trainer.global_step, figures, module.device))
         self._taken_step = trainer.global_step
@@ -104,7 +108,7 @@ class StepLog(Callback):
             if is_end:
                 self._take(trainer, module)
             else:
-                self._share_loss(trainer, module)
+                self._share_losses(trainer, module)
         while self._waiting:
             self._write(trainer, module)
 
