@@ -75,10 +75,14 @@ def _record(sweep: Sweep, folder: Path, overrides: dict[str, str]) -> Record | N
 
 
 def _remove_weights(folder: Path) -> None:
-    """Remove checkpoints and models of a run that has ended: those of a study would fill a disk."""
-    with contextlib.suppress(UserError, OSError), locked(folder):  # else its process still writes
-        for name in (CHECKPOINTS, MODEL, MODEL_LAST):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    """Remove checkpoints and models of a run that has ended: those of a study would fill a disk.
+
+    A process that has just written its result may still hold the folder's lock. Then the next call removes them.
+    """
+    if any((folder / name).exists() for name in (CHECKPOINTS, MODEL, MODEL_LAST)):
+        with contextlib.suppress(UserError, OSError), locked(folder):
+            for name in (CHECKPOINTS, MODEL, MODEL_LAST):
+                shutil.rmtree(folder / name, ignore_errors=True)
 
 
 class Results:
@@ -164,13 +168,13 @@ class Results:
         folder = self.out / sweep.name
         new = []
         for job, overrides in job_folders(folder) if folder.is_dir() else ():
-            if overrides is None or (sweep.name, job.name) in self.records:
-                continue
-            if (record := _record(sweep, job, overrides)) is not None:
+            is_known = (sweep.name, job.name) in self.records
+            if not is_known and overrides is not None and (record := _record(sweep, job, overrides)) is not None:
                 self._write(record)
                 new.append(record)
-                if sweep.what != BASE:  # the base runs stay, as teachers and to be looked at
-                    _remove_weights(job)
+                is_known = True
+            if is_known and sweep.what != BASE:  # the base runs stay, as teachers and to be looked at
+                _remove_weights(job)
         return new
 
     def _write(self, record: Record) -> None:

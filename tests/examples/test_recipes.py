@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
 from bitnet_lit.reports.statistics import quantile_975
+from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.search import distribution
 from tests.support import REPOSITORY
 
@@ -107,6 +108,18 @@ def test_the_same_line_again_does_nothing(study, tmp_path, capfd):
     capfd.readouterr()
     assert study(TWINS) == 0
     assert (tmp_path / "results.jsonl").read_text() == before and "bitnet_lit.train" not in capfd.readouterr().out
+
+
+def test_weights_of_a_run_that_still_holds_its_folder_are_removed_later(modules, study, tmp_path):
+    run = tmp_path / "gutenberg_5m/b158/search/optim.learning_rate=0.01000"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modules["results"].shutil, "rmtree", lambda *_, **__: None)
+        assert study(TWINS, "seeds=[1]") == 0
+    results = modules["results"].Results(tmp_path)
+    sweep = next(each for each in default_plan(modules).sweeps if each.name == "gutenberg_5m/b158/search")
+    with locked(run):
+        assert results.collect(sweep) == [] and (run / "checkpoints").is_dir()
+    assert results.collect(sweep) == [] and not (run / "checkpoints").exists() and (run / "metrics.json").exists()
 
 
 def test_it_goes_on_without_the_folders_and_with_a_line_cut_off(study, tmp_path, monkeypatch, capfd):
