@@ -173,7 +173,9 @@ class Plan:
         if measured is None:
             raise UserError(f"order: combined {recipe}: needs a step options <recipe>")
         options = [sweep for sweep in self._options(measured) if sweep.quant == quant]
+        has_teacher = any(DENSE_RUN in override for each in options for override in self.option(each.what))
         needs = [f"{measured}/{quant}/{BASE}", *(sweep.name for sweep in options)]
+        needs += [f"{recipe}/none/{BASE}"] if has_teacher else []
         return self._grid(recipe, quant, COMBINED, {}, *needs)
 
     def portable(self, option: str, recipe: str) -> bool:

@@ -66,8 +66,9 @@ class Study:
             fixed |= self.results.combination(self.plan, sweep)
         if sweep.what == SAME_TIME:
             fixed["trainer.max_tokens"] = str(self._tokens_in_the_same_time(sweep))
-        dense = self.out / sweep.recipe / "none" / BASE / f"seed={self.plan.settings['seeds'][0]}"
-        fixed = {key: value.replace(DENSE_RUN, str(dense)) for key, value in fixed.items()}
+        if any(DENSE_RUN in value for value in fixed.values()):
+            dense = self._dense_run(sweep.recipe)
+            fixed = {key: value.replace(DENSE_RUN, dense) for key, value in fixed.items()}
         start = [
             f"hydra.sweep.dir={quoted(str(self.out / sweep.name))}",
             "launcher=joblib",
@@ -80,6 +81,11 @@ class Study:
         else:
             varied = [f"seed={','.join(map(str, self.results.missing_seeds(sweep)))}"]
         return [*(f"{key}={value}" for key, value in fixed.items()), *varied, *start]
+
+    def _dense_run(self, recipe: str) -> str:
+        """Return the run folder of the dense twin's best with the first seed. It may lie on another machine."""
+        records = self.results.of(f"{recipe}/none/{BASE}")
+        return str(min(records, key=lambda record: record["seed"])["folder"])
 
     def _tokens_in_the_same_time(self, sweep: Sweep) -> int:
         b158, dense = (self.results.of(f"{sweep.recipe}/{quant}/{SPEED}")[0]["tokens_per_s"] for quant in TWINS)

@@ -153,12 +153,16 @@ def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
     order = (
         f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in ('search', 'seeds', 'wide', 'same_time', 'options'))}]"
     )
-    options = "options={wsd: {overrides: [schedule=wsd], twins: [b158]}}"
+    options = (
+        "options={wsd: {overrides: [schedule=wsd], twins: [b158]}, "
+        "distill: {overrides: ['distill.teacher={dense_run}'], twins: [b158]}}"
+    )
     assert study(order, options, "seeds=[1,2]") == 0
     found = {line["sweep"]: line["overrides"] for line in lines_of(tmp_path)}
     assert found["gutenberg_5m/b158/wide"]["model.hidden_size"] == "512"
     assert found["gutenberg_5m/b158/wsd"]["schedule"] == "wsd"
     assert int(found["gutenberg_5m/b158/same_time"]["trainer.max_tokens"]) == 36_300_000  # 1.1 times as fast
+    assert found["gutenberg_5m/b158/distill"]["distill.teacher"] == str(tmp_path / "gutenberg_5m/none/base/seed=1")
     page = (tmp_path / "tables.md").read_text()
     assert "| 1.1 k | 1 k | 1.100 |" in page and "wsd: `schedule=wsd`" in page
 
