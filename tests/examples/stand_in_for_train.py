@@ -37,7 +37,8 @@ def write(folder, overrides):
         return
     for name in (".hydra", "checkpoints", "model"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {key}={value}\n" for key, value in overrides.items()))
+    typed = [f"{key}='{value}'" if "=" in value else f"{key}={value}" for key, value in overrides.items()]
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(typed))
     (folder / "config.yaml").write_text(f"quant:\n  name: {overrides['quant']}\nmodel:\n  vocab_size: 64\nrun_dir: x\n")
     loss = abs(math.log(rate / 0.02)) + 0.01 * seed + (0.1 + 0.001 * seed if overrides["quant"] != "none" else 0)
     loss -= sum(float(value) for key, value in overrides.items() if key.endswith("gain"))
