@@ -164,6 +164,34 @@ def test_what_cannot_be_asked_is_one_line(folder):
         model.loglikelihood([asked("loglikelihood", "Once", " upon a time" * 40)])
 
 
+@pytest.mark.parametrize("engine", ["cpu", "torch"])
+def test_what_was_answered_before_an_interruption_is_kept(folder, engine, monkeypatch, capsys):
+    """For --use_cache; and the progress bar goes on with each answer."""
+    model = BitnetLit(folder, engine=engine, device="cpu")
+    requests = {
+        "loglikelihood": [asked("loglikelihood", "Once", f" {word}") for word in ("upon", "a", "time", "day")],
+        "loglikelihood_rolling": [asked("loglikelihood_rolling", "Once upon a time " * n) for n in (1, 9, 30, 2)],
+    }
+    for kind, asked_for in requests.items():
+        whole = getattr(model, kind)(asked_for, disable_tqdm=True)
+        kept = []
+        model.cache_hook.add_partial = lambda attr, arguments, answer, kept=kept: kept.append((arguments, answer))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            run = model._scorer.run
+
+            def interrupted(rows, windows, run=run):
+                found = run(rows, windows)
+                yield from (next(found) for _ in range(len(windows) - 1))
+                raise KeyboardInterrupt
+
+            patch.setattr(model._scorer, "run", interrupted)
+            getattr(model, kind)(asked_for)
+        assert len(kept) == len(asked_for) - 1
+        answers = {request.args: answer for request, answer in zip(asked_for, whole, strict=True)}
+        assert all(answers[arguments] == pytest.approx(answer, abs=1e-4) for arguments, answer in kept)
+        assert f"Running {kind} requests" in capsys.readouterr().err
+
+
 def test_sampling_follows_the_harness_seed(folder):
     import torch
 

@@ -5,13 +5,12 @@ package s3fs), gs:// (gcsfs), hf:// (huggingface_hub), and more. Credentials com
 them, or from fsspec's own settings (FSSPEC_S3_ANON=true reads a public bucket).
 
 A network fails now and then: a server answers 500, a connection breaks or falls silent, fewer bytes come than were
-promised. Then the file is fetched again, after a pause that doubles each time. A file that is not there, or that may
-not be read, is not asked for again.
+promised. Then the file is fetched again, after a pause that doubles each time. fetch_errors.py says when that is of no
+use: a file that is not there, or that may not be read, is not asked for again.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import random
 import re
@@ -21,23 +20,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bitnet_lit.errors import DataError, UserError, one_line
+from bitnet_lit.data.fetch_errors import Damaged, failure, is_of_this_disk
+from bitnet_lit.errors import DataError, UserError, is_out_of_memory, one_line
 from bitnet_lit.terminal import console
 
 ATTEMPTS = 6  # with the pauses between them: about half a minute, in which a server restarts
 FIRST_PAUSE_SECONDS = 1.0  # it doubles with each attempt
-SILENCE_SECONDS = 60.0  # after which a connection counts as dead
-_RETRIED_STATUS = (408, 425, 429)  # of those below 500, which say that the request is wrong
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}  # errors of this machine's disk
+SILENCE_SECONDS = 30.0  # after which a connection counts as dead
+SILENT_ATTEMPTS = 3  # to a server that says nothing: each has waited so long already, a minute and a half in all
+_TRY_AGAIN_THEMSELVES = ("gs", "gcs")  # gcsfs tries six times in half a minute; it cannot be told not to
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:://|::)")
 
 
 class NotThere(DataError):
     """Reports a file that is not behind its URL, or that may not be read."""
-
-
-class Damaged(Exception):
-    """Says what is wrong with a file that came; `fetch` then tries again."""
 
 
 def is_url(place: str | Path) -> bool:
@@ -58,65 +54,60 @@ def shown(url: str) -> str:
     return folder.replace(f"{user}@", "", 1) if user else folder
 
 
-def fetch(url: str, path: Path, check: Callable[[Path], None]) -> None:
+def fetch(url: str, path: Path, check: Callable[[Path], None], is_first: bool = False) -> None:
     """Write the file behind a URL to `path`, which exists.
 
     Args:
         check: raises `Damaged` for a file that is not the right one, and `NotThere` where no later one will be.
+        is_first: whether it is the first file of its server: then an unknown host is a mistake in the URL.
 
     Raises:
         NotThere: there is no such file, or it may not be read; one line.
-        DataError: the file did not come whole in ATTEMPTS attempts; one line.
+        DataError: the file did not come whole in ATTEMPTS attempts, or SILENT_ATTEMPTS had no answer; one line.
         UserError: a package is missing for this kind of URL.
         OSError: the disk does not take it.
     """
-    system, remote = _open_file_system(url)
-    pause = FIRST_PAUSE_SECONDS
-    for attempt in range(1, ATTEMPTS + 1):
+    pause, silent_seconds = FIRST_PAUSE_SECONDS, 0.0
+    attempts = 2 if _kind(url) in _TRY_AGAIN_THEMSELVES else ATTEMPTS
+    for attempt in range(1, attempts + 1):
+        start = time.monotonic()
         try:
+            system, remote = _open_file_system(url)
             system.get_file(remote, str(path))
             check(path)
             return
-        except NotThere:
+        except (NotThere, UserError):
             raise
         except Exception as error:  # each kind of storage has exceptions of its own
-            if isinstance(error, OSError) and error.errno in _DISK:
+            if is_of_this_disk(error) or is_out_of_memory(error):
                 raise
-            reason = _reason(error)
-            if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or _is_refused(error):
-                raise NotThere(f"{shown(url)}: {reason}: check the URL, and the rights to read it") from None
-            if attempt == ATTEMPTS:
+            found, seconds = failure(error, is_first), time.monotonic() - start
+            reason = f"no answer, given up after {seconds:.2g} s" if found.is_silent else found.reason
+            if found.is_final:
+                raise NotThere(f"{shown(url)}: {reason}: {found.remedy}") from None
+            # Not a number of attempts: gcsfs and huggingface_hub try several times themselves, and wait each time.
+            silent_seconds += seconds if found.is_silent else 0.0
+            if attempt == attempts or silent_seconds >= SILENT_ATTEMPTS * SILENCE_SECONDS:
                 question = "is the folder being written?" if isinstance(error, Damaged) else "is the server there?"
-                remedy = f"{question} Give the same command again later"
-                raise DataError(f"{shown(url)}: {reason}, {ATTEMPTS} times in a row: {remedy}") from None
+                times = f", {attempt} times in a row" if attempt > 1 else ""
+                raise DataError(
+                    f"{shown(url)}: {reason}{times}: {question} Give the same command again later"
+                ) from None
             console(stderr=True).print(
-                f"{shown(url)}: {reason}: attempt {attempt + 1} of {ATTEMPTS} in {pause:.1f} s", markup=False
+                f"{shown(url)}: {reason}: attempt {attempt + 1} of {attempts} in {pause:.1f} s", markup=False
             )
             # Ranks that failed together come back at different times. (Not random.random, whose state is the run's.)
             time.sleep(pause * random.SystemRandom().uniform(0.8, 1.2))
             pause *= 2
 
 
-def _is_refused(error: Exception) -> bool:
-    """Return whether a web server says that the request is wrong, so that asking again is of no use."""
-    status = getattr(error, "status", None)
-    return isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUS
-
-
-def _reason(error: Exception) -> str:
-    """Say in a few words why a file did not come."""
-    status, message = getattr(error, "status", None), getattr(error, "message", None)
-    if isinstance(status, int):
-        return one_line(f"the server answers {status} {message or ''}".strip(), 200)
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, TimeoutError):  # aiohttp's, asyncio's and fsspec's are
-        return f"no answer for {SILENCE_SECONDS:g} s"
-    return re.sub(r"^\[Errno \d+\] ", "", one_line(error, 200)) or type(error).__name__
+def _kind(url: str) -> str:
+    """Return the kind of storage, such as s3."""
+    return re.split("://|::", url)[0].lower()
 
 
 def _open_file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path of the file in it.
+    """Return fsspec's file system for a URL, and the path of the file in it. fsspec keeps it, with its connections.
 
     Raises:
         UserError: fsspec does not know this kind of URL, or a package is missing.
@@ -124,22 +115,37 @@ def _open_file_system(url: str) -> tuple[Any, str]:
     import fsspec.core  # not at the top: a process that reads local shards does not need it
     from fsspec.registry import known_implementations
 
-    kind = re.split("://|::", url)[0].lower()
-    options: dict[str, Any] = {}
+    kind = _kind(url)
+    if kind not in ("http", "https") and kind in known_implementations:
+        package = known_implementations[kind]["class"].partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{shown(url)}: needs the package {package}: pip install {package}")
+    try:
+        system, path = fsspec.core.url_to_fs(url, **_options(kind))
+    except ImportError as error:
+        raise UserError(f"{shown(url)}: {one_line(error)}: pip install what it names") from None
+    except ValueError as error:
+        raise UserError(f"{shown(url)}: {one_line(error)}: give a URL that fsspec reads, or a folder") from None
+    if hasattr(system, "retries"):
+        system.retries = 1  # s3fs would try five times itself, each of them in silence
+    return system, str(path)
+
+
+def _options(kind: str) -> dict[str, Any]:
+    """Return options of fsspec's file system. The user's own settings of fsspec are kept and win."""
+    from fsspec.config import conf
+
     if kind in ("http", "https"):
         import aiohttp
 
         # aiohttp's own limit is five minutes for the whole file; and it does not look at the proxy's variables.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-    elif kind in known_implementations:
-        package = known_implementations[kind]["class"].partition(".")[0]
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{shown(url)}: needs the package {package}: pip install {package}")
-    try:
-        system, path = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        raise UserError(f"{shown(url)}: {one_line(error)}: pip install what it names") from None
-    except ValueError as error:
-        raise UserError(f"{shown(url)}: {one_line(error)}: give a URL that fsspec reads, or a folder") from None
-    return system, str(path)
+        key, kinds, ours = "client_kwargs", ("http", "https"), {"timeout": timeout, "trust_env": True}
+    elif kind in ("s3", "s3a"):  # botocore would try five times, each time that s3fs does
+        key, kinds, ours = "config_kwargs", ("s3", "s3a"), {"retries": {"max_attempts": 0}}
+    else:
+        return {}
+    for each in kinds:
+        users = conf.get(each, {}).get(key, {})
+        ours |= users if isinstance(users, dict) else {}
+    return {key: ours}

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.data.fetch import Damaged, NotThere, fetch, joined, shown
+from bitnet_lit.data.fetch import NotThere, fetch, joined, shown
+from bitnet_lit.data.fetch_errors import Damaged
 from bitnet_lit.data.shard_cache import RemoteShard, ShardCache, file_sha256
 from bitnet_lit.data.shard_directory import ShardDirectory, agreed_vocab_size
 from bitnet_lit.data.shard_files import ShardFiles
@@ -111,7 +112,7 @@ def _fetch_meta(url: str) -> dict[str, Any]:
                     raise Damaged(str(error)) from None  # a part of it
                 raise NotThere(f"{shown(address)}: {error}: check the URL") from None
 
-        fetch(address, path, check)
+        fetch(address, path, check, is_first=True)
     return read[-1]
 
 
@@ -126,7 +127,7 @@ def _fetch_tokenizer(url: str, meta: dict[str, Any], where: str, cache: ShardCac
         raise UserError(f"{where}: its {META_NAME} names {min(unknown)!r} as a tokenizer's file: give data.tokenizer")
     content = hashlib.sha256("".join(f"{name}={files[name]}\n" for name in sorted(files)).encode()).hexdigest()
     folder = cache.folder / "tokenizers" / content
-    with disk_errors(f"data.cache_dir={cache.folder}", refused="choose another data.cache_dir"):
+    with disk_errors(f"data.cache_dir={cache.folder}", refused="choose another data.cache_dir or XDG_CACHE_HOME"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, sha256 in files.items():
 

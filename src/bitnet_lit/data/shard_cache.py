@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitnet_lit.atomic import atomic_file, remove_leftovers
-from bitnet_lit.data.fetch import Damaged, fetch
+from bitnet_lit.data.fetch import fetch
+from bitnet_lit.data.fetch_errors import Damaged
 from bitnet_lit.errors import disk_errors
 from bitnet_lit.locks import lock
 
@@ -97,7 +98,7 @@ class ShardCache:
         if (descriptor := _opened(path, shard.size)) is not None:
             return descriptor
         full = "make room, or give a smaller data.cache_gib"
-        with disk_errors(f"data.cache_dir={self.folder}", full, "choose another data.cache_dir"):
+        with disk_errors(f"data.cache_dir={self.folder}", full, "choose another data.cache_dir or XDG_CACHE_HOME"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked(shard.sha256):
                 if (descriptor := _opened(path, shard.size)) is not None:  # another process has fetched it meanwhile

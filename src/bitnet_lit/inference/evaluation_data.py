@@ -6,6 +6,7 @@ config.yaml: a folder of shards, or a data module of the user's own, which is im
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from bitnet_lit.checkpoints.custom_folder import CustomPretrained
 from bitnet_lit.checkpoints.pretrained import PretrainedModel
 from bitnet_lit.config import CustomData, EvaluateConfig
 from bitnet_lit.config.slots import TARGET, custom
+from bitnet_lit.data.shard_cache import DEFAULT_GIB, ShardCache
 from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -43,7 +45,8 @@ def validation_batches(
     Raises:
         UserError: no data, data of another tokenizer, or a data module that the user has not named.
     """
-    data = {} if config.data_dir else _data_of_run(pretrained.path)
+    run = _data_of_run(pretrained.path)
+    data = {} if config.data_dir else run
     if TARGET in data:
         batches, tokenizer = _own_batches(pretrained, data, length, config)
         return str(data[TARGET]), batches, pretrained.tokenizer or tokenizer
@@ -56,7 +59,7 @@ def validation_batches(
         )
     if not isinstance(data_dir, str):
         raise UserError(f"{pretrained.path}: does not say what it was trained on: give data_dir=<folder of shards>")
-    shards = _open_shards(pretrained, data_dir)
+    shards = _open_shards(pretrained, data_dir, _cache_of_run(run))
     batches = _split_batches(shards.validation(length), config.batch_size)
     return data_dir, batches, pretrained.tokenizer or shards.tokenizer
 
@@ -70,11 +73,20 @@ def _data_of_run(model: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _open_shards(pretrained: PretrainedModel | CustomPretrained, data_dir: str) -> ShardDirectory:
+def _cache_of_run(data: dict[str, Any]) -> ShardCache:
+    """Return the cache of remote shards that a run used; the user's own where that one is not on this machine."""
+    folder, gib = data.get("cache_dir"), data.get("cache_gib")
+    is_here = isinstance(folder, str) and os.path.isdir(folder)
+    if isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 < gib < float("inf"):
+        gib = DEFAULT_GIB
+    return ShardCache.default(folder if is_here else None, gib)
+
+
+def _open_shards(pretrained: PretrainedModel | CustomPretrained, data_dir: str, cache: ShardCache) -> ShardDirectory:
     """Open a folder of shards, which must be of the model's tokenizer."""
     path, vocabulary = pretrained.path, pretrained.config.vocab_size or 0
     tokenizer = pretrained.tokenizer.path if pretrained.tokenizer else None
-    shards = open_shards(data_dir, tokenizer, "data_dir")
+    shards = open_shards(data_dir, tokenizer, "data_dir", cache)
     if shards.vocab_size > vocabulary:  # some embeddings have rows to spare
         raise UserError(
             f"data_dir={data_dir}: has a vocabulary of {shards.vocab_size} tokens, and the model one of {vocabulary}: "

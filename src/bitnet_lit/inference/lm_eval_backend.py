@@ -15,6 +15,8 @@ leaves that out). The answers are equal but for float rounding: tests/inference/
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -140,11 +142,12 @@ class BitnetLit(TemplateLM):
             UserError: a continuation is longer than the context of the model.
         """
         windows = [self._window(context, continuation) for _, context, continuation in requests]
-        answers = []
-        for (texts, _, _), scores in zip(requests, self._scorer.score(windows), strict=True):
-            answer = (-float(scores.losses.sum(dtype=np.float64)), bool(scores.hits.all()))
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-            answers.append(answer)
+        answers = [(0.0, False)] * len(requests)
+        with _progress(len(requests), "loglikelihood", disable_tqdm) as progress:
+            for number, scores in self._scorer.found(windows):
+                answers[number] = -float(scores.losses.sum(dtype=np.float64)), bool(scores.hits.all())
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+                progress.update()
         return answers
 
     def _window(self, context: Sequence[int], continuation: Sequence[int]) -> Window:
@@ -164,11 +167,18 @@ class BitnetLit(TemplateLM):
             for pair in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
                 windows.append(self._window(*make_disjoint_window(pair)))
                 of_request.append(number)
+        losses: list[list[float]] = [[] for _ in requests]
+        waiting = Counter(of_request)  # windows of each text that are not scored yet
         totals = [0.0] * len(requests)
-        for number, scores in zip(of_request, self._scorer.score(windows), strict=True):
-            totals[number] -= float(scores.losses.sum(dtype=np.float64))
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        with _progress(len(windows), "loglikelihood_rolling", disable_tqdm) as progress:
+            for at, scores in self._scorer.found(windows):
+                number = of_request[at]
+                losses[number].append(float(scores.losses.sum(dtype=np.float64)))
+                waiting[number] -= 1
+                if not waiting[number]:
+                    totals[number] = -math.fsum(losses[number])  # whatever their order
+                    self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, totals[number])
+                progress.update()
         return totals
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -179,14 +189,13 @@ class BitnetLit(TemplateLM):
         """Return the continuation of each context, without the stop text."""
         prompts, options = zip(*(self._prompt(*request.args) for request in requests), strict=True)
         texts = [""] * len(requests)
-        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests")
-        for batch in self._batches(options):
-            found = self._model.generator.continue_ids([prompts[i] for i in batch], options[batch[0]], batch[0])
-            for number, text in zip(batch, found, strict=True):
-                texts[number] = text
-                self.cache_hook.add_partial("generate_until", requests[number].args, text)
-            progress.update(len(batch))
-        progress.close()
+        with _progress(len(requests), "generate_until", disable_tqdm) as progress:
+            for batch in self._batches(options):
+                found = self._model.generator.continue_ids([prompts[i] for i in batch], options[batch[0]], batch[0])
+                for number, text in zip(batch, found, strict=True):
+                    texts[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                progress.update(len(batch))
         return texts
 
     def _batches(self, options: Sequence[GenerationConfig]) -> Iterable[list[int]]:
@@ -227,6 +236,11 @@ class BitnetLit(TemplateLM):
         # The harness seeds torch with its --seed.
         config = GenerationConfig(max_new_tokens=new_tokens, stop=until, seed=torch.initial_seed(), **chosen)
         return ids, config
+
+
+def _progress(total: int, kind: str, is_hidden: bool) -> tqdm:
+    """Return a progress bar of requests, named as the harness names its own."""
+    return tqdm(total=total, disable=is_hidden, desc=f"Running {kind} requests")
 
 
 def _device(given: str | None) -> str:

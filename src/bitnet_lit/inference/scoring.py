@@ -113,12 +113,22 @@ class Scorer(ABC):
         Raises:
             ModelError: a loss is NaN, or memory ends.
         """
-        scores = [Scores(np.empty(0, np.float32), np.empty(0, np.bool_))] * len(windows)
-        for number, found in self.run(plan_rows(windows), windows):
-            if np.isnan(found.losses).any():
+        scores = dict(self.found(windows))
+        return [scores[number] for number in range(len(windows))]
+
+    def found(self, windows: Sequence[Window]) -> Iterator[tuple[int, Scores]]:
+        """Yield the number and the scores of each window as soon as they are known, in any order.
+
+        Raises:
+            ModelError: a loss is NaN, or memory ends.
+        """
+        for number, window in enumerate(windows):
+            if window.start >= len(window.ids):
+                yield number, Scores(np.empty(0, np.float32), np.empty(0, np.bool_))
+        for number, scores in self.run(plan_rows(windows), windows):
+            if np.isnan(scores.losses).any():
                 raise ModelError("the model computes no numbers: a loss is NaN: train it again")
-            scores[number] = found
-        return scores
+            yield number, scores
 
 
 class NetworkScorer(Scorer):

@@ -1,7 +1,8 @@
 """`sweep.dry_run=true` checks a run or every job of a sweep without training, and prints what each would take.
 
 It opens the data, fills in the sizes, builds the network where it takes no memory, makes the optimizer and the
-schedule, and compares a half-done job with its checkpoint: what a run does before its first step. Nothing is written.
+schedule, and compares a half-done job with its checkpoint: what a run does before its first step. Nothing is written
+but shards of a remote folder, which come to its cache.
 
 The time comes from the speed of jobs of the sweep that are done: FLOPs in a second, of the same kind of weights where
 there are such jobs. Where none is done, it comes from the speed of a matrix product on this machine, of which training
