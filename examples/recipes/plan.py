@@ -114,8 +114,12 @@ class Plan:
         self.typed = by_key(self.settings["overrides"])
         found: dict[str, Sweep] = {}
         for step in self.settings["order"]:
-            for sweep in self._step(*[*step.split(), ""][:2]):
-                found.setdefault(sweep.name, sweep)
+            kind, recipe, *twins = [*step.split(), ""] if step.count(" ") == 0 else step.split()
+            if not set(twins) <= set(TWINS):
+                raise UserError(f"order: {step}: its twins are {' and '.join(TWINS)}")
+            for sweep in self._step(kind, recipe):
+                if not twins or sweep.quant in twins:
+                    found.setdefault(sweep.name, sweep)
         self.sweeps = list(found.values())
         self.by_name = found
 

@@ -238,6 +238,9 @@ def test_tables_go_between_the_marks_of_a_page(modules, tmp_path):
         ("trials=0", "trials=0: must be a number, at least 1"),
         ("budget_minutes=soon", "budget_minutes=soon: must be a number"),
         ("order=[search gutenberg_6m]", "order: search gutenberg_6m: give one of"),
+        ("order=[search]", "order: search : give one of"),
+        ("order=[search gutenberg_5m b1]", "order: search gutenberg_5m b1: its twins are b158 and none"),
+        ("order=[combined gutenberg_5m]", "order: combined gutenberg_5m: needs a step options"),
         ("seeds=[]", "seeds=\\[\\] is empty"),
     ],
 )
