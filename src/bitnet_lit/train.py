@@ -60,12 +60,10 @@ def _resume(folder: str, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         config: what the job would begin with. The classes that it names may be imported.
     """
     from bitnet_lit.config.slots import as_values
-    from bitnet_lit.instantiate import named_classes
-    from bitnet_lit.runs.job import resume_overrides
+    from bitnet_lit.runs.go_on import foreign_classes, resume_overrides
     from bitnet_lit.training.resume import resume_config
 
-    classes = [target for _, target in named_classes(as_values(config))] + config.schemes
-    overrides = resume_overrides(folder, classes)
+    overrides = resume_overrides(folder, foreign_classes({**as_values(config), "schemes": config.schemes}))
     return resume_config(folder, overrides[1:]), overrides
 
 

@@ -204,6 +204,27 @@ def test_what_lies_in_a_run_is_no_run_but_runs_below_it_are(tmp_path):
     assert run_folders([str(tmp_path / "r*"), str(run / "later")]) == [run, run / "later" / "deeper"]  # each once
 
 
+def test_a_row_of_dense_and_quantized_runs_has_the_gap_of_the_quantized_ones(tmp_path):
+    make_run(tmp_path / "dense", quant="none", final=1.0)
+    make_run(tmp_path / "ternary", quant="b158", final=2.0)
+    gap = compared(tmp_path, by=["model"])[0]["small"].at_equal_tokens.estimate
+    assert gap.mean == pytest.approx(1.0) and gap.count == 1
+
+
+def test_keys_of_the_sweep_tell_no_runs_apart(tmp_path):
+    make_run(tmp_path / "dense", quant="none", final=2.0, sweep={"n_trials": 20})
+    make_run(tmp_path / "ternary", quant="b158", final=2.5, sweep={"n_trials": 40})
+    rows, notes = compared(tmp_path)
+    assert list(rows) == ["b158", "none"] and notes == []
+    assert rows["b158"].at_equal_tokens.estimate.mean == pytest.approx(0.5)
+
+
+def test_a_folder_that_does_not_exist_is_one_line(tmp_path):
+    run = make_run(tmp_path / "a")
+    with pytest.raises(UserError, match=r"^runs=.*typo: no such folder: give folders of runs or of sweeps$"):
+        run_folders([str(run), str(tmp_path / "typo")])
+
+
 def test_no_runs(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.csv below: give run folders"):
         compared(tmp_path)

@@ -19,6 +19,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.job import ResumableTask
 from bitnet_lit.runs.job_folder import State, state
+from bitnet_lit.runs.metric_names import metric_names
 from bitnet_lit.runs.sweep_table import read_jobs
 from tests.runs.stand_in import StandIn
 from tests.support import REPOSITORY, TINY_RUN, Killed, kill_at, run_command
@@ -133,6 +134,29 @@ def test_one_process_at_a_time(sweep, tmp_path):
     assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0
 
 
+def test_a_job_of_another_process_is_left_alone(sweep, tmp_path, capsys):
+    assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0
+    job = tmp_path / "mine" / "quant=b158"
+    for name in ("quant=b158", "quant=none"):
+        (tmp_path / "mine" / name / "metrics.json").unlink()
+    capsys.readouterr()
+    with locked(job):
+        assert state(job) is State.RUNNING
+        assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 1
+    assert sweep.ran == [("none", 1)] and not (job / "error.txt").exists()
+    printed = capsys.readouterr().err
+    assert "2 jobs, 1 running, 1 new" in printed and "quant=b158: runs in another process: left alone" in printed
+    assert "1 of 2 jobs of mine run in other processes (quant=b158): give the same line again" in printed.replace(
+        str(tmp_path) + "/", ""
+    )
+    assert "failed" not in printed
+    assert {row["job"]: row.get("error") for row in read_jobs(tmp_path / "mine")} == {
+        "quant=b158": "did not finish",  # it has ended now
+        "quant=none": None,
+    }
+    assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0 and sweep.ran == [("b158", 1)]
+
+
 def test_a_name_of_the_users_own_is_kept(sweep, tmp_path):
     own = [*PAIR, "hydra.sweep.dir=mine", "hydra.sweep.subdir=${quant.name}/${seed}"]
     assert sweep.start(*own) == 0
@@ -197,6 +221,9 @@ def test_a_job_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch,
     for seed in (1, 2):
         whole, killed = (figures(tmp_path / name / f"seed={seed}") for name in ("whole", "killed"))
         assert whole == killed
+    written = json.loads((tmp_path / "whole" / "seed=1" / "metrics.json").read_text())
+    numbers = {name for name, value in written.items() if type(value) in (int, float)} - {"seed"}
+    assert numbers <= {*metric_names()}  # what a search may ask for
 
     with pytest.raises(UserError, match="complete at step 8"):
         start_training(f"resume={tmp_path}/whole/seed=1", "sweep.dry_run=true")

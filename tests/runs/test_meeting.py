@@ -76,6 +76,18 @@ def test_the_others_end_where_the_first_one_fails(launched):
             other.result(timeout=60)
 
 
+def test_a_restart_of_torchrun_does_not_read_the_failure_before_it(monkeypatch, launched):
+    if launched is None:
+        pytest.skip("a store ends with its first process")
+    with pytest.raises(ZeroDivisionError):
+        first_alone(lambda: 1 / 0, True, "the work")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(first_alone, lambda: None, False, "the work")
+        first_alone(lambda: time.sleep(0.3), True, "the work")
+        other.result(timeout=60)
+
+
 def test_a_process_group_connects_where_they_met(monkeypatch, launched):
     if launched is not None:
         pytest.skip("torchrun's own store")

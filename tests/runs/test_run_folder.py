@@ -2,15 +2,17 @@
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
-from bitnet_lit.runs.folder import claim, clean, find_run, is_taken, locked
+from bitnet_lit.runs.folder import claim, clean, find_run, is_running, is_taken, locked
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
@@ -33,6 +35,18 @@ def test_one_process_at_a_time(tmp_path):
             pass
     with locked(tmp_path):  # free again
         assert not list(tmp_path.iterdir())
+
+
+def test_who_asks_whether_a_run_is_running_is_not_taken_for_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
+    asking = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)  # what a report beside holds for an instant
+    assert not is_running(tmp_path) and not is_taken(tmp_path)
+    ends = threading.Timer(0.1, os.close, [asking])
+    ends.start()
+    with locked(tmp_path) as is_locked:  # waits for the instant
+        assert is_locked and is_running(tmp_path) and is_taken(tmp_path)
+    ends.join()
 
 
 @pytest.mark.slow

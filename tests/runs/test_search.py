@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_lit.errors import Diverged, UserError
+from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.search import STUDY_NAME
 from tests.runs.stand_in import StandIn
 from tests.support import Killed
@@ -22,6 +23,7 @@ class Objective(StandIn):
     def __init__(self):
         super().__init__()
         self.dies_in = self.diverges_in = self.fails_in = None
+        self.best_loss_is = {}
 
     def __call__(self, config):
         rate, number = config.optim.learning_rate, len(self.ran)
@@ -37,7 +39,9 @@ class Objective(StandIn):
         if number == self.fails_in:
             raise OSError("the disk is gone")
         loss = abs(math.log(rate / 0.02))
-        (folder / "metrics.json").write_text(json.dumps({"val/loss": loss + 1, "val/best_loss": loss}))
+        (folder / "metrics.json").write_text(
+            json.dumps({"val/loss": loss + 1, "val/best_loss": self.best_loss_is.get(number, loss)})
+        )
         return loss
 
 
@@ -116,8 +120,52 @@ def test_values_to_choose_from(objective, tmp_path):
     assert {trial.params["data.batch_size"] for trial in found} <= {4, 8, 12}
     assert {trial.params["seed"] for trial in found} <= {1, 2, 3, 4, 5}
     assert all(trial.value == abs(math.log(0.5)) + 1 for trial in found)
-    with pytest.raises(UserError, match="sweep.metric=val/nothing: not in"):
-        objective.start(*SEARCH, "hydra.sweep.dir=t", "sweep.metric=val/nothing")
+
+
+def test_a_typing_error_in_the_metric_is_found_before_the_first_trial(objective, tmp_path):
+    for wrong, words in [
+        ("val/los", r"sweep.metric=val/los: no run writes this figure: did you mean 'val/loss'\?"),
+        ("bleu", "sweep.metric=bleu: no run writes this figure: give one of val/loss, .*ternary/flip_rate"),
+    ]:
+        for more in ([], ["sweep.dry_run=true"]):
+            with pytest.raises(UserError, match=words):
+                objective.start(*SEARCH, f"sweep.metric={wrong}", *more)
+    with pytest.raises(UserError, match="data.batch_size=0: must be"):
+        objective.start(*SEARCH, "data.batch_size=0")
+    assert not objective.ran and not list(tmp_path.iterdir())  # so the line, when it is right, finds no other study
+    own = "callbacks.extra.mine._target_=my_project.Bleu"
+    with pytest.raises(UserError, match="What your callbacks log is kept if its name begins with val/, train/loss"):
+        objective.start(*SEARCH, own, "sweep.metric=bleu")
+    # What a callback logs is known when the first job has run. Its result counts for the metric that is right.
+    with pytest.raises(
+        UserError, match="sweep.metric=val/bleu: not in .*give one of val/loss, val/best_loss; the same"
+    ):
+        objective.start(*SEARCH, own, "sweep.metric=val/bleu")
+    first = objective.ran.copy()
+    assert objective.start(*SEARCH, own, "sweep.metric=val/loss") == 0
+    assert len(objective.ran) == 3 and [trials(tmp_path)[0].params["optim.learning_rate"]] == first
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_no_number_is_a_bad_result(objective, tmp_path, figure):
+    objective.best_loss_is = {0: figure}
+    assert objective.start(*SEARCH, "sweep.n_trials=2") == 0
+    assert [math.isinf(trial.value) and trial.value > 0 for trial in trials(tmp_path)] == [True, False]
+
+
+def test_a_trial_of_another_process_is_left_alone(objective, tmp_path, capsys):
+    """The first process of a search was killed alone: its jobs go on in processes of joblib or SLURM."""
+    objective.dies_in = 0
+    with pytest.raises(Killed):
+        objective.start(*SEARCH, "sweep.n_trials=2")
+    (job,) = (tmp_path / "s").glob("optim*")
+    objective.dies_in = None
+    with locked(job):
+        assert objective.start(*SEARCH, "sweep.n_trials=2") == 1
+    assert len(objective.ran) == 1 and not objective.resumed and not (job / "error.txt").exists()
+    assert "s run in other processes (optim.learning_rate=" in capsys.readouterr().err
+    assert [trial.state.name for trial in trials(tmp_path)] == ["RUNNING", "COMPLETE"]
+    assert objective.start(*SEARCH, "sweep.n_trials=2") == 0 and objective.resumed == [job.name]
 
 
 def test_a_dry_run_of_a_search_shows_an_example(objective, tmp_path, capsys):

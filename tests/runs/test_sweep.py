@@ -157,13 +157,18 @@ def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys):
     job_folder(tmp_path / "1", ["seed=2"], error="TrainingStopped: SIGTERM at step 3: saved")
     (tmp_path / "1" / "checkpoints").mkdir()
     (tmp_path / "1" / "checkpoints" / "last.ckpt").write_text("x")
+    (tmp_path / "1" / "config.yaml").write_text(
+        "seed: 2\nrun_dir: x\nschemes: [my.Scheme]\noptim: {_target_: torch.optim.SGD}\n"
+        "logger: {extra: {mlflow: {_target_: lightning.pytorch.loggers.MLFlowLogger}}}\n"
+    )
     job_folder(tmp_path / "2", as_typed(TrainConfig, ["seed=3", "data.dir=a b"]), error="not started")
     sweep.request_stop(tmp_path, signal.SIGTERM)
     SweepTable.handlers = sweep.StopHandlers(tmp_path)
     assert SweepTable.end() == 128 + signal.SIGTERM
     commands = [line.strip() for line in capsys.readouterr().out.splitlines() if "bitnet_lit.train" in line]
     words = [shlex.split(command)[3:] for command in commands]
-    assert words[0] == [f"resume={tmp_path / '1'}"]
+    # Without allow= the classes that the run names would be refused.
+    assert words[0] == [f"resume={tmp_path / '1'}", "allow=[lightning.pytorch.loggers.MLFlowLogger,my.Scheme]"]
     assert words[1] == ["seed=3", "data.dir='a b'", f"hydra.run.dir={tmp_path / '2'}"]
     assert as_typed(TrainConfig, words[1][:2]) == words[1][:2]  # it means the same when it is typed
     claim(tmp_path / "2", True)  # and its folder is free

@@ -277,6 +277,9 @@ def test_another_number_of_devices_keeps_the_sequences_of_a_step(run, monkeypatc
     for gpus, expected in {1: (4, 1), 2: (2, 1), 4: (1, 1)}.items():  # nothing is typed: another machine
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         assert sizes() == expected
+    # As many GPUs as before, with devices=auto: the user wants steps of another size, as with devices=1.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert sizes("data.batch_size=2") == (2, 1) and sizes("trainer.accumulate_grad_batches=3") == (4, 3)
 
 
 def test_a_saved_config_says_the_same_wherever_it_is_resumed_from(made, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,7 @@ CHECKPOINTS = "checkpoints"
 LAST, BEST = "last.ckpt", "best.ckpt"
 MODEL, MODEL_LAST = "model", "model_last"
 RECORD, RESUME_RECORD = ".hydra", ".hydra_resume"
+_ASKING_SECONDS = 0.5  # a command that asks whether a run is running holds its lock for less
 
 _BEGUN = (CSV_NAME, HEALTH_NAME, SAMPLES_NAME, "tensorboard/events.out.tfevents.*")
 _RESULTS = (f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{BEST}", MODEL, MODEL_LAST, METRICS_NAME)
@@ -64,13 +66,24 @@ def is_taken(folder: Path) -> bool:
     """Return whether a folder belongs to another run: it holds results, or a process may be training in it now."""
     if results(folder):
         return True
-    if not is_run(folder):
-        return False
+    return is_run(folder) and not _is_free(folder)
+
+
+def is_running(folder: Path) -> bool:
+    """Return whether a process trains in a folder. Where the file system has no locks, that is not known: False."""
+    return is_run(folder) and _is_free(folder) is False
+
+
+def _is_free(folder: Path) -> bool | None:
+    """Return whether no process holds the lock on a folder; None where that cannot be known."""
     try:
-        with locked(folder) as is_locked:
-            return not is_locked
-    except UserError:
-        return True
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        return lock(descriptor, shared=True)
+    finally:
+        os.close(descriptor)
 
 
 def can_be_resumed(folder: Path) -> bool:
@@ -131,7 +144,9 @@ def locked(folder: Path, what: str = "another process is training") -> Iterator[
     """
     descriptor = os.open(folder, os.O_RDONLY)  # the folder itself is locked, so no lock file is left behind
     try:
-        taken = lock(descriptor)
+        deadline = time.monotonic() + _ASKING_SECONDS
+        while (taken := lock(descriptor)) is False and time.monotonic() < deadline:
+            time.sleep(0.01)
         if taken is False:
             raise UserError(f"{folder}: {what} in this folder: wait until it has ended, or give another folder")
         yield bool(taken)

@@ -202,7 +202,9 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
         sweep_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, sweep_dir / "multirun.yaml")
     SweepTable.jobs = [one.folder.relative_to(sweep_dir).as_posix() for one in planned if one.folder] or None
-    waiting = [one.launched(sweep_dir) for one in planned if one.state is not State.DONE]
+    # What another process trains comes last, and has perhaps ended when its turn comes.
+    in_order = sorted(planned, key=lambda one: one.state is State.RUNNING)
+    waiting = [one.launched(sweep_dir) for one in in_order if one.state is not State.DONE]
     results: list[Sequence[Any]] = []
     for batch in BasicSweeper.split_overrides_to_chunks(waiting, sweeper.max_batch_size) if waiting else ():
         results.append(sweeper.launcher.launch(batch, initial_job_idx=sum(len(each) for each in results)))

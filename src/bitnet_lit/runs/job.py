@@ -19,12 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
 from bitnet_lit.errors import TrainingStopped
-from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.devices import take_gpus
 from bitnet_lit.runs.folder import can_be_resumed
 from bitnet_lit.runs.job_folder import State, check_unchanged, final_loss, is_of, state
 from bitnet_lit.runs.ranks import command_of_a_job, rank
-from bitnet_lit.runs.sweep import run_job
+from bitnet_lit.runs.sweep import RUNS_ELSEWHERE, run_job
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,10 @@ class Job:
         if rank() and found is State.RUNNING:  # the first rank of this very job holds the lock
             found = State.HALF_DONE if can_be_resumed(folder) else State.NEW
 
+        if found is State.RUNNING:
+            print(f"sweep: {folder}: {RUNS_ELSEWHERE}: left alone", file=sys.stderr)
+            return float("inf")
+
         def work() -> Any:
             if found in (State.DONE, State.HALF_DONE):
                 check_unchanged(folder, cfg)
@@ -92,8 +95,7 @@ class Job:
             with command_of_a_job(self.module, self.flags, resumed):
                 return self.task(config)
 
-        # A job that another process trains is refused, and its error is not written into the folder of that process.
-        return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own and found is not State.RUNNING)
+        return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own)
 
     def config(self, composed: DictConfig, folder: Path) -> Any:
         """Build the config of a job without running it.
@@ -127,9 +129,3 @@ def without_hydra(composed: DictConfig) -> DictConfig:
     with read_write(config), open_dict(config):
         del config["hydra"]
     return config
-
-
-def resume_overrides(folder: str, classes: Sequence[str]) -> list[str]:
-    """Return the overrides that go on with a run which names classes of the user's own."""
-    allowed = ",".join(map(quoted, classes))
-    return [f"resume={quoted(folder)}", *([f"allow=[{allowed}]"] if classes else [])]

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
-from bitnet_lit.runs.folder import CONFIG_NAME, ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, is_run, locked
+from bitnet_lit.runs.folder import CONFIG_NAME, ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, is_running
 from bitnet_lit.runs.job_names import identity
 
 OVERRIDES_NAME = "overrides.yaml"  # Hydra's
@@ -45,12 +45,8 @@ def state(folder: Path) -> State:
     """Return the state of the job in a folder, which may not exist."""
     if (folder / METRICS_NAME).is_file():
         return State.DONE
-    if is_run(folder):
-        try:
-            with locked(folder):
-                pass
-        except UserError:
-            return State.RUNNING
+    if is_running(folder):
+        return State.RUNNING
     if can_be_resumed(folder):
         return State.HALF_DONE
     return State.FAILED if (folder / ERROR_NAME).is_file() else State.NEW

@@ -27,12 +27,13 @@ from bitnet_lit.config import SweepConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
 from bitnet_lit.foreign_json import read_json
-from bitnet_lit.json_shapes import Number, Record
+from bitnet_lit.json_shapes import Record
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
 from bitnet_lit.runs.grid import Planned, check, check_launcher, place, preview
 from bitnet_lit.runs.job import Job
 from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.job_names import identity
+from bitnet_lit.runs.metric_names import check_metric
 from bitnet_lit.runs.sweep import stop_number
 from bitnet_lit.runs.sweep_table import SweepTable
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY_NAME = "study.db"
+_HUGE = 1e30  # a figure beyond it is a bad result, like one that is no number
 _SPACE = "space"  # the user attribute of the study that says what it searches
 
 
@@ -63,8 +65,12 @@ def distribution(override: Override) -> optuna.distributions.BaseDistribution:
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
-def _open_study(path: Path, config: SweepConfig, space: str) -> optuna.Study:
+def _open_study(path: Path, config: SweepConfig, space: str, may_replace: bool = True) -> optuna.Study:
     """Open the study of a sweep's folder, or make it.
+
+    Args:
+        may_replace: whether a study of something else that has no result yet, as after a mistake in the command, is
+            replaced.
 
     Raises:
         UserError: the study searches something else, or cannot be read.
@@ -73,23 +79,31 @@ def _open_study(path: Path, config: SweepConfig, space: str) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     remedy = "give another hydra.sweep.dir"
-    try:
-        study = optuna.create_study(
-            storage=f"sqlite:///{path.absolute()}",
+    storage = f"sqlite:///{path.absolute()}"
+
+    def opened() -> optuna.Study:
+        return optuna.create_study(
+            storage=storage,
             study_name="sweep",
             direction=cast(Any, config.direction),
             load_if_exists=True,
             pruner=optuna.pruners.NopPruner(),
         )
+
+    try:
+        study = opened()
         known = study.user_attrs.get(_SPACE)
+        trials = study.get_trials(deepcopy=False)
+        if known not in (None, space) and may_replace and not any(trial.state.name == "COMPLETE" for trial in trials):
+            optuna.delete_study(study_name="sweep", storage=storage)  # nothing is lost: it has no result
+            study, known, trials = opened(), None, []
         if known is None:
             study.set_user_attr(_SPACE, space)
-        number = len(study.get_trials(deepcopy=False))
     except Exception as error:
         raise UserError(f"{path}: no study that Optuna can open ({type(error).__name__}: {error}): {remedy}") from None
     if known not in (None, space):
         raise UserError(f"{path}: its study searches {known}, and this one would search {space}: {remedy}")
-    study.sampler = _sampler(config, number)
+    study.sampler = _sampler(config, len(trials))
     return study
 
 
@@ -142,17 +156,43 @@ class Search:
         (planned,) = place([[*self.fixed, *values]], self.sweep_dir, {key.lstrip("+") for key in self.space}, False)
         return planned
 
+    def _checked(self, batch: Sequence[Mapping[str, Any]]) -> tuple[list[Planned], list[Any]]:
+        """Place the trials with these values, and check their configs and that they will have the metric.
+
+        Returns:
+            The jobs, and the config of each or the error that it has.
+
+        Raises:
+            UserError: every config is wrong, or no run writes `sweep.metric`.
+        """
+        planned = [self._place(params) for params in batch]
+        configs = check(self.sweeper, self.job, planned, self.sweep_dir)
+        for config in configs:
+            if not isinstance(config, UserError):
+                check_metric(self.config.metric, getattr(config.data, "mix", None) or (), bool(config.callbacks.extra))
+        return planned, configs
+
+    def _example(self, number: int) -> Mapping[str, Any]:
+        """Return values that a trial may have.
+
+        Args:
+            number: of trials that the study has.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        return optuna.create_study(sampler=_sampler(self.config, number)).ask(self.space).params
+
     def show(self) -> None:
         """Print what a search would do. The values of later trials are not known yet, so one trial stands for all."""
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         trials: list[Any] = []
         if (self.sweep_dir / STUDY_NAME).is_file():
-            trials = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._named_space()).get_trials()
-        example = optuna.create_study(sampler=_sampler(self.config, len(trials))).ask(self.space)
-        planned = self._place(example.params)
-        preview(self.job, [planned], check(self.sweeper, self.job, [planned], self.sweep_dir), self.sweep_dir)
+            study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._named_space(), may_replace=False)
+            trials = study.get_trials()
+        planned, configs = self._checked([self._example(len(trials))])
+        preview(self.job, planned, configs, self.sweep_dir)
         done = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
         print(
             f"A search of {self.config.n_trials} trials, of which {done} are done. The job above is an example: values "
@@ -163,6 +203,8 @@ class Search:
         """Run trials until `sweep.n_trials` have a value."""
         from optuna.trial import TrialState
 
+        if not (self.sweep_dir / STUDY_NAME).is_file():
+            self._checked([self._example(0)])  # a mistake in the command leaves no study
         study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._named_space())
         trials = study.get_trials()
         waiting = [trial for trial in trials if trial.state == TrialState.RUNNING]  # their process died
@@ -170,6 +212,8 @@ class Search:
         for trial in lost:
             study.tell(trial.number, state=TrialState.FAIL)
         open_trials = [(trial.number, trial.params) for trial in waiting if trial not in lost]
+        states = {number: self._place(params).state for number, params in open_trials}
+        open_trials.sort(key=lambda trial: states[trial[0]] is State.RUNNING)  # it may have ended when its turn comes
         done = sum(trial.state == TrialState.COMPLETE for trial in trials)
         has_value = [trial.params for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.RUNNING)]
         # An earlier start has put these into the queue, and ended before their turn came.
@@ -205,12 +249,13 @@ class Search:
         """
         from optuna.trial import TrialState
 
-        planned = [self._place(params) for _, params in batch]
+        params = [each for _, each in batch]
         try:
-            check(self.sweeper, self.job, planned, self.sweep_dir)
+            planned, _ = self._checked(params)
         except UserError:
             if not any(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
                 raise  # the first trials: most likely every other one would be refused too
+            planned = [self._place(each) for each in params]
         assert self.sweeper.launcher is not None
         waiting = {one.folder: one.launched(self.sweep_dir) for one in planned if one.state is not State.DONE}
         if waiting:
@@ -219,7 +264,7 @@ class Search:
         for (number, _), one in zip(batch, planned, strict=True):
             assert one.folder is not None
             value = self._value(one.folder)
-            if value is None and stop_number(self.sweep_dir) is not None:
+            if value is None and (stop_number(self.sweep_dir) is not None or state(one.folder) is State.RUNNING):
                 names.append(one.folder.name)
                 continue  # the next start goes on with this trial
             if value is None:
@@ -238,14 +283,15 @@ class Search:
         """
         worst = math.inf if self.config.direction == "minimize" else -math.inf
         if state(folder) is State.DONE:
-            metrics = read_json(folder / METRICS_NAME, Record({}, {self.config.metric: Number()}), "remove it")
-            if self.config.metric not in metrics:
-                known = ", ".join(name for name, value in metrics.items() if isinstance(value, float))
+            metrics = read_json(folder / METRICS_NAME, Record({}), "remove it")
+            numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
+            if self.config.metric not in numbers:
                 raise UserError(
-                    f"sweep.metric={self.config.metric}: not in {folder / METRICS_NAME}: give one of {known}"
+                    f"sweep.metric={self.config.metric}: not in {folder / METRICS_NAME}: give one of "
+                    f"{', '.join(numbers)}; the same line with it goes on"
                 )
-            value = float(metrics[self.config.metric])
-            return value if math.isfinite(value) else worst
+            value = numbers[self.config.metric]
+            return float(value) if abs(value) < _HUGE else worst  # NaN is not smaller
         try:
             error = (folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace")
         except OSError:

@@ -29,6 +29,7 @@ from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.signals import handling
 
 STOP_NAME, REFUSED_NAME = ".stop", ".refused"
+RUNS_ELSEWHERE = "runs in another process"  # what the table says of such a job
 _POLL_SECONDS, _GRACE_SECONDS = 0.5, 2.0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,10 +25,11 @@ from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
 from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.devices import SLOTS_NAME
-from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, locked
+from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, is_running, locked
+from bitnet_lit.runs.go_on import commands_to_go_on
 from bitnet_lit.runs.job_folder import OVERRIDES_NAME
 from bitnet_lit.runs.ranks import rank
-from bitnet_lit.runs.sweep import REFUSED_NAME, STOP_NAME, StopHandlers, stop_number
+from bitnet_lit.runs.sweep import REFUSED_NAME, RUNS_ELSEWHERE, STOP_NAME, StopHandlers, stop_number
 from bitnet_lit.terminal import wide_console
 
 TABLE_NAME = "sweep.csv"
@@ -47,6 +47,8 @@ def _result(folder: Path) -> dict[str, Any]:
     if (folder / METRICS_NAME).exists():
         metrics = read_json(folder / METRICS_NAME, _METRICS, "run the job again in another folder")
         return {label: metrics[name] for name, label in FIGURES.items() if name in metrics}
+    if is_running(folder):
+        return {"error": RUNS_ELSEWHERE}
     if (folder / ERROR_NAME).exists():
         return {"error": one_line((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))}
     return {"error": "did not finish"}
@@ -78,25 +80,6 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
             name, _, error = line.partition("\t")
             rows[name] = {"job": name, "error": error}
     return [rows[name] for name in sorted(rows, key=natural)]
-
-
-def commands_to_go_on(sweep_dir: Path) -> list[str]:
-    """Return a shell command for each job that is not complete. It resumes the job, or starts it in its own folder."""
-    commands = []
-    folders = [record.parents[1] for record in sweep_dir.rglob(f"{RECORD}/{OVERRIDES_NAME}")]
-    for folder in sorted(folders, key=lambda folder: natural(folder.as_posix())):
-        if (folder / METRICS_NAME).exists():
-            continue
-        if can_be_resumed(folder):
-            arguments = [f"resume={folder}"]
-        else:
-            try:
-                overrides: Any = OmegaConf.to_container(OmegaConf.load(folder / RECORD / OVERRIDES_NAME))
-            except Exception:  # its row says that it cannot be read
-                continue
-            arguments = [*overrides, f"hydra.run.dir={folder}"]
-        commands.append(shlex.join(["python", "-m", "bitnet_lit.train", *arguments]))
-    return commands
 
 
 def write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
@@ -213,12 +196,20 @@ class SweepTable(Callback):
 
 
 def _report_failures(rows: list[dict[str, Any]], sweep_dir: Path) -> int:
-    """Name the jobs that failed, one line each, and return the exit status."""
-    failed = [row for row in rows if "error" in row]
+    """Name the jobs that failed and those that run in other processes, and return the exit status."""
+    elsewhere = [row for row in rows if row.get("error") == RUNS_ELSEWHERE]
+    failed = [row for row in rows if "error" in row and row not in elsewhere]
+    if elsewhere:
+        names = ", ".join(row["job"] for row in elsewhere)
+        print(
+            f"error: {len(elsewhere)} of {len(rows)} jobs of {sweep_dir} run in other processes ({names}): give the "
+            "same line again when they have ended",
+            file=sys.stderr,
+        )
     if failed:
         print(f"error: {len(failed)} of {len(rows)} jobs of {sweep_dir} failed:", file=sys.stderr)
         for row in failed:
             print(f"  {row['job']}: {one_line(row['error'])}", file=sys.stderr)
     if failed and len(failed) == len(rows) and all(str(row["error"]).startswith("UserError: ") for row in failed):
         return UserError.status
-    return 1 if failed else 0
+    return 1 if failed or elsewhere else 0

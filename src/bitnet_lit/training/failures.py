@@ -14,6 +14,7 @@ import torch
 
 from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError, disk_errors, one_line
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST
+from bitnet_lit.runs.go_on import command_to_resume
 
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)")
 _NO_METRIC = re.compile(
@@ -25,7 +26,7 @@ _CONNECTION = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pi
 def what_is_kept(run_dir: Path) -> str:
     """Return the end of an error text: which checkpoint is kept, and how to go on."""
     if (run_dir / CHECKPOINTS / LAST).exists():
-        return f"the last checkpoint is kept: go on with python -m bitnet_lit.train resume={run_dir}"
+        return f"the last checkpoint is kept: go on with {command_to_resume(run_dir)}"
     return "there is no checkpoint yet: start again"
 
 

@@ -6,7 +6,8 @@ but shards of a remote folder, which come to its cache.
 
 The time comes from the speed of jobs of the sweep that are done: FLOPs in a second, of the same kind of weights where
 there are such jobs. Where none is done, it comes from the speed of a matrix product on this machine, of which training
-is assumed to reach `TYPICAL_SHARE`. That is a rough figure: the right one is within a factor of about three.
+is assumed to reach `TYPICAL_SHARE`. That is a rough figure: the right one is within a factor of about three. Several
+GPUs are taken to be so many times as fast as one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from bitnet_lit.config import CustomNetwork, DataConfig, ModelConfig, PrepareConfig, TrainConfig
+from bitnet_lit.config import CustomNetwork, DataConfig, ModelConfig, PrepareConfig, TrainConfig, TrainerConfig
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, is_out_of_memory, one_line
@@ -126,8 +127,16 @@ def product_speed(device: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def _gpus(trainer: TrainerConfig) -> int:
+    """Return how many GPUs a job computes on; 1 on a CPU, whose processes share its cores."""
+    return world_size(trainer) if uses_cuda(trainer) else 1
+
+
 def _speeds(jobs: Sequence[tuple[Path, TrainConfig, Outlook]]) -> dict[str, float]:
-    """Return the FLOPs in a second that jobs reached which are done, by the name of their weights, and "" for all."""
+    """Return the FLOPs in a second that a device of the jobs reached that are done.
+
+    They are given by the name of the jobs' weights, and by "" for all of them.
+    """
     found: dict[str, list[float]] = {}
     for folder, config, outlook in jobs:
         try:
@@ -135,7 +144,7 @@ def _speeds(jobs: Sequence[tuple[Path, TrainConfig, Outlook]]) -> dict[str, floa
         except UserError:
             continue
         if speed := metrics.get("perf/tokens_per_s"):
-            flops = float(speed) * outlook.plan.flops_per_token
+            flops = float(speed) * outlook.plan.flops_per_token / _gpus(config.trainer)
             for name in (config.quant.name, ""):
                 found.setdefault(name, []).append(flops)
     return {name: statistics.median(speeds) for name, speeds in found.items()}
@@ -214,7 +223,7 @@ def _print(
         plan, is_done = outlook.plan, state is State.DONE
         left = 0 if is_done else outlook.tokens_left
         flops = left * plan.flops_per_token
-        seconds = flops / (speeds.get(config.quant.name) or speeds[""])
+        seconds = flops / (speeds.get(config.quant.name) or speeds[""]) / _gpus(config.trainer)
         seconds_in_all, tokens_in_all = seconds_in_all + seconds, tokens_in_all + left
         has = device_memory_bytes(config.trainer)
         if outlook.memory > has and not is_done:

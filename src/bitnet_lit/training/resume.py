@@ -8,6 +8,7 @@ imported only if the user names it too (`allow=`), or if it is known to be harml
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -36,9 +37,10 @@ from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, CONFIG_NAME, LAST, METRICS_NAME, MODEL, MODEL_LAST, find_run
 from bitnet_lit.training.checkpoint_file import read_checkpoint
-from bitnet_lit.training.elastic import keep_step
+from bitnet_lit.training.elastic import ACCUMULATION, BATCH, keep_step
 from bitnet_lit.training.identity import check_identity
 from bitnet_lit.training.initialize import sizes_are_given
+from bitnet_lit.training.plan import world_size
 
 _METRICS = Record({"steps": Integer(0, 2**63 - 1)})
 _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
@@ -91,6 +93,7 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
             cfg[name] = {} if TARGET in values else OmegaConf.structured(group.schema(values))
         cfg = OmegaConf.merge(cfg, _guarded(saved))
         before, ranks_before = _length(cfg.trainer), _ranks(cfg.trainer)
+        before_on_a_rank = _on_a_rank(cfg)
         for override in overrides:
             _apply(cfg, override, resume)
         with sizes_are_given(f"resume={resume}", [key for key, _ in typed]):
@@ -111,7 +114,9 @@ def resume_config(resume: str, overrides: Sequence[str] = ()) -> TrainConfig:
     same = Path(config.run_dir).absolute() == folder.absolute()  # then run_dir stays as it was typed at first
     config = replace(config, resume=resume, run_dir=config.run_dir if same else str(folder))
     if _ranks(config.trainer) != ranks_before or config.trainer.devices in ("auto", "-1", -1):
-        config = keep_step(config, read_start(resume).sequences_per_step, [key for key, _ in typed])
+        sequences = read_start(resume).sequences_per_step
+        if before_on_a_rank * world_size(config.trainer) != sequences:  # else the ranks are as many as before
+            config = keep_step(config, sequences, [key for key, _ in typed])
     # config.yaml keeps these names. They are set last, because making a TrainConfig imports the classes that it names.
     config.quant._target_ = config.quant._target_ or target
     config.schemes = schemes if isinstance(schemes, list) else []
@@ -122,6 +127,12 @@ def _length(trainer: Any) -> tuple[str, float]:
     """Return the key that says how long a run is, and its value: tokens or epochs, where they are given, or steps."""
     keys = ("max_tokens", "max_epochs", "max_steps")
     return next((key, value) for key in keys if (value := getattr(trainer, key)) is not None)
+
+
+def _on_a_rank(cfg: Any) -> int:
+    """Return the sequences of a step on one rank; 0 where the config of a class of the user's own does not say."""
+    sizes = [OmegaConf.select(cfg, key) for key in (BATCH, ACCUMULATION)]
+    return math.prod(size if isinstance(size, int) else 0 for size in sizes)
 
 
 def _ranks(trainer: Any) -> tuple[Any, int]:

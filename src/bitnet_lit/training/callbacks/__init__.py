@@ -20,6 +20,7 @@ from bitnet_lit.training.callbacks.export import ExportModelFolder
 from bitnet_lit.training.callbacks.profile import Profile
 from bitnet_lit.training.callbacks.progress import RichBar
 from bitnet_lit.training.callbacks.samples import SampleStories
+from bitnet_lit.training.callbacks.sweep_metric import SweepMetric
 from bitnet_lit.training.callbacks.ternary_health import TernaryHealth
 from bitnet_lit.training.callbacks.throughput import Throughput
 from bitnet_lit.training.compile import CompileTime
@@ -100,7 +101,7 @@ def build_callbacks(
         callbacks.append(SampleStories(run_dir, tokenizer, list(wanted.sample_prompts), wanted.sample_max_new_tokens))
     if wanted.profile_steps:
         callbacks.append(Profile(run_dir, wanted.profile_steps))
-    callbacks += extra_callbacks(config)
+    callbacks += extra_callbacks(config) + SweepMetric.needed(config)
     callbacks += [checkpoints.step_log, checkpoints, ExportModelFolder(run_dir, config, tokenizer, facts, checkpoints)]
     if wanted.progress_bar:
         callbacks.append(RichBar(plan, checkpoints.step_log))

@@ -30,13 +30,14 @@ from lightning.pytorch.callbacks import Callback
 from bitnet_lit.checkpoints.formats.model_folder import trained_step
 from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError
 from bitnet_lit.runs.folder import BEST, LAST, MODEL
+from bitnet_lit.runs.go_on import command_to_resume
+from bitnet_lit.runs.metric_names import KEPT
 from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, read_checkpoint
 from bitnet_lit.training.loggers import CsvLogger
 from bitnet_lit.training.module import BitNetModule
 
-FIGURES = ("val/", "train/loss", "perf/", "ternary/")
 # The reason to stop is one number, so that the ranks can agree on the largest: 0 for none, 1 when the time is up, and a
 # signal's number + 1.
 _TIME_IS_UP = 1
@@ -201,7 +202,7 @@ class Checkpoints(Callback):
             number = reason - 1
             raise TrainingStopped(
                 f"{signal.Signals(number).name} at step {step} of {self.steps}: saved; go on with "
-                f"python -m bitnet_lit.train resume={self.folder.parent}",
+                f"{command_to_resume(self.folder.parent)}",
                 status=128 + number,
             )
         if step >= self.steps or reason == _TIME_IS_UP:
@@ -250,7 +251,7 @@ class Checkpoints(Callback):
 
     def _note_figures(self, trainer: L.Trainer) -> None:
         metrics = trainer.callback_metrics
-        self.figures |= {name: float(metrics[name]) for name in metrics if name.startswith(FIGURES)}
+        self.figures |= {name: float(metrics[name]) for name in metrics if name.startswith(KEPT)}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the state of the last optimizer step when the data cannot be read any more."""

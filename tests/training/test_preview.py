@@ -1,0 +1,38 @@
+"""What a dry run says of the time that jobs will take."""
+
+import json
+
+import pytest
+import torch
+
+from bitnet_lit.cli import compose
+from bitnet_lit.runs.job_folder import State
+from bitnet_lit.training import preview
+from tests.support import TINY_RUN
+
+
+@pytest.mark.parametrize("state", [State.NEW, State.DONE])
+def test_several_gpus_are_so_many_times_as_fast(tmp_path, shards, monkeypatch, capsys, state):
+    """The tokens of a job are those of all its devices, and so is its logged speed."""
+    gpus = {"is_available": lambda: True, "device_count": lambda: 8, "get_device_capability": lambda *_: (9, 0)}
+    for name, answer in gpus.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(preview, "device_memory_bytes", lambda trainer: 2**36)
+    monkeypatch.setattr(preview, "product_speed", lambda device: 1e9)
+    typed = [item for item in TINY_RUN if not item.startswith("trainer.accelerator")]
+    configs = {
+        devices: compose(
+            "train", [*typed, f"data.dir={shards}", "trainer.accelerator=gpu", f"trainer.devices={devices}"]
+        )
+        for devices in (1, 8)
+    }
+    plans = {devices: preview.check_run(config).plan for devices, config in configs.items()}
+    assert plans[8].tokens == 8 * plans[1].tokens  # each device has batches of its own
+    flops = plans[1].tokens * plans[1].flops_per_token
+    if state is State.DONE:  # a job on eight GPUs, which took 10 seconds
+        (tmp_path / "metrics.json").write_text(json.dumps({"perf/tokens_per_s": plans[8].tokens / 10}))
+        jobs, seconds = [("done", tmp_path, State.DONE, configs[8])], 10
+    else:
+        jobs, seconds = [], flops / (preview.TYPICAL_SHARE * 1e9)
+    preview.preview([*jobs, *((str(n), tmp_path / str(n), State.NEW, config) for n, config in configs.items())])
+    assert f"about {preview._span(2 * seconds)} one after the other" in capsys.readouterr().out
