@@ -30,6 +30,8 @@ SCHEMES = {
     "group 256": QuantConfig(name="b158_group", settings={"group_size": 256}),
     "row, median, 4 bits": QuantConfig(name="b158_row", weight_scale="absmedian", activation_bits=4),
     "sherry": QuantConfig(name="sherry"),
+    "learned": QuantConfig(name="b158_learned"),
+    "learned row": QuantConfig(name="b158_learned", settings={"per_row": True}),
     "tequila": QuantConfig(name="tequila", settings={"bias_factor": 0.1}),
     "bitnet_v2": QuantConfig(name="bitnet_v2", activation_bits=4),
 }
@@ -41,7 +43,7 @@ REFUSED = {
     "latent": dict.fromkeys([*SCHEMES, *TOYS], "transformers knows absmean with one scale"),
     "packed": {
         **dict.fromkeys(
-            ["row", "group 64", "group 256", "row, median, 4 bits", "quinary"],
+            ["row", "group 64", "group 256", "row, median, 4 bits", "quinary", "learned row"],
             "transformers knows ternary codes with one scale",
         ),
         **NOT_CODES,
@@ -106,13 +108,13 @@ def test_every_format_keeps_what_it_holds(tmp_path, tokenizer, monkeypatch, name
         report = export_to(tmp_path / "out" / form, folder, **options)
         if form in ("latent", "packed"):
             described = json.loads((tmp_path / "out" / form / "config.json").read_text())
-            in_transformers = form == "packed" and name in (
-                "threshold",
-                "sherry",
-            )  # ternary codes with one scale: it is given both
+            # Ternary codes with one scale: it is given both.
+            in_transformers = form == "packed" and name in ("threshold", "sherry", "learned")
             assert described["model_type"] == ("llama" if in_transformers else "bitnet_lit")
             assert report["runs_in_transformers"] == in_transformers
             opened = open_stored(tmp_path / "out" / form)
+            gains = [tensor for tensor in opened.tensors if tensor.endswith(".scale_gain")]
+            assert bool(gains) == ("learned" in name and form == "latent")  # packed scales hold them
             assert opened.quant.scheme == scheme and opened.packed == (form == "packed")
             with torch.no_grad():  # the same integers, the same scales, the same products
                 assert torch.equal(from_pretrained(tmp_path / "out" / form).model(ids), logits)
@@ -200,6 +202,7 @@ def test_an_unknown_scheme_of_a_folder_is_refused_and_not_imported(tmp_path):
         ("row, median, 4 bits", "it rounds activations by AbsMax"),
         ("quinary", "its codes are -2, -1, 0, 1, 2"),
         ("centered", "its layer computes more"),
+        ("learned row", "its scales are one for each row"),
         ("tequila", "its layer computes more"),
         ("bitnet_v2", "it rounds activations by AbsMeanActivations"),
         ("threshold", None),
@@ -217,7 +220,7 @@ def test_the_native_engine_says_what_it_cannot_run(tmp_path, tokenizer, name, wh
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["threshold", "sherry"])
+@pytest.mark.parametrize("name", ["threshold", "sherry", "learned"])
 def test_the_native_engine_runs_a_ternary_rule_that_it_does_not_know(tmp_path, tokenizer, name):
     """Codes and scales come from the rule itself; the kernels multiply them."""
     folder = saved_model(tmp_path / "model", quant_of(name), tokenizer)

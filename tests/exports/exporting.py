@@ -56,6 +56,8 @@ def random_model(quant: QuantConfig, seed: int = 0, **sizes: Any) -> CausalLM:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.1)
+            elif name.endswith(".scale_gain"):
+                parameter.uniform_(0.5, 2)
     return model
 
 

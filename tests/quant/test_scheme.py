@@ -18,12 +18,24 @@ from bitnet_lit.model.accounting import account
 from bitnet_lit.quant import BitLinear, PackedBitLinear, Scheme, convert_linears, pack_linears, register, scheme_named
 from bitnet_lit.quant.bit_linear import bit_linear_reference
 from bitnet_lit.quant.scheme import is_skipped
-from bitnet_lit.quant.schemes import B1, B158, SCHEMES, B158Group, B158Row, BitNetV2, Dense, Sherry, Tequila
+from bitnet_lit.quant.schemes import (
+    B1,
+    B158,
+    SCHEMES,
+    B158Group,
+    B158Row,
+    BitNetV2,
+    Dense,
+    LearnedB158,
+    Sherry,
+    Tequila,
+)
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, PerGroup, PerRow, PerTensor, Sign, spread_scale
 from tests.quant.toy_schemes import Centered, CenteredLinear, Gained, GainedLinear, Quinary, Threshold
 from tests.support import REPOSITORY, tiny_config
 
 OURS = [B158(), B158("absmedian", 4), B158Row(), B158Row("absmedian"), B158Group(group_size=8), B1(), Dense()]
+OURS += [LearnedB158(), LearnedB158("absmedian", per_row=True)]
 OURS += [Sherry(), Tequila(), BitNetV2(activation_bits=4), BitNetV2(hadamard=False, activation_scale="absmax")]
 TOYS = [Threshold(), Threshold(factor=0.5), Quinary(), Centered()]
 
@@ -250,12 +262,18 @@ def test_statistics_are_of_rules_that_two_numbers_describe():
 
 
 @pytest.mark.parametrize(
-    "scheme", [B158Row(), B158Group(group_size=16), B158(), Sherry(), Threshold(), Quinary()], ids=str
+    "scheme",
+    [B158Row(), B158Group(group_size=16), B158(), Sherry(), LearnedB158(per_row=True), Threshold(), Quinary()],
+    ids=str,
 )
 def test_trained_and_packed_layers_agree_bit_for_bit_gradients_included(scheme):
     for seed in range(5):
         torch.manual_seed(seed)
-        layer = BitLinear(48, 16, bias=True, quant=scheme)
+        module = nn.Sequential(nn.Linear(48, 16))
+        convert_linears(module, scheme)
+        layer = module[0]
+        for name in scheme.own_tensors(16, 48):
+            nn.init.uniform_(getattr(layer, name), 0.5, 2)
         packed = PackedBitLinear.from_bit_linear(layer)
         results = []
         for module in (layer, packed):
@@ -305,6 +323,7 @@ def output_and_gradients(module, dtype):
         Sherry(),
         Tequila(),
         BitNetV2(activation_bits=4),
+        LearnedB158(per_row=True),
         Quinary(),
         Centered(),
     ],

@@ -35,6 +35,8 @@ from bitnet_lit.model.tensors import EMBEDDING, HEAD, own_tensors, quantized_nam
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bitnet_lit.quant.weights import WeightRule
+
 LONGEST_CONTEXT = 2**17  # rotary tables are computed for the whole context
 LARGEST_TABLE = 2**26  # elements, positions times head_dim; real models have 2**24
 STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
@@ -127,6 +129,7 @@ class StoredModel:
         tensors: name -> shape of each tensor that the network needs, in the network's order, followed by tensors that
             only a scheme's layers have. A tied head is left out.
         quantized: names of the weights that are codes and a scale in the forward pass.
+        folded: names of the scheme's own tensors that codes and scales hold too: a packed model has none of them.
 
     Raises:
         UserError: sizes, tensors and tokenizer do not belong to one model.
@@ -142,6 +145,7 @@ class StoredModel:
     tokenizer_sha256: str | None = None
     tensors: dict[str, tuple[int, ...]] = field(init=False)
     quantized: set[str] = field(init=False)
+    folded: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         stored = self.reader.shapes()
@@ -157,8 +161,10 @@ class StoredModel:
                 "they are not of one model"
             )
         self.check_tokenizer()
-        self.tensors = {**tensor_shapes(self.config), **own_tensors(self.config, self.quant)}
         self.quantized = quantized_names(self.config, self.quant)
+        own = own_tensors(self.config, self.quant)
+        self.folded = set(own) if self.quant.scheme.is_plain else set()
+        self.tensors = {**tensor_shapes(self.config), **({} if self.folded and self.packed else own)}
         try:
             for rows, inputs in {self.tensors[name] for name in self.quantized}:
                 self.quant.scheme.check_sizes(rows, inputs)
@@ -303,14 +309,19 @@ class StoredModel:
 
         from bitnet_lit.quant.packing import unpack_codes
 
-        rule = self.quant.scheme.weights
-        assert rule is not None, "a dense model has no codes"
         if not self.holds_codes(name):
-            codes, scale = rule.quantize(self.tensor(name))
+            codes, scale = self.rule(name).quantize(self.tensor(name))
             return codes.to(torch.int8), scale
         stored = self._stored_codes(name)
         is_packed = stored.shape[0] != self.tensors[name][0]
         return unpack_codes(stored) if is_packed else stored.to(torch.int8), torch.as_tensor(self.scale(name))
+
+    def rule(self, name: str) -> WeightRule:
+        """Return the rule that rounds a latent weight, with what its layer has learned (`Scheme.rule_with`)."""
+        scheme, layer = self.quant.scheme, name.removesuffix("weight")
+        rule = scheme.rule_with({own: self.tensor(layer + own) for own in scheme.own_tensors(*self.tensors[name])})
+        assert rule is not None, "a dense model has no codes"
+        return rule
 
     def packed_codes(self, name: str) -> tuple[Tensor, Tensor]:
         """Return a quantized weight as `PackedBitLinear` keeps it; packed codes of the file are not unpacked.

@@ -34,7 +34,7 @@ too, by at most 1/512 of its value.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from bitnet_lit.quant.kernels.choose import chosen
 from bitnet_lit.quant.kernels.interface import compute_dtype
 from bitnet_lit.quant.scheme import Scheme
 from bitnet_lit.quant.schemes import scheme_named
-from bitnet_lit.quant.weights import WeightRule, spread_scale
+from bitnet_lit.quant.weights import spread_scale
 
 if TYPE_CHECKING:
     from bitnet_lit.config import QuantConfig
@@ -140,14 +140,16 @@ def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
 class BitLinearFunction(torch.autograd.Function):
     """Compute y = x @ weight.T on integer codes, with a straight-through backward pass.
 
-    The shapes are those of `bit_linear_reference`.
+    The shapes are those of `bit_linear_reference`. The weight comes with its codes and scales (`WeightRule.quantize`):
+    it is not read, and gets the gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, weights: WeightRule, activations: ActivationRule) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, weight_codes: Tensor, weight_scale: Tensor, activations: ActivationRule
+    ) -> Tensor:
         dtype = compute_dtype(x)
         x_codes, x_scale = activations.quantize(x)
-        weight_codes, weight_scale = weights.quantize(weight)
         ctx.save_for_backward(x_codes.to(torch.int8), x_scale, weight_codes.to(torch.int8), weight_scale)
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         matrix, factor = factors(weight_codes, weight_scale)
@@ -155,7 +157,7 @@ class BitLinearFunction(torch.autograd.Function):
         return in_dtype(accumulator * (x_scale * factor), dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad_y,) = grad_outputs
         x_codes, x_scale, weight_codes, weight_scale = ctx.saved_tensors
         grad_x = grad_weight = None
@@ -165,7 +167,15 @@ class BitLinearFunction(torch.autograd.Function):
             x = (x_codes * x_scale).to(grad_y.dtype)
             flat_grad, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
             grad_weight = (flat_grad.T @ flat_x).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
+
+
+def integer_product(
+    x: Tensor, weight: Tensor, weight_codes: Tensor, weight_scale: Tensor, activations: ActivationRule
+) -> Tensor:
+    """Return `BitLinearFunction` of its arguments."""
+    y: Tensor = BitLinearFunction.apply(x, weight, weight_codes, weight_scale, activations)  # type: ignore[no-untyped-call]
+    return y
 
 
 class BitLinear(nn.Linear):
@@ -180,10 +190,13 @@ class BitLinear(nn.Linear):
         kernel: what computes the layer, as `quant.kernel` says it: auto, reference, or the name of kernels.
         grad: how kernels compute gradients, as `quant.grad` says it: auto, fp8, fp8_all or bf16.
         held: the rounded weights, where they are rounded less often than the layer is called (kernels/hold.py).
+        reference_because: why kernels must leave the layer to the reference, in a few words; None where they need not.
 
     Raises:
         UserError: the scheme cannot round a matrix of these sizes, or `quant` is unknown.
     """
+
+    reference_because: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -231,7 +244,7 @@ class BitLinear(nn.Linear):
             return bit_linear_reference(input, self.weight, self.bias, self.scheme, strength)
         if (kernels := chosen([self], input)) is not None and kernels.takes_single:
             return kernels.normed_linears(input, None, [self])[0]
-        y: Tensor = BitLinearFunction.apply(input, self.weight, self._weights, self._activations)  # type: ignore[no-untyped-call]
+        y = integer_product(input, self.weight, *self._weights.quantize(self.weight.detach()), self._activations)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -33,7 +33,9 @@ On the command line it is `quant._target_=my_project.Threshold`.
 
 The layer of a scheme may compute more than a product of codes, such as a Hadamard transform before it, or scales that
 are learned. Such a scheme names its `layer`, a subclass of BitLinear, and lists the further tensors of that layer in
-`own_tensors`. It can be saved in a latent model folder; formats that store codes refuse it.
+`own_tensors`. It can be saved in a latent model folder; formats that store codes refuse it. They hold it where what the
+layer computes is a product of codes after all: then the scheme says that it `is_plain`, and `rule_with` gives the rule
+that its own tensors make.
 
 This module does not import torch: the native engine reads schemes, and may run without torch.
 """
@@ -42,7 +44,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,6 +52,8 @@ from bitnet_lit.quant.activations import AbsMax, ActivationRule
 from bitnet_lit.quant.weights import Granularity, PerTensor, WeightRule
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bitnet_lit.quant.bit_linear import BitLinear
 
 SCALE_BITS = 32  # a float32; a format that rounds scales counts its own bits
@@ -89,6 +93,14 @@ class Scheme(ABC):
             name: the full name of the layer in its network, such as "model.layers.0.mlp.down_proj".
         """
         return self.layer
+
+    def rule_with(self, own: Mapping[str, Tensor]) -> WeightRule | None:
+        """Return the rule by which one layer rounds its weights; None where nothing is rounded.
+
+        Args:
+            own: the layer's own tensors, by their names in `own_tensors`.
+        """
+        return self.weights
 
     def check_sizes(self, rows: int, inputs: int) -> None:
         """Refuse a (rows, inputs) matrix that the scheme cannot round.
@@ -145,7 +157,10 @@ class Scheme(ABC):
 
     @property
     def is_plain(self) -> bool:
-        """Whether a layer computes only the product of activation codes and weight codes, and applies the scales."""
+        """Whether a layer computes only the product of activation codes and weight codes, and applies the scales.
+
+        Its own tensors, if it has any, are then a part of the codes and scales (`rule_with`).
+        """
         return self.layer is None
 
     def bits_per_weight(self, rows: int, inputs: int) -> float:

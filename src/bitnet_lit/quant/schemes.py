@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.activations import AbsMax, AbsMeanActivations, ActivationRule
+from bitnet_lit.quant.learned_scale import LearnedScale
 from bitnet_lit.quant.scheme import SCALE_BITS, Scheme
 from bitnet_lit.quant.three_of_four import BLOCK, ThreeOfFour
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, Granularity, PerGroup, PerRow, PerTensor, Sign, WeightRule
 from bitnet_lit.registry import Registry, with_settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bitnet_lit.quant.bit_linear import BitLinear
 
 SCHEMES: Registry[Scheme] = Registry(
@@ -57,11 +60,13 @@ class B158(Scheme):
     def _granularity(self) -> Granularity:
         return PerTensor()
 
+    def _rule(self) -> WeightRule:
+        return (AbsMedian if self.weight_scale == "absmedian" else AbsMean)(self._granularity())
+
     @property
     def weights(self) -> WeightRule:
         """The rule that rounds to the nearest of -1, 0 and +1."""
-        rule = AbsMedian if self.weight_scale == "absmedian" else AbsMean
-        return rule(self._granularity())
+        return self._rule()
 
     @property
     def activations(self) -> ActivationRule:
@@ -121,6 +126,39 @@ class B1(Scheme):
     def activations(self) -> ActivationRule:
         """The rule that scales each token by its largest magnitude."""
         return AbsMax(self.activation_bits)
+
+
+@register
+@dataclass(frozen=True)
+class LearnedB158(B158):
+    """This is b1.58 with a trained gain on the scale of each matrix or row, as in LSQ (`learned_scale.py`)."""
+
+    name = "b158_learned"
+    title = "ternary weights (b1.58: -1, 0, +1), learned scales"
+    per_row: bool = False
+    """Whether each row has a scale and a gain of its own, instead of the whole matrix."""
+
+    def _granularity(self) -> Granularity:
+        return PerRow() if self.per_row else PerTensor()
+
+    @property
+    def weights(self) -> WeightRule:
+        """The rule of b1.58 with gains of 1."""
+        return LearnedScale(self._rule())
+
+    def rule_with(self, own: Mapping[str, Tensor]) -> WeightRule:
+        """The rule of b1.58 with the layer's gain."""
+        return LearnedScale(self._rule(), own["scale_gain"])
+
+    def layer_for(self, name: str) -> type[BitLinear]:
+        """The layer that trains the gain."""
+        from bitnet_lit.quant.learned_scale_linear import LearnedScaleLinear
+
+        return LearnedScaleLinear
+
+    def own_tensors(self, rows: int, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of the gain."""
+        return {"scale_gain": (rows, 1) if self.per_row else (1,)}
 
 
 @register

@@ -61,9 +61,9 @@ class Latent(ModelFolder):
         metadata = statistics_metadata(stored.quantized, stored.tensor, stored.quant) if is_exact else {}
         described = describe(stored.config, stored.quant, stored.tokenizer, stored.info, False, self.dtype)
         write_export(out, described, tensors, stored.tokenizer, metadata)
-        kind = "f32" if is_exact else "bf16"
+        kinds = {torch.float32: "f32", torch.bfloat16: "bf16"}
         # Rounding to bfloat16 keeps the codes but changes the scale, the mean or median of the rounded weights.
-        return [WrittenTensor(t.name, kind, t.shape, t.nbytes, FLOAT_ERRORS[kind]) for t in tensors]
+        return [WrittenTensor(t.name, kinds[t.dtype], t.shape, t.nbytes, FLOAT_ERRORS[kinds[t.dtype]]) for t in tensors]
 
 
 def round_keeping_codes(weight: Tensor, rule: WeightRule) -> Tensor:
@@ -110,13 +110,13 @@ def latent_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTens
 
     if stored.packed:
         raise UserError(f"{stored.path}: packed codes have no latent weights: export the folder that was trained")
-    rule = stored.quant.scheme.weights
     for name, shape in stored.tensors.items():
-        if rule is not None and name in stored.quantized and dtype == torch.bfloat16:
+        if name in stored.quantized and dtype == torch.bfloat16:
 
-            def rounded(name: str = name, rule: WeightRule = rule) -> Tensor:
-                return round_keeping_codes(stored.tensor(name), rule)
+            def rounded(name: str = name) -> Tensor:
+                return round_keeping_codes(stored.tensor(name), stored.rule(name))
 
             yield LazyTensor(name, shape, dtype, rounded)
         else:
-            yield LazyTensor(name, shape, dtype, partial(stored.tensor, name))
+            kept = torch.float32 if name in stored.folded else dtype  # codes depend on every bit of it
+            yield LazyTensor(name, shape, kept, partial(stored.tensor, name))

@@ -75,6 +75,8 @@ class Packed(ModelFolder):
         written = {tensor.name: tensor for tensor in tensors}
         rows = []
         for name, shape in stored.tensors.items():
+            if name in stored.folded:
+                continue
             kind = kinds[written[name].dtype]
             nbytes = sum(written[each].nbytes for each in (name, f"{name}_scale") if each in written)
             rows.append(WrittenTensor(name, kind, shape, nbytes, FLOAT_ERRORS.get(kind, SCALE_ERROR)))
@@ -92,6 +94,8 @@ def packed_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTens
 
     scheme = stored.quant.scheme
     for name, shape in stored.tensors.items():
+        if name in stored.folded:
+            continue
         if name not in stored.quantized:
             yield LazyTensor(name, shape, dtype, partial(stored.tensor, name))
             continue

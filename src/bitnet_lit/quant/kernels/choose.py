@@ -47,7 +47,15 @@ def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:
         return None
     if not kernels.takes_dense if type(first) is nn.Linear else first.strength is not None:
         return None
-    return kernels if kernels.refusal(layers, x.device, compute_dtype(x)) is None else None
+    return kernels if _refusal(kernels, layers, x.device, compute_dtype(x)) is None else None
+
+
+def _refusal(kernels: Kernels, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why `kernels` cannot compute one of these layers: the layer's own reason, or theirs; None if they can."""
+    for layer in layers:
+        if reason := getattr(layer, "reference_because", None):
+            return str(reason)
+    return kernels.refusal(layers, device, dtype)
 
 
 def are_alike(layers: Sequence[nn.Module]) -> bool:
@@ -103,7 +111,7 @@ def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> st
         elif asked not in ("auto", name):
             reason = "quant.kernel=reference" if asked == "reference" else f"they are for another device than {device}"
         else:
-            reason = kernels.refusal(cast("list[BitLinear]", [layer]), device, dtype)
+            reason = _refusal(kernels, cast("list[BitLinear]", [layer]), device, dtype)
         counts[reason] = counts.get(reason, 0) + 1
         if reason is None:
             computed.append(cast("BitLinear", layer))

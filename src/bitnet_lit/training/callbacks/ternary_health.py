@@ -64,7 +64,10 @@ class TernaryHealth(Callback):
             if not isinstance(layer, BitLinear) or layer.scheme.weights is None:
                 continue
             # Under FSDP2 a rank holds some rows, and the codes are those of the whole matrix, so every rank comes here.
-            codes, weight_scale = layer.scheme.weights.quantize(whole(layer.weight))
+            own = {each: whole(getattr(layer, each)) for each in layer.scheme.own_tensors(*layer.weight.shape)}
+            rule = layer.scheme.rule_with(own)
+            assert rule is not None
+            codes, weight_scale = rule.quantize(whole(layer.weight))
             codes = codes.to(torch.int8)
             signs = codes.sign()  # a scheme may have more than three levels: below zero, zero, above zero
             shares = [(signs == sign).float().mean().item() for sign in (-1, 0, 1)]
