@@ -54,7 +54,7 @@ def random_model(quant: QuantConfig, seed: int = 0, **sizes: Any) -> CausalLM:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith(".bias"):
+            elif name.endswith((".bias", "_scale")) or ".value_embed." in name:
                 parameter.normal_(std=0.1)
             elif name.endswith(".scale_gain"):
                 parameter.uniform_(0.5, 2)

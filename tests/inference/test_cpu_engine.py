@@ -57,14 +57,15 @@ SIZES = [
     {"hidden_size": 96, "intermediate_size": 160, "num_key_value_heads": 2, "hidden_act": "relu2"},
     {"sub_norm": False, "tie_word_embeddings": False, "num_key_value_heads": 1},
     {"hidden_size": 48, "num_attention_heads": 3, "head_dim": 18, "intermediate_size": 100, "rope_theta": 5e5},
-    {"qk_norm": True, "num_key_value_heads": 2},
+    {"qk_norm": True, "num_key_value_heads": 2, "residual_scales": True, "x0_scales": True},
+    {"x0_scales": True, "sub_norm": False},
 ]
 
 
 def saved(folder, quant="b158", **sizes):
     model = tiny_model(quant, **sizes)
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "_scale")):
             nn.init.uniform_(parameter, 0.5, 1.5)  # at 1 it could be left out, or be another norm's
     save_model_folder(folder, model, QuantConfig(name=quant), None)
     return open_stored(folder)

@@ -19,7 +19,16 @@ CHOICES = {
     "head_dim": (None, 10),
     "num_hidden_layers": (1, 3),
 }
-COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in product(*CHOICES.values())]
+OPTIONS = {
+    "residual_scales": (False, True),
+    "x0_scales": (False, True),
+    "value_embeddings": (False, True),
+    "num_key_value_heads": (None, 1),
+    "num_hidden_layers": (1, 4),
+}
+COMBINATIONS = [
+    dict(zip(choices, values, strict=True)) for choices in (CHOICES, OPTIONS) for values in product(*choices.values())
+]
 
 
 def test_the_table_is_the_network():
@@ -33,9 +42,12 @@ def test_the_table_is_the_network():
 
 
 def test_each_tensor_says_what_it_is():
-    tensors = network_tensors(tiny_config(qkv_bias=True, qk_norm=True, num_key_value_heads=1))
+    options = {"residual_scales": True, "x0_scales": True, "value_embeddings": True}
+    tensors = network_tensors(tiny_config(qkv_bias=True, qk_norm=True, num_key_value_heads=1, **options))
+    assert {tensor.kind for tensor in tensors} == set(Kind)
     for tensor in tensors:
-        assert (len(tensor.shape) == 2) == (tensor.kind in (Kind.EMBEDDING, Kind.PROJECTION)), tensor.name
+        assert (len(tensor.shape) == 2) == (tensor.kind in (Kind.EMBEDDING, Kind.PROJECTION, Kind.GATE)), tensor.name
+        assert (tensor.shape == (1,)) == (tensor.kind is Kind.SCALE), tensor.name
         assert ("norm" in tensor.name) == (tensor.kind is Kind.NORM), tensor.name
         turned = tensor.within.startswith(("self_attn.q_proj", "self_attn.k_proj"))
         assert (tensor.rotary_heads is not None) == turned, tensor.name

@@ -53,6 +53,16 @@ class ModelConfig(Checked):
     """Biases on q_proj, k_proj and v_proj, for dense models that come with them (Qwen 2)."""
     qk_norm: bool = False
     """A norm on each head's query and key, for dense models that come with it (Qwen 3)."""
+    residual_scales: bool = False
+    """A learned number for each layer multiplies what enters it: x = r * x. It starts at 1, where it changes nothing
+    (nanochat's resid_lambdas)."""
+    x0_scales: bool = False
+    """A learned number for each layer adds the embedding x0 to what enters it: x = x + s * x0. It starts at 0, where it
+    changes nothing (nanochat's x0_lambdas, which start at 0.1)."""
+    value_embeddings: bool = False
+    """Every other layer, the last one included, has a further embedding whose rows are added to the values of its
+    attention: v + 2 * sigmoid(gate(x)) * row, a gate for each key/value head (nanochat; ResFormer, arXiv 2410.17897).
+    Rows start at 0, where they change nothing. Each such layer has vocab_size * key/value size parameters more."""
     dropout: float = 0.0
     """The probability of dropout on the embedding, the attention weights and both residual branches, as in llama2.c."""
     gradient_checkpointing: bool = False
@@ -126,6 +136,15 @@ class ModelConfig(Checked):
     def num_kv_heads(self) -> int:
         """`num_key_value_heads`, or its default where it is None."""
         return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def value_gate_inputs(self) -> int:
+        """Elements of a token that the gate of value embeddings reads: the first 32, as in nanochat."""
+        return min(32, self.hidden_size)
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Return whether a layer has a value embedding: every other one, counted back from the last."""
+        return self.value_embeddings and (self.num_hidden_layers - 1 - layer) % 2 == 0
 
     @property
     def kv_size(self) -> int:

@@ -83,7 +83,7 @@ def layerwise_logits(stored: StoredModel, ids: Tensor, float_activations: bool =
         float32 (B, T, V).
     """
     config = stored.config
-    x = stored.tensor(EMBEDDING)[ids]
+    x = x0 = stored.tensor(EMBEDDING)[ids]
     cos, sin = (table[: ids.shape[1]] for table in rotary_tables(config))
     for index in range(config.num_hidden_layers):
         with torch.device("meta"):
@@ -97,7 +97,7 @@ def layerwise_logits(stored: StoredModel, ids: Tensor, float_activations: bool =
         else:
             convert_linears(layer, stored.quant)
             fill(layer, stored, prefix)
-        x = layer.eval()(x, cos, sin)
+        x = layer.eval()(x, cos, sin, x0_BTD=x0, ids_BT=ids)
         _trim_heap()
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight.copy_(stored.tensor("model.norm.weight"))

@@ -49,7 +49,7 @@ class RandomWeights(TensorReader):
         shape = self._shapes[name]
         if f"{name}_scale" in self._shapes:
             return np.resize(self._codes, math.prod(shape)).reshape(shape)
-        if name.endswith("_scale"):
+        if name.endswith(".weight_scale"):
             return np.full(1, 0.02, dtype=np.float32)
         if len(shape) == 1:
             return np.ones(shape, dtype=np.float32)

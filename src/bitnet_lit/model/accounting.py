@@ -11,14 +11,7 @@ import math
 from dataclasses import dataclass
 
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.model.tensors import (
-    Kind,
-    layer_tensors,
-    network_tensors,
-    outer_tensors,
-    own_tensors,
-    quantized_names,
-)
+from bitnet_lit.model.tensors import Kind, network_tensors, own_tensors, quantized_names
 
 DENSE_BITS = 32.0
 
@@ -28,9 +21,10 @@ class Accounting:
     """An Accounting holds the counts of one model.
 
     Attributes:
-        embedding: parameters of embed_tokens, and of lm_head where it is not tied.
+        embedding: parameters of embed_tokens, of lm_head where it is not tied, and of value embeddings.
         projections: parameters of the seven projections of all layers, which a scheme quantizes but for `quant.skip`.
-        norms: all other parameters: norms, biases of q, k and v, and the further tensors of a scheme's own layer.
+        norms: all other parameters: norms, biases of q, k and v, scales and gates of a layer, and the further tensors
+            of a scheme's own layer.
         forward_flops_per_token: FLOPs of the forward pass at a given sequence length; a token attends to half of the
             sequence on average.
         bits_per_weight: mean bits of a projection weight: the information of its code (log2(3) for b158) and its share
@@ -72,25 +66,26 @@ def account(
     """
     length = sequence_length or config.max_position_embeddings
     layers, head = config.num_hidden_layers, config.vocabulary * config.hidden_size
-    in_a_layer = layer_tensors(config)
-    matrices = [tensor for tensor in in_a_layer if tensor.kind is Kind.PROJECTION]
-    weights = sum(tensor.size for tensor in matrices)
+    tensors = network_tensors(config)
+
+    def sizes(*kinds: Kind) -> int:
+        return sum(tensor.size for tensor in tensors if tensor.kind in kinds)
+
+    weights, embedding = sizes(Kind.PROJECTION), sizes(Kind.EMBEDDING)
     own = sum(math.prod(shape) for shape in own_tensors(config, quant).values())
     quantized = quantized_names(config, quant)
     bits = sum(
         tensor.size * (quant.scheme.bits_per_weight(*tensor.shape) if tensor.name in quantized else dense_bits)
-        for tensor in network_tensors(config)
+        for tensor in tensors
         if tensor.kind is Kind.PROJECTION
     )
-    outer = outer_tensors(config)
-    vectors = layers * (sum(tensor.size for tensor in in_a_layer) - weights)
     # The scores and the weighted sum of the values are two products of head_dim, for each head and each visible
     # position. A causal token sees (length + 1) / 2 positions on average.
     attention_flops = layers * 2 * 2 * config.attention_size * (length + 1) / 2
     return Accounting(
-        embedding=sum(tensor.size for tensor in outer if tensor.kind is Kind.EMBEDDING),
-        projections=layers * weights,
-        norms=vectors + own + sum(tensor.size for tensor in outer if tensor.kind is not Kind.EMBEDDING),
-        forward_flops_per_token=2 * (layers * weights + head) + attention_flops,
-        bits_per_weight=bits / (layers * weights),
+        embedding=embedding,
+        projections=weights,
+        norms=sizes(*Kind) - weights - embedding + own,
+        forward_flops_per_token=2 * (weights + sizes(Kind.GATE) + head) + attention_flops,
+        bits_per_weight=bits / weights,
     )

@@ -5,6 +5,9 @@ A layer computes in the order of BitNet b1.58 2B4T, as Hugging Face and llama.cp
     x -> input_layernorm -> q, k, v -> rotary -> causal attention -> attn_sub_norm -> o_proj -> + x
       -> post_attention_layernorm -> act(gate) * up -> ffn_sub_norm -> down_proj -> + x
 
+What enters a layer may be r * x + s * x0, with x0 the embedding and two learned numbers (`residual_scales`,
+`x0_scales`), and a row of a further embedding may be added to the values (`ValueEmbedding`).
+
 Every projection has a norm right before it, because int8 activations have one scale per token: where one value of a
 token is much larger than the others, these are rounded to zero. Without the two sub-norms this is a Llama layer.
 
@@ -88,10 +91,33 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+class ValueEmbedding(nn.Module):
+    """A ValueEmbedding adds a row of a table to the values of each token: v + 2 * sigmoid(gate(x)) * table[id].
+
+    Each key/value head has a gate, a product with the first elements of what the projections read. The source is
+    nanochat's gpt.py, after ResFormer (arXiv 2410.17897) and modded-nanogpt. There the table starts at random numbers;
+    here it starts at zero, so that the network first computes what it computes without it. The gate starts at zero as
+    there, where its factor is 1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(config.num_kv_heads, config.value_gate_inputs))
+        zeros = torch.zeros(config.vocabulary, config.kv_size)  # given, so that no random numbers are drawn
+        self.table = nn.Embedding(config.vocabulary, config.kv_size, _weight=zeros)
+
+    def forward(self, v_BKTP: Tensor, normed_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        gate_BTK = 2 * torch.sigmoid(F.linear(normed_BTD[..., : self.gate.shape[1]], self.gate))
+        rows_BTKP = self.table(ids_BT).unflatten(-1, (self.gate.shape[0], -1))
+        added: Tensor = (gate_BTK[..., None] * rows_BTKP).transpose(1, 2)
+        return v_BKTP + added.to(v_BKTP.dtype)
+
+
 class Attention(nn.Module):
     """Attention is causal self-attention with grouped queries; x (B, T, D) -> (B, T, D).
 
-    The norm before it is an argument, because its projections compute it.
+    The norm before it is an argument, because its projections compute it. The token ids, (B, T), are read where there
+    is a value embedding.
     """
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
@@ -105,6 +131,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.value_embed = ValueEmbedding(config) if config.has_value_embedding(layer_index) else None
         self.attn_sub_norm = RMSNorm(size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
@@ -132,15 +159,27 @@ class Attention(nn.Module):
         qkv = cast(list[BitLinear], [self.q_proj, self.k_proj, self.v_proj])
         if cache is not None or isinstance(self.q_norm, RMSNorm) or (self.dropout and self.training):
             return None
+        if self.value_embed is not None:
+            return None
         kernels = _kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)
         return None if kernels is None else kernels.self_attention(x_BTD, _as_norm(norm), qkv, cos, sin)
 
-    def forward(self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        norm: nn.Module,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        ids_BT: Tensor | None = None,
+    ) -> Tensor:
         length = x_BTD.shape[1]
         if (y_BTD := self._self_attention(x_BTD, norm, cos, sin, cache)) is not None:
             (output,) = normed_linears(y_BTD, self.attn_sub_norm, self.o_proj)
             return output
         q_BHTP, k_BKTP, v_BKTP = self._rotated_heads(x_BTD, norm, cos, sin)
+        if self.value_embed is not None:
+            v_BKTP = self.value_embed(v_BKTP, norm(x_BTD), ids_BT)
         mask, is_causal = None, length > 1
         if cache is not None:
             past = cache.length
@@ -213,22 +252,49 @@ def joint_layers(network: nn.Module) -> list[list[BitLinear]]:
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer is attention and feed-forward, each added to its input; x (B, T, D) -> (B, T, D)."""
+    """A decoder layer is attention and feed-forward, each added to its input; x (B, T, D) -> (B, T, D).
+
+    The embedding x0, (B, T, D), is read where the layer has an `x0_scale`, and the token ids where it has a value
+    embedding.
+    """
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
+        self.residual_scale = nn.Parameter(torch.ones(1)) if config.residual_scales else None
+        self.x0_scale = nn.Parameter(torch.zeros(1)) if config.x0_scales else None
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
+    def scaled_input(self, x_BTD: Tensor, x0_BTD: Tensor | None) -> Tensor:
+        """Return r * x + s * x0, as far as the layer has the two scales."""
+        if self.residual_scale is not None:
+            x_BTD = self.residual_scale * x_BTD
+        if self.x0_scale is not None:
+            assert x0_BTD is not None
+            x_BTD = x_BTD + self.x0_scale * x0_BTD
+        return x_BTD
+
     def projected_heads(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values of the layer's input before they are rotated, each (B, T, heads * P)."""
+        """Return queries, keys and values of a scaled input before they are rotated, each (B, T, heads * P).
+
+        Norms of queries and keys, and value embeddings, come later.
+        """
         attention = self.self_attn
         return normed_linears(x_BTD, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.self_attn(x_BTD, self.input_layernorm, cos, sin, cache))
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        x0_BTD: Tensor | None = None,
+        ids_BT: Tensor | None = None,
+    ) -> Tensor:
+        x_BTD = self.scaled_input(x_BTD, x0_BTD)
+        x_BTD = x_BTD + self.dropout(self.self_attn(x_BTD, self.input_layernorm, cos, sin, cache, ids_BT))
         x_BTD = x_BTD + self.dropout(self.mlp(x_BTD, self.post_attention_layernorm))
         return x_BTD

@@ -26,11 +26,15 @@ class Kind(Enum):
     """A kind says what a tensor is for."""
 
     EMBEDDING = "embedding"
-    """A matrix with one row per token of the vocabulary: embed_tokens and lm_head."""
+    """A matrix with one row per token of the vocabulary: embed_tokens, lm_head and value embeddings."""
     PROJECTION = "projection"
     """The weight of a linear layer in a decoder layer, which a scheme quantizes."""
+    GATE = "gate"
+    """A small matrix that no scheme quantizes."""
     BIAS = "bias"
     NORM = "norm"
+    SCALE = "scale"
+    """One number."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,30 @@ class TensorSpec:
 
     Attributes:
         name: its name in the network, or in the decoder layer where it belongs to one.
-        shape: for each axis, the attribute of `ModelConfig` that has its size.
+        shape: for each axis, its size, or the attribute of `ModelConfig` that has it.
         rotary_heads: the attribute of `ModelConfig` that has its number of heads, where the rotary embedding rotates
             what its rows produce; otherwise None. Formats that rotate other pairs of elements permute such rows.
         present: returns whether the network of a config has this tensor.
+        in_layer: returns whether a layer has it, in a network that has it.
     """
 
     name: str
     kind: Kind
-    shape: tuple[str, ...]
+    shape: tuple[str | int, ...]
     rotary_heads: str | None = None
     present: Callable[[ModelConfig], bool] = lambda config: True
+    in_layer: Callable[[ModelConfig, int], bool] = lambda config, layer: True
 
 
 def _has(field: str) -> Callable[[ModelConfig], bool]:
     return lambda config: getattr(config, field)
+
+
+def _of_value_embedding(name: str, kind: Kind, shape: tuple[str, str]) -> TensorSpec:
+    name = f"self_attn.value_embed.{name}"
+    return TensorSpec(
+        name, kind, shape, present=_has("value_embeddings"), in_layer=lambda config, i: config.has_value_embedding(i)
+    )
 
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -61,6 +74,8 @@ LAYERS = "model.layers."
 
 BEFORE_LAYERS = (TensorSpec(EMBEDDING, Kind.EMBEDDING, ("vocabulary", "hidden_size")),)
 LAYER = (
+    TensorSpec("residual_scale", Kind.SCALE, (1,), present=_has("residual_scales")),
+    TensorSpec("x0_scale", Kind.SCALE, (1,), present=_has("x0_scales")),
     TensorSpec("input_layernorm.weight", Kind.NORM, ("hidden_size",)),
     TensorSpec("self_attn.q_proj.weight", Kind.PROJECTION, ("attention_size", "hidden_size"), "num_attention_heads"),
     TensorSpec("self_attn.q_proj.bias", Kind.BIAS, ("attention_size",), "num_attention_heads", _has("qkv_bias")),
@@ -70,6 +85,8 @@ LAYER = (
     TensorSpec("self_attn.v_proj.bias", Kind.BIAS, ("kv_size",), present=_has("qkv_bias")),
     TensorSpec("self_attn.q_norm.weight", Kind.NORM, ("head_size",), present=_has("qk_norm")),
     TensorSpec("self_attn.k_norm.weight", Kind.NORM, ("head_size",), present=_has("qk_norm")),
+    _of_value_embedding("gate", Kind.GATE, ("num_kv_heads", "value_gate_inputs")),
+    _of_value_embedding("table.weight", Kind.EMBEDDING, ("vocabulary", "kv_size")),
     TensorSpec("self_attn.attn_sub_norm.weight", Kind.NORM, ("attention_size",), present=_has("sub_norm")),
     TensorSpec("self_attn.o_proj.weight", Kind.PROJECTION, ("hidden_size", "attention_size")),
     TensorSpec("post_attention_layernorm.weight", Kind.NORM, ("hidden_size",)),
@@ -112,14 +129,14 @@ class NetworkTensor:
 def _made(specs: tuple[TensorSpec, ...], config: ModelConfig, layer: int | None = None) -> Iterator[NetworkTensor]:
     prefix = "" if layer is None else f"{LAYERS}{layer}."
     for spec in specs:
-        if spec.present(config):
-            shape = tuple(getattr(config, axis) for axis in spec.shape)
+        if spec.present(config) and (layer is None or spec.in_layer(config, layer)):
+            shape = tuple(axis if isinstance(axis, int) else getattr(config, axis) for axis in spec.shape)
             heads = None if spec.rotary_heads is None else getattr(config, spec.rotary_heads)
             yield NetworkTensor(prefix + spec.name, spec.name, layer, spec.kind, shape, heads)
 
 
 def layer_tensors(config: ModelConfig, layer: int = 0) -> list[NetworkTensor]:
-    """Return the tensors of one decoder layer. All layers have the same tensors."""
+    """Return the tensors of one decoder layer. All layers have the same, but for value embeddings."""
     return list(_made(LAYER, config, layer))
 
 

@@ -77,13 +77,15 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} positions, but the model's context is {self.cos.shape[0]}")
         cos, sin = self.cos[past:end], self.sin[past:end]
         x_BTD: Tensor = self.dropout(self.embed_tokens(ids))
+        x0_BTD = x_BTD if self.config.x0_scales else None  # None, so that it is not kept where no layer reads it
+        ids_BT = ids if self.config.value_embeddings else None
         for number, layer in enumerate(self.layers):
             if inputs is not None and number in inputs:
-                inputs[number] = x_BTD
+                inputs[number] = layer.scaled_input(x_BTD, x0_BTD)
             if self.gradient_checkpointing and self.training:
-                x_BTD = checkpoint(layer, x_BTD, cos, sin, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, cos, sin, None, x0_BTD, ids_BT, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, cos, sin, cache)
+                x_BTD = layer(x_BTD, cos, sin, cache, x0_BTD, ids_BT)
         if cache is not None:
             cache.advance(ids.shape[1])
         return x_BTD
@@ -120,8 +122,8 @@ class CausalLM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
-            if parameter.ndim < 2 or parameter.is_meta:
-                continue  # norm weights start at one; a meta parameter has no values
+            if parameter.ndim < 2 or parameter.is_meta or ".value_embed." in name:
+                continue  # norm weights start at one, value embeddings at zero; a meta parameter has no values
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std)
 

@@ -213,8 +213,9 @@ struct RandomModel {
     explicit RandomModel(const Shape& s) : shape(s) {
         const int q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
         for (int i = 0; i < s.layers; i++)
-            layers.push_back({norm(s.hidden), i % 2 ? nullptr : norm(s.head_dim), i % 2 ? nullptr : norm(s.head_dim),
-                              norm(q), norm(s.hidden), norm(s.ffn), matrix(q, s.hidden), matrix(kv, s.hidden),
+            layers.push_back({i % 2 ? norm(1) : nullptr, i % 3 ? nullptr : norm(1), norm(s.hidden),
+                              i % 2 ? nullptr : norm(s.head_dim), i % 2 ? nullptr : norm(s.head_dim), norm(q),
+                              norm(s.hidden), norm(s.ffn), matrix(q, s.hidden), matrix(kv, s.hidden),
                               matrix(kv, s.hidden), matrix(s.hidden, q), matrix(s.ffn, s.hidden),
                               matrix(s.ffn, s.hidden), matrix(s.hidden, s.ffn)});
         weights.norm = norm(s.hidden);

@@ -90,7 +90,7 @@ class NativeModel:
 
     def _layer(self, prefix: str) -> native.Layer:
         layer = native.Layer()
-        for field, name in native.NORMS.items():
+        for field, name in native.VECTORS.items():
             setattr(layer, field, self._weights.vector(prefix + name))
         for field, name in native.PROJECTIONS.items():
             setattr(layer, field, self._weights.projection(prefix + name))

@@ -14,7 +14,9 @@ ENGINE = build.Source("engine", Path(__file__).parent / "csrc" / "engine.cpp")
 
 DONE, NO_MEMORY, SHORT_READ = range(3)  # `enum Status` of engine.cpp
 
-NORMS = {
+VECTORS = {
+    "residual_scale": "residual_scale",
+    "x0_scale": "x0_scale",
     "input_norm": "input_layernorm.weight",
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
@@ -22,7 +24,7 @@ NORMS = {
     "post_norm": "post_attention_layernorm.weight",
     "ffn_norm": "mlp.ffn_sub_norm.weight",
 }
-"""The norms of `Layer`: its field, and the tensor's name within a decoder layer."""
+"""The norms and scales of `Layer`: its field, and the tensor's name within a decoder layer."""
 PROJECTIONS = {
     "q": "self_attn.q_proj.weight",
     "k": "self_attn.k_proj.weight",
@@ -59,9 +61,9 @@ class RowTable(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """`struct Layer`: norms, NULL where there is none, and projections."""
+    """`struct Layer`: norms and scales, NULL where there is none, and projections."""
 
-    _fields_ = (*((name, c_void_p) for name in NORMS), *((name, Matrix) for name in PROJECTIONS))
+    _fields_ = (*((name, c_void_p) for name in VECTORS), *((name, Matrix) for name in PROJECTIONS))
 
 
 class Weights(ctypes.Structure):

@@ -38,6 +38,8 @@ struct Engine {
     int attention_size, row_stride;
     int kv_heads_unit, out_unit, ffn_unit, down_unit;   // key/value heads, or rows, that a thread takes at once
     Buffer<float> x, q, k, v, attention_out, gate, up;  // activations of all rows: (rows, row_stride)
+    Buffer<float> x0;                                   // the embeddings, where a layer adds them again
+    bool has_scales = false;                            // whether layers have scales
     RotaryTable rotary;
     LmHead head;
     int capacity = 0;  // rows
@@ -56,12 +58,14 @@ struct Engine {
         out_unit = projections.chunk_rows(s.hidden, attention_size);
         ffn_unit = projections.chunk_rows(s.ffn, s.hidden);
         down_unit = projections.chunk_rows(s.hidden, s.ffn);
+        for (const Layer& layer : layers) has_scales |= layer.residual_scale || layer.x0_scale;
     }
 
     void reserve(int rows) {
         if (rows <= capacity) return;
         capacity = 0;  // in case that memory ends half-way
         for (auto* buffer : {&x, &q, &k, &v, &attention_out, &gate, &up}) buffer->reset(size_t(rows) * row_stride);
+        if (has_scales) x0.reset(size_t(rows) * row_stride);
         projections.reserve(rows);
         if (s.head_bits < 32) head.reserve(rows, pool.count, s.hidden);
         capacity = rows;
@@ -70,6 +74,19 @@ struct Engine {
     void embed(int token, float* out) const {
         with_row(w.embedding, token, s.hidden, [&](const auto* row) {
             for (int i = 0; i < s.hidden; i++) out[i] = as_float(row[i]);
+        });
+    }
+
+    // x = residual_scale * x + x0_scale * x0, of all rows.
+    void scale_input(int index, int count) {
+        const Layer& l = layers[index];
+        const float r = l.residual_scale ? *l.residual_scale : 1, a = l.x0_scale ? *l.x0_scale : 0;
+        pool.parallel_for(count, [=, this](int, auto& next_chunk) {
+            for (int t; (t = next_chunk()) >= 0;) {
+                float* row = x + size_t(t) * row_stride;
+                const float* first = x0 + size_t(t) * row_stride;
+                for (int i = 0; i < s.hidden; i++) row[i] = r * row[i] + a * first[i];
+            }
         });
     }
 
@@ -185,7 +202,9 @@ struct Engine {
         rotary.reserve(longest, s.head_dim, s.context, s.rope_theta);
         for (int t = count - 1; t >= 0; t--) rows[t].cache->grow(cache_shape, rows[t].position + 1);
         for (int t = 0; t < count; t++) embed(rows[t].token, x + size_t(t) * row_stride);
+        if (has_scales) std::memcpy(x0, x, size_t(count) * row_stride * sizeof(float));
         for (int i = 0; i < s.layers; i++) {
+            if (has_scales) scale_input(i, count);
             if (cache_shape.type == CACHE_INT8) attention_block<int8_t>(i, rows.data(), count);
             else if (cache_shape.type == CACHE_HALF) attention_block<float16>(i, rows.data(), count);
             else attention_block<float>(i, rows.data(), count);

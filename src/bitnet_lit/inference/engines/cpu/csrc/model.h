@@ -45,6 +45,7 @@ struct RowTable {
 };
 
 struct Layer {
+    const float *residual_scale, *x0_scale;  // one number each: r and s of x = r * x + s * x0; null where it has none
     // Null where the network has no such norm. q_norm and k_norm (head_dim) are of each head.
     const float *input_norm, *q_norm, *k_norm, *attn_norm, *post_norm, *ffn_norm;
     Matrix q, k, v, o, gate, up, down;
