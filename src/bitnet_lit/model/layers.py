@@ -268,7 +268,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def scaled_input(self, x_BTD: Tensor, x0_BTD: Tensor | None) -> Tensor:
+    def _scaled_input(self, x_BTD: Tensor, x0_BTD: Tensor | None) -> Tensor:
         """Return r * x + s * x0, as far as the layer has the two scales."""
         if self.residual_scale is not None:
             x_BTD = self.residual_scale * x_BTD
@@ -277,12 +277,12 @@ class DecoderLayer(nn.Module):
             x_BTD = x_BTD + self.x0_scale * x0_BTD
         return x_BTD
 
-    def projected_heads(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values of a scaled input before they are rotated, each (B, T, heads * P).
+    def projected_heads(self, x_BTD: Tensor, x0_BTD: Tensor | None) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of the layer's input before they are rotated, each (B, T, heads * P).
 
         Norms of queries and keys, and value embeddings, come later.
         """
-        attention = self.self_attn
+        attention, x_BTD = self.self_attn, self._scaled_input(x_BTD, x0_BTD)
         return normed_linears(x_BTD, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
 
     def forward(
@@ -294,7 +294,7 @@ class DecoderLayer(nn.Module):
         x0_BTD: Tensor | None = None,
         ids_BT: Tensor | None = None,
     ) -> Tensor:
-        x_BTD = self.scaled_input(x_BTD, x0_BTD)
+        x_BTD = self._scaled_input(x_BTD, x0_BTD)
         x_BTD = x_BTD + self.dropout(self.self_attn(x_BTD, self.input_layernorm, cos, sin, cache, ids_BT))
         x_BTD = x_BTD + self.dropout(self.mlp(x_BTD, self.post_attention_layernorm))
         return x_BTD

@@ -65,11 +65,13 @@ class Decoder(nn.Module):
         output: Tensor = self.norm(self.last_layer(ids, cache))
         return output
 
-    def last_layer(self, ids: Tensor, cache: KVCache | None = None, inputs: dict[int, Tensor] | None = None) -> Tensor:
+    def last_layer(
+        self, ids: Tensor, cache: KVCache | None = None, inputs: dict[int, tuple[Tensor, Tensor | None]] | None = None
+    ) -> Tensor:
         """Return what the last layer puts out, (B, T, D), before the final norm.
 
         Args:
-            inputs: for each layer that is a key, it gets the input of that layer, (B, T, D).
+            inputs: for each layer that is a key, it gets the arguments of the layer's `projected_heads`.
         """
         past = 0 if cache is None else cache.length
         end = past + ids.shape[1]
@@ -81,7 +83,7 @@ class Decoder(nn.Module):
         ids_BT = ids if self.config.value_embeddings else None
         for number, layer in enumerate(self.layers):
             if inputs is not None and number in inputs:
-                inputs[number] = layer.scaled_input(x_BTD, x0_BTD)
+                inputs[number] = (x_BTD, x0_BTD)
             if self.gradient_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, cos, sin, None, x0_BTD, ids_BT, use_reentrant=False)
             else:

@@ -209,10 +209,10 @@ class Distillation:
         if not self.config.attention_weight:
             return decoder(ids), ()
         number = self.config.attention_layer % len(decoder.layers)
-        inputs = {number: torch.empty(0)}
+        inputs: dict[int, tuple[Tensor, Tensor | None]] = {number: (torch.empty(0), None)}
         hidden_BTD = decoder.norm(decoder.last_layer(ids, inputs=inputs))
         # The layer projects its input once more here, so the kernels that fuse its projections stay as they are.
-        return hidden_BTD, cast(DecoderLayer, decoder.layers[number]).projected_heads(inputs[number])
+        return hidden_BTD, cast(DecoderLayer, decoder.layers[number]).projected_heads(*inputs[number])
 
     def _logits_loss(self, head: nn.Module, hidden_ND: Tensor, teacher_ND: Tensor, targets: Tensor) -> Tensor:
         def gradient_of(logits_RV: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
