@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 
 from plan import BASE, COMBINED, DENSE_RUN, SAME_TIME, SEARCH, SPEED, TWINS, Plan, Sweep, read_settings
-from pool import Pool
+from pool import Pool, Running
 from results import Results
 from rich.table import Table
 from tables import Tables, put_into
 
 from bitnet_lit.atomic import atomic_file
+from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.devices import visible_gpus
@@ -126,8 +127,7 @@ class Study:
             for one in pool.ended():
                 self._collect(one.sweep)
                 if not self.results.is_complete(one.sweep):
-                    log = self._log(one.sweep)
-                    self.failed[one.sweep.name] = f"exit status {one.process.returncode}, see {log}"
+                    self.failed[one.sweep.name] = self._why(one)
                     print(f"failed: {one.sweep.name}: {self.failed[one.sweep.name]}", file=sys.stderr, flush=True)
             has_time = deadline is None or time.monotonic() < deadline - min(LEAST_SECONDS, (budget_seconds or 0) / 4)
             names = {one.sweep.name for one in pool.running}
@@ -139,6 +139,28 @@ class Study:
             time.sleep(0 if ready and pool.place_for(ready[0], self._jobs_left(ready[0])) else POLL_SECONDS)
         for one in pool.stop():
             self._collect(one.sweep)
+
+    def _why(self, one: Running) -> str:
+        """Return why a sweep has ended before its time: the last error that its log has."""
+        log = self._log(one.sweep)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = next((line for line in reversed(lines) if line.startswith("error: ")), "")
+        return f"exit status {one.process.returncode}, {said or 'no error'} (see {log})"
+
+    def check(self, gpus: list[str]) -> None:
+        """Refuse to begin without GPUs or data.
+
+        Raises:
+            UserError: what is missing, and how to get it.
+        """
+        wanted = self.plan.settings["gpus"]
+        if wanted is None and not gpus:
+            raise UserError("no GPU is visible: on a CPU the study takes months; gpus=0 runs it there, for small sizes")
+        if len(gpus) < (wanted or 0):
+            raise UserError(f"gpus={wanted}: this machine shows {len(gpus)}")
+        for folder in dict.fromkeys(sweep.fixed["data.dir"] for sweep in self.plan.sweeps):
+            if not is_complete(Path(folder)):
+                raise UserError(f"{folder}: no shards there: docs/recipes.md has the commands that prepare them")
 
     def _is_waiting(self) -> bool:
         """Return whether a folder that a sweep needs is still locked by a process of a killed study."""
@@ -205,8 +227,8 @@ def main(typed: list[str], command: list[str]) -> int:
             study.show()
             return 0
         gpus = visible_gpus() if settings.gpus != 0 else []
-        if len(gpus) < (settings.gpus or 0):
-            raise UserError(f"gpus={settings.gpus}: this machine shows {len(gpus)}")
+        if settings.budget_minutes != 0:  # 0: only the tables
+            study.check(gpus)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(study, "is_stopped", True))
         budget = settings.budget_minutes

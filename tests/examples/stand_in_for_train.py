@@ -26,7 +26,7 @@ def main(typed):
         jobs = [{"seed": seed} for seed in given["seed"].split(",")]
     for number, values in enumerate(jobs):
         if number == int(os.environ.get("STAND_IN_JOBS", "1000")):
-            sys.exit(1)
+            sys.exit("error: as the test wants it")
         time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
         write(sweep / "__".join(f"{key}={value}" for key, value in values.items()), fixed | values)
 

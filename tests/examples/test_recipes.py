@@ -43,6 +43,7 @@ def modules(monkeypatch):
 def study(modules, tmp_path, monkeypatch):
     """A call that runs the study with the stand-in, and returns its exit status."""
     monkeypatch.setattr(modules["study"].signal, "signal", lambda *_: None)  # the handlers are pytest's
+    monkeypatch.setattr(modules["study"], "is_complete", lambda folder: True)
     return lambda *typed: modules["study"].main([f"out={tmp_path}", *SMALL, *typed], STAND_IN)
 
 
@@ -108,6 +109,20 @@ def test_the_same_line_again_does_nothing(study, tmp_path, capfd):
     capfd.readouterr()
     assert study(TWINS) == 0
     assert (tmp_path / "results.jsonl").read_text() == before and "bitnet_lit.train" not in capfd.readouterr().out
+
+
+def test_the_tables_alone_go_into_a_page(modules, study, tmp_path):
+    """It needs neither GPUs nor data."""
+    assert study(TWINS, "seeds=[1]") == 0
+    page = tmp_path / "page.md"
+    page.write_text(f"{modules['tables'].BEGIN}{modules['tables'].END}")
+    assert (
+        modules["study"].main(
+            [f"out={tmp_path}", TWINS, "seeds=[1]", "trials=3", "budget_minutes=0", f"into={page}"], []
+        )
+        == 0
+    )
+    assert "### The twins at equal tokens" in page.read_text()
 
 
 def test_weights_of_a_run_that_still_holds_its_folder_are_removed_later(modules, study, tmp_path):
@@ -229,6 +244,22 @@ def test_tables_go_between_the_marks_of_a_page(modules, tmp_path):
         tables.put_into(page, "new")
     text = (REPOSITORY / "docs" / "recipes.md").read_text()
     assert text.count(tables.BEGIN) == text.count(tables.END) == 1
+
+
+def test_missing_data_and_gpus_are_said_at_once(modules, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(modules["study"].signal, "signal", lambda *_: None)
+    monkeypatch.setattr(modules["study"], "visible_gpus", list)
+    data = f"data={{gutenberg: {tmp_path}, tinystories: {tmp_path}}}"
+    for typed, message in ((["gpus=0"], "no shards there"), ([], "no GPU is visible"), (["gpus=2"], "shows 0")):
+        assert modules["study"].main([f"out={tmp_path / 'out'}", data, *typed], STAND_IN) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+def test_the_error_of_a_sweep_is_told(study, capsys, monkeypatch):
+    monkeypatch.setenv("STAND_IN_JOBS", "0")
+    assert study("order=[search gutenberg_5m]") == 1
+    assert "gutenberg_5m/b158/search: exit status 1, error: as the test wants it (see " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
