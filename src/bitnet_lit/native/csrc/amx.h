@@ -12,6 +12,7 @@
 #pragma once
 
 #include "float_simd.h"
+#include "transpose.h"
 
 constexpr int AMX_SIZE = 128;  // rows and columns of a matrix from which on the unit is used
 
@@ -82,6 +83,60 @@ inline void store_split(FloatVec first, FloatVec second, uint16_t* to) {
     _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(x.low, odd, y.low));
 }
 
+// 16 columns of 32 floats, of which the first `count` are there, as the rows of a tile: high and low parts. Two
+// neighbours in a column make one element of 32 bits, so the transpose is one of 16 x 16 elements.
+inline void split_columns(const float* from, int64_t row, int count, uint16_t* to) {
+    const __mmask16 here = __mmask16((1u << count) - 1);
+    FloatVec high[LANES], low[LANES];
+#pragma GCC unroll 16
+    for (int pair = 0; pair < LANES; pair++) {
+        const Halves x = split((FloatVec)_mm512_maskz_loadu_ps(here, from + 2 * pair * row));
+        const Halves y = split((FloatVec)_mm512_maskz_loadu_ps(here, from + (2 * pair + 1) * row));
+        high[pair] = (FloatVec)_mm512_or_si512(_mm512_srli_epi32(x.high, 16), y.high);
+        low[pair] = (FloatVec)_mm512_or_si512(_mm512_srli_epi32(x.low, 16), y.low);
+    }
+    transpose_vecs<LANES / 2>(high);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) _mm512_store_ps(to + i * 32, (__m512)high[i]);
+    transpose_vecs<LANES / 2>(low);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) _mm512_store_ps(to + 512 + i * 32, (__m512)low[i]);
+}
+
+// Panels of B = A (m x k) from its tiles, without splitting it again. m and k are multiples of 32.
+inline void panels_of_tiles(int m, int k, const uint16_t* tiles, float* panels) {
+    alignas(64) static constexpr uint16_t LEFT[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i left = _mm512_load_si512(LEFT), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
+    for (int i = 0; i < m; i += 16)
+        for (int p = 0; p < k; p += 32, tiles += 1024) {
+            uint16_t* const block = reinterpret_cast<uint16_t*>(panels + int64_t(p) * m + i / 32 * BLOCK_FLOATS);
+            for (int part = 0; part < 2; part++)  // high, low
+                for (int pair = 0; pair < 8; pair++) {
+                    const uint16_t* const rows = tiles + part * 512 + pair * 64;
+                    const __m512i x = _mm512_load_si512(rows), y = _mm512_load_si512(rows + 32);
+                    uint16_t* const to = block + part * 1024 + (i % 32 / 2 + pair) * 32;
+                    _mm512_store_si512(to, _mm512_permutex2var_epi16(x, left, y));
+                    _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(x, right, y));
+                }
+        }
+}
+
+// The same for the transpose of A.
+inline void transposed_panels_of_tiles(int m, int k, const uint16_t* tiles, float* panels) {
+    for (int i = 0; i < m; i += 16)
+        for (int p = 0; p < k; p += 32, tiles += 1024)
+            for (int part = 0; part < 2; part++) {
+                float* const to = panels + int64_t(i / 32) * 32 * k + p * 32 + part * 512 + i % 32 / 16 * 256;
+                FloatVec rows[LANES];
+#pragma GCC unroll 16
+                for (int r = 0; r < LANES; r++) rows[r] = (FloatVec)_mm512_load_ps(tiles + part * 512 + r * 32);
+                transpose_vecs<LANES / 2>(rows);
+#pragma GCC unroll 16
+                for (int r = 0; r < LANES; r++) _mm512_store_ps(to + r * LANES, (__m512)rows[r]);
+            }
+}
+
 // The product of 16 or 32 rows of A, split, and a panel of 32 columns; `blocks` of 32 columns of A each.
 template <bool TWO>
 NOINLINE void multiply_tiles(int blocks, const uint16_t* a0, const uint16_t* a1, const float* panel, float* c,
@@ -91,6 +146,10 @@ NOINLINE void multiply_tiles(int blocks, const uint16_t* a0, const uint16_t* a1,
     const bool is_whole = rows >= ROWS_HERE && columns >= 32;
     float* const to = is_whole ? c : buffer;
     const int64_t stride = (is_whole ? ldc : 32) * 4;
+    for (int i = 0; is_whole && i < ROWS_HERE; i++) {  // they are here when the sums are stored
+        __builtin_prefetch(to + i * ldc, 1);
+        __builtin_prefetch(to + i * ldc + 16, 1);
+    }
     if (accumulate) {
         if (!is_whole)
             for (int i = 0; i < rows; i++) std::copy(c + i * ldc, c + i * ldc + std::min(32, columns), buffer + i * 32);
@@ -174,6 +233,9 @@ inline bool has_amx() { return false; }
 struct TileRegisters {};
 inline void split_block(float*) {}
 inline void store_split(FloatVec, FloatVec, uint16_t*) {}
+inline void split_columns(const float*, int64_t, int, uint16_t*) {}
+inline void panels_of_tiles(int, int, const uint16_t*, float*) {}
+inline void transposed_panels_of_tiles(int, int, const uint16_t*, float*) {}
 inline void multiply_bytes(int, const int8_t*, int64_t, const uint8_t*, int32_t*) {}
 inline void multiply_split_panel(int, int, int, const uint16_t*, const float*, float*, int64_t, bool) {}
 

@@ -25,6 +25,8 @@ constexpr int PANEL_VECS = 2, ROWS = 6;
 #endif
 constexpr int PANEL = PANEL_VECS * LANES;
 constexpr int DEPTH = 192;  // rows of a panel that are multiplied at once: with ROWS rows of A they fit in the L1 cache
+constexpr int SPLIT_DEPTH = 1024;  // the same for the matrix unit, where they fit in the L2 cache
+constexpr int SPLIT_CHUNK = 256;   // the same of `Chunks`: small enough that several threads pack
 
 inline int panels_of(int columns) { return (columns + PANEL - 1) / PANEL; }
 inline int64_t panel_floats(int k, int columns) { return int64_t(panels_of(columns)) * PANEL * k; }
@@ -97,49 +99,41 @@ inline void multiply_panel(int m, int columns, int k, Strided a, const float* pa
     }
 }
 
-// The transpose of LANES x LANES floats, by exchanging ever smaller blocks.
-template <int HALF, int... L>
-inline void exchange(FloatVec& x, FloatVec& y, std::integer_sequence<int, L...>) {
-    const FloatVec low = __builtin_shufflevector(x, y, (L & HALF ? LANES + L - HALF : L)...);
-    const FloatVec high = __builtin_shufflevector(x, y, (L & HALF ? LANES + L : L + HALF)...);
-    x = low, y = high;
-}
-template <int HALF>
-inline void transpose_vecs(FloatVec (&rows)[LANES]) {
-    if constexpr (HALF > 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & HALF)) exchange<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>{});
-        transpose_vecs<HALF / 2>(rows);
-    }
-}
 // Tiles of A for multiply_split_panel: m x k, k a multiple of 32. Rows beyond m are zero.
 inline void split_rows(int m, int k, Strided a, uint16_t* to) {
     for (int i = 0; i < m; i += 16)
         for (int p = 0; p < k; p += 32, to += 1024) {
             const float* const at = a.data + i * a.row + p * a.column;
             const int rows = std::min(16, m - i);
-            if (a.column == 1) {
-                for (int r = 0; r < 16; r++) {
-                    const float* const row = at + r * a.row;
-                    const bool is_here = r < rows;
-                    store_split(is_here ? load_floats(row) : FloatVec{},
-                                is_here ? load_floats(row + LANES) : FloatVec{}, to + r * 32);
-                }
+            if (a.column != 1) {  // a.row is 1
+                split_columns(at, a.column, rows, to);
                 continue;
             }
-            FloatVec left[LANES], right[LANES];  // a.row is 1
-            for (int q = 0; q < LANES; q++) {
-                left[q] = load_first(at + q * a.column, rows);
-                right[q] = load_first(at + (q + LANES) * a.column, rows);
+            for (int r = 0; r < 16; r++) {
+                const float* const row = at + r * a.row;
+                const bool is_here = r < rows;
+                store_split(is_here ? load_floats(row) : FloatVec{}, is_here ? load_floats(row + LANES) : FloatVec{},
+                            to + r * 32);
             }
-            transpose_vecs<LANES / 2>(left);
-            transpose_vecs<LANES / 2>(right);
-            for (int r = 0; r < LANES; r++) store_split(left[r], right[r], to + r * 32);
         }
 }
 inline void split_panel(int k, float* panel) {
     for (int p = 0; p < k; p += 32) split_block(panel + p * PANEL);
+}
+
+// The same on the matrix unit. 32 rows of A stay in the cache, and the panels pass by. A sum is taken out of the
+// registers as rarely as possible, because storing and loading it takes as long as the products of 16 columns of A.
+inline void multiply_split(int m, int n, int k, Strided a, const float* panels, float* c, int64_t ldc, bool accumulate,
+                           int panel_rows) {
+    uint16_t* const tiles = scratch<uint16_t>(20, int64_t(32) * std::min(k, SPLIT_DEPTH) * 2);
+    for (int i = 0; i < m; i += 32)
+        for (int first = 0; first < k; first += SPLIT_DEPTH) {
+            const int rows = std::min(32, m - i), depth = std::min(SPLIT_DEPTH, k - first);
+            split_rows(rows, depth, {a.data + i * a.row + first * a.column, a.row, a.column}, tiles);
+            for (int j = 0; j < n; j += PANEL)
+                multiply_split_panel(rows, n - j, depth, tiles, panels + int64_t(j) * panel_rows + first * PANEL,
+                                     c + i * ldc + j, ldc, accumulate || first > 0);
+        }
 }
 
 // C = A @ B, or C += A @ B. m is a tile of a few dozen rows, so that A stays in the cache. The panels may hold more
@@ -147,16 +141,13 @@ inline void split_panel(int k, float* panel) {
 inline void multiply(int m, int n, int k, Strided a, const float* panels, float* c, int64_t ldc, bool is_split,
                      bool accumulate = false, int panel_rows = 0) {
     const int rows = panel_rows ? panel_rows : k;
-    uint16_t* const tiles = is_split ? scratch<uint16_t>(20, int64_t(m + 31) * DEPTH * 2) : nullptr;
+    if (is_split) return multiply_split(m, n, k, a, panels, c, ldc, accumulate, rows);
     for (int first = 0; first < k; first += DEPTH) {
         const int depth = std::min(DEPTH, k - first);
         const Strided part{a.data + first * a.column, a.row, a.column};
-        if (is_split) split_rows(m, depth, part, tiles);
-        for (int j = 0; j < n; j += PANEL) {
-            const float* const panel = panels + int64_t(j) * rows + first * PANEL;
-            if (is_split) multiply_split_panel(m, n - j, depth, tiles, panel, c + j, ldc, accumulate || first > 0);
-            else multiply_panel(m, n - j, depth, part, panel, c + j, ldc, accumulate || first > 0);
-        }
+        for (int j = 0; j < n; j += PANEL)
+            multiply_panel(m, n - j, depth, part, panels + int64_t(j) * rows + first * PANEL, c + j, ldc,
+                           accumulate || first > 0);
     }
 }
 
@@ -178,22 +169,24 @@ inline void pack_columns(int k, int columns, const float* a, int64_t lda, float*
     for (int p = 0; p < k; p++) std::memcpy(to + p * ROWS, a + p * lda, sizeof(float) * ROWS);
 }
 
-// B (m x k), packed by chunks of DEPTH rows, for `multiply_transposed`. The last chunk is filled up to a multiple of 32
+// B (m x k), packed by chunks of rows, for `multiply_transposed`. The last chunk is filled up to a multiple of 32
 // rows with zeros. `row_of_b(p)` returns row p.
 struct Chunks {
     int rows, columns;  // of B
     bool is_split;
 
     int64_t floats() const { return panel_floats((rows + 31) / 32 * 32, columns); }
-    int count() const { return (rows + DEPTH - 1) / DEPTH; }
-    int depth(int chunk) const { return std::min(DEPTH, (rows - chunk * DEPTH + 31) / 32 * 32); }
-    const float* at(const float* packed, int chunk) const { return packed + panel_floats(chunk * DEPTH, columns); }
+    int whole() const { return is_split ? SPLIT_CHUNK : DEPTH; }  // rows of every chunk but the last
+    int count() const { return (rows + whole() - 1) / whole(); }
+    int begin(int chunk) const { return chunk * whole(); }
+    int depth(int chunk) const { return std::min(whole(), (rows - begin(chunk) + 31) / 32 * 32); }
+    const float* at(const float* packed, int chunk) const { return packed + panel_floats(begin(chunk), columns); }
     template <class RowOfB>
     void pack(int chunk, float* packed, RowOfB row_of_b) const {
-        float* const panels = packed + panel_floats(chunk * DEPTH, columns);
-        const int deep = depth(chunk), last = std::min(deep, rows - chunk * DEPTH);
+        float* const panels = packed + panel_floats(begin(chunk), columns);
+        const int deep = depth(chunk), last = std::min(deep, rows - begin(chunk));
         for (int p = 0; p < deep; p++) {
-            const float* const row = p < last ? row_of_b(chunk * DEPTH + p) : nullptr;
+            const float* const row = p < last ? row_of_b(begin(chunk) + p) : nullptr;
             for (int j = 0; j < columns; j += PANEL)
                 pack_row(row ? std::min(PANEL, columns - j) : 0, row + j, panels + int64_t(j) * deep + p * PANEL);
         }
@@ -206,16 +199,16 @@ struct Chunks {
 inline void multiply_transposed(int n, const float* a, int64_t lda, const Chunks& chunks, const float* packed, float* c,
                                 int64_t ldc, bool accumulate = false) {
     const int step = chunks.is_split ? 32 : ROWS, k = chunks.columns;
-    float* const packed_a = scratch(20, int64_t(DEPTH) * step);
+    float* const packed_a = scratch(20, int64_t(chunks.whole()) * step);
     for (int chunk = 0; chunk < chunks.count(); chunk++) {
-        const int depth = chunks.depth(chunk), first = chunk * DEPTH, real = std::min(depth, chunks.rows - first);
+        const int depth = chunks.depth(chunk), first = chunks.begin(chunk), real = std::min(depth, chunks.rows - first);
         const float* const panels = chunks.at(packed, chunk);
         for (int i = 0; i < n; i += step) {
             const int rows = std::min(step, n - i);
             const float* from = a + first * lda + i;
             int64_t stride = lda;
             if (chunks.is_split && real < depth) {  // rows beyond the end are zero
-                float* const copy = scratch(21, int64_t(DEPTH) * 32);
+                float* const copy = scratch(21, int64_t(depth) * 32);
                 std::fill(copy, copy + int64_t(depth) * 32, 0.0f);
                 for (int p = 0; p < real; p++) std::copy(from + p * lda, from + p * lda + rows, copy + p * 32);
                 from = copy, stride = 32;

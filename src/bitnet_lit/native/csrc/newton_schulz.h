@@ -36,18 +36,79 @@ struct MuonStep {
     Fork fork;
 };
 
-// g (m, m) = A @ panels, which is symmetric.
-inline void multiply_symmetric(int m, int k, const float* a, const float* panels, float* g, bool is_split) {
-    constexpr int STEP = LANES == 16 ? 32 : 4 * ROWS;
-    for (int i = 0; i < m; i += STEP) {  // columns beyond the rows are known by symmetry
-        const int rows = std::min(STEP, m - i);
-        multiply(rows, std::min(m, (i + rows + PANEL - 1) / PANEL * PANEL), k, {a + int64_t(i) * k, k, 1}, panels,
-                 g + int64_t(i) * m, m, is_split);
-    }
+// Blocks above the diagonal of g (m, m), which is symmetric, from those below it.
+inline void mirror(int m, float* g) {
     for (int i = 0; i < m; i += PANEL)
         for (int j = 0; j < i; j += PANEL)
             transpose(std::min(PANEL, m - i), std::min(PANEL, m - j), g + int64_t(i) * m + j, m, g + int64_t(j) * m + i,
                       m);
+}
+
+// g (m, m) = A @ panels, which is symmetric.
+inline void multiply_symmetric(int m, int k, const float* a, const float* panels, float* g) {
+    constexpr int STEP = LANES == 16 ? 32 : 4 * ROWS;
+    for (int i = 0; i < m; i += STEP) {  // columns beyond the rows are known by symmetry
+        const int rows = std::min(STEP, m - i);
+        multiply(rows, std::min(m, (i + rows + PANEL - 1) / PANEL * PANEL), k, {a + int64_t(i) * k, k, 1}, panels,
+                 g + int64_t(i) * m, m, false);
+    }
+    mirror(m, g);
+}
+
+// g (m, m) = a I + b G + c G @ G, for G in g.
+inline void add_polynomial(const Iterations& job, int m, const float* square, float* g) {
+#pragma omp simd
+    for (int64_t i = 0; i < int64_t(m) * m; i++) g[i] = job.b * g[i] + job.c * square[i];
+    for (int i = 0; i < m; i++) g[int64_t(i) * m + i] += job.a;
+}
+
+// The iterations on x (m, n), m <= n. Returns where the result is: x or `next`.
+inline float* iterate(const Iterations& job, int m, int n, float* x, float* next) {
+    float *const g = scratch(2, int64_t(m) * m), *const square = scratch(3, int64_t(m) * m);
+    float* const panels = scratch(4, std::max(panel_floats(n, m), panel_floats(m, n)));
+    for (int step = 0; step < job.steps; step++) {
+        pack_transposed(n, m, x, n, panels);
+        multiply_symmetric(m, n, x, panels, g);
+        pack(m, m, g, m, panels);
+        multiply_symmetric(m, m, g, panels, square);
+        add_polynomial(job, m, square, g);
+        pack(m, n, x, n, panels);
+        for (int i = 0; i < m; i += 64)
+            multiply(std::min(64, m - i), n, m, {g + int64_t(i) * m, m, 1}, panels, next + int64_t(i) * n, n, false);
+        std::swap(x, next);
+    }
+    return x;
+}
+
+// The same on the matrix unit, for multiples of 32. Each matrix is split once: its tiles become its panels too.
+inline void iterate_split(const Iterations& job, int m, int n, float* x) {
+    float *const g = scratch(2, int64_t(m) * m), *const square = scratch(3, int64_t(m) * m);
+    float* const panels = scratch(4, int64_t(m) * n);
+    uint16_t* const tiles = scratch<uint16_t>(6, int64_t(m) * n * 2);
+    uint16_t* const g_tiles = scratch<uint16_t>(7, int64_t(m) * m * 2);
+    const auto symmetric = [&](int k, const uint16_t* a, float* to) {
+        for (int i = 0; i < m; i += 32)
+            for (int j = 0; j <= i; j += 32)
+                multiply_split_panel(32, 32, k, a + int64_t(i) * k * 2, panels + int64_t(j) * k,
+                                     to + int64_t(i) * m + j, m, false);
+        mirror(m, to);
+    };
+    split_rows(m, n, {x, n, 1}, tiles);
+    for (int step = 0; step < job.steps; step++) {
+        transposed_panels_of_tiles(m, n, tiles, panels);
+        symmetric(n, tiles, g);
+        split_rows(m, m, {g, m, 1}, g_tiles);
+        panels_of_tiles(m, m, g_tiles, panels);
+        symmetric(m, g_tiles, square);
+        add_polynomial(job, m, square, g);
+        panels_of_tiles(m, n, tiles, panels);
+        for (int i = 0; i < m; i += 32) {
+            split_rows(32, m, {g + int64_t(i) * m, m, 1}, g_tiles);
+            for (int j = 0; j < n; j += 32)
+                multiply_split_panel(32, 32, m, g_tiles, panels + int64_t(j) * m, x + int64_t(i) * n + j, n, false);
+            if (step + 1 < job.steps) split_rows(32, n, {x + int64_t(i) * n, n, 1}, tiles + int64_t(i) * n * 2);
+        }
+    }
 }
 
 // `output` may be the input.
@@ -55,9 +116,7 @@ inline void orthogonalize(const Iterations& job, int rows, int columns, const fl
     const bool is_tall = rows > columns;
     const int m = std::min(rows, columns), n = std::max(rows, columns);
     const int64_t size = int64_t(m) * n;
-    float *x = scratch(0, size), *next = scratch(1, size);
-    float *const g = scratch(2, int64_t(m) * m), *const square = scratch(3, int64_t(m) * m);
-    float* const panels = scratch(4, std::max(panel_floats(n, m), panel_floats(m, n)));
+    float* x = scratch(0, size);
     double sum = 0;
     for (int64_t i = 0; i < size; i += 4096) sum += sum_of_squares(input + i, int(std::min<int64_t>(4096, size - i)));
     const float inverse = 1.0f / std::max(float(std::sqrt(sum)), job.eps);
@@ -65,27 +124,8 @@ inline void orthogonalize(const Iterations& job, int rows, int columns, const fl
     else std::copy(input, input + size, x);
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) x[i] *= inverse;
-    const bool is_split = has_amx() && m % 32 == 0 && n % 32 == 0 && m >= AMX_SIZE;
-    const auto split_all = [&](int k, int columns) {
-        if (is_split)
-            for (int column = 0; column < columns; column += PANEL) split_panel(k, panels + int64_t(column) * k);
-    };
-    for (int step = 0; step < job.steps; step++) {
-        pack_transposed(n, m, x, n, panels);
-        split_all(n, m);
-        multiply_symmetric(m, n, x, panels, g, is_split);
-        pack(m, m, g, m, panels);
-        split_all(m, m);
-        multiply_symmetric(m, m, g, panels, square, is_split);
-#pragma omp simd
-        for (int64_t i = 0; i < int64_t(m) * m; i++) g[i] = job.b * g[i] + job.c * square[i];
-        for (int i = 0; i < m; i++) g[int64_t(i) * m + i] += job.a;
-        pack(m, n, x, n, panels);
-        split_all(m, n);
-        for (int i = 0; i < m; i += 64)
-            multiply(std::min(64, m - i), n, m, {g + int64_t(i) * m, m, 1}, panels, next + int64_t(i) * n, n, is_split);
-        std::swap(x, next);
-    }
+    if (has_amx() && m % 32 == 0 && n % 32 == 0 && m >= AMX_SIZE) iterate_split(job, m, n, x);
+    else x = iterate(job, m, n, x, scratch(1, size));
     if (is_tall) transpose(m, n, x, n, output, m);
     else std::copy(x, x + size, output);
 }
