@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import BASE, NO_OPTIONS, SEARCH, Plan, Sweep, by_key
+from plan import BASE, NO_OPTIONS, SEARCH, SPEED, Plan, Sweep, by_key
 
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.reports.statistics import Estimate
@@ -142,6 +142,10 @@ class Results:
         )
         values = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
         return Estimate.of(values) if values else None
+
+    def speed(self, recipe: str, quant: str) -> float | None:
+        """Return the tokens/s of a twin alone on a GPU; None where they were not measured, or the run was too short."""
+        return next((record.get("tokens_per_s") for record in self.of(f"{recipe}/{quant}/{SPEED}")), None)
 
     def combination(self, plan: Plan, sweep: Sweep) -> dict[str, str]:
         """Return the overrides of all options that helped the twin of a sweep.

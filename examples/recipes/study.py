@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from plan import BASE, COMBINED, DENSE_RUN, SAME_TIME, SEARCH, SPEED, TWINS, Plan, Sweep, read_settings
+from plan import BASE, COMBINED, DENSE_RUN, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
 from pool import Pool, Running
 from results import Results
 from rich.table import Table
@@ -89,7 +89,8 @@ class Study:
         return str(min(records, key=lambda record: record["seed"])["folder"])
 
     def _tokens_in_the_same_time(self, sweep: Sweep) -> int:
-        b158, dense = (self.results.of(f"{sweep.recipe}/{quant}/{SPEED}")[0]["tokens_per_s"] for quant in TWINS)
+        b158, dense = (self.results.speed(sweep.recipe, quant) for quant in TWINS)
+        assert b158 and dense, "a sweep of the same time begins when the speeds are known"
         return round(sweep.tokens * b158 / dense)
 
     def _is_ready(self, sweep: Sweep, running: set[str]) -> bool:
@@ -99,6 +100,9 @@ class Study:
             return False
         if sweep.best_of is not None and self.results.best(sweep.best_of) is None:
             self.failed[sweep.name] = f"no trial of {sweep.best_of} has a loss"
+            return False
+        if sweep.what == SAME_TIME and not all(self.results.speed(sweep.recipe, quant) for quant in TWINS):
+            self.failed[sweep.name] = "the runs for the speed logged no tokens/s: they were too short"
             return False
         if sweep.what == COMBINED and not self.results.combination(self.plan, sweep):
             self.skipped.add(sweep.name)  # no option helped: its result is that of base

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from plan import BASE, COMBINED, NO_OPTIONS, SAME_TIME, SEARCH, SPEED, TWINS, WIDE, Plan, Sweep
+from plan import BASE, COMBINED, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, WIDE, Plan, Sweep
 from results import DIVERGED, Record, Results
 
 from bitnet_lit.atomic import atomic_file
@@ -85,9 +85,8 @@ class Tables:
         """Tokens/s of each twin alone on a GPU."""
         rows = []
         for recipe in self.recipes:
-            found = [self._of(recipe, quant, SPEED) for quant in TWINS]
-            if all(found):
-                b158, dense = (each[0]["tokens_per_s"] for each in found)
+            b158, dense = (self.results.speed(recipe, quant) for quant in TWINS)
+            if b158 and dense:
                 rows.append([recipe, amount(b158), amount(dense), f"{b158 / dense:.3f}"])
         return _table(["recipe", "b158, tokens/s", "dense, tokens/s", "ratio"], rows) if rows else []
 

@@ -42,7 +42,7 @@ def write(folder, overrides):
     (folder / "config.yaml").write_text(f"quant:\n  name: {overrides['quant']}\nmodel:\n  vocab_size: 64\nrun_dir: x\n")
     loss = abs(math.log(rate / 0.02)) + 0.01 * seed + (0.1 + 0.001 * seed if overrides["quant"] != "none" else 0)
     loss -= sum(float(value) for key, value in overrides.items() if key.endswith("gain"))
-    speed = {"none": 1000.0}.get(overrides["quant"], 1100.0)
+    speed = os.environ.get("STAND_IN_SPEED", "1000" if overrides["quant"] == "none" else "1100")
     (folder / "metrics.csv").write_text(f"step,val/loss,perf/tokens_per_s\n10,{loss},{speed}\n")
     if rate > 0.1:
         (folder / "error.txt").write_text("Diverged: loss is nan at step 7\n")

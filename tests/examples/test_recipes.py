@@ -182,6 +182,13 @@ def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
     assert "| 1.1 k | 1 k | 1.100 |" in page and "wsd: `schedule=wsd`" in page
 
 
+def test_runs_too_short_for_a_speed_leave_out_the_same_time(study, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("STAND_IN_SPEED", "")
+    assert study("order=[search gutenberg_5m, same_time gutenberg_5m]", "seeds=[1]") == 1
+    assert "gutenberg_5m/b158/same_time: the runs for the speed logged no tokens/s" in capsys.readouterr().err
+    assert "tokens/s" not in (tmp_path / "tables.md").read_text()
+
+
 def test_the_options_that_helped_are_combined(study, modules, tmp_path):
     """Of two options that set one key the better one counts, and one that makes it worse does not."""
     options = {
