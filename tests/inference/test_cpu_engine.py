@@ -58,7 +58,7 @@ SIZES = [
     {"sub_norm": False, "tie_word_embeddings": False, "num_key_value_heads": 1},
     {"hidden_size": 48, "num_attention_heads": 3, "head_dim": 18, "intermediate_size": 100, "rope_theta": 5e5},
     {"qk_norm": True, "num_key_value_heads": 2, "residual_scales": True, "x0_scales": True},
-    {"x0_scales": True, "sub_norm": False},
+    {"x0_scales": True, "value_embeddings": True, "sub_norm": False},
 ]
 
 
@@ -67,6 +67,8 @@ def saved(folder, quant="b158", **sizes):
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "_scale")):
             nn.init.uniform_(parameter, 0.5, 1.5)  # at 1 it could be left out, or be another norm's
+        elif ".value_embed." in name:
+            nn.init.normal_(parameter)
     save_model_folder(folder, model, QuantConfig(name=quant), None)
     return open_stored(folder)
 

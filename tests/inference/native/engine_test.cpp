@@ -203,7 +203,7 @@ void exponentials() {
 struct RandomModel {
     Shape shape;
     std::vector<std::vector<uint8_t>> packed;
-    std::vector<std::vector<float>> floats;
+    std::vector<std::vector<float>> floats, of_values;
     std::vector<Layer> layers;
     Weights weights{};
     std::vector<uint8_t> head_codes;
@@ -213,11 +213,12 @@ struct RandomModel {
     explicit RandomModel(const Shape& s) : shape(s) {
         const int q = s.heads * s.head_dim, kv = s.kv_heads * s.head_dim;
         for (int i = 0; i < s.layers; i++)
-            layers.push_back({i % 2 ? norm(1) : nullptr, i % 3 ? nullptr : norm(1), norm(s.hidden),
+            layers.push_back({i % 2 ? nullptr : value_weights(s.kv_heads * std::min(VALUE_GATE_INPUTS, s.hidden)),
+                              i % 2 ? norm(1) : nullptr, i % 3 ? nullptr : norm(1), norm(s.hidden),
                               i % 2 ? nullptr : norm(s.head_dim), i % 2 ? nullptr : norm(s.head_dim), norm(q),
-                              norm(s.hidden), norm(s.ffn), matrix(q, s.hidden), matrix(kv, s.hidden),
-                              matrix(kv, s.hidden), matrix(s.hidden, q), matrix(s.ffn, s.hidden),
-                              matrix(s.ffn, s.hidden), matrix(s.hidden, s.ffn)});
+                              norm(s.hidden), norm(s.ffn), RowTable{value_weights(s.vocab * kv), 0, -1, 0},
+                              matrix(q, s.hidden), matrix(kv, s.hidden), matrix(kv, s.hidden), matrix(s.hidden, q),
+                              matrix(s.ffn, s.hidden), matrix(s.ffn, s.hidden), matrix(s.hidden, s.ffn)});
         weights.norm = norm(s.hidden);
         floats.push_back(filled<float>(size_t(s.vocab) * s.hidden, normal));
         weights.head = {nullptr, floats.back().data(), nullptr, 1};
@@ -234,6 +235,7 @@ struct RandomModel {
         weights.head_codes = head_codes.data(), weights.head_panels = head_panels.data(),
         weights.head_int8_rows = head_int8_rows.data();
     }
+    const float* value_weights(int n) { return of_values.emplace_back(filled<float>(n, normal)).data(); }
     const float* norm(int n) {
         return floats.emplace_back(filled<float>(n, [] { return 1 + 0.1f * normal(); })).data();
     }

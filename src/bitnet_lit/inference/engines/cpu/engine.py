@@ -92,6 +92,8 @@ class NativeModel:
         layer = native.Layer()
         for field, name in native.VECTORS.items():
             setattr(layer, field, self._weights.vector(prefix + name))
+        if layer.value_gate:
+            layer.value_table = self._weights.row_table(prefix + native.VALUE_TABLE)
         for field, name in native.PROJECTIONS.items():
             setattr(layer, field, self._weights.projection(prefix + name))
         return layer

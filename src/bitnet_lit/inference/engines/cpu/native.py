@@ -15,6 +15,7 @@ ENGINE = build.Source("engine", Path(__file__).parent / "csrc" / "engine.cpp")
 DONE, NO_MEMORY, SHORT_READ = range(3)  # `enum Status` of engine.cpp
 
 VECTORS = {
+    "value_gate": "self_attn.value_embed.gate",
     "residual_scale": "residual_scale",
     "x0_scale": "x0_scale",
     "input_norm": "input_layernorm.weight",
@@ -24,7 +25,8 @@ VECTORS = {
     "post_norm": "post_attention_layernorm.weight",
     "ffn_norm": "mlp.ffn_sub_norm.weight",
 }
-"""The norms and scales of `Layer`: its field, and the tensor's name within a decoder layer."""
+"""The small tensors of `Layer`: its field, and the tensor's name within a decoder layer."""
+VALUE_TABLE = "self_attn.value_embed.table.weight"
 PROJECTIONS = {
     "q": "self_attn.q_proj.weight",
     "k": "self_attn.k_proj.weight",
@@ -61,9 +63,13 @@ class RowTable(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """`struct Layer`: norms and scales, NULL where there is none, and projections."""
+    """`struct Layer`: small tensors, NULL where there is none; rows that are added to values; projections."""
 
-    _fields_ = (*((name, c_void_p) for name in VECTORS), *((name, Matrix) for name in PROJECTIONS))
+    _fields_ = (
+        *((name, c_void_p) for name in VECTORS),
+        ("value_table", RowTable),
+        *((name, Matrix) for name in PROJECTIONS),
+    )
 
 
 class Weights(ctypes.Structure):

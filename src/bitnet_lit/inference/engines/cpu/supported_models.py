@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, Only, refused_fields
-from bitnet_lit.inference.engines.cpu.native import PROJECTIONS, VECTORS
+from bitnet_lit.inference.engines.cpu.native import PROJECTIONS, VALUE_TABLE, VECTORS
 from bitnet_lit.inference.engines.supported_schemes import refused_scheme
 from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, unnamed_tensors
 from bitnet_lit.quant.activations import AbsMax
@@ -26,9 +26,9 @@ COMPUTED = {
     "qk_norm": ANY,
     "residual_scales": ANY,
     "x0_scales": ANY,
-    "value_embeddings": Only(False, "the native engine has no value embeddings"),
+    "value_embeddings": ANY,
 }
-TENSORS = {EMBEDDING, *VECTORS.values(), *PROJECTIONS.values(), FINAL_NORM, HEAD}
+TENSORS = {EMBEDDING, *VECTORS.values(), VALUE_TABLE, *PROJECTIONS.values(), FINAL_NORM, HEAD}
 ACTIVATIONS = ("silu", "relu2")
 LONGEST_ROW = 2**18  # inputs of a matrix: 63 * 127 times as much fits the 32 bits in which products are added up
 

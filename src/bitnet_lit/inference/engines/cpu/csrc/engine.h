@@ -90,6 +90,17 @@ struct Engine {
         });
     }
 
+    // value += 2 * sigmoid(gate . normed) * row of the table: the value embedding of one key/value head of a token.
+    NOINLINE void add_value_row(const Layer& l, int head, int token, const float* normed, float* value) const {
+        const int p = s.head_dim, inputs = std::min(VALUE_GATE_INPUTS, s.hidden);
+        float sum = 0;
+        for (int i = 0; i < inputs; i++) sum += l.value_gate[head * inputs + i] * normed[i];
+        const float gate = 2.0f / (1.0f + fast_exp(-sum));
+        with_row(l.value_table, token, s.kv_heads * p, [&](const auto* row) {
+            for (int i = 0; i < p; i++) value[i] += gate * as_float(row[head * p + i]);
+        });
+    }
+
     // The norm of a query or key head, where the network has one (Qwen 3), and its rotation.
     void place_head(float* head, const float* norm, int position) const {
         if (norm) rms_norm(head, norm, s.head_dim, s.eps, head);
@@ -136,6 +147,8 @@ struct Engine {
                 for (int g = from * group; g < to * group; g++) place_head(q + at + g * p, l->q_norm, rows[t].position);
                 for (int h = from; h < to; h++) {
                     place_head(k + at + h * p, l->k_norm, rows[t].position);
+                    if (l->value_gate)
+                        add_value_row(*l, h, rows[t].token, projections.normed(in.slot + t), v + at + h * p);
                     store_kv<E>(*rows[t].cache, cache_shape, index * s.kv_heads + h, rows[t].position, k + at + h * p,
                                 v + at + h * p);
                 }

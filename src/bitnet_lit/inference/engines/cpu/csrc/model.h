@@ -44,10 +44,14 @@ struct RowTable {
     size_t row_bytes(int inputs) const { return size_t(inputs) * (is_bfloat16 ? sizeof(bfloat16) : sizeof(float)); }
 };
 
+constexpr int VALUE_GATE_INPUTS = 32;  // elements of a token that a gate reads, at most
+
 struct Layer {
+    const float* value_gate;                 // (kv_heads, min(VALUE_GATE_INPUTS, hidden)) of value embeddings, or null
     const float *residual_scale, *x0_scale;  // one number each: r and s of x = r * x + s * x0; null where it has none
     // Null where the network has no such norm. q_norm and k_norm (head_dim) are of each head.
     const float *input_norm, *q_norm, *k_norm, *attn_norm, *post_norm, *ffn_norm;
+    RowTable value_table;  // (vocab, kv_heads * head_dim), where there is a gate
     Matrix q, k, v, o, gate, up, down;
 };
 
