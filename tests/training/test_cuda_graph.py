@@ -83,6 +83,7 @@ def logged_losses(folder):
         ["trainer.accumulate_grad_batches=3"],
         ["quant=none", "trainer.precision=32-true"],
         ["quant.lambda_warmup_steps=5"],
+        ["quant.start_at=0.5", "trainer.max_steps=16"],
         ["model.hidden_size=64", "model.num_attention_heads=2"],  # wide enough for kernels
     ],
     ids=" ".join,

@@ -13,8 +13,8 @@ from bitnet_lit.config import MuonConfig, QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.training.checkpoint_file import write_checkpoint
 from bitnet_lit.training.initialize import calibrate_sub_norms, check_typed_network, optimizer_state, sizes_are_given
-from bitnet_lit.training.module import warmup_strength
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
+from bitnet_lit.training.quantization_start import warmup_strength
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, run_command, tiny_model

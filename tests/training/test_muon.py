@@ -171,10 +171,12 @@ def _on_a_rank(rank, folder):
     results = [trained(Muon, place=place, **options)[0] for options in KINDS for place in (lambda p: p, shard)]
     _, optimizer = trained(Muon, place=shard, **OPTIONS[0])
     state = optimizer.state_dict()
-    for values in state["state"].values():
-        values |= {name: value.full_tensor() for name, value in values.items()}
+    whole = {
+        number: {name: value.full_tensor() for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
     _, plain = trained(Muon, place=shard, steps=0)
-    plain.load_state_dict(sharded_state(plain, state))
+    plain.load_state_dict(sharded_state(plain, {**state, "state": whole}))
     both = [
         [each.state[parameter]["second_momentum_buffer"].full_tensor() for parameter in each.param_groups[0]["params"]]
         for each in (optimizer, plain)

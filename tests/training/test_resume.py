@@ -33,6 +33,7 @@ def metric_rows(folder):
         ["optim=adamw", "schedule=two_stage", "model.dropout=0.2"],
         ["trainer.accumulate_grad_batches=2", "model.dropout=0.2"],
         ["quant.lambda_warmup_steps=7"],
+        ["quant.start_at=0.7", "trainer.accumulate_grad_batches=2"],
         ["optim.normuon=true", "optim.cautious_weight_decay=true", "schedule.weight_decay=to_zero"],
         ["callbacks.checkpoint_every_n_steps=5"],
     ],

@@ -48,6 +48,7 @@ INFO = Record(
         "sequence_length": OrNull(SIZE),
         "recipe": MapOf(Anything()),
         "metrics": MapOf(Anything()),
+        "warning": Text(),
     }
 )
 CUSTOM = Record(

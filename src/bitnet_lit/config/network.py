@@ -157,8 +157,9 @@ class QuantConfig(Checked):
     """QuantConfig has the keys of the group `quant`, which say how the seven projections are quantized.
 
     The keys are of four kinds. `name`, `weight_scale`, `activation_bits` and `settings` choose the scheme, which the
-    property `scheme` returns as an object. `skip` lists the layers that stay dense. `lambda_warmup_*` say how training
-    goes from full precision to quantized. `kernel` and `grad` say how it is computed; they are not saved with a model.
+    property `scheme` returns as an object. `skip` lists the layers that stay dense. `start_at` and `lambda_warmup_*`
+    say how training goes from full precision to quantized. `kernel` and `grad` say how it is computed; they are not
+    saved with a model.
     """
 
     name: str = "b158"
@@ -174,9 +175,12 @@ class QuantConfig(Checked):
     """Further settings of a scheme, such as group_size of b158_group."""
     _target_: str | None = None
     """A scheme of your own, <module>.<class>: a subclass of bitnet_lit.quant.Scheme."""
+    start_at: float = 0.0
+    """The share of the run (of schedule.total_steps) that is trained in full precision before quantization begins; the
+    optimizer goes on (ParetoQ, arXiv 2502.02631: 0.9). Validation is of the quantized network throughout."""
     lambda_warmup_steps: int = 0
-    """Optimizer steps over which lambda rises from 0 (full precision) to 1 (quantized), for training that starts from a
-    dense model. 0: quantized from the first step."""
+    """Optimizer steps over which lambda rises from 0 (full precision) to 1 (quantized), counted from start_at, for
+    training that starts from a dense model. 0: quantized at once."""
     lambda_warmup_shape: str = "linear"
     """The curve of lambda: linear, cosine (slow at both ends) or exponential (fast at the beginning)."""
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
@@ -194,6 +198,7 @@ class QuantConfig(Checked):
     OWNER: ClassVar[str] = "quant."
     RANGES: ClassVar[dict[str, Range]] = {
         "activation_bits": Range(2, 8, must="lie in 2..8 (codes are stored as int8)"),
+        "start_at": Range(0, 1, open_right=True),
         "lambda_warmup_steps": COUNT,
     }
 

@@ -106,11 +106,12 @@ class TrainConfig(Checked):
             one_of(key, getattr(self, key), ("auto", "true", "false"))
         if self.model.max_position_embeddings < 2:
             raise UserError("model.max_position_embeddings=1: leaves no room for a token and the next: take 2 or more")
-        if self.quant.lambda_warmup_steps and not self.quant.scheme.quantizes:
-            raise UserError(
-                f"quant.lambda_warmup_steps={self.quant.lambda_warmup_steps} needs a scheme that rounds, and "
-                f"quant={self.quant.name} does not: leave it out, or take quant=b158"
-            )
+        for key in ("start_at", "lambda_warmup_steps"):
+            if (value := getattr(self.quant, key)) and not self.quant.scheme.quantizes:
+                raise UserError(
+                    f"quant.{key}={value} needs a scheme that rounds, and quant={self.quant.name} does not: leave it "
+                    "out, or take quant=b158"
+                )
         if isinstance(self.model, CustomNetwork):
             if self.init_from is not None:
                 raise UserError(

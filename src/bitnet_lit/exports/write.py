@@ -95,6 +95,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     format = config.chosen_format
     if impossible := format.problems(stored.config, stored.quant):
         raise UserError(f"{stored.path} as {format.target}: {'; '.join(impossible)}")
+    if warning := stored.info.get("warning"):
+        print(f"warning: {stored.path}: {warning}", file=sys.stderr)
     for option in config.unused_options:
         print(f"note: {option} has no effect: format={format.name} has no such option", file=sys.stderr)
     out = given_out(config.out) if config.out else default_out(format, stored.path)

@@ -64,6 +64,8 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str) -> N
     Raises:
         UserError: they differ. The text names what changed.
     """
+    if "quant.start_at" in now:
+        saved = {"quant.start_at": 0.0, **saved}  # earlier versions quantized from the first step
     if any(key.startswith("the shard") for key in saved):
         saved = {"data.shuffle": "global", **saved}  # the only order before there was this key
     saved = {_TEACHER: None, **saved}  # no run had one before there was this key

@@ -1,12 +1,12 @@
 """The LightningModule turns a batch into a loss, a gradient and an optimizer step. The network itself is plain PyTorch.
 
-A resumed run must not differ from an uninterrupted one. So the learning rate, the warm-up of the quantization and the
-random numbers of dropout depend only on the step; dropout is seeded again for every batch.
+A resumed run must not differ from an uninterrupted one. So the learning rate, the start of quantization
+(`quantization_start.py`) and the random numbers of dropout depend only on the step; dropout is seeded again for every
+batch.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.inference.loss_sums import LossSums, weighted
 from bitnet_lit.model import batch_loss, token_losses
 from bitnet_lit.model.layers import joint_layers
-from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.quant.kernels.hold import HeldWeights
 from bitnet_lit.terminal import console
 from bitnet_lit.training.compile import compile_failure, undo_compile
@@ -31,25 +30,15 @@ from bitnet_lit.training.divergence import Divergence, skips_on_device
 from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
+from bitnet_lit.training.quantization_start import QuantizationStart
 from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.sharing import gradient_norm
 
 # An odd multiplier spreads (seed, batch, rank) over 63 bits. This one is splitmix64's (Steele 2014); any would do.
 _MIX = 0x9E3779B97F4A7C15
-
-
-def warmup_strength(shape: str, progress: float) -> float:
-    """Return lambda, from 0 (full precision) to 1 (fully quantized).
-
-    Args:
-        shape: "linear", "cosine" or "exponential" (`quant.lambda_warmup_shape`).
-        progress: the share of the warm-up that is done, in [0, 1].
-    """
-    if shape == "cosine":
-        return (1 - math.cos(math.pi * progress)) / 2
-    if shape == "exponential":  # It rises fast at first, then slowly.
-        return (1 - math.exp(-5 * progress)) / (1 - math.exp(-5))
-    return progress
+QUANTIZED_SINCE = "quantized_since"
+"""The key of a checkpoint for the optimizer step at which a run began to quantize, or None before it; runs that are
+quantized from the first step have no such key."""
 
 
 class BitNetModule(L.LightningModule):
@@ -99,7 +88,7 @@ class BitNetModule(L.LightningModule):
         self._graph: GraphedStep | None = None
         self._has_gradients = False  # whether the pass over the last batch was a replayed graph
         self._may_undo_compile = config.compile == "auto"  # until the first batch
-        self._strength: Tensor | None = None
+        self._start = QuantizationStart(model, config.quant, plan.quantization_step)
         self._held: HeldWeights | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -124,30 +113,35 @@ class BitNetModule(L.LightningModule):
         self._frees_gradients = hooks <= {Callback.on_before_zero_grad}  # a callback with that hook may read them
         self._trained = list(self.model.parameters())  # walking through all modules takes a millisecond
         if agreed(records_graph(self.config, self.plan, self.device), self.device):
-            mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-            batches = self.trainer.accumulate_grad_batches
-            self._graph = GraphedStep(self._loss_of, self.model, batches, mixed)
-        if self.config.quant.lambda_warmup_steps > self.global_step:
-            self._strength = torch.zeros((), device=self.device)
-            set_strength(self.model, self._strength)
+            self._graph = self._unrecorded()
+
+    def _unrecorded(self) -> GraphedStep:
+        mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        return GraphedStep(self._loss_of, self.model, self.trainer.accumulate_grad_batches, mixed)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         if isinstance(self.config.model, CustomNetwork) or self.config.model.dropout:
             counter = (batch_idx * self.trainer.world_size + self.global_rank) * 1_000_003 + self.config.seed
             torch.manual_seed(counter * _MIX % 2**63)
-        if self._strength is not None:
-            progress = self.global_step / self.config.quant.lambda_warmup_steps
-            if progress < 1:
-                self._strength.fill_(warmup_strength(self.config.quant.lambda_warmup_shape, progress))
-            else:
-                self._strength = None
-                set_strength(self.model, None)
+        if self._start.begin(self.global_step):
+            if self._graph is not None:
+                self._graph = self._unrecorded()  # the pass is another one from here on
+            self._note(f"step {self.global_step}: the network is quantized from here on")
 
     def on_validation_start(self) -> None:
-        set_strength(self.model, None)  # validation measures the model that is shipped, which is fully quantized
+        self._start.quantize()  # validation measures the model that is shipped, which is fully quantized
 
     def on_validation_end(self) -> None:
-        set_strength(self.model, self._strength)
+        self._start.go_on()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.plan.quantization_step:
+            checkpoint[QUANTIZED_SINCE] = None if self.global_step < self._start.step else self._start.step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        since = checkpoint.get(QUANTIZED_SINCE, 0)
+        if since is not None:
+            self._start.step = since
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of the batch in nats per token, with a teacher the loss of distillation."""
@@ -171,7 +165,7 @@ class BitNetModule(L.LightningModule):
 
     def _replayed(self, batch: Tensor, is_first: bool, is_last: bool) -> Tensor | None:
         """Return the loss of a batch whose pass was replayed, or None where it must be computed."""
-        if self._graph is None or self._strength is not None or not self._graph.is_due(batch, is_first):
+        if self._graph is None or self._start.strength is not None or not self._graph.is_due(batch, is_first):
             return None
         try:
             return self._graph(batch, is_first, is_last)

@@ -116,6 +116,8 @@ class Plan:
     accounting: Accounting
     teacher: Accounting | None = None
     """Counts of the network that teaches this one (`distill.teacher`); None where there is none."""
+    quantization_step: int = 0
+    """The optimizer step from which the network is quantized; 0: from the first."""
 
     @property
     def flops_per_token(self) -> float:
@@ -189,6 +191,12 @@ def make_plan(
         warmup_steps = schedule.warmup_steps
     else:
         warmup_steps = schedule_steps // 20
+    scheme = config.quant.scheme
+    if config.quant.start_at and world_size(trainer) > 1 and scheme.own_tensors(1, 1):
+        raise UserError(
+            f"quant.start_at={config.quant.start_at}: quant={scheme.name} has parameters that get no gradient before "
+            "quantization begins, and ranks wait for every gradient: take trainer.devices=1, or quant.start_at=0"
+        )
     if warmup_steps > schedule_steps:
         raise UserError(
             f"schedule.warmup_steps={warmup_steps} is longer than the run ({schedule_steps} steps): shorten it"
@@ -203,6 +211,7 @@ def make_plan(
         train_sequences=train_sequences,
         accounting=counted or account(_sizes(config), config.quant, sequence_length),
         teacher=teacher,
+        quantization_step=min(math.ceil(config.quant.start_at * schedule_steps - 1e-9), schedule_steps - 1),
     )
 
 
@@ -288,13 +297,17 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         + ("" if plan.epochs is None else f", {plan.epochs:.2f} epochs of {plan.train_sequences:,} sequences"),
         "optimizer": f"{config.optim.name}, peak {config.optim.learning_rate:g}, {config.schedule.name} over "
         f"{plan.schedule_steps:,} steps, {plan.warmup_steps:,} of them warm-up",
-        "validation": f"every {plan.validation_steps:,} steps",
+        "validation": f"every {plan.validation_steps:,} steps"
+        + (", of the quantized network in every phase" if plan.quantization_step else ""),
         "compute": f"{plan.flops_per_token * plan.tokens / 1e12:,.1f} TFLOP"
         + ("" if plan.teacher is None else f", {_teacher_share(plan):.0%} of them in the teacher's forward pass"),
         "memory": f"about {memory_estimate_bytes(config, plan) / 2**30:.2f} GiB a device",
     }
     if plan.teacher is not None:
         rows["teacher"] = f"{config.distill.teacher}: {plan.teacher.parameters:,} parameters, on every device"
+    if plan.quantization_step:
+        reached = "" if plan.quantization_step < plan.steps else ", which this run does not reach"
+        rows["quantized"] = f"from step {plan.quantization_step:,} on{reached}; before that in full precision"
     rounds_head = config.quant.scheme.quantizes and not is_skipped("lm_head", config.quant.skip)
     if rounds_head and isinstance(config.model, ModelConfig):
         rows["lm_head"] = f"rounded too: add it to quant.skip={list(config.quant.skip)} to leave it dense"

@@ -88,9 +88,11 @@ def recipe(config: TrainConfig, plan: Plan) -> dict[str, str]:
     """Return how a model was trained, as lines of plain text for its model card."""
     optim = config.optim
     rates = f"{optim.name}, peak {optim.learning_rate:g}, weight decay {optim.weight_decay:g}"
+    start = {"quantization": f"from step {plan.quantization_step:,} on"} if plan.quantization_step else {}
     return {
         "training": f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens, {plan.tokens:,} in all",
         "optimizer": f"{rates}, {config.schedule.name}, seed {config.seed}",
+        **start,
         # The model folder may be given to others, so it must not hold a path of this machine.
         "started from": Path(config.init_from).name if config.init_from else "random weights",
     }

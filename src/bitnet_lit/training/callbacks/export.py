@@ -24,7 +24,7 @@ from bitnet_lit.model import CausalLM
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST, MODEL, MODEL_LAST
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
-from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.module import QUANTIZED_SINCE, BitNetModule
 
 
 class ExportModelFolder(Callback):
@@ -75,6 +75,11 @@ class ExportModelFolder(Callback):
         figures = content["callbacks"]["Checkpoints"].get("figures", {})
         metrics = {name: value for name, value in figures.items() if name.startswith("val/")}
         info = {**self.facts, "step": content["global_step"], "metrics": metrics}
+        if content.get(QUANTIZED_SINCE, 0) is None:
+            info["warning"] = (
+                f"trained in full precision only: these are the weights of step {content['global_step']}, and the run "
+                "quantizes later (quant.start_at), so rounding them costs more than it will"
+            )
         if isinstance(self.config.model, CustomNetwork):
             save_custom_folder(folder, self.config.model, self.config.quant, self.tokenizer, info, state)
             return
