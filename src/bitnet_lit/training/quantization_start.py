@@ -60,7 +60,9 @@ class QuantizationStart:
     """
 
     def __init__(self, model: nn.Module, config: QuantConfig, step: int) -> None:
-        self._layers = [(layer, type(layer)) for layer in model.modules() if isinstance(layer, BitLinear)]
+        self._layers: list[tuple[nn.Linear, type[nn.Linear]]] = [
+            (layer, type(layer)) for layer in model.modules() if isinstance(layer, BitLinear)
+        ]
         self._model, self._config, self.step = model, config, step
         self.is_dense = False
         self.strength: Tensor | None = None
@@ -92,6 +94,6 @@ class QuantizationStart:
 
     def _set_classes(self, dense: bool) -> None:
         for layer, quantized in self._layers:
-            wanted: type[nn.Linear] = nn.Linear if dense else quantized
+            wanted = nn.Linear if dense else quantized
             if type(layer) is not wanted:
                 layer.__class__ = wanted
