@@ -38,7 +38,6 @@ NODES = {
 }
 # The prompt needs whole weights on rank 0.
 RUN = ["optim=muon", "model.intermediate_size=36", "callbacks.sample_prompts=[Once]", f"schedule.total_steps={STEPS}"]
-RUN += ["quant.start_at=0.25"]  # in full precision for two steps
 ON_CPU, ON_GPU = ["trainer.accelerator=cpu"], ["trainer.accelerator=gpu", "trainer.precision=32-true", "compile=false"]
 
 
