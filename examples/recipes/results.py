@@ -90,10 +90,11 @@ class Results:
 
     Args:
         out: the folder of the study.
+        machine: what a new line says of the machine and the versions.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.path = out, out / FILE_NAME
+    def __init__(self, out: Path, machine: str = "") -> None:
+        self.out, self.path, self.machine = out, out / FILE_NAME, machine
         self.records: dict[tuple[str, str], Record] = {}  # by sweep and job
         if self.path.is_file():
             text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -174,7 +175,7 @@ class Results:
         for job, overrides in job_folders(folder) if folder.is_dir() else ():
             is_known = (sweep.name, job.name) in self.records
             if not is_known and overrides is not None and (record := _record(sweep, job, overrides)) is not None:
-                self._write(record)
+                self._write(record | {"machine": self.machine})
                 new.append(record)
                 is_known = True
             if is_known and sweep.what != BASE:  # the base runs stay, as teachers and to be looked at

@@ -10,18 +10,21 @@ begins. Results are lines of results.jsonl as the runs end, and tables.md has th
 
 from __future__ import annotations
 
+import platform
 import shlex
 import signal
 import sys
 import time
 from pathlib import Path
 
+import torch
 from plan import BASE, COMBINED, DENSE_RUN, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
 from pool import Pool, Running
 from results import Results
 from rich.table import Table
 from tables import Tables, put_into
 
+import bitnet_lit
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import UserError
@@ -40,13 +43,14 @@ class Study:
 
     Args:
         command: what a sweep's overrides are given to.
+        machine: where it runs, for the results.
     """
 
-    def __init__(self, plan: Plan, command: list[str]) -> None:
+    def __init__(self, plan: Plan, command: list[str], machine: str) -> None:
         self.plan, self.command = plan, command
         self.out = Path(plan.settings["out"]).absolute()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.results = Results(self.out)
+        self.results = Results(self.out, machine)
         self.tables = Tables(plan, self.results)
         self.failed: dict[str, str] = {}
         self.skipped: set[str] = set()
@@ -222,11 +226,18 @@ class Study:
         print(f"{runs:.0f} runs, {tokens / 1e9:.2f} G tokens, about {minutes:.0f} minutes on one GPU (assumed speeds)")
 
 
+def machine(has_gpus: bool) -> str:
+    """Return what a result depends on: the GPU or the processor, and the versions."""
+    is_cuda = has_gpus and torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()
+    return f"{name}, torch {torch.__version__}, bitnet_lit {bitnet_lit.__version__}"
+
+
 def main(typed: list[str], command: list[str]) -> int:
     """Run the study, and return the exit status: 0 all is done, 1 sweeps failed, 2 a mistake, 3 the time is up."""
     try:
         settings = read_settings(typed, SETTINGS)
-        study = Study(Plan(settings), command)
+        study = Study(Plan(settings), command, machine(settings.gpus != 0))
         if settings.dry_run:
             study.show()
             return 0

@@ -7,6 +7,7 @@ the same seed, which share the order of their data, so its interval is usually t
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def mean(records: Iterable[Record], figure: str) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return ["", "No run yet.", ""]
     lines = [f"| {' | '.join(headings)} |", "|--" + "|--:" * (len(headings) - 1) + "|"]
     return ["", *lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
@@ -138,7 +141,10 @@ class Tables:
             "With all options that helped": [*self.twins(COMBINED), *self.combinations()],
             "Searches": self.searches(),
         }
-        lines = [line for heading, table in parts.items() for line in (f"### {heading}", *table)]
+        machines = Counter(record["machine"] for record in self.results.records.values() if record.get("machine"))
+        runs = [f"{count} runs on {machine}." for machine, count in machines.items()]
+        lines = [*runs, *([""] if runs else [])]
+        lines += [line for heading, table in parts.items() for line in (f"### {heading}", *table)]
         return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 

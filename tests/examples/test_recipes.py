@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 import sys
-import time
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -96,6 +95,7 @@ def test_the_best_trial_goes_on_with_every_seed(study, tmp_path):
     assert {line["overrides"]["optim.learning_rate"] for line in base} == {"0.02"}  # trials had 0.01, 0.02 and 0.04
     assert base[0]["loss"] == pytest.approx(0.111) and base[0]["tokens_per_s"] == 1100
     page = (tmp_path / "tables.md").read_text()
+    assert f"12 runs on {found[0]['machine']}." in page and "torch 2." in page and page.count("No run yet.") == 4
     half = quantile_975(2) * 0.001 / math.sqrt(3)
     assert f"| +0.1020 ± {half:.4f} |" in page and f"| +0.0510 ± {half / 2:.4f} |" in page
     assert "`experiment=recipes/gutenberg_5m quant=b158 optim.learning_rate=0.02 seed=1,2,3`" in page
@@ -214,10 +214,9 @@ def test_the_options_that_helped_are_combined(study, modules, tmp_path):
 
 
 def test_the_end_of_the_budget_ends_the_sweeps(study, monkeypatch, tmp_path):
-    monkeypatch.setenv("STAND_IN_SECONDS", "30")
-    began = time.monotonic()
+    monkeypatch.setenv("STAND_IN_SECONDS", "3600")
     assert study(TWINS, "budget_minutes=0.005") == 3
-    assert time.monotonic() - began < 20 and not (tmp_path / "results.jsonl").exists()
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_gpus_share_their_room(modules):
