@@ -34,7 +34,7 @@ too, by at most 1/512 of its value.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,20 @@ def input_gradient(grad_y: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
     return (grad_y * factor).to(grad_y.dtype) @ matrix
 
 
+def scale_gradient(grad_weight: Tensor, codes: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return the gradient of the scales, in their shape: that of codes * scale, with fixed codes.
+
+    Args:
+        grad_weight: the gradient of the rounded weights, (O, I).
+        codes: any dtype, (O, I).
+    """
+    products = grad_weight.float() * codes
+    if weight_scale.ndim < 2:
+        return products.sum().reshape(weight_scale.shape)
+    grad_scale: Tensor = products.unflatten(1, (weight_scale.shape[1], -1)).sum(-1)
+    return grad_scale
+
+
 def in_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `y` in `dtype`, as the result of an autograd function.
 
@@ -141,7 +155,7 @@ class BitLinearFunction(torch.autograd.Function):
     """Compute y = x @ weight.T on integer codes, with a straight-through backward pass.
 
     The shapes are those of `bit_linear_reference`. The weight comes with its codes and scales (`WeightRule.quantize`):
-    it is not read, and gets the gradient.
+    it is not read, and gets the gradient. Scales that are trained get the gradient of codes * scale.
     """
 
     @staticmethod
@@ -157,17 +171,19 @@ class BitLinearFunction(torch.autograd.Function):
         return in_dtype(accumulator * (x_scale * factor), dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
         (grad_y,) = grad_outputs
         x_codes, x_scale, weight_codes, weight_scale = ctx.saved_tensors
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_scale = None
         if ctx.needs_input_grad[0]:
             grad_x = input_gradient(grad_y, *factors(weight_codes, weight_scale)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             x = (x_codes * x_scale).to(grad_y.dtype)
             flat_grad, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
             grad_weight = (flat_grad.T @ flat_x).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None
+            if ctx.needs_input_grad[3]:
+                grad_scale = scale_gradient(grad_weight, weight_codes, weight_scale)
+        return grad_x, grad_weight, None, grad_scale, None
 
 
 def integer_product(
@@ -190,13 +206,10 @@ class BitLinear(nn.Linear):
         kernel: what computes the layer, as `quant.kernel` says it: auto, reference, or the name of kernels.
         grad: how kernels compute gradients, as `quant.grad` says it: auto, fp8, fp8_all or bf16.
         held: the rounded weights, where they are rounded less often than the layer is called (kernels/hold.py).
-        reference_because: why kernels must leave the layer to the reference, in a few words; None where they need not.
 
     Raises:
         UserError: the scheme cannot round a matrix of these sizes, or `quant` is unknown.
     """
-
-    reference_because: ClassVar[str | None] = None
 
     def __init__(
         self,

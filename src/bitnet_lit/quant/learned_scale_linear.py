@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -9,23 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_lit.quant.bit_linear import BitLinear, integer_product, straight_through
-from bitnet_lit.quant.learned_scale import LearnedScale
+from bitnet_lit.quant.kernels.choose import chosen
+from bitnet_lit.quant.learned_scale import GAIN_MIN, LearnedScale
 from bitnet_lit.quant.scheme import Scheme
+from bitnet_lit.quant.weights import WeightRule
 
-GAIN = "scale_gain"
+
+def _base(scheme: Scheme) -> WeightRule:
+    return cast(LearnedScale, scheme.weights).base
 
 
-def _rounded(
-    weight: Tensor, gain: Tensor, rule: LearnedScale, strength: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codes and scales of a matrix, and the tensor that gets the gradient of the rounded matrix.
-
-    That tensor has the values of `weight`. It hands its gradient on to `weight`, and to `gain` by LSQ's rule.
-    """
-    scale = rule.scale_with(weight.detach(), gain.detach())
-    codes = rule.codes(weight.detach(), scale)
-    slope = strength * rule.slope(weight.detach(), codes, scale)
-    return codes, scale, weight + ((gain - gain.detach()) * slope).to(weight.dtype)
+def _trained(gain: Tensor, weight: Tensor) -> Tensor:
+    """Return the gains as they are used, with a gradient that is divided by the root of the weights of a scale."""
+    share = 1 / math.sqrt(weight.numel() / gain.numel())
+    return gain.detach().clamp(min=GAIN_MIN) + (gain - gain.detach()) * share
 
 
 def learned_scale_reference(
@@ -36,10 +34,11 @@ def learned_scale_reference(
     Args:
         gain: float, (1,) or (O, 1).
     """
-    codes, scale, latent = _rounded(weight, gain, cast(LearnedScale, scheme.weights), strength)
     x_codes, x_scale = scheme.activations.quantize(x)
+    codes, scale = _base(scheme).quantize(weight.detach())
     x = straight_through(x, (x_codes * x_scale).to(x.dtype), strength)
-    return F.linear(x, straight_through(latent, (codes * scale).to(latent.dtype), strength), bias)
+    rounded = _trained(gain, weight) * straight_through(weight, (codes * scale).to(weight.dtype))
+    return F.linear(x, weight + strength * (rounded - weight), bias)
 
 
 class LearnedScaleLinear(BitLinear):
@@ -49,22 +48,25 @@ class LearnedScaleLinear(BitLinear):
         scale_gain: float32, (1,), or (O, 1) where each row has a scale.
     """
 
-    reference_because = "scales are learned"
-
     def __init__(self, in_features: int, out_features: int, bias: bool = False, **options: Any) -> None:
         super().__init__(in_features, out_features, bias, **options)
-        self._rule = cast(LearnedScale, self._weights)
-        self.scale_gain = nn.Parameter(torch.ones(self.scheme.own_tensors(out_features, in_features)[GAIN]))
+        self._weights = _base(self.scheme)  # by which kernels round
+        self.scale_gain = nn.Parameter(torch.ones(self.scheme.own_tensors(out_features, in_features)["scale_gain"]))
 
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
         """See `BitLinear`."""
-        rule = self.scheme.rule_with({GAIN: self.scale_gain})
+        rule = self.scheme.rule_with({"scale_gain": self.scale_gain})
         assert rule is not None
         return rule.quantize(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.strength is not None:
             return learned_scale_reference(input, self.weight, self.scale_gain, self.bias, self.scheme, self.strength)
-        codes, scale, latent = _rounded(self.weight, self.scale_gain, self._rule, 1.0)
-        y = integer_product(input, latent, codes, scale, self._activations)
+        gain = _trained(self.scale_gain, self.weight)
+        if self._parameters["bias"] is None and (kernels := chosen([self], input)) is not None and kernels.takes_single:
+            y = kernels.normed_linears(input, None, [self])[0]
+            return (y * gain.flatten()).to(y.dtype)
+        codes, scale = _base(self.scheme).quantize(self.weight.detach())
+        weight = self.weight * gain.detach()  # not read: its gradient is that of gain * rounded weight
+        y = integer_product(input, weight, codes, scale * gain.reshape(scale.shape), self._activations)
         return y if self.bias is None else y + self.bias

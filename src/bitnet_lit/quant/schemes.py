@@ -131,7 +131,7 @@ class B1(Scheme):
 @register
 @dataclass(frozen=True)
 class LearnedB158(B158):
-    """This is b1.58 with a trained gain on the scale of each matrix or row, as in LSQ (`learned_scale.py`)."""
+    """This is b1.58 with a trained gain on the scale of each matrix or row (`learned_scale.py`)."""
 
     name = "b158_learned"
     title = "ternary weights (b1.58: -1, 0, +1), learned scales"

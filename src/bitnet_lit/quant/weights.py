@@ -197,22 +197,25 @@ class WeightRule(ABC):
         return None
 
 
-class Ternary(WeightRule):
+class _Ternary(WeightRule):
     """This rule divides weights by their scale and rounds to the nearest of -1, 0 and +1.
 
-    Subclasses say in `scale` how the scale is computed.
+    Subclasses say how the scale is computed.
     """
 
     levels = (-1, 0, 1)
 
-    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.scale(weight)
-        return self.codes(weight, scale), scale
+    @abstractmethod
+    def _typical(self, magnitude: Tensor) -> Tensor: ...
 
-    def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return the codes of a matrix for given scales."""
+    def scale(self, weight: Tensor) -> Tensor:
+        """See `WeightRule`."""
+        return self._typical(weight.float().abs()).clamp(min=SCALE_MIN)
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight, scale = weight.float(), self.scale(weight)
         # Microsoft and Hugging Face multiply by the reciprocal and do not divide; the two round some ties differently.
-        return (weight.float() * spread_scale(1.0 / scale, weight.shape[1])).round().clamp(-1, 1)
+        return (weight * spread_scale(1.0 / scale, weight.shape[1])).round().clamp(-1, 1), scale
 
     def statistics(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """See `WeightRule`. There are two numbers only where the matrix has one scale."""
@@ -223,25 +226,23 @@ class Ternary(WeightRule):
 
 
 @dataclass(frozen=True)
-class AbsMean(Ternary):
+class AbsMean(_Ternary):
     """In BitNet b1.58 the scale is the mean magnitude of the weights."""
 
     granularity: Granularity = PerTensor()
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """See `WeightRule`."""
-        return self.granularity.mean(weight.float().abs()).clamp(min=SCALE_MIN)
+    def _typical(self, magnitude: Tensor) -> Tensor:
+        return self.granularity.mean(magnitude)
 
 
 @dataclass(frozen=True)
-class AbsMedian(Ternary):
+class AbsMedian(_Ternary):
     """In BitNet b1.58 Reloaded the scale is the median magnitude of the weights."""
 
     granularity: Granularity = PerTensor()
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """See `WeightRule`."""
-        return self.granularity.median(weight.float().abs()).clamp(min=SCALE_MIN)
+    def _typical(self, magnitude: Tensor) -> Tensor:
+        return self.granularity.median(magnitude)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class TestWhyTritonRefuses:
         return describe(model, torch.device("cuda"), dtype)
 
     def test_it_computes_all_built_in_schemes_with_a_scale_for_a_matrix_or_a_row(self):
-        for name in ("b158", "b158_row", "b1", "sherry", "tequila"):
+        for name in ("b158", "b158_row", "b1", "b158_learned", "sherry", "tequila"):
             assert self.line(tiny(name=name, grad="fp8")) == "triton (14 layers), gradients of the inputs in FP8"
         assert self.line(tiny(weight_scale="absmedian", grad="bf16")) == "triton (14 layers)"
         both = "gradients of the inputs and of the weights in FP8"

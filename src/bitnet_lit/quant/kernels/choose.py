@@ -51,10 +51,12 @@ def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:
 
 
 def _refusal(kernels: Kernels, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why `kernels` cannot compute one of these layers: the layer's own reason, or theirs; None if they can."""
+    """Return why `kernels` cannot compute one of these layers; None if they can."""
+    from bitnet_lit.quant.bit_linear import BitLinear
+
     for layer in layers:
-        if reason := getattr(layer, "reference_because", None):
-            return str(reason)
+        if not kernels.takes_single and type(layer) not in (BitLinear, nn.Linear):
+            return f"{type(layer).__name__} is called alone"
     return kernels.refusal(layers, device, dtype)
 
 
