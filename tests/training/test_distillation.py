@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 
@@ -21,6 +22,8 @@ from bitnet_lit.training.distillation_loss import logits_loss, relation_loss
 from bitnet_lit.training.preview import check_run
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
+from bitnet_lit.training.sharing import whole
+from bitnet_lit.training.strategies import shard_model
 from tests.support import TINY_RUN, Killed, kill_at, tiny_model
 
 
@@ -92,6 +95,39 @@ def test_a_teacher_that_is_the_student_teaches_nothing(tmp_path, tokenizer):
     assert distillation.parts[1:].abs().max() < 1e-5
 
 
+def test_weights_that_fsdp_shards_are_whole_where_the_loss_is_computed(teacher):
+    config = config_of(teacher, "distill.attention_weight=3")
+    student, distillation = student_of(config)
+    ids = a_batch(config.model.vocab_size)
+    expected = distillation(student, ids)
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    student.zero_grad(set_to_none=True)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard_model(student, torch.device("cpu"), 1)
+        loss = distillation(student, ids)
+        loss.backward()
+        found = {name: whole(parameter.grad) for name, parameter in student.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(loss, expected)
+    assert gradients.keys() == found.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_a_teacher_in_bfloat16_computes_what_autocast_computes(teacher):
+    distillation = student_of(config_of(teacher))[1]
+    ids = a_batch(distillation.teacher.config.vocab_size)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = distillation.teacher(ids)
+        distillation.to(torch.device("cpu"), "bf16-mixed")
+        after = distillation.teacher(ids)
+    stored = [parameter.dtype for name, parameter in distillation.teacher.named_parameters() if "proj" in name]
+    assert set(stored) == {torch.bfloat16} and torch.equal(before, after)
+
+
 def rows_of(run):
     with (run / "metrics.csv").open() as file:
         return [row for row in csv.DictReader(file) if row["train/loss"]]
@@ -122,12 +158,13 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, shards, teacher, mo
         "trainer.accumulate_grad_batches=2",
         "model.dropout=0.1",
         "distill.attention_weight=1",
-        "callbacks.checkpoint_every_n_steps=3",
+        "callbacks.checkpoint_every_n_steps=2",
         "callbacks=quiet",
+        "trainer.max_steps=4",
     ]
     train(config_of(teacher, f"run_dir={tmp_path / 'whole'}", *more))
     with monkeypatch.context() as patched:
-        kill_at(patched, 5)
+        kill_at(patched, 3)
         with pytest.raises(Killed):
             train(config_of(teacher, f"run_dir={tmp_path / 'cut'}", *more))
     train(resume_config(str(tmp_path / "cut")))

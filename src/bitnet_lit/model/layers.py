@@ -283,7 +283,10 @@ class DecoderLayer(nn.Module):
         Norms of queries and keys, and value embeddings, come later.
         """
         attention, x_BTD = self.self_attn, self._scaled_input(x_BTD, x0_BTD)
-        return normed_linears(x_BTD, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        heads = normed_linears(x_BTD, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        return tuple(
+            x.contiguous() for x in heads
+        )  # kernels return parts of one tensor, and FSDP's hooks need whole ones
 
     def forward(
         self,

@@ -208,6 +208,10 @@ class BitNetModule(L.LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.release_weights()
+
+    def release_weights(self) -> None:
+        """Let layers round their weights at each pass again. A run that ends between two batches of a step needs it."""
         if self._held is not None:
             self._held.release()
 

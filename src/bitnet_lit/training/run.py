@@ -27,6 +27,7 @@ from bitnet_lit.errors import TrainingStopped, disk_errors
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.instantiate import locate, named_classes
 from bitnet_lit.model.custom import count
+from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
 from bitnet_lit.runs.ranks import rank
@@ -202,7 +203,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         logger=build_loggers(config, run_dir, csv_logger, start.step if start else 0),
     )
     dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
-    kernels = describe(model, trainer.strategy.root_device, dtype)
+    kernels = describe(model, trainer.strategy.root_device, dtype, joint_layers(model))
     if compiles(config, trainer.strategy.root_device):
         compile_networks(*([model] if distillation is None else [model, distillation.teacher]))
         if distillation is not None:
@@ -224,6 +225,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
             with left_as_found(trainer), tf32(config.trainer):
                 trainer.fit(module, datamodule=datamodule, ckpt_path=start.path if start else None)
         finally:
+            module.release_weights()
             if config.logger.wandb:
                 import wandb
 

@@ -168,6 +168,14 @@ class TestWhyTritonRefuses:
         line = self.line(build_model(some, QuantConfig()))
         assert line == "triton (14 layers), gradients of the inputs and of the weights in FP8 (10 layers)"
 
+    def test_layers_that_are_computed_together_have_gradients_like_the_first(self, monkeypatch):
+        monkeypatch.setattr(triton_kernels, "FP8_FROM", 64)
+        monkeypatch.setattr(triton_kernels, "FP8_ALL_FROM", 64)
+        few = tiny_config(hidden_size=64, num_attention_heads=4, num_key_value_heads=1, intermediate_size=64)
+        model = build_model(few, QuantConfig())
+        line = describe(model, torch.device("cuda"), torch.bfloat16, joint_layers(model))
+        assert line == "triton (14 layers), gradients of the inputs and of the weights in FP8"
+
     def test_scales_per_group(self):
         model = tiny(name="b158_group", settings={"group_size": 32})
         assert self.line(model) == "reference (14 layers: scales: one for 32 inputs)"

@@ -1,9 +1,12 @@
 """Weights that are rounded once per optimizer step, where a step has several forward passes."""
 
+import pytest
+
 from bitnet_lit.cli import compose
 from bitnet_lit.quant.bit_linear import BitLinear, bit_linear_reference
 from bitnet_lit.quant.kernels import choose
 from bitnet_lit.quant.kernels.interface import Kernels
+from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
 
@@ -53,3 +56,18 @@ def test_once_for_each_optimizer_step_and_not_in_validation(tmp_path, shards, mo
 def test_one_batch_for_each_step_rounds_in_the_forward_pass(tmp_path, shards, monkeypatch):
     kernels = counted(monkeypatch, tmp_path, shards, "trainer.max_steps=2")
     assert kernels.rounded == kernels.passes_with == 0
+
+
+def test_a_run_that_ends_between_two_batches_of_a_step_holds_nothing(tmp_path, shards, monkeypatch):
+    networks, were_held = [], []
+
+    def stop(self, trainer, module, outputs, batch, batch_idx):
+        networks.append(module.model)
+        were_held.extend(layer.held for layer in module.model.modules() if isinstance(layer, BitLinear))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(StepLog, "on_train_batch_end", stop)
+    with pytest.raises(ZeroDivisionError):
+        counted(monkeypatch, tmp_path, shards, "trainer.accumulate_grad_batches=2")
+    assert any(were_held)
+    assert not any(layer.held for layer in networks[0].modules() if isinstance(layer, BitLinear))

@@ -47,6 +47,24 @@ def test_an_error_ends_the_run_and_the_rows_before_it_are_written(tmp_path, opti
     assert [row["step"] for row in rows(tmp_path / "run")] == ["2"]
 
 
+def test_an_error_of_one_rank_does_not_wait_for_the_others(tmp_path, options, monkeypatch):
+    """The figures say that an earlier step was not finite, for which the ranks would meet."""
+    from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+
+    def stop(self, trainer, *arguments):
+        if trainer.global_step == 3:
+            raise ZeroDivisionError
+
+    met = []
+    monkeypatch.setattr(step_log.StepLog, "_found_inf", staticmethod(lambda module: {"found_inf": torch.tensor(1.0)}))
+    monkeypatch.setattr(step_log.BitNetModule, "check_finite", lambda module: met.append(module))
+    monkeypatch.setattr(Moment, "is_reached", lambda self: False)
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", stop)
+    with pytest.raises(ZeroDivisionError):
+        train(compose("train", [f"run_dir={tmp_path}/run", *options]))
+    assert met == [] and rows(tmp_path / "run") == []
+
+
 def test_a_run_that_logs_rarely_is_still_checked(tmp_path, options, monkeypatch):
     taken = []
 

@@ -80,13 +80,16 @@ def are_unobserved(modules: Sequence[nn.Module]) -> bool:
     )
 
 
-def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+def describe(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, joint: Sequence[Sequence[BitLinear]] = ()
+) -> str | None:
     """Return what will compute the quantized layers of a network, as a line for the plan of a run.
 
     Args:
         network: has the sizes that the run has. It may still be on another device.
         device: where it will be trained.
         dtype: the dtype of its products there (autocast's).
+        joint: layers that are computed together. The first of them decides how the gradients of all are rounded.
 
     Returns:
         "triton (112 layers), reference (2 layers: in_features 100 is not a multiple of 16)"; None where nothing is
@@ -119,10 +122,15 @@ def describe(network: nn.Module, device: torch.device, dtype: torch.dtype) -> st
             computed.append(cast("BitLinear", layer))
     if asked not in ("auto", "reference") and None not in counts:
         raise UserError(f"quant.kernel={asked}: cannot run here ({next(iter(counts))}): take quant.kernel=auto")
+    first = {layer: group[0] for group in joint for layer in group}
     parts = [
         f"{name} ({count} layers)" if reason is None else f"reference ({count} layers: {reason})"
         for reason, count in counts.items()
     ]
-    if kernels is not None and computed and (note := kernels.note(computed, dtype)):
+    if (
+        kernels is not None
+        and computed
+        and (note := kernels.note([first.get(layer, layer) for layer in computed], dtype))
+    ):
         parts.append(note)
     return ", ".join(parts)

@@ -75,11 +75,18 @@ class StepLog(Callback):
         self._waiting.append(StepFigures(trainer.global_step, figures, module.device))
         self._taken_step = trainer.global_step
 
-    def _write(self, trainer: L.Trainer, module: BitNetModule) -> None:
+    def _write(self, trainer: L.Trainer, module: BitNetModule, checks: bool = True) -> None:
+        """Write the first of the waiting figures.
+
+        Args:
+            checks: whether figures of a step that was not finite end the run. All ranks meet for that.
+        """
         waiting = self._waiting.popleft()
         figures = waiting.read()
         if figures.pop(_FOUND_INF, 0.0):
             self._waiting.clear()  # later figures come from weights that no longer change
+            if not checks:
+                return
             module.check_finite()
         if not figures:
             return
@@ -113,8 +120,11 @@ class StepLog(Callback):
             self._write(trainer, module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write the rows that the device has computed; the error that ended the run must be seen, and no other."""
+        """Write the rows that the device has computed; the error that ended the run must be seen, and no other.
+
+        The other ranks may not come here, so nothing waits for them.
+        """
         assert isinstance(pl_module, BitNetModule)
         with contextlib.suppress(Exception):
             while self._waiting:
-                self._write(trainer, pl_module)
+                self._write(trainer, pl_module, checks=False)
