@@ -169,6 +169,19 @@ def test_a_document_that_is_too_long_is_cut_between_words(tmp_path, monkeypatch,
         assert counts.documents == 2
 
 
+@pytest.mark.parametrize("longest", [3, 20, 60])
+def test_documents_do_not_depend_on_the_pieces_that_are_read(tmp_path, monkeypatch, longest):
+    """Separators and places to cut lie in two pieces, at the end of one, and beside each other."""
+    text = "ab cd<|endoftext|> ef  gh <|endoftext|><|endoftext|>i <|endof jk lm\n no pq" * 3
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    monkeypatch.setattr(read_text, "LONGEST_CHARACTERS", longest)
+    for block in range(1, 40):
+        monkeypatch.setattr(open_text, "_BLOCK", block)
+        documents = stories_of(file_shards([path]))
+        assert documents == [part.strip() for part in text.split("<|endoftext|>") if part.strip()], block
+
+
 def test_a_text_that_has_no_place_to_be_cut_at_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("слово\n" * 2000)
     monkeypatch.setattr(read_text, "LONGEST_CHARACTERS", 900)

@@ -17,8 +17,8 @@ in it that hold carriage returns are counted.
 A story has no white space at its ends. Documents without text are left out and counted, except those of .json: llama2.c
 keeps them as a BOS without text.
 
-A document that is longer than a shard (a .txt of 5 GB without a separator) is cut between two words. What follows is a
-`Continuation`, which gets no BOS: the tokens are those of the whole document.
+A document of more than four million characters (a .txt of 5 GB without a separator) is cut between two words. What
+follows is a `Continuation`, which gets no BOS: the tokens are those of the whole document.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bitnet_lit.data.sources.source import Continuation, ReadCounts, Segment
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 
-LONGEST_CHARACTERS = 64 * 2**20  # of a document that is held as a whole
+LONGEST_CHARACTERS = 2**22  # of a document that is held as a whole: larger texts cost the system new memory each time
 LONGEST_LINE_CHARACTERS = 2**28  # of a .jsonl file, whose records are documents; and of a text without spaces
 _BLOCK = 2**20  # bytes to search at once
 _OVERLAP = 16  # bytes of the block before that are searched again: more than a separator has
@@ -121,24 +121,39 @@ def _counted(segment: FileSegment, counts: ReadCounts) -> Iterator[str]:
 
 
 def _txt_stories(segment: FileSegment, pieces: Iterator[str], counts: ReadCounts) -> Iterator[str]:
-    """Yield the documents between separators; one that is too long comes in parts."""
-    kept, continues = "", segment.continues
+    """Yield the documents between separators; one that is too long comes in parts.
+
+    What has been searched is kept in pieces, and joined once: joined with each new piece, a long document would be
+    copied again and again.
+    """
+    kept: list[str] = []  # of the document that goes on
+    size, tail, continues = 0, "", segment.continues
+
+    def take(text: str) -> str:
+        """Return the document that ends with `text`."""
+        nonlocal size
+        document, size = "".join([*kept, text]), 0
+        kept.clear()
+        return document
+
     for piece in pieces:
-        searched = max(0, len(kept) - len(SEPARATOR))  # what comes before has been searched with an earlier piece
-        first, *others = (kept[searched:] + piece).split(SEPARATOR)
-        *documents, kept = kept[:searched] + first, *others
+        *documents, text = (tail + piece).split(SEPARATOR)
         for document in documents:
-            yield from _document(document, counts, continues)
-            continues, searched = False, 0
-        while border := _BORDER.search(kept, max(LONGEST_CHARACTERS, searched)):
-            yield from _document(kept[: border.start()], counts, continues)
-            kept, continues, searched = kept[border.start() :], True, 0
-        if len(kept) > LONGEST_LINE_CHARACTERS:
+            yield from _document(take(document), counts, continues)
+            continues = False
+        while border := _BORDER.search(text, max(0, LONGEST_CHARACTERS - size)):
+            yield from _document(take(text[: border.start()]), counts, continues)
+            text, continues = text[border.start() :], True
+        # Its end is searched again with the next piece: it may be the start of a separator, or of a border.
+        cut = max(0, len(text) - len(SEPARATOR))
+        kept.append(text[:cut])
+        size, tail = size + cut, text[cut:]
+        if size > LONGEST_LINE_CHARACTERS:
             raise UserError(
                 f"{segment.path}: {LONGEST_LINE_CHARACTERS} characters with neither {SEPARATOR} nor a space between "
                 f"two words: put {SEPARATOR} between documents"
             )
-    yield from _document(kept, counts, continues)
+    yield from _document(take(tail), counts, continues)
 
 
 def _document(text: str, counts: ReadCounts, continues: bool) -> Iterator[str]:
