@@ -317,6 +317,8 @@ def output_and_gradients(module, dtype):
 @pytest.mark.parametrize(
     "scheme",
     [
+        B158("absmedian"),
+        B158Row("absmedian"),
         B158(),
         B158Row(),
         B158Group(group_size=16),
