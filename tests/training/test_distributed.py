@@ -38,6 +38,7 @@ NODES = {
 }
 # The prompt needs whole weights on rank 0.
 RUN = ["optim=muon", "model.intermediate_size=36", "callbacks.sample_prompts=[Once]", f"schedule.total_steps={STEPS}"]
+RUN += ["quant.start_at=0.5"]  # in full precision up to a step behind the change of processes
 ON_CPU, ON_GPU = ["trainer.accelerator=cpu"], ["trainer.accelerator=gpu", "trainer.precision=32-true", "compile=false"]
 
 
@@ -221,8 +222,9 @@ NAMES = [name for kind in TWO for name in (kind, f"{kind}_then_one", f"one_then_
 
 @pytest.mark.parametrize("name", [*NAMES, *NODES])
 def test_two_processes_are_one(on_cpus, name):
-    # The ranks add the same two gradients. FSDP2 adds the squares of a norm in another order: float32's rounding.
-    compare(on_cpus, name, 1e-5, 1e-5)
+    # The ranks add the same two gradients. FSDP2 adds the squares of a norm in another order: float32's rounding, which
+    # no rounding to codes hides in the steps of full precision. 3.3e-5 was measured in moments.
+    compare(on_cpus, name, 1e-4 if "fsdp" in name else 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("name", FOUR)
