@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from bitnet_lit import cli
 from bitnet_lit.config import TrainConfig
-from bitnet_lit.errors import TrainingStopped, UserError
+from bitnet_lit.errors import DiskError, TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed
 from bitnet_lit.runs import sweep
 from bitnet_lit.runs.folder import claim
@@ -55,9 +55,30 @@ def test_reasons_are_text_whatever_signs_they_have(tmp_path, capsys):
 
 def test_a_table_that_cannot_be_written_is_no_success(tmp_path, capsys):
     job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
-    (tmp_path / "sweep.csv").mkdir()
+    (tmp_path / "sweep.csv").mkdir()  # a full disk gives an OSError too
     assert end_of(tmp_path) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: the table of ") and "1.5000" in printed.out  # shown, where it is not kept
+
+
+def test_an_error_that_cannot_be_noted_ends_no_sweep(tmp_path, capsys):
+    """The disk is full: the job that finds out fails, and the others may need no room."""
+
+    def fail():
+        raise DiskError("checkpoints: the disk is full: make room")
+
+    (tmp_path / "0" / "error.txt").mkdir(parents=True)
+    assert sweep.run_job(fail, tmp_path / "0", tmp_path, True) == float("inf")
+    assert "0: DiskError: checkpoints: the disk is full: make room" in capsys.readouterr().err
+
+
+def test_a_job_that_left_nothing_is_named(tmp_path, capsys, monkeypatch):
+    job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
+    SweepTable().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+    monkeypatch.setattr(SweepTable, "jobs", ["0", "1"])
+    assert SweepTable.end() == 1
+    printed = capsys.readouterr().err
+    assert "1 of 2 jobs of" in printed and "  1: did not finish" in printed
 
 
 def test_the_table_finds_jobs_whose_folder_is_a_path(tmp_path):

@@ -136,12 +136,13 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
         print(f"error: {folder}: {line}", file=sys.stderr)
         if rank():  # only rank 0 writes the error
             return float("inf")
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_foreign:
-            with (sweep_dir / REFUSED_NAME).open("a", encoding="utf-8") as file:
-                file.write(f"{os.path.relpath(folder, sweep_dir)}\t{line}\n")
-        else:
-            (folder / ERROR_NAME).write_text(line + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # the disk is full: the line is on the screen, and other jobs may run
+            folder.mkdir(parents=True, exist_ok=True)
+            if is_foreign:
+                with (sweep_dir / REFUSED_NAME).open("a", encoding="utf-8") as file:
+                    file.write(f"{os.path.relpath(folder, sweep_dir)}\t{line}\n")
+            else:
+                (folder / ERROR_NAME).write_text(line + "\n", encoding="utf-8")
         return float("inf")
     finally:
         StopHandlers.in_job = False

@@ -39,6 +39,7 @@ FIGURES = {
     "val/accuracy": "accuracy",
     "perf/tokens_per_s": "tokens/s",
 }
+_UNFINISHED = {"error": "did not finish"}
 _METRICS = Record({}, optional=dict.fromkeys(FIGURES, Number()))
 
 
@@ -51,7 +52,7 @@ def _result(folder: Path) -> dict[str, Any]:
         return {"error": RUNS_ELSEWHERE}
     if (folder / ERROR_NAME).exists():
         return {"error": one_line((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))}
-    return {"error": "did not finish"}
+    return _UNFINISHED
 
 
 def _row(sweep_dir: Path, folder: Path) -> dict[str, Any]:
@@ -82,16 +83,28 @@ def read_jobs(sweep_dir: Path) -> list[dict[str, Any]]:
     return [rows[name] for name in sorted(rows, key=natural)]
 
 
-def write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
-    """Write sweep.csv and print the table."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
     with (
         atomic_file(sweep_dir / TABLE_NAME) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, _columns(rows))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _shown(cell: Any) -> str:
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:,.4f}" if abs(cell) < 100 else f"{cell:,.0f}"  # a loss, or tokens/s
+
+
+def _print_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
+    columns = _columns(rows)
     table = Table(title=str(sweep_dir))
     # Columns with the same value in all jobs are only in sweep.csv, because the terminal is narrow.
     columns = [c for c in columns if c == "job" or len({str(row.get(c, "")) for row in rows}) > 1 or len(rows) == 1]
@@ -100,8 +113,7 @@ def write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
     for column in columns:
         table.add_column(column)
     for row in rows:
-        cells = [row.get(column, "") for column in columns]
-        table.add_row(*[f"{cell:,.4f}" if isinstance(cell, float) else str(cell) for cell in cells])
+        table.add_row(*[_shown(row.get(column, "")) for column in columns])
     wide_console(30 * len(columns)).print(table)
 
 
@@ -179,12 +191,15 @@ class SweepTable(Callback):
         try:
             rows = read_jobs(sweep_dir)
             if rows:
-                write_table(sweep_dir, rows)
-            own = rows if cls.jobs is None else [row for row in rows if row["job"] in cls.jobs]
+                _print_table(sweep_dir, rows)
+            found = {row["job"]: row for row in rows}  # a job without a record, as on a full disk, has no row
+            own = rows if cls.jobs is None else [found.get(job, {"job": job, **_UNFINISHED}) for job in cls.jobs]
             status = 1 if not rows else 0 if number is not None else _report_failures(own, sweep_dir)
             if number is not None and (commands := commands_to_go_on(sweep_dir)):
                 print("The sweep was stopped. The same command goes on with it, or each of its jobs alone with:")
                 print(*(f"  {command}" for command in commands), sep="\n")
+            if rows:
+                _write_table(sweep_dir, rows)  # last: where the disk is full, the rest has been said
         except Exception as error:  # Hydra would turn it into a warning, and the status into 0
             print(f"error: the table of {sweep_dir}: {one_line(error)}", file=sys.stderr)
             status = 1
