@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from bitnet_lit import cli, train
 from bitnet_lit.errors import UserError
 from bitnet_lit.runs.folder import locked
+from bitnet_lit.runs.grid import combinations
 from bitnet_lit.runs.job import ResumableTask
 from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.metric_names import metric_names
@@ -48,8 +50,8 @@ def sweep(tmp_path, monkeypatch):
     return Task()
 
 
-GRID = ["-m", "mode=smoke", "quant=b158,none", "seed=1,2"]
 PAIR = ["-m", "mode=smoke", "quant=b158,none"]
+ONE = ["-m", "mode=smoke", "quant=b158"]
 
 
 def only_sweep(tmp_path):
@@ -58,48 +60,50 @@ def only_sweep(tmp_path):
 
 
 def test_the_same_line_again_runs_what_is_missing(sweep, tmp_path, capsys):
+    line = ["mode=smoke", "quant=b158,none", "seed=1,2"]
     sweep.fails = {("none", 2)}
-    assert sweep.start(*GRID) == 1
+    assert sweep.start("-m", *line) == 1
     assert sweep.ran == [("b158", 1), ("b158", 2), ("none", 1), ("none", 2)]
     errors = capsys.readouterr().err
     assert "1 of 4 jobs of" in errors and "  quant=none__seed=2: UserError: as the test wants it" in errors
     folder = only_sweep(tmp_path)
     assert state(folder / "quant=none__seed=2") is State.FAILED
-    # A job that was killed: its checkpoint is there, its figures are not.
+    # A job that was killed: its checkpoint is there, its figures are not. Another one was deleted by hand.
+    shutil.rmtree(folder / "quant=none__seed=1")
     half = folder / "quant=b158__seed=2"
     (half / "metrics.json").unlink()
     (half / "checkpoints").mkdir()
     (half / "checkpoints" / "last.ckpt").write_text("x")
     sweep.fails = set()
     assert sweep.start("-m", "seed=2,1", "quant=none,b158", "mode=smoke") == 0  # another order
-    assert sweep.ran == [("none", 2), ("b158", 2)] and sweep.resumed == ["quant=b158__seed=2"]
-    assert "4 jobs, 2 done, 1 half done, 1 failed" in capsys.readouterr().err
-    assert sweep.start(*GRID) == 0 and not sweep.ran  # nothing is left
-    assert sweep.start("-m", "mode=smoke", "quant=none", "seed=1,2,3") == 0 and len(sweep.ran) == 3  # another sweep
-    assert sweep.start("-m", "mode=smoke", "quant=none", "seed=1,4") == 0 and sweep.ran == [("none", 4)]  # more values
-    assert len(read_jobs(folder)) == 4
+    assert sweep.ran == [("none", 2), ("b158", 2), ("none", 1)] and sweep.resumed == ["quant=b158__seed=2"]
+    assert "4 jobs, 1 done, 1 half done, 1 failed, 1 new" in capsys.readouterr().err
+    assert sweep.start("-m", *line) == 0 and not sweep.ran  # nothing is left
+    more = ["-m", "mode=smoke", "quant=b158", "seed=1,2,3", f"hydra.sweep.dir={folder}"]
+    assert sweep.start(*more) == 0 and sweep.ran == [("b158", 3)]  # more values
+    assert len(read_jobs(folder)) == 5
 
 
 def test_another_fixed_key_is_another_sweep_or_refused(sweep, tmp_path):
-    assert sweep.start(*PAIR) == 0
-    assert sweep.start(*PAIR, "seed=2") == 0 and sweep.ran == [("b158", 2), ("none", 2)]
+    assert sweep.start(*ONE) == 0 and sweep.ran == [("b158", 1)]
+    assert sweep.start(*ONE, "seed=2") == 0 and sweep.ran == [("b158", 2)]
     assert len(list((tmp_path / "outputs" / "sweeps").iterdir())) == 2
     assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0 and len(sweep.ran) == 2
     with pytest.raises(UserError, match=r"mine/quant=b158: holds another job \(without seed, and this one is seed=2\)"):
         sweep.start(*PAIR, "hydra.sweep.dir=mine", "seed=2")
     # A key that now has several values: the job of the one value is known by its overrides, whatever its name.
-    assert sweep.start(*PAIR, "seed=1,2", "hydra.sweep.dir=mine") == 0 and len(sweep.ran) == 4
-    assert sweep.start(*PAIR[:2], "quant=b158", "seed=1,3", "hydra.sweep.dir=mine") == 0 and sweep.ran == [("b158", 3)]
+    assert sweep.start(*ONE, "seed=1,2", "hydra.sweep.dir=mine") == 0 and len(sweep.ran) == 2
+    assert sweep.start(*ONE, "seed=1,3", "hydra.sweep.dir=mine") == 0 and sweep.ran == [("b158", 3)]
 
 
 def test_results_of_an_earlier_default_are_not_taken_over(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "CONF_DIR", tmp_path / "conf")
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
-    assert sweep.start(*PAIR) == 0
-    with (tmp_path / "conf" / "quant" / "none.yaml").open("a") as file:
+    assert sweep.start(*ONE) == 0
+    with (tmp_path / "conf" / "quant" / "b158.yaml").open("a") as file:
         file.write("skip: []\n")
-    with pytest.raises(UserError, match=r"quant=none: began with quant.skip=\['lm_head'\], and .* \[\] now"):
-        sweep.start(*PAIR)
+    with pytest.raises(UserError, match=r"quant=b158: began with quant.skip=\['lm_head'\], and .* \[\] now"):
+        sweep.start(*ONE)
     assert not sweep.ran
 
 
@@ -120,8 +124,8 @@ def test_a_mistake_in_every_job_ends_the_sweep_before_it_begins(sweep, tmp_path)
     assert not sweep.ran and not list(tmp_path.rglob("sweeps/*"))
     with pytest.raises(UserError, match=r"optim.learning_rate=interval\(1,2\): a grid takes values"):
         sweep.start(*PAIR, "optim.learning_rate=interval(1,2)")
-    sweep.fails = {("b158", 1), ("none", 1)}
-    assert sweep.start(*PAIR) == 2  # known only when the jobs ran
+    sweep.fails = {("b158", 1)}
+    assert sweep.start(*ONE) == 2  # known only when the jobs ran
 
 
 def test_one_process_at_a_time(sweep, tmp_path):
@@ -130,8 +134,8 @@ def test_one_process_at_a_time(sweep, tmp_path):
         locked(tmp_path / "mine"),
         pytest.raises(UserError, match=r"mine: another process runs a sweep in this folder"),
     ):
-        sweep.start(*PAIR, "hydra.sweep.dir=mine")
-    assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0
+        sweep.start(*ONE, "hydra.sweep.dir=mine")
+    assert sweep.start(*ONE, "hydra.sweep.dir=mine") == 0
 
 
 def test_a_job_of_another_process_is_left_alone(sweep, tmp_path, capsys):
@@ -158,17 +162,15 @@ def test_a_job_of_another_process_is_left_alone(sweep, tmp_path, capsys):
 
 
 def test_a_name_of_the_users_own_is_kept(sweep, tmp_path):
-    own = [*PAIR, "hydra.sweep.dir=mine", "hydra.sweep.subdir=${quant.name}/${seed}"]
+    own = [*ONE, "hydra.sweep.dir=mine", "hydra.sweep.subdir=${quant.name}/${seed}"]
     assert sweep.start(*own) == 0
-    assert sorted(p.parent.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("metrics.json")) == [
-        f"mine/{quant}/1" for quant in ("b158", "none")
-    ]
+    assert [p.parent.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("metrics.json")] == ["mine/b158/1"]
     assert sweep.start(*own) == 0 and not sweep.ran
 
 
-def test_a_value_typed_twice_is_one_job(sweep):
-    assert sweep.start("-m", "mode=smoke", "seed=1,1,2,1") == 0
-    assert sweep.ran == [("b158", 1), ("b158", 2)]
+def test_a_value_typed_twice_is_one_job():
+    typed = OverridesParser.create().parse_overrides(["mode=smoke", "seed=1,1,2,1"])
+    assert combinations(typed) == [["mode=smoke", "seed=1"], ["mode=smoke", "seed=2"]]
 
 
 @pytest.mark.parametrize("typed", ["sweep=lr", "launcher=joblib"])

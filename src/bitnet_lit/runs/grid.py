@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.folder import is_taken
-from bitnet_lit.runs.job import Job, without_hydra
+from bitnet_lit.runs.job import Job
 from bitnet_lit.runs.job_folder import State, check_unchanged, job_folders, recorded_overrides, state
 from bitnet_lit.runs.job_names import identity, job_name, swept_keys
 from bitnet_lit.runs.ranks import rank
@@ -129,13 +129,14 @@ def check(sweeper: BasicSweeper, job: Job, planned: Sequence[Planned], sweep_dir
     for one in planned:
         whole = composed(sweeper, one.launched(sweep_dir))
         folder = one.folder or sweep_dir / "job"
-        if one.state in (State.DONE, State.HALF_DONE):
-            check_unchanged(folder, without_hydra(whole))
-        try:
-            configs.append(job.config(whole, folder))
-        except UserError as error:
-            errors.append(error)
-            configs.append(error)
+        with job.as_if_it_ran(whole, folder) as config:
+            if one.state in (State.DONE, State.HALF_DONE):
+                check_unchanged(folder, config)
+            try:
+                configs.append(job.build(config))
+            except UserError as error:
+                errors.append(error)
+                configs.append(error)
     if errors and len(errors) == len(planned):
         raise errors[0]
     return configs

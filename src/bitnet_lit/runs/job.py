@@ -6,10 +6,10 @@ half done goes on. So it does not matter which sweeper or launcher started it, o
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,23 +97,25 @@ class Job:
 
         return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own)
 
-    def config(self, composed: DictConfig, folder: Path) -> Any:
-        """Build the config of a job without running it.
+    @contextlib.contextmanager
+    def as_if_it_ran(self, composed: DictConfig, folder: Path) -> Iterator[DictConfig]:
+        """Wrap the check of a job that does not run: Hydra says of itself what it says while the job runs.
 
         Args:
-            composed: the job's config, with Hydra's own part.
+            composed: the job's config, with Hydra's own part, which is removed. A copy would take as long as all else.
             folder: the job's folder, which may not exist.
 
-        Raises:
-            UserError: a value does not fit.
+        Yields:
+            The config as the job gets it.
         """
         before = HydraConfig.instance().cfg
-        composed = copy.deepcopy(composed)
         with read_write(composed.hydra.runtime), open_dict(composed.hydra.runtime):
             composed.hydra.runtime.output_dir = os.path.abspath(folder)
         HydraConfig.instance().set_config(composed)
+        with read_write(composed), open_dict(composed):
+            del composed["hydra"]
         try:
-            return self.build(without_hydra(composed))
+            yield composed
         finally:
             HydraConfig.instance().cfg = before
 
@@ -121,11 +123,3 @@ class Job:
 def _is_beside_others() -> bool:
     """Return whether other jobs of the sweep run on this machine at the same time."""
     return str(HydraConfig.get().launcher._target_).rpartition(".")[2] == "JoblibLauncher"
-
-
-def without_hydra(composed: DictConfig) -> DictConfig:
-    """Return a composed config without Hydra's own part, as a job gets it."""
-    config = copy.deepcopy(composed)
-    with read_write(config), open_dict(config):
-        del config["hydra"]
-    return config
