@@ -110,6 +110,11 @@ def test_a_run_that_diverges_is_a_bad_result_and_a_failure_is_tried_again(object
     assert len(trials(tmp_path)) == 5
 
 
+def test_a_search_in_which_one_run_diverged_has_succeeded(objective):
+    objective.diverges_in = 0
+    assert objective.start(*SEARCH, "sweep.n_trials=2") == 0 and len(objective.ran) == 2
+
+
 def test_values_to_choose_from(objective, tmp_path):
     """Names, whole numbers and ranges; the figure and its direction are chosen too."""
     space = ["quant=b158,none", "seed=int(interval(1,5))", "data.batch_size=range(4,13,4)"]

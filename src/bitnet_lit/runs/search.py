@@ -239,7 +239,8 @@ class Search:
             names += self._run_batch(study, batch)
             left -= len(batch)
         SweepTable.jobs = names
-        self._print_best(study)
+        if self._print_best(study):
+            self.job.failures.clear()  # a trial that diverged is none; the table names those that failed
 
     def _run_batch(self, study: optuna.Study, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
         """Run trials, and tell the study their values.
@@ -298,7 +299,8 @@ class Search:
             return None
         return worst if error.startswith("Diverged: ") else None
 
-    def _print_best(self, study: optuna.Study) -> None:
+    def _print_best(self, study: optuna.Study) -> bool:
+        """Print the best trial, and return whether there is one."""
         from optuna.trial import TrialState
 
         values = [
@@ -307,11 +309,12 @@ class Search:
             if trial.value is not None and math.isfinite(trial.value)
         ]
         if not values:
-            return
+            return False
         choose = min if self.config.direction == "minimize" else max
         value, best = choose(values, key=lambda pair: pair[0])
         params = " ".join(f"{key}={each}" for key, each in best.params.items())
         print(f"best of {len(values)} trials: {self.config.metric}={value:.4f} with {params}")
+        return True
 
 
 def search(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> None:
