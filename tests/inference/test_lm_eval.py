@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from importlib import import_module
 from pathlib import Path
 
@@ -218,7 +219,10 @@ def test_the_command_registers_the_model(monkeypatch):
 
     called = []
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: called.append(get_model("bitnet_lit")))
-    command.main()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    command.main()  # it is the end of a process, and leaves its handlers
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert called == [BitnetLit] and get_model("hf") is not None
     text = Path(REPOSITORY, "pyproject.toml").read_text()
     module, name = re.search(r'\[project.entry-points."lm_eval.models"\]\nbitnet_lit = "([\w.]+):(\w+)"', text).groups()
