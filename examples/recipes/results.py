@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from plan import BASE, NO_OPTIONS, SEARCH, SPEED, Plan, Sweep, by_key
+from plan import BASE, COMBINED, DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, SPEED, Plan, Sweep, by_key
 
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.reports.statistics import Estimate
@@ -24,6 +24,7 @@ from bitnet_lit.runs.folder import CHECKPOINTS, ERROR_NAME, MODEL, MODEL_LAST, l
 from bitnet_lit.runs.history import DONE, FAILED, Run, read_runs
 from bitnet_lit.runs.job_folder import State as JobState
 from bitnet_lit.runs.job_folder import job_folders, state
+from bitnet_lit.runs.job_names import identity
 
 FILE_NAME = "results.jsonl"
 DIVERGED = "diverged"
@@ -121,6 +122,25 @@ class Results:
         done = {record["seed"] for record in self.of(sweep.name)}
         return [seed for seed in sweep.seeds if seed not in done]
 
+    def check(self, plan: Plan) -> None:
+        """Refuse to go on with results that the plan would not make: a table would compare what is not alike.
+
+        Raises:
+            UserError: a run had other overrides, or a search would find another best after its runs.
+        """
+        for sweep in plan.sweeps:
+            search = plan.by_name.get(sweep.best_of or "")
+            best = self.best_values(sweep.best_of) if sweep.best_of else None
+            remedy = f"give another out=, or remove the lines of {sweep.name} from {FILE_NAME}"
+            for record in self.of(sweep.name):
+                if search is not None and not self.is_complete(search):
+                    raise UserError(
+                        f"trials={search.jobs}: {sweep.name} has results with the best of {len(self.of(search.name))} "
+                        f"trials: give trials={len(self.of(search.name))}, or {remedy[5:]}"
+                    )
+                if (other := _other(record, sweep, best)) is not None:
+                    raise UserError(f"out={self.out}: {sweep.name} has a result {other}: {remedy}")
+
     def elsewhere(self, sweep: Sweep) -> int:
         """Return how many runs of a sweep have a result here and their folder on another machine."""
         return sum(not (self.out / sweep.name / job).is_dir() for name, job in self.records if name == sweep.name)
@@ -188,6 +208,29 @@ class Results:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _other(record: Record, sweep: Sweep, best: dict[str, str] | None) -> str | None:
+    """Return how the overrides of a result differ from those that the plan would give its run; None where they do not.
+
+    What the results of other sweeps decide is not compared, nor is where the data lies.
+
+    Args:
+        best: the values of the best trial that the sweep begins from, where it is known.
+    """
+    fixed = sweep.fixed | (best or {})
+    free = {"data.dir", "callbacks", "sweep", "seed"} | {key for key, value in fixed.items() if DENSE_RUN in value}
+    free |= {"trainer.max_tokens"} if sweep.what == SAME_TIME else set()
+    was: dict[str, str] = record.get("overrides") or {}
+    free |= set() if best else record["values"].keys() | sweep.space.keys()
+    wanted = identity(f"{key}={value}" for key, value in fixed.items() if key not in free)
+    for key in (wanted if sweep.what == COMBINED else [*was, *wanted]) if was else ():
+        if key not in free and was.get(key) != wanted.get(key):
+            before = f"with {key}={was[key]}" if key in was else f"without {key}"
+            return (
+                f"{before}, and this plan has {key}={wanted[key]}" if key in wanted else f"{before}, this plan has none"
+            )
+    return None
 
 
 def _rounded(text: str) -> str:

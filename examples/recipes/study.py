@@ -156,7 +156,7 @@ class Study:
         return f"exit status {one.process.returncode}, {said or 'no error'} (see {log})"
 
     def check(self, gpus: list[str]) -> None:
-        """Refuse to begin without GPUs or data.
+        """Refuse to begin without GPUs or data, or with results of another plan.
 
         Raises:
             UserError: what is missing, and how to get it.
@@ -169,6 +169,7 @@ class Study:
         for folder in dict.fromkeys(sweep.fixed["data.dir"] for sweep in self.plan.sweeps):
             if not is_complete(Path(folder)):
                 raise UserError(f"{folder}: no shards there: docs/recipes.md has the commands that prepare them")
+        self.results.check(self.plan)
 
     def _is_waiting(self) -> bool:
         """Return whether a folder that a sweep needs is still locked by a process of a killed study."""

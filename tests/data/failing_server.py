@@ -16,9 +16,9 @@ class FailingServer(ThreadingHTTPServer):
     """Serves the files of a folder.
 
     Attributes:
-        failures: by file name, what happens to the next requests, one each: "500", "reset", "stall", "truncate" (fewer
-            bytes than Content-Length says), "end" (fewer bytes, without a Content-Length), "change" (one byte differs),
-            or "ok".
+        failures: by file name, what happens to the next requests, one each: "500", "reset", "silence" (no answer),
+            "stall" (a part comes, then nothing), "truncate" (fewer bytes than Content-Length says), "end" (fewer bytes,
+            without a Content-Length), "change" (one byte differs), or "ok".
         always: by file name, what happens to each request when there is nothing left of `failures`.
         requests: by file name, how often it was asked for.
     """
@@ -56,6 +56,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(int(failure))
         if failure == "reset":  # closing with SO_LINGER 0 sends RST
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return self.connection.close()
+        if failure == "silence":
+            self.server.closing.wait(20)
             return self.connection.close()
         content = bytearray(path.read_bytes())
         if failure == "change":

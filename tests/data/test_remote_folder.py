@@ -105,20 +105,33 @@ def test_each_failure_is_tried_again(folder, failure, capsys):
     [
         ("503", "the server answers 503"),
         ("reset", "reset by peer|disconnected"),
-        ("stall", r"no answer, given up after 0\.\d+ s"),
+        ("stall", "the server fell silent"),
+        ("silence", r"no answer, given up after 0\.\d s"),
         ("end", r"\d+ bytes came of \d+"),
         ("change", "not the one that meta.json describes"),
     ],
 )
 def test_a_failure_that_lasts_ends_in_one_line(folder, failure, reason, monkeypatch):
     monkeypatch.setattr(fetch_module, "ATTEMPTS", 2)
-    monkeypatch.setattr(fetch_module, "SILENCE_SECONDS", 0.3 if failure != "stall" else 0.5)
+    monkeypatch.setattr(fetch_module, "SILENCE_SECONDS", 0.3 if failure != "silence" else 0.5)
     with served(folder) as server:
         remote = open_shards(server.url)
         server.always["data03.bin"] = failure
         with pytest.raises(DataError, match=rf"data03.bin: .*({reason}).*2 times in a row: .*later") as error:
             everything(remote)
         assert "\n" not in str(error.value) and error.value.status == 1
+
+
+def test_a_long_download_that_stalls_is_tried_as_often_as_a_broken_one(folder, monkeypatch):
+    """The seconds in which bytes came are no silence."""
+    monkeypatch.setattr(fetch_module, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(fetch_module, "SILENT_ATTEMPTS", 1)
+    with served(folder) as server:
+        remote = open_shards(server.url)
+        server.always["data03.bin"] = "stall"
+        with pytest.raises(DataError, match=r"fell silent, 6 times in a row"):
+            everything(remote)
+        assert server.requests["data03.bin"] == fetch_module.ATTEMPTS
 
 
 def test_a_refused_file_is_not_asked_for_again(folder):

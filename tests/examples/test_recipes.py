@@ -164,6 +164,28 @@ def test_a_trial_that_diverged_counts_and_is_never_the_best(study, tmp_path):
     assert "| 5 (1 diverged) |" in (tmp_path / "tables.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["overrides=[trainer.max_steps=20]"], "search has a result without trainer.max_steps, and this plan has"),
+        (["trials=4"], "trials=4: .*/base has results with the best of 3 trials: give trials=3, or another out="),
+    ],
+)
+def test_results_of_another_plan_are_refused(study, tmp_path, typed, message, capsys):
+    assert study(TWINS, "seeds=[1]") == 0
+    before = lines_of(tmp_path)
+    capsys.readouterr()
+    assert study(TWINS, "seeds=[1]", *typed) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line) and lines_of(tmp_path) == before
+
+
+def test_results_of_a_trial_of_small_sizes_are_refused(study, capsys):
+    assert study(TWINS, "seeds=[1]", "overrides=[trainer.max_steps=20]") == 0
+    assert study(TWINS, "seeds=[1,2]") == 2
+    assert "search has a result with trainer.max_steps=20, this plan has none: give another" in capsys.readouterr().err
+
+
 def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
     order = (
         f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in ('search', 'seeds', 'wide', 'same_time', 'options'))}]"

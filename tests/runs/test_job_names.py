@@ -42,6 +42,16 @@ def test_what_a_name_cannot_hold_is_in_a_hash():
     assert names[0] == "data.dir=data-A-2d881611c4"
 
 
+def test_a_number_that_a_search_drew_is_shown_with_four_digits():
+    rates = ["0.01577026248478398", "0.01577026248478399", "1.5770262484783e-05", "0.123456", "1.10"]
+    names = [job_name([f"optim.learning_rate={rate}", "seed=1"], {"optim.learning_rate"}) for rate in rates]
+    assert names[0] == "optim.learning_rate=0.01577-c73856bbf0"
+    assert names[1].startswith("optim.learning_rate=0.01577-") and names[1] != names[0]
+    assert names[2].startswith("optim.learning_rate=1.577e-05-")
+    assert names[3:] == ["optim.learning_rate=0.123456", "optim.learning_rate=1.1"]
+    assert identity([f"optim.learning_rate={rates[0]}"]) == {"optim.learning_rate": rates[0]}
+
+
 VALUES = st.one_of(
     st.integers(),
     st.floats(allow_nan=False),

@@ -73,6 +73,7 @@ def fetch(url: str, path: Path, check: Callable[[Path], None], is_first: bool = 
         start = time.monotonic()
         try:
             system, remote = _open_file_system(url)
+            path.write_bytes(b"")  # what an earlier attempt left is not of this one
             system.get_file(remote, str(path))
             check(path)
             return
@@ -82,11 +83,15 @@ def fetch(url: str, path: Path, check: Callable[[Path], None], is_first: bool = 
             if is_of_this_disk(error) or is_out_of_memory(error):
                 raise
             found, seconds = failure(error, is_first), time.monotonic() - start
-            reason = f"no answer, given up after {seconds:.2g} s" if found.is_silent else found.reason
+            # A server that has sent something is there: only the connection is lost, however long the attempt took.
+            is_silent = found.is_silent and not (path.is_file() and path.stat().st_size)
+            reason = "the server fell silent" if found.is_silent else found.reason
+            if is_silent:
+                reason = f"no answer, given up after {seconds:.{0 if seconds >= 10 else 1}f} s"
             if found.is_final:
                 raise NotThere(f"{shown(url)}: {reason}: {found.remedy}") from None
             # Not a number of attempts: gcsfs and huggingface_hub try several times themselves, and wait each time.
-            silent_seconds += seconds if found.is_silent else 0.0
+            silent_seconds += seconds if is_silent else 0.0
             if attempt == attempts or silent_seconds >= SILENT_ATTEMPTS * SILENCE_SECONDS:
                 question = "is the folder being written?" if isinstance(error, Damaged) else "is the server there?"
                 times = f", {attempt} times in a row" if attempt > 1 else ""

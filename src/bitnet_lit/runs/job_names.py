@@ -9,8 +9,8 @@
 
 So the same line finds the same folders again, and a line with more values finds those of the line before. The order in
 which overrides are typed does not matter. A name is safe on every file system: it holds lower-case letters, digits and
-`._+-=`, and is short. Where that loses something (capitals, slashes, a long list), a hash of the exact overrides ends
-the name, so two jobs never have one name, also where the file system ignores case.
+`._+-=`, and is short. Where that loses something (capitals, slashes, a long list, a number of many digits), a hash of
+the exact overrides ends the name, so two jobs never have one name, also where the file system ignores case.
 
 How jobs are launched (`launcher`, `sweep.dry_run`, ...) does not change what they compute, so it names nothing.
 """
@@ -30,6 +30,7 @@ from hydra.core.override_parser.types import Override
 LONGEST_JOB, LONGEST_SWEEP = 120, 60  # characters; file systems take 255 bytes
 _HASH = 10  # hexadecimal digits
 _EXACT = re.compile(r"[a-z0-9._+-]*[a-z0-9_+-]", re.ASCII)  # Windows drops a dot at the end
+_FRACTION = re.compile(r"-?\d+\.\d+(e[+-]?\d+)?", re.ASCII)
 _LIKE_A_HASH = re.compile(rf"-[0-9a-f]{{{_HASH}}}$")
 _NOT_OF_THE_RUN = ("launcher", "sweep.")
 
@@ -46,6 +47,13 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, sort_keys=True, default=str, separators=(",", ":"))
+
+
+def _shown(text: str) -> str:
+    """Return a number that six digits do not say, such as a search draws, with four digits; other text as it is."""
+    if not _FRACTION.fullmatch(text) or float(f"{float(text):g}") == float(text):
+        return text
+    return f"{float(text):.4g}"
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -116,7 +124,9 @@ def job_name(overrides: Iterable[str], swept: Collection[str]) -> str:
         for item in named.items()
         for part in item
     )
-    name = "__".join(f"{key}={text}" for key, text in named.items())
+    shown = {key: _shown(text) for key, text in named.items()}
+    is_exact = is_exact and shown == named
+    name = "__".join(f"{key}={text}" for key, text in shown.items())
     return _shortened(name, json.dumps(named), LONGEST_JOB, always=not is_exact)
 
 
