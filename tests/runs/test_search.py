@@ -8,6 +8,7 @@ import pytest
 
 from bitnet_lit.errors import Diverged, UserError
 from bitnet_lit.runs.folder import locked
+from bitnet_lit.runs.job_names import job_name
 from bitnet_lit.runs.search import STUDY_NAME
 from tests.runs.stand_in import StandIn
 from tests.support import Killed
@@ -64,7 +65,7 @@ def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
     objective.dies_in = None
     assert objective.start(*SEARCH) == 0
     assert "1 of 4 trials done, 1 to go on with" in capsys.readouterr().err
-    assert objective.ran[0] == second and objective.resumed == [f"optim.learning_rate={second}"]
+    assert objective.ran[0] == second and objective.resumed == [job_name([f"optim.learning_rate={second}"], ())]
     assert len(objective.ran) == 3 and len({first, *objective.ran}) == 4  # no value is drawn again
     found = trials(tmp_path)
     assert [trial.state.name for trial in found] == ["COMPLETE"] * 4
