@@ -425,3 +425,11 @@ def test_nobody_goes_by_a_schemes_name():
     assert found == []
     for line in ('if quant.name == "none":', 'x = name != "b1"', 'if q in ("b158", "b1"):'):
         assert COMPARISON.search(line)
+
+
+def test_a_scheme_that_names_a_class_for_some_layers_is_not_plain():
+    class Partly(B158):
+        def layer_for(self, name):
+            return CenteredLinear if name.endswith("o_proj") else None
+
+    assert not Partly().is_plain and B158().is_plain and scheme_named("b158_learned").is_plain

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitnet_lit.cli import compose
+from bitnet_lit.errors import UserError
 from bitnet_lit.training import module as module_file
 from bitnet_lit.training.compile import compile_failure, compile_networks, is_compiled, undo_compile
 from bitnet_lit.training.run import train
@@ -56,4 +57,10 @@ def test_compile_true_does_not_go_on_without(tmp_path, shards, monkeypatch):
     options = [f"run_dir={tmp_path}/run", f"data.dir={shards}", *TINY_RUN, "compile=true"]
     failing_once(monkeypatch)
     with pytest.raises(RuntimeError, match="no compiler"):
+        train(compose("train", options))
+
+
+def test_kernels_that_cannot_be_compiled_are_not_asked_for_with_compile_true(tmp_path, shards):
+    options = [f"run_dir={tmp_path}/run", f"data.dir={shards}", *TINY_RUN, "compile=true", "quant.kernel=native"]
+    with pytest.raises(UserError, match=r"quant.kernel=native: cannot run here \(torch.compile cannot trace"):
         train(compose("train", options))

@@ -206,3 +206,13 @@ def test_one_rank_has_all_rows(tmp_path):
     finally:
         dist.destroy_process_group()
     assert off(shards, trained(Muon)[0]) < 1e-4
+
+
+def test_normuon_trains_weights_in_bfloat16():
+    weight = torch.nn.Parameter(torch.randn(4, 8, dtype=torch.bfloat16))
+    optimizer = Muon([weight], lr=0.1, row_beta2=0.95)
+    before = weight.detach().clone()
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert weight.isfinite().all() and not torch.equal(weight, before)

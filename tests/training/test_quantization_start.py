@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from bitnet_lit.cli import compose
-from bitnet_lit.config import ExportConfig, QuantConfig
+from bitnet_lit.config import EvaluateConfig, ExportConfig, InferConfig, QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.write import export
+from bitnet_lit.inference.evaluation import evaluate
+from bitnet_lit.inference.print_texts import infer
 from bitnet_lit.model import build_model
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.training.checkpoint_file import read_checkpoint
@@ -121,14 +123,18 @@ def test_a_run_begins_as_its_dense_twin_and_stays_quantized(tmp_path, shards, ca
 
 def test_an_export_from_full_precision_is_quantized_and_says_so(tmp_path, shards, capsys):
     run = tmp_path / "run"
-    short = ["quant.start_at=0.9", "trainer.max_steps=2", "trainer.val_check_interval=2", "schedule.total_steps=100"]
+    short = ["quant.start_at=0.02", "trainer.max_steps=2", "trainer.val_check_interval=2", "schedule.total_steps=100"]
     train(compose("train", options(run, shards, *short)))
-    assert "from step 90 on, which this run does not reach" in " ".join(capsys.readouterr().err.split())
+    assert "from step 2 on, which this run does not reach" in " ".join(capsys.readouterr().err.split())
     assert (
         "in full precision only" in json.loads((run / "model/config.json").read_text())["bitnet_lit"]["info"]["warning"]
     )
     export(ExportConfig(checkpoint=str(run), format="packed", out=str(tmp_path / "packed")))
     assert f"warning: {run / 'model'}: trained in full precision only" in capsys.readouterr().err
+    infer(InferConfig(checkpoint=str(run), prompt="a", max_new_tokens=1))
+    assert capsys.readouterr().err.count(f"note: {run / 'model'}: trained in full precision only") == 1
+    with pytest.warns(UserWarning, match="trained in full precision only"):
+        evaluate(EvaluateConfig(checkpoint=str(run), data_dir=str(shards)))
 
 
 @pytest.mark.parametrize(

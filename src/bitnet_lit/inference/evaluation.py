@@ -7,6 +7,7 @@ data with the model's tokenizer (evaluation_data.py). On text it gives those of 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,6 +54,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     path = find_model(config.checkpoint)
     own = open_custom_folder(path, config.networks)
     opened = own or open_stored(path)
+    if warning := opened.info.get("warning"):
+        warnings.warn(f"{opened.path}: {warning}", stacklevel=2)
     context = opened.config.max_position_embeddings
     length = config.sequence_length or opened.info.get("sequence_length") or context
     if length > context:

@@ -129,6 +129,8 @@ def infer(config: InferConfig) -> list[str]:
         fancy = sys.stdout.isatty() and not config.quiet
         prompts = [config.prompt] if config.prompts is None else _prompts_of(Path(config.prompts))
         model = LanguageModel(config.checkpoint, config, config.tokenizer)
+        if warning := model.stored.info.get("warning"):
+            warnings.warn(f"{model.stored.path}: {warning}", stacklevel=2)
         if fancy:
             about = (model.stored.path, model.config.name, model.stored.quant.name, model.engine.name)
             print(f"{DIM}{', '.join(map(str, about))}{PLAIN}", file=sys.stderr)

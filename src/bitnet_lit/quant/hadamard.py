@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_lit.quant.bit_linear import BitLinear
+from bitnet_lit.quant.bit_linear import BitLinear, in_dtype
 
 
 def block_size(size: int) -> int:
@@ -54,7 +54,7 @@ def _transform(x: Tensor) -> Tensor:
         y = torch.stack([first + second, first - second], dim=-2).flatten(-3)
         pairs *= 2
     turned: Tensor = y.flatten(-2) / math.sqrt(size)
-    return turned.to(x.dtype)
+    return in_dtype(turned, x.dtype)
 
 
 def hadamard(x: Tensor) -> Tensor:

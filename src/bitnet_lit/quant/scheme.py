@@ -161,7 +161,7 @@ class Scheme(ABC):
 
         Its own tensors, if it has any, are then a part of the codes and scales (`rule_with`).
         """
-        return self.layer is None
+        return self.layer is None and type(self).layer_for is Scheme.layer_for
 
     def bits_per_weight(self, rows: int, inputs: int) -> float:
         """Return the bits per weight of a (rows, inputs) matrix: the information of a code, and a share of the scales.

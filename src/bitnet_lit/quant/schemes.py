@@ -160,6 +160,11 @@ class LearnedB158(B158):
         """Return the shape of the gain."""
         return {"scale_gain": (rows, 1) if self.per_row else (1,)}
 
+    @property
+    def is_plain(self) -> bool:
+        """It is: the gain is a factor of the scale."""
+        return True
+
 
 @register
 @dataclass(frozen=True)

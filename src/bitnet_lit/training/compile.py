@@ -1,8 +1,8 @@
 """`torch.compile` for a run: which parts are compiled, where the result is kept, and what happens where it fails.
 
-A network of this package is compiled layer by layer. All layers run the same code, so it is compiled once: that takes
-seconds, where the whole network takes half a minute and more, and the steps are as fast. The parts of the loss are
-compiled too, so that a softmax reads its logits once. A network of the user's own is compiled as a whole.
+A network of this package is compiled layer by layer. Layers of one kind run the same code, so it is compiled once:
+that takes seconds, where the whole network takes half a minute and more, and the steps are as fast. The parts of the
+loss are compiled too, so that a softmax reads its logits once. A network of the user's own is compiled as a whole.
 
 Compiled kernels are kept in $TORCHINDUCTOR_CACHE_DIR; by default in the folder torchinductor beside the native engine's
 cache (~/.cache/bitnet_lit), where later runs find them.
@@ -39,9 +39,14 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 def compile_networks(*networks: nn.Module) -> None:
     """Compile the networks of a run in place, at their first call; the names of their parameters stay.
 
-    What was compiled for other networks in this process is forgotten. PyTorch keeps eight variants of a function, and
-    runs further ones without compiling them; the jobs of a sweep would come to more.
+    What was compiled for other networks in this process is forgotten. PyTorch keeps a number of variants of a function,
+    and runs further ones without compiling them; the jobs of a sweep would come to more.
     """
+    import torch._dynamo  # takes seconds
+
+    # PyTorch compiles eight variants of a function and runs further ones uncompiled. There is one for each kind of
+    # layer (with value embeddings, the first one), each phase of quantization, and each size of batches.
+    torch._dynamo.config.recompile_limit = 64
     torch.compiler.reset()
     if CACHE not in os.environ and (folders := cache_folders()):
         os.environ[CACHE] = str(folders[0] / "torchinductor")

@@ -136,7 +136,7 @@ class BitNetModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.plan.quantization_step:
-            checkpoint[QUANTIZED_SINCE] = None if self.global_step < self._start.step else self._start.step
+            checkpoint[QUANTIZED_SINCE] = None if self.global_step <= self._start.step else self._start.step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         since = checkpoint.get(QUANTIZED_SINCE, 0)

@@ -96,7 +96,7 @@ class Muon(torch.optim.Muon):
 
     Args:
         row_beta2: makes this NorMuon: the decay of the running mean of each row's squares (`normuon.py`). The mean is
-            kept as `second_momentum_buffer`, float32 (M, 1), in the state of a matrix (M, N). None is plain Muon.
+            kept as `second_momentum_buffer`, (M, 1), in the state of a matrix (M, N). None is plain Muon.
         is_cautious: whether weight decay acts only where update and weight agree in sign (`cautious_decay.py`).
         options: those of `torch.optim.Muon`.
     """

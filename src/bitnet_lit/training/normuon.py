@@ -49,7 +49,7 @@ def row_factors(
 
     Args:
         updates: matrices of one shape, or the rows of them that this rank holds.
-        moments: the running mean of each row's squares, float32 (rows, 1); changed in place.
+        moments: the running mean of each row's squares, (rows, 1) in the dtype of the parameter; changed in place.
         beta2: its decay.
         columns: N, the elements of a row.
         total: maps sums over the rows that this rank holds to sums over whole matrices.
@@ -59,7 +59,7 @@ def row_factors(
     """
     norms = [torch.linalg.vector_norm(update, dim=1, keepdim=True, dtype=torch.float32) for update in updates]
     squares_SM1 = torch.stack(norms).square()
-    means_SM1 = torch.stack(list(moments)).lerp(squares_SM1 / columns, 1 - beta2)
+    means_SM1 = torch.stack(list(moments)).float().lerp(squares_SM1 / columns, 1 - beta2)
     torch._foreach_copy_(list(moments), list(means_SM1.unbind()))
     scales_SM1 = 1 / (means_SM1.sqrt() + EPS)
     before_S, after_S = total(torch.stack([squares_SM1, squares_SM1 * scales_SM1.square()]).sum(dim=(2, 3)))

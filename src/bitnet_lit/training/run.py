@@ -203,8 +203,9 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         logger=build_loggers(config, run_dir, csv_logger, start.step if start else 0),
     )
     dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
-    kernels = describe(model, trainer.strategy.root_device, dtype, joint_layers(model))
-    if compiles(config, trainer.strategy.root_device):
+    is_compiled = compiles(config, trainer.strategy.root_device)
+    kernels = describe(model, trainer.strategy.root_device, dtype, joint_layers(model), is_compiled)
+    if is_compiled:
         compile_networks(*([model] if distillation is None else [model, distillation.teacher]))
         if distillation is not None:
             distillation.compile()

@@ -118,6 +118,15 @@ def test_the_line_of_the_plan(kernels):
     assert describe(tiny(name="none"), CPU, torch.float32) is None
 
 
+def test_the_line_of_the_plan_where_the_network_is_compiled(kernels, monkeypatch):
+    model = tiny()
+    count = 7 * model.config.num_hidden_layers
+    assert describe(model, CPU, torch.float32, is_compiled=True) == f"triton ({count} layers)"
+    monkeypatch.setattr(Recording, "is_traceable", False)
+    line = describe(model, CPU, torch.float32, is_compiled=True)
+    assert line == f"reference ({count} layers: torch.compile cannot trace the kernels triton)"
+
+
 def test_kernels_that_were_asked_for_and_cannot_run(kernels):
     kernels.refuses = "no Triton"
     with pytest.raises(UserError, match=r"quant.kernel=triton: cannot run here \(no Triton\): take quant.kernel=auto"):

@@ -118,5 +118,5 @@ def latent_tensors(stored: StoredModel, dtype: torch.dtype) -> Iterator[LazyTens
 
             yield LazyTensor(name, shape, dtype, rounded)
         else:
-            kept = torch.float32 if name in stored.folded else dtype  # codes depend on every bit of it
+            kept = torch.float32 if name in stored.folded else dtype  # a factor of every scale
             yield LazyTensor(name, shape, kept, partial(stored.tensor, name))

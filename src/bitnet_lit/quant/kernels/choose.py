@@ -47,13 +47,18 @@ def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:
         return None
     if not kernels.takes_dense if type(first) is nn.Linear else first.strength is not None:
         return None
-    return kernels if _refusal(kernels, layers, x.device, compute_dtype(x)) is None else None
+    is_compiled = torch.compiler.is_compiling()
+    return kernels if _refusal(kernels, layers, x.device, compute_dtype(x), is_compiled) is None else None
 
 
-def _refusal(kernels: Kernels, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
+def _refusal(
+    kernels: Kernels, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype, is_compiled: bool
+) -> str | None:
     """Return why `kernels` cannot compute one of these layers; None if they can."""
     from bitnet_lit.quant.bit_linear import BitLinear
 
+    if is_compiled and not kernels.is_traceable:
+        return f"torch.compile cannot trace the kernels {kernels.name}"
     for layer in layers:
         if not kernels.takes_single and type(layer) not in (BitLinear, nn.Linear):
             return f"{type(layer).__name__} is called alone"
@@ -81,7 +86,11 @@ def are_unobserved(modules: Sequence[nn.Module]) -> bool:
 
 
 def describe(
-    network: nn.Module, device: torch.device, dtype: torch.dtype, joint: Sequence[Sequence[BitLinear]] = ()
+    network: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    joint: Sequence[Sequence[BitLinear]] = (),
+    is_compiled: bool = False,
 ) -> str | None:
     """Return what will compute the quantized layers of a network, as a line for the plan of a run.
 
@@ -90,6 +99,7 @@ def describe(
         device: where it will be trained.
         dtype: the dtype of its products there (autocast's).
         joint: layers that are computed together. The first of them decides how the gradients of all are rounded.
+        is_compiled: whether `torch.compile` will compile the network.
 
     Returns:
         "triton (112 layers), reference (2 layers: in_features 100 is not a multiple of 16)"; None where nothing is
@@ -116,7 +126,7 @@ def describe(
         elif asked not in ("auto", name):
             reason = "quant.kernel=reference" if asked == "reference" else f"they are for another device than {device}"
         else:
-            reason = _refusal(kernels, cast("list[BitLinear]", [layer]), device, dtype)
+            reason = _refusal(kernels, cast("list[BitLinear]", [layer]), device, dtype, is_compiled)
         counts[reason] = counts.get(reason, 0) + 1
         if reason is None:
             computed.append(cast("BitLinear", layer))

@@ -66,11 +66,10 @@ class CpuKernels(Kernels):
     name = "native"
     takes_dense = True
     takes_single = False  # the gain is small there, and gradients keep the bits of the reference
+    is_traceable = False
 
     def refusal(self, layers: Sequence[nn.Linear], device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Kernels`."""
-        if torch.compiler.is_compiling():
-            return "torch.compile cannot see into them"
         if dtype != torch.float32:
             return f"{dtype} instead of float32"
         if not torch.is_grad_enabled() and (reason := _unused_without_gradient()) is not None:

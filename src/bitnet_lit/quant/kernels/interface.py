@@ -61,11 +61,13 @@ class Kernels(ABC):
         name: the value of `quant.kernel` that asks for them.
         takes_dense: whether they compute the layers of a dense network too. These are plain `nn.Linear`.
         takes_single: whether they compute a BitLinear that is called by itself, in a network of any kind.
+        is_traceable: whether `torch.compile` can trace their calls.
     """
 
     name: ClassVar[str]
     takes_dense: ClassVar[bool] = False
     takes_single: ClassVar[bool] = True
+    is_traceable: ClassVar[bool] = True
 
     @abstractmethod
     def refusal(self, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
