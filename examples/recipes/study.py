@@ -184,7 +184,8 @@ class Study:
         return False
 
     def _jobs_left(self, sweep: Sweep) -> int:
-        return sweep.jobs - len(self.results.of(sweep.name))
+        done = len(self.results.of(sweep.name))
+        return sweep.jobs - done if sweep.what == SEARCH else len(self.results.missing_seeds(sweep))
 
     def _log(self, sweep: Sweep) -> Path:
         return self.out / "logs" / f"{sweep.name.replace('/', '_')}.log"

@@ -180,6 +180,12 @@ def test_results_of_another_plan_are_refused(study, tmp_path, typed, message, ca
     assert re.search(message, line) and lines_of(tmp_path) == before
 
 
+def test_other_seeds_are_counted_as_runs_that_are_left(study, tmp_path, capfd):
+    assert study(TWINS, "seeds=[1,2,3]") == 0
+    assert study(TWINS, "seeds=[4,5]") == 0
+    assert "seed=4,5" in (out := capfd.readouterr().out) and "n_jobs=-1" not in out
+
+
 def test_results_of_a_trial_of_small_sizes_are_refused(study, capsys):
     assert study(TWINS, "seeds=[1]", "overrides=[trainer.max_steps=20]") == 0
     assert study(TWINS, "seeds=[1,2]") == 2
