@@ -51,6 +51,14 @@ def test_words_of_other_trainers_are_answered_with_ours(override, word):
     assert word in answer(override)
 
 
+def test_a_key_of_another_optimizer_is_answered_with_its_optimizer_and_the_experiment_that_sets_it():
+    options = ["run_dir=unused", "optim=adamw"]
+    with pytest.raises(UserError, match="^optim.normuon belongs to optim=muon, not to optim=adamw$"):
+        compose("train", [*options, "optim.normuon=true"])
+    with pytest.raises(UserError, match="^experiment=demo sets optim.adamw_learning_rate, .*: leave out optim=adamw"):
+        compose("train", [*options, "experiment=demo"])
+
+
 def test_a_command_is_answered_with_words_of_its_own():
     assert "resume=<run folder>" in answer("+ckpt_path=x")
     assert "it is checkpoint=<run or model folder>" in answer("+ckpt_path=x", "infer")

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.quant.schemes import SCHEMES
 
@@ -228,6 +229,29 @@ def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
     return f"unknown key '{key}': python -m bitnet_lit.{command} --cfg job prints all keys"
 
 
+def unfit_optim_key(key: str, overrides: Sequence[str]) -> str | None:
+    """Return the error line for a key that only another optimizer has, or None.
+
+    Args:
+        key: the key, with its group or without.
+        overrides: what the user typed; an experiment may have set the key.
+    """
+    leaf = key.removeprefix("optim.")
+    owners = [name for name, cls in OPTIMIZERS.items() if leaf in {each.name for each in fields(cls)}]
+    typed = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    chosen = typed.get("optim", "")
+    if "." in leaf or not owners or chosen in owners:
+        return None
+    if f"optim.{leaf}" in typed:
+        return f"optim.{leaf} belongs to optim={owners[0]}, not to optim={chosen}" if chosen in OPTIMIZERS else None
+    if experiment := typed.get("experiment"):
+        return (
+            f"experiment={experiment} sets optim.{leaf}, which belongs to optim={owners[0]}: leave out optim={chosen}, "
+            f"or leave out experiment={experiment} and type the keys of its file that you want"
+        )
+    return None
+
+
 def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
     """Return the error line for an option that a group does not have."""
     if group == "hydra" and name.startswith("launcher/") and (package := LAUNCHERS.get(name[9:])):
@@ -268,6 +292,8 @@ def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: 
         keys = known(key)
         if key in keys:
             return f"{key} has no such entry: add one with +{key}.<name>=<value>"
+        if command == "train" and (line := unfit_optim_key(key, overrides)):
+            return line
         return unknown_key(command, key, keys)
     option = re.search(
         r"Could not find '([^']+?)/([^']*)' Available options in '[^']+': (.*?) Config search path", text

@@ -53,7 +53,8 @@ class DistillConfig(Checked):
             for field in fields(self):
                 if (value := getattr(self, field.name)) != field.default:
                     raise UserError(
-                        f"distill.{field.name}={value}: must have a teacher: add distill.teacher=<run or model folder>"
+                        "distill.teacher is missing: add distill.teacher=<run or model folder>, or leave out "
+                        f"experiment=distill and distill.{field.name}={value}"
                     )
         elif not self.teacher:
             raise UserError("distill.teacher= is empty: give a run or model folder")
