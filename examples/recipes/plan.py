@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.runs.job_names import identity
 
 TWINS = ("b158", "none")
 SEARCH, BASE, WIDE, SPEED, SAME_TIME, COMBINED = "search", "base", "wide", "speed", "same_time", "combined"
@@ -98,12 +99,38 @@ def read_settings(typed: list[str], default: Path) -> DictConfig:
     assert isinstance(settings, DictConfig)
     for key, least in (("trials", 1), ("jobs_per_gpu", 1), ("gpus", 0), ("budget_minutes", 0)):
         value = settings[key]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float) if key == "budget_minutes" else int) and not isinstance(value, bool)
         if not (is_number and value >= least) and not (value is None and key in ("gpus", "budget_minutes")):
-            raise UserError(f"{key}={value}: must be a number, at least {least}")
+            number = "number" if key == "budget_minutes" else "whole number"
+            raise UserError(f"{key}={value}: must be a {number}, at least {least}")
+    _check_shapes(settings)
+    return settings
+
+
+def _check_shapes(settings: DictConfig) -> None:
+    for key in ("data", "recipes", "space", "options", "wide"):
+        if not isinstance(settings[key], DictConfig):
+            raise UserError(f"{key}={settings[key]}: must be a mapping, as in study.yaml")
+    for key, kind, example in (("seeds", int, "[1,2,3]"), ("overrides", str, "[a.key=1]"), ("order", str, "[a step]")):
+        _check_list(key, settings[key], kind, example)
+    if not isinstance(settings.dry_run, bool):
+        raise UserError(f"dry_run={settings.dry_run}: must be true or false")
     if not settings.seeds:
         raise UserError("seeds=[] is empty: give at least one, such as seeds=[1,2,3]")
-    return settings
+    try:
+        identity(settings.overrides)
+    except Exception as error:  # no override in Hydra's grammar
+        raise UserError(f"overrides={settings.overrides}: {one_line(error)}") from None
+    for name, option in settings.options.items():
+        for key, example in (("overrides", "[a.key=1]"), ("twins", "[b158]")):
+            _check_list(
+                f"options.{name}.{key}", option.get(key) if isinstance(option, DictConfig) else None, str, example
+            )
+
+
+def _check_list(key: str, value: Any, kind: type, example: str) -> None:
+    if not isinstance(value, ListConfig) or not all(type(item) is kind for item in value):
+        raise UserError(f"{key}={value}: must be a list such as {example}")
 
 
 class Plan:
@@ -122,6 +149,17 @@ class Plan:
                     found.setdefault(sweep.name, sweep)
         self.sweeps = list(found.values())
         self.by_name = found
+
+    def check_needs(self) -> None:
+        """Refuse an order in which a sweep could never begin.
+
+        Raises:
+            UserError: a sweep needs another that no step makes.
+        """
+        for sweep in self.sweeps:
+            for need in sweep.needs:
+                if need not in self.by_name:
+                    raise UserError(f"order: {sweep.name} needs {need}: add its step")
 
     def option(self, name: str) -> list[str]:
         """Return the overrides of an option."""
@@ -146,7 +184,10 @@ class Plan:
     def _sweep(self, recipe: str, quant: str, what: str, overrides: Iterable[str], cost: float, **rest: Any) -> Sweep:
         has = self.settings["recipes"][recipe]
         start = {"experiment": f"recipes/{recipe}", "quant": quant, "callbacks": "quiet"}
-        start |= {"data.dir": str(Path(self.settings["data"][recipe.partition("_")[0]]).absolute())}
+        text = recipe.partition("_")[0]
+        if not isinstance(folder := self.settings["data"].get(text), str):
+            raise UserError(f"data: no folder for {text}, the text of {recipe}")
+        start |= {"data.dir": str(Path(folder).absolute())}
         fixed = start | by_key(overrides) | self.typed
         tokens = float(self.typed.get("trainer.max_tokens", has["tokens"]))
         rest = {"space": {}, "seeds": tuple(self.settings["seeds"]), "jobs": len(self.settings["seeds"])} | rest

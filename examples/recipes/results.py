@@ -132,13 +132,16 @@ class Results:
             search = plan.by_name.get(sweep.best_of or "")
             best = self.best_values(sweep.best_of) if sweep.best_of else None
             remedy = f"give another out=, or remove the lines of {sweep.name} from {FILE_NAME}"
-            for record in self.of(sweep.name):
+            records = self.of(sweep.name)
+            chosen = self.combination(plan, sweep) if records and sweep.what == COMBINED else {}
+            fixed = (best or {}) | sweep.fixed | chosen  # as Study types them
+            for record in records:
                 if search is not None and not self.is_complete(search):
                     raise UserError(
                         f"trials={search.jobs}: {sweep.name} has results with the best of {len(self.of(search.name))} "
                         f"trials: give trials={len(self.of(search.name))}, or {remedy[5:]}"
                     )
-                if (other := _other(record, sweep, best)) is not None:
+                if (other := _other(record, sweep, fixed, best is not None)) is not None:
                     raise UserError(f"out={self.out}: {sweep.name} has a result {other}: {remedy}")
 
     def elsewhere(self, sweep: Sweep) -> int:
@@ -169,11 +172,13 @@ class Results:
         return next((record.get("tokens_per_s") for record in self.of(f"{recipe}/{quant}/{SPEED}")), None)
 
     def combination(self, plan: Plan, sweep: Sweep) -> dict[str, str]:
-        """Return the overrides of all options that helped the twin of a sweep.
+        """Return the overrides of all options that helped the twin of a sweep, or that its first run had.
 
-        An option helps if the whole interval of its change lies below 0. Of options that set one key the better one is
-        taken.
+        An option helps if the whole interval of its change lies below 0. Of options that clash the better one is taken.
         """
+        had = next((record.get("overrides") for record in self.of(sweep.name)), None)
+        if had:  # what helps may have changed since, by further seeds or a failed option
+            return self._combined(plan, had)
         helped: list[tuple[float, str]] = []
         for need in (plan.by_name[name] for name in sweep.needs if name in plan.by_name):
             change = self.change(need.name, f"{need.recipe}/{need.quant}/{BASE}")
@@ -184,7 +189,18 @@ class Results:
         chosen: dict[str, str] = {}
         for _, name in sorted(helped):
             option = by_key(plan.option(name))
-            if not option.keys() & chosen.keys():
+            if not _clash(option, chosen):
+                chosen |= option
+        return chosen
+
+    def _combined(self, plan: Plan, had: dict[str, str]) -> dict[str, str]:
+        """Return the overrides of all options of a plan that a run had."""
+        chosen: dict[str, str] = {}
+        for option in (by_key(plan.option(name)) for name in plan.settings["options"]):
+            if all(
+                key in had if DENSE_RUN in text else identity([f"{key}={text}"]).items() <= had.items()
+                for key, text in option.items()
+            ):
                 chosen |= option
         return chosen
 
@@ -210,19 +226,28 @@ class Results:
             os.fsync(file.fileno())
 
 
-def _other(record: Record, sweep: Sweep, best: dict[str, str] | None) -> str | None:
+def _clash(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Return whether options set one key, or one chooses a scheme and the other sets a key of its own scheme.
+
+    Every scheme has `quant.start_at`.
+    """
+    of_scheme = [any(key.startswith("quant.") and key != "quant.start_at" for key in each) for each in (one, other)]
+    return bool(one.keys() & other.keys()) or ("quant" in one and of_scheme[1]) or ("quant" in other and of_scheme[0])
+
+
+def _other(record: Record, sweep: Sweep, fixed: dict[str, str], has_best: bool) -> str | None:
     """Return how the overrides of a result differ from those that the plan would give its run; None where they do not.
 
     What the results of other sweeps decide is not compared, nor is where the data lies.
 
     Args:
-        best: the values of the best trial that the sweep begins from, where it is known.
+        fixed: the overrides that the plan gives each run of the sweep.
+        has_best: whether the values of the best trial, from which the sweep begins, are among them.
     """
-    fixed = sweep.fixed | (best or {})
     free = {"data.dir", "callbacks", "sweep", "seed"} | {key for key, value in fixed.items() if DENSE_RUN in value}
     free |= {"trainer.max_tokens"} if sweep.what == SAME_TIME else set()
     was: dict[str, str] = record.get("overrides") or {}
-    free |= set() if best else record["values"].keys() | sweep.space.keys()
+    free |= set() if has_best else record["values"].keys() | sweep.space.keys()
     wanted = identity(f"{key}={value}" for key, value in fixed.items() if key not in free)
     for key in (wanted if sweep.what == COMBINED else [*was, *wanted]) if was else ():
         if key not in free and was.get(key) != wanted.get(key):

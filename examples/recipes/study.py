@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from plan import BASE, COMBINED, DENSE_RUN, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
+from plan import BASE, COMBINED, DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
 from pool import Pool, Running
 from results import Results
 from rich.table import Table
@@ -122,7 +122,10 @@ class Study:
     def _is_over(self, name: str, may_fail: bool) -> bool:
         """Return whether a sweep that is needed is done; or failed, where it may, as an option of a combination."""
         needed = self.plan.by_name.get(name)
-        return needed is not None and (self.results.is_complete(needed) or (may_fail and name in self.failed))
+        if needed is None:
+            return False
+        is_optional = may_fail and needed.what not in NO_OPTIONS
+        return self.results.is_complete(needed) or (is_optional and name in self.failed)
 
     def run(self, pool: Pool, budget_seconds: float | None) -> None:
         """Run until all is done, the time is up, or a signal comes."""
@@ -240,11 +243,13 @@ def main(typed: list[str], command: list[str]) -> int:
     try:
         settings = read_settings(typed, SETTINGS)
         study = Study(Plan(settings), command, machine(settings.gpus != 0))
+        if settings.budget_minutes != 0:  # 0: only the tables
+            study.plan.check_needs()
         if settings.dry_run:
             study.show()
             return 0
         gpus = visible_gpus() if settings.gpus != 0 else []
-        if settings.budget_minutes != 0:  # 0: only the tables
+        if settings.budget_minutes != 0:
             study.check(gpus)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(study, "is_stopped", True))

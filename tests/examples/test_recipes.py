@@ -300,16 +300,64 @@ def test_the_error_of_a_sweep_is_told(study, capsys, monkeypatch):
     ("typed", "message"),
     [
         ("trial=3", "trial=3: give key=value with one of"),
-        ("trials=0", "trials=0: must be a number, at least 1"),
+        ("trials=0", "trials=0: must be a whole number, at least 1"),
         ("budget_minutes=soon", "budget_minutes=soon: must be a number"),
         ("order=[search gutenberg_6m]", "order: search gutenberg_6m: give one of"),
         ("order=[search]", "order: search : give one of"),
         ("order=[search gutenberg_5m b1]", "order: search gutenberg_5m b1: its twins are b158 and none"),
         ("order=[combined gutenberg_5m]", "order: combined gutenberg_5m: needs a step options"),
         ("seeds=[]", "seeds=\\[\\] is empty"),
+        ("dry_run=ture", "dry_run=ture: must be true or false"),
+        ("seeds=1,2", "seeds=1,2: must be a list such as"),
+        ("seeds=3", "seeds=3: must be a list such as"),
+        ("seeds=[a]", "must be a list such as"),
+        ("options=3", "options=3: must be a mapping"),
+        ("options={wsd: [schedule=wsd]}", "options.wsd.overrides=None: must be a list"),
+        ("trials=2.5", "trials=2.5: must be a whole number"),
+        ("gpus=1.5", "gpus=1.5: must be a whole number"),
+        ("overrides=trainer.max_steps=3", "overrides=trainer.max_steps=3: must be a list"),
+        ("overrides=[trainer.max_steps]", "overrides=\\['trainer.max_steps'\\]: "),
+        ("data={gutenberg: /tmp}", "data: no folder for tinystories"),
+        ("order=[seeds gutenberg_5m]", "gutenberg_5m/b158/base needs gutenberg_5m/b158/search: add its step"),
     ],
 )
 def test_a_mistake_is_one_line(study, typed, message, capsys):
     assert study(typed) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
+
+
+def test_a_combination_waits_for_its_search_and_not_for_a_failed_option(modules, tmp_path):
+    steps = ", ".join(f"{kind} gutenberg_5m" for kind in ("search", "seeds", "options", "combined"))
+    study = modules["study"].Study(default_plan(modules, f"order=[{steps}]", f"out={tmp_path}"), [], "")
+    study.failed = dict.fromkeys(("gutenberg_5m/b158/search", "gutenberg_5m/b158/wsd"), "out of memory")
+    assert study._is_over("gutenberg_5m/b158/wsd", may_fail=True)
+    assert not study._is_over("gutenberg_5m/b158/search", may_fail=True)
+
+
+def test_a_combination_that_began_keeps_its_options(modules, tmp_path, monkeypatch):
+    """Further seeds may change what helps; the tables and further runs name what the first runs had."""
+    steps = ", ".join(f"{kind} gutenberg_5m" for kind in ("search", "seeds", "options", "combined"))
+    plan = default_plan(modules, f"order=[{steps}]", f"out={tmp_path}")
+    results = modules["results"].Results(tmp_path)
+    had = {
+        "experiment": "recipes/gutenberg_5m",
+        "quant": "sherry",
+        "model.qk_norm": "true",
+        "distill.teacher": "/a/run",
+    }
+    sweep = plan.by_name["gutenberg_5m/b158/combined"]
+    results.records[sweep.name, "seed=1"] = {"sweep": sweep.name, "overrides": had, "values": {"seed": "1"}}
+    options = {"quant": "sherry", "model.qk_norm": "true", "distill.teacher": "{dense_run}"}
+    assert results.combination(plan, sweep) == options
+    monkeypatch.setattr(results, "is_complete", lambda sweep: True)
+    results.check(plan)  # quant=sherry is an option's, no sign of another plan
+
+
+def test_a_scheme_and_the_keys_of_another_scheme_clash(modules):
+    clash = modules["results"]._clash
+    assert clash({"quant": "sherry"}, {"quant.weight_scale": "absmedian"})
+    assert clash({"quant.activation_bits": "4"}, {"quant": "tequila"})
+    assert clash({"model.qk_norm": "true"}, {"model.qk_norm": "true"})
+    assert not clash({"quant": "sherry"}, {"quant.start_at": "0.3"})
+    assert not clash({"quant.activation_bits": "4"}, {"quant.weight_scale": "absmedian", "model.qk_norm": "true"})
