@@ -13,9 +13,11 @@ from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.cli import compose
 from bitnet_lit.config import DistillConfig, QuantConfig
+from bitnet_lit.config.held import network_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import batch_loss
 from bitnet_lit.quant import convert_linears
+from bitnet_lit.training import distillation
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.distillation import Distillation, Teacher
 from bitnet_lit.training.distillation_loss import logits_loss, relation_loss
@@ -192,6 +194,15 @@ def test_a_run_goes_on_with_its_own_teacher_only(tmp_path, shards, teacher, toke
     save_model_folder(own, other, QuantConfig(name="none"), tokenizer)
     with pytest.raises(UserError, match="distill.teacher's sha256 was"):
         train(resume_config(str(run), longer))
+
+
+def test_a_key_of_a_later_version_does_not_make_another_teacher(teacher, monkeypatch):
+    config = config_of(teacher, "run_dir=x").distill
+    before = Teacher(config).sha256
+    monkeypatch.setattr(distillation, "network_values", lambda model: {**network_values(model), "later": 1.0})
+    assert Teacher(config).sha256 == before
+    monkeypatch.setattr(distillation, "network_values", lambda model: {**network_values(model), "later": id(model)})
+    assert Teacher(config).sha256 != before
 
 
 @pytest.mark.parametrize(

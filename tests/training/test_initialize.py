@@ -117,6 +117,18 @@ def test_init_sub_norm_through_training(tmp_path, shards, tokenizer):
     assert from_pretrained(tmp_path / "run").config.sub_norm
 
 
+def test_a_scheme_with_parameters_of_its_own_goes_on_from_one_without(tmp_path, shards, plain):
+    def run(name, init_from, quant):
+        sizes = [f"run_dir={tmp_path / name}", f"init_from={init_from}", f"data.dir={shards}", *TINY_RUN]
+        return train(compose("train", [*sizes, f"quant={quant}", "init_optimizer=false", "trainer.max_steps=2"]))
+
+    assert run("learned", plain, "b158_learned")["steps"] == 2
+    with pytest.raises(UserError, match=r"has model.layers.0.*scale_gain, which quant=b158 would leave out"):
+        run("left_out", tmp_path / "learned", "b158")
+    with pytest.raises(UserError, match="trained with quant=none, and quant=bitnet_v2 transforms inputs"):
+        run("transformed", plain, "bitnet_v2")
+
+
 @pytest.fixture
 def plain(tmp_path, tokenizer):
     """A dense model folder without sub-norms, trained with dropout."""

@@ -116,7 +116,9 @@ def test_a_run_begins_as_its_dense_twin_and_stays_quantized(tmp_path, shards, ca
     longer = ["trainer.max_steps=24", "schedule.total_steps=24"]  # 0.55 of which is behind the step where it stands
     train(resume_config(str(run), [*longer, "trainer.max_steps=10"]))
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["quantized_since"] == 5
-    assert "quantized from here on" not in capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "quantized from here on" not in printed and "from step 5 on; before that in full precision" in printed
+    assert '"quantization": "from step 5 on"' in (run / "model/config.json").read_text()
     with pytest.raises(UserError, match=r"quant.start_at was 0.55 when the run began, and is 0.9 now"):
         train(resume_config(str(run), [*longer, "quant.start_at=0.9"]))
 
@@ -142,6 +144,7 @@ def test_an_export_from_full_precision_is_quantized_and_says_so(tmp_path, shards
     [
         (["quant.start_at=1"], r"quant.start_at=1.0: "),
         (["quant=none", "quant.start_at=0.5"], "quant.start_at=0.5 needs a scheme that rounds"),
+        (["quant=bitnet_v2", "quant.start_at=0.5"], "quant.start_at=0.5: quant=bitnet_v2 transforms inputs"),
     ],
 )
 def test_mistakes_are_one_line(overrides, message):

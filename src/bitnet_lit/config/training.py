@@ -112,6 +112,12 @@ class TrainConfig(Checked):
                     f"quant.{key}={value} needs a scheme that rounds, and quant={self.quant.name} does not: leave it "
                     "out, or take quant=b158"
                 )
+        if self.quant.start_at and self.quant.scheme.transforms_inputs:
+            raise UserError(
+                f"quant.start_at={self.quant.start_at}: quant={self.quant.name} transforms inputs, and a layer in full "
+                "precision does not, so what it learns would be lost: take quant.settings.hadamard=false, or "
+                "quant.start_at=0"
+            )
         if isinstance(self.model, CustomNetwork):
             if self.init_from is not None:
                 raise UserError(

@@ -163,6 +163,11 @@ class Scheme(ABC):
         """
         return self.layer is None and type(self).layer_for is Scheme.layer_for
 
+    @property
+    def transforms_inputs(self) -> bool:
+        """Whether layers transform their inputs, so that weights of a network without that would compute nonsense."""
+        return False
+
     def bits_per_weight(self, rows: int, inputs: int) -> float:
         """Return the bits per weight of a (rows, inputs) matrix: the information of a code, and a share of the scales.
 

@@ -263,6 +263,11 @@ class BitNetV2(B158):
         return HadamardLinear if is_transformed else None
 
     @property
+    def transforms_inputs(self) -> bool:
+        """Whether the inputs of o_proj and down_proj are transformed."""
+        return self.hadamard
+
+    @property
     def is_plain(self) -> bool:
         """Whether there is no transform."""
         return not self.hadamard

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -59,8 +58,11 @@ class Teacher:
     def sha256(self) -> str:
         """The hash of its network's description and of all of its weights, in hex. A copy has the same."""
         stored = self.stored
-        facts = {"network": network_values(stored.config), "quant": asdict(stored.quant)}
-        sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        # Only what differs from the defaults, so that a key that a later version adds does not change the hash.
+        default = network_values(ModelConfig())
+        network = {key: value for key, value in network_values(stored.config).items() if value != default[key]}
+        facts = {"network": network, "quant": stored.quant.describe()}
+        sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name in sorted(stored.reader.shapes()):
             sha256.update(name.encode())
             sha256.update(stored.reader.read(name).tobytes())

@@ -33,6 +33,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
 from bitnet_lit.model.custom import build_custom_network
+from bitnet_lit.model.tensors import own_tensors
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.quant.convert import check_skip
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST
@@ -41,6 +42,7 @@ from bitnet_lit.training.data import RunData
 from bitnet_lit.training.plan import check_memory
 
 CALIBRATION_SEQUENCES = 8
+SUB_NORMS = ("attn_sub_norm.weight", "ffn_sub_norm.weight")
 
 
 def fill_in_sizes(config: TrainConfig, data: RunData) -> PretrainedModel | None:
@@ -103,7 +105,10 @@ def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
     if trained is not None:
         assert isinstance(config.model, ModelConfig) and isinstance(model, CausalLM)
         adds_norms = config.model.sub_norm and not trained.config.sub_norm
-        model.load_state_dict(trained.model.state_dict(), strict=not adds_norms)
+        missing, unexpected = model.load_state_dict(trained.model.state_dict(), strict=False)
+        own = own_tensors(config.model, config.quant)  # they begin as they are made
+        left = [name for name in missing if name not in own and not (adds_norms and name.endswith(SUB_NORMS))]
+        assert not left and not unexpected, f"init_from: {[*left, *unexpected]}"
         if adds_norms:
             length = min(config.model.max_position_embeddings, config.data.sequence_length or 256)
             calibrate_sub_norms(model, data.rows(CALIBRATION_SEQUENCES, length)[:, :-1])
@@ -124,11 +129,29 @@ def _trained(config: TrainConfig) -> PretrainedModel:
     trained = from_pretrained(config.init_from, "init_from")
     if trained.packed:
         raise UserError(f"init_from={config.init_from}: packed codes cannot be trained: give the latent weights")
+    _check_scheme(config, trained)
     sub_norm = trained.config.sub_norm or config.init_sub_norm
     assert isinstance(config.model, ModelConfig)  # the schema refuses init_from beside a network of the user's own
     config.model = replace(trained.config.trained_as(config.model), sub_norm=sub_norm)
     check_targets(config.export.targets, config.model, config.quant)
     return trained
+
+
+def _check_scheme(config: TrainConfig, trained: PretrainedModel) -> None:
+    """Refuse weights of a scheme that another one cannot go on with."""
+    theirs, ours, what = trained.quant.scheme, config.quant.scheme, f"init_from={config.init_from}"
+    if theirs.transforms_inputs != ours.transforms_inputs:
+        transforming, plain = (theirs, ours) if theirs.transforms_inputs else (ours, theirs)
+        raise UserError(
+            f"{what}: was trained with quant={theirs.name}, and quant={transforming.name} transforms inputs where "
+            f"quant={plain.name} does not, so its weights would compute nonsense: take quant={theirs.name}"
+        )
+    lost = own_tensors(trained.config, trained.quant).keys() - own_tensors(trained.config, config.quant).keys()
+    if lost:
+        raise UserError(
+            f"{what}: has {min(lost)}, which quant={ours.name} would leave out: take quant={theirs.name}, or begin "
+            "with a model that was trained without it"
+        )
 
 
 @contextlib.contextmanager
@@ -205,7 +228,7 @@ def calibrate_sub_norms(model: CausalLM, ids: Tensor) -> None:
     hooks = [
         module.register_forward_pre_hook(measure)
         for name, module in model.named_modules()
-        if name.endswith(("attn_sub_norm", "ffn_sub_norm"))
+        if f"{name}.weight".endswith(SUB_NORMS)
     ]
     set_strength(model, torch.zeros(()))
     training = model.training

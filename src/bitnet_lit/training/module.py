@@ -30,13 +30,12 @@ from bitnet_lit.training.divergence import Divergence, skips_on_device
 from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
-from bitnet_lit.training.quantization_start import QuantizationStart
+from bitnet_lit.training.quantization_start import QUANTIZED_SINCE, QuantizationStart
 from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.sharing import gradient_norm
 
 # An odd multiplier spreads (seed, batch, rank) over 63 bits. This one is splitmix64's (Steele 2014); any would do.
 _MIX = 0x9E3779B97F4A7C15
-QUANTIZED_SINCE = "quantized_since"
 """The key of a checkpoint for the optimizer step at which a run began to quantize, or None before it; runs that are
 quantized from the first step have no such key."""
 

@@ -106,6 +106,7 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
         teacher.check(config, data.tokenizer, length)
     taught = None if teacher is None else teacher.accounting(length)
     plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
+    plan = plan if start is None else start.plan(plan)
     time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.quant.bit_linear import BitLinear, set_strength
 
+QUANTIZED_SINCE = "quantized_since"
+"""The key of a checkpoint under which it has the step from which the network is quantized; None before that step."""
+
 
 def warmup_strength(shape: str, progress: float) -> float:
     """Return lambda, from 0 (full precision) to 1 (fully quantized).

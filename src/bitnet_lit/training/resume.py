@@ -40,7 +40,8 @@ from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.elastic import ACCUMULATION, BATCH, keep_step
 from bitnet_lit.training.identity import check_identity
 from bitnet_lit.training.initialize import sizes_are_given
-from bitnet_lit.training.plan import world_size
+from bitnet_lit.training.plan import Plan, world_size
+from bitnet_lit.training.quantization_start import QUANTIZED_SINCE
 
 _METRICS = Record({"steps": Integer(0, 2**63 - 1)})
 _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
@@ -232,6 +233,7 @@ class Start:
         shapes: shapes of the network's tensors, by name.
         state: `state_dict` of the callback `Checkpoints`: the best loss so far, what was written, and the run's
             identity; empty where the checkpoint has none.
+        quantized_since: the optimizer step from which the network is quantized; None where it still is dense.
     """
 
     folder: Path
@@ -239,6 +241,11 @@ class Start:
     step: int
     shapes: dict[str, tuple[int, ...]]
     state: dict[str, Any]
+    quantized_since: int | None
+
+    def plan(self, plan: Plan) -> Plan:
+        """Return the plan of the resumed run: what is quantized stays quantized, however long the run is now."""
+        return plan if self.quantized_since is None else replace(plan, quantization_step=self.quantized_since)
 
     @property
     def sequences_per_step(self) -> int | None:
@@ -339,4 +346,5 @@ def read_start(resume: str) -> Start:
         int(content["global_step"]),
         {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in content["state_dict"].items()},
         state if isinstance(state, dict) else {},
+        content.get(QUANTIZED_SINCE, 0),
     )

@@ -163,6 +163,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         teacher.check(config, tokenizer, length)
     taught = None if teacher is None else teacher.accounting(length)
     plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
+    plan = plan if start is None else start.plan(plan)
     max_time = time_limit(config.trainer.max_time)
     if start is not None:
         start.check_weights(model)
