@@ -19,7 +19,7 @@ PROMPTS = ["Once upon a time", "Lily"]
 @pytest.mark.parametrize("loss", [1.0, float("nan")])
 def test_stories_are_greedy_whole_and_leave_the_model_in_training(tmp_path, tokenizer, capsys, loss):
     model = tiny_model(max_position_embeddings=256)
-    module = BitNetModule(model, TrainConfig(), None, tokenizer)
+    module = BitNetModule(model, TrainConfig(), SimpleNamespace(quantization_step=0), tokenizer)
     trainer = SimpleNamespace(
         is_global_zero=True, callback_metrics={"val/loss": torch.tensor(loss)}, global_step=7, loggers=[]
     )
