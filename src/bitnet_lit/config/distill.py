@@ -53,8 +53,8 @@ class DistillConfig(Checked):
             for field in fields(self):
                 if (value := getattr(self, field.name)) != field.default:
                     raise UserError(
-                        "distill.teacher is missing: add distill.teacher=<run or model folder>, or leave out "
-                        f"experiment=distill and distill.{field.name}={value}"
+                        f"distill.teacher must be given with distill.{field.name}={value}: add "
+                        "distill.teacher=<run or model folder>, or leave out experiment=distill and this key"
                     )
         elif not self.teacher:
             raise UserError("distill.teacher= is empty: give a run or model folder")
