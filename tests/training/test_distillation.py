@@ -239,5 +239,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path, shards, tokenizer):
 
 
 def test_keys_without_a_teacher_are_refused():
-    with pytest.raises(UserError, match=r"^distill.teacher must be given with distill.temperature=2.0: add distill.teacher="):
+    with pytest.raises(
+        UserError, match=r"^distill.teacher must be given with distill.temperature=2.0: add distill.teacher="
+    ):
         DistillConfig(temperature=2.0)
