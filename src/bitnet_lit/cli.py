@@ -262,7 +262,8 @@ def run(
         except COMPOSITION_ERRORS as error:
             raise UserError(explain(command, error, overrides, CONF_DIR)) from None
 
-    job = Job(f"bitnet_lit.{command}", task, build, resumable, sys.argv, flags)
+    of_a_run = [flag for flag in flags if flag not in ("-m", "--multirun")]
+    job = Job(f"bitnet_lit.{command}", task, build, resumable, sys.argv, of_a_run)
     typed, sys.argv = sys.argv, [sys.argv[0], *spelled, *flags]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()

@@ -27,10 +27,17 @@ def raised_from(error, cause):
     return error
 
 
+def raised_while(error, other):
+    """`error` as it is raised in the `except` of `other`, without `from`."""
+    error.__context__ = other
+    return error
+
+
 def http_answer(status):
     return type("Response", (), {"status_code": status})()
 
 
+HttpProcessingError = imitation("HttpProcessingError").__class__
 BOTO = imitation("BotoCoreError").__class__
 NO_HOST = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 FINAL = {
@@ -61,6 +68,10 @@ PASSING = {
     "refused": ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
     "aiohttp 503": imitation("ClientResponseError", status=503),
     "aiohttp 429": imitation("ClientResponseError", status=429),
+    "requests cut off": raised_while(imitation("ChunkedEncodingError", (OSError,)), ValueError("invalid chunk")),
+    "aiohttp's 400 for what is no HTTP": raised_from(
+        imitation("ClientResponseError", status=400), imitation("BadStatusLine", (HttpProcessingError,), code=400)
+    ),
     "aiohttp cut off": raised_from(
         imitation("ClientPayloadError"),
         imitation("ContentLengthError", (imitation("HttpProcessingError").__class__,), code=400),

@@ -2,16 +2,18 @@
 
 import math
 import os
+from dataclasses import fields
 
 import pytest
 import yaml
 
-from bitnet_lit.config import QuantConfig, ReportConfig
+from bitnet_lit.config import DistillConfig, ModelConfig, MuonConfig, QuantConfig, ReportConfig, ScheduleConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.accounting import account
 from bitnet_lit.reports.report_files import make_comparison
 from bitnet_lit.reports.statistics import quantile_975
 from bitnet_lit.reports.weight_sizes import weight_sizes
+from bitnet_lit.runs import config_keys
 from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.history import run_folders
 from tests.reports.making import config_of, make_run
@@ -228,3 +230,34 @@ def test_a_folder_that_does_not_exist_is_one_line(tmp_path):
 def test_no_runs(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.csv below: give run folders"):
         compared(tmp_path)
+
+
+def test_runs_from_before_an_update_are_seeds_of_those_after_it(tmp_path):
+    new = config_of(seed=3)
+    for dotted, value in config_keys._BEFORE_THE_KEY.items():
+        name, _, key = dotted.partition(".")
+        new.setdefault(name, {})[key] = value
+    new["schedule"] = {"weight_decay": "constant"}
+    for seed in (1, 2):
+        make_run(tmp_path / str(seed), seed=seed, schedule={})
+    make_run(tmp_path / "3", config=new)
+    rows, _ = compared(tmp_path)
+    (row,) = rows.values()
+    assert row.loss.count == 3
+    new["quant"]["start_at"], new["seed"] = 0.3, 4
+    make_run(tmp_path / "4", config=new)
+    assert len(compared(tmp_path)[0]) == 2
+
+
+def test_keys_that_later_versions_brought_are_keys():
+    groups = {"model": ModelConfig, "quant": QuantConfig, "optim": MuonConfig, "schedule": ScheduleConfig}
+    for dotted in config_keys._BEFORE_THE_KEY:
+        name, _, key = dotted.partition(".")
+        assert key in {field.name for field in fields({**groups, "distill": DistillConfig}[name])}, dotted
+
+
+def test_a_group_of_the_users_own_class_gets_no_keys():
+    config = {"model": {"_target_": "my.Net"}, "quant": {"_target_": "my.Scheme"}, "optim": {"name": "adamw"}}
+    filled = config_keys.of_this_version(config)
+    assert filled["model"] == {"_target_": "my.Net"} and filled["quant"]["start_at"] == 0
+    assert set(filled["optim"]) == {"name", "cautious_weight_decay"} and config["optim"] == {"name": "adamw"}

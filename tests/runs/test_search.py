@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_lit.errors import Diverged, UserError
+from bitnet_lit.errors import Diverged, TrainingStopped, UserError
 from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.job_names import job_name
 from bitnet_lit.runs.search import STUDY_NAME
@@ -157,6 +157,12 @@ def test_a_figure_that_is_no_number_is_a_bad_result(objective, tmp_path, figure)
     objective.best_loss_is = {0: figure}
     assert objective.start(*SEARCH, "sweep.n_trials=2") == 0
     assert [math.isinf(trial.value) and trial.value > 0 for trial in trials(tmp_path)] == [True, False]
+
+
+def test_a_search_in_which_all_runs_diverged_has_failed(objective, tmp_path):
+    objective.diverges_in = 0
+    with pytest.raises(TrainingStopped, match="s: no trial has a result"):
+        objective.start(*SEARCH, "sweep.n_trials=1")
 
 
 def test_a_trial_of_another_process_is_left_alone(objective, tmp_path, capsys):

@@ -173,7 +173,8 @@ def test_a_run_that_died_before_its_first_checkpoint_is_typed_again_as_another(t
     assert not (tmp_path / ".refused").exists()
 
 
-def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys):
+def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(SweepTable, "flags", ["--config-dir", "mine"])
     job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
     job_folder(tmp_path / "1", ["seed=2"], error="TrainingStopped: SIGTERM at step 3: saved")
     (tmp_path / "1" / "checkpoints").mkdir()
@@ -187,7 +188,8 @@ def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys):
     SweepTable.handlers = sweep.StopHandlers(tmp_path)
     assert SweepTable.end() == 128 + signal.SIGTERM
     commands = [line.strip() for line in capsys.readouterr().out.splitlines() if "bitnet_lit.train" in line]
-    words = [shlex.split(command)[3:] for command in commands]
+    assert all(shlex.split(command)[3:5] == ["--config-dir", "mine"] for command in commands)
+    words = [shlex.split(command)[5:] for command in commands]
     # Without allow= the classes that the run names would be refused.
     assert words[0] == [f"resume={tmp_path / '1'}", "allow=[lightning.pytorch.loggers.MLFlowLogger,my.Scheme]"]
     assert words[1] == ["seed=3", "data.dir='a b'", f"hydra.run.dir={tmp_path / '2'}"]

@@ -58,6 +58,11 @@ class DistillConfig(Checked):
                     )
         elif not self.teacher:
             raise UserError("distill.teacher= is empty: give a run or model folder")
+        elif not self.attention_weight and (self.attention_layer != -1 or self.attention_heads is not None):
+            raise UserError(
+                f"distill.attention_layer={self.attention_layer} and distill.attention_heads={self.attention_heads} "
+                "need distill.attention_weight, which is 0: give it, or leave them out"
+            )
         elif not (self.logits_weight or self.attention_weight):
             raise UserError(
                 f"distill.teacher={self.teacher}: distill.logits_weight and distill.attention_weight are 0, so nothing "

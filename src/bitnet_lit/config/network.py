@@ -165,8 +165,8 @@ class QuantConfig(Checked):
     name: str = "b158"
     """b158: weights in {-1, 0, +1}, one scale for the matrix. b158_row: a scale for each row. b158_group: a scale for
     each quant.settings.group_size inputs. b158_learned: the scale is trained. sherry: three of four weights are not 0.
-    tequila: a bias of the weights that are. bitnet_v2: 4-bit activations, Hadamard transforms. b1: weights in {-1, +1}.
-    none: the dense twin. Other names: a scheme that is registered."""
+    tequila: a bias of the weights that are. bitnet_v2: Hadamard transforms, and 4-bit activations in its file. b1:
+    weights in {-1, +1}. none: the dense twin. Other names: a scheme that is registered."""
     weight_scale: str = "absmean"
     """absmean (BitNet b1.58) or absmedian (BitNet b1.58 Reloaded, arXiv 2407.09527); ternary schemes only."""
     activation_bits: int = 8

@@ -132,7 +132,7 @@ class ScheduleConfig(Checked):
     """For wsd, the share of the run, at its end, over which the rate falls linearly."""
     weight_decay: str = "constant"
     """How weight decay changes over the run: constant, or to_zero, which falls linearly from optim.weight_decay at the
-    first step to 0 at the last (nanochat). The second stage of two_stage has none in either case."""
+    first step to 0 behind the last (nanochat). The second stage of two_stage has none in either case."""
     total_steps: int | None = None
     """The number of steps after which the curve ends. null: the length of the run. A resumed run with another length
     must set it."""

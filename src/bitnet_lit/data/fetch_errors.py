@@ -1,4 +1,4 @@
-"""What went wrong when a file was fetched, and whether another attempt can help.
+"""This module says what went wrong when a file was fetched, and whether another attempt can help.
 
 Each kind of storage has exceptions of its own, and none of their packages is imported here. So an exception is known by
 what it says of itself: its status of HTTP, its place among Python's own exceptions, the names of its classes. The same
@@ -98,7 +98,7 @@ def failure(error: BaseException, is_first: bool) -> Failure:
         return Failure(reason, is_final=is_first, remedy="check the URL, and the network")
     if any(not _NOT_SET_UP.isdisjoint(_class_names(each)) for each in chain):
         return Failure(reason, is_final=True, remedy="set up what the package of this storage needs")
-    return Failure(reason, is_final=any(map(_is_final, chain)))
+    return Failure(reason, is_final=any(map(_is_final, _causes(error, explicit=True))))
 
 
 def _is_final(error: BaseException) -> bool:
@@ -111,22 +111,29 @@ def _is_final(error: BaseException) -> bool:
     return type(error) is OSError and str(error).startswith("Forbidden: ")  # gcsfs's 403 has no number
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, the one that it was raised from, and so on."""
+def _causes(error: BaseException, explicit: bool = False) -> Iterator[BaseException]:
+    """Yield an exception, the one that it was raised from, and so on.
+
+    Args:
+        explicit: whether to leave out exceptions that were only being handled when the next one was raised.
+    """
     found: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if found is None:
             return
         yield found
-        found = found.__cause__ or found.__context__
+        context = None if explicit or found.__suppress_context__ else found.__context__
+        found = found.__cause__ or context
 
 
-def _class_names(error: BaseException) -> set[str]:
+def _class_names(error: BaseException | None) -> set[str]:
     return {each.__name__ for each in type(error).__mro__}
 
 
 def _status(error: BaseException) -> int | None:
     """Return the status of HTTP that an exception holds; None where it holds none."""
+    if "HttpProcessingError" in _class_names(error.__cause__):
+        return None  # aiohttp's own 400 for an answer that is no HTTP
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}  # botocore
     held = [

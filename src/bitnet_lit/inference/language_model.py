@@ -76,7 +76,7 @@ class LanguageModel:
 
     @cached_property
     def generator(self) -> Generator:
-        """What the methods below call, with the options as one object.
+        """The generator, which the methods below call with the options as one object.
 
         Raises:
             UserError: the model has no tokenizer.

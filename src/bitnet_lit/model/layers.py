@@ -284,9 +284,7 @@ class DecoderLayer(nn.Module):
         """
         attention, x_BTD = self.self_attn, self._scaled_input(x_BTD, x0_BTD)
         heads = normed_linears(x_BTD, self.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
-        return tuple(
-            x.contiguous() for x in heads
-        )  # kernels return parts of one tensor, and FSDP's hooks need whole ones
+        return tuple(x.contiguous() for x in heads)  # kernels return parts of one tensor; FSDP's hooks need whole ones
 
     def forward(
         self,

@@ -43,7 +43,7 @@ VERSION_SECONDS, COMPILE_SECONDS = 20, 600
 
 
 class Source(NamedTuple):
-    """What a library is compiled from.
+    """A Source names the file that a library is compiled from.
 
     Attributes:
         name: of the library, a word.

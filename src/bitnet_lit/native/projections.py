@@ -1,4 +1,4 @@
-"""What the C++ needs of the weights and of the inputs of projections."""
+"""This module prepares the weights and the inputs of projections for the C++."""
 
 from __future__ import annotations
 

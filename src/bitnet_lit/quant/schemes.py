@@ -60,7 +60,7 @@ class B158(Scheme):
     def _granularity(self) -> Granularity:
         return PerTensor()
 
-    def _rule(self) -> WeightRule:
+    def _rule(self) -> WeightRule:  # torch.compile cannot trace `super().weights` in a subclass
         return (AbsMedian if self.weight_scale == "absmedian" else AbsMean)(self._granularity())
 
     @property

@@ -20,6 +20,48 @@ _WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger",
 """Keys and groups that do not change what a run learns."""
 
 
+_BEFORE_THE_KEY = {
+    "model.residual_scales": False,
+    "model.x0_scales": False,
+    "model.value_embeddings": False,
+    "quant.start_at": 0.0,
+    "optim.cautious_weight_decay": False,
+    "optim.normuon": False,
+    "optim.normuon_beta2": 0.95,
+    "schedule.weight_decay": "constant",
+    "distill.teacher": None,
+    "distill.cross_entropy_weight": 1.0,
+    "distill.logits_weight": 1.0,
+    "distill.temperature": 1.0,
+    "distill.attention_weight": 0.0,
+    "distill.attention_layer": -1,
+    "distill.attention_heads": None,
+}
+"""Keys that versions after the second brought, with the values that say what runs did before."""
+_OPEN = ("model", "optim", "schedule")  # groups whose keys are those of the user's own class, where they name one
+_OF_ONE_OPTIMIZER = {"optim.normuon": "muon", "optim.normuon_beta2": "muon"}
+
+
+def of_this_version(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.yaml of a run with the keys that later versions brought, at the values that say what it did.
+
+    So a sweep that was begun before an update and goes on after it is one sweep. A group of the user's own class
+    (`_target_`) has none of these keys.
+    """
+    if not config:
+        return config
+    filled = {name: dict(group) if isinstance(group, dict) else group for name, group in config.items()}
+    filled.setdefault("distill", {})
+    for dotted, value in _BEFORE_THE_KEY.items():
+        name, _, key = dotted.partition(".")
+        group = filled.get(name)
+        if not isinstance(group, dict) or (name in _OPEN and group.get("_target_") is not None):
+            continue
+        if group.get("name") == _OF_ONE_OPTIMIZER.get(dotted, group.get("name")):
+            group.setdefault(key, value)
+    return filled
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return every value of a config by its dotted key. A list is one value, and an empty group has none."""
     values: dict[str, Any] = {}

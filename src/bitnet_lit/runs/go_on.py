@@ -16,7 +16,7 @@ from bitnet_lit.instantiate import is_harmless, named_classes
 from bitnet_lit.overrides import quoted
 from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.runs.config_keys import natural
-from bitnet_lit.runs.folder import CONFIG_NAME, METRICS_NAME, can_be_resumed
+from bitnet_lit.runs.folder import CONFIG_NAME, METRICS_NAME, can_be_resumed, is_running
 from bitnet_lit.runs.job_folder import job_folders, recorded_overrides
 
 COMMAND = ("python", "-m", "bitnet_lit.train")
@@ -39,23 +39,31 @@ def resume_overrides(folder: str, classes: Sequence[str]) -> list[str]:
     return [f"resume={quoted(folder)}", *([f"allow=[{allowed}]"] if classes else [])]
 
 
-def command_to_resume(folder: Path) -> str:
-    """Return the shell command that goes on with the run in a folder."""
+def command_to_resume(folder: Path, flags: Sequence[str] = ()) -> str:
+    """Return the shell command that goes on with the run in a folder.
+
+    Args:
+        flags: flags of Hydra that it needs. The user's own modules may lie in the folder of --config-dir.
+    """
     try:
         classes = foreign_classes(read_yaml(folder / CONFIG_NAME, ""))
     except UserError:  # the command itself will say what is wrong with the file
         classes = []
-    return shlex.join([*COMMAND, f"resume={folder}", *([f"allow=[{','.join(classes)}]"] if classes else [])])
+    return shlex.join([*COMMAND, *flags, f"resume={folder}", *([f"allow=[{','.join(classes)}]"] if classes else [])])
 
 
-def commands_to_go_on(sweep_dir: Path) -> list[str]:
-    """Return a shell command for each job that is not complete. It resumes the job, or starts it in its own folder."""
+def commands_to_go_on(sweep_dir: Path, flags: Sequence[str]) -> list[str]:
+    """Return a shell command for each job that is not complete. It resumes the job, or starts it in its own folder.
+
+    Args:
+        flags: the flags of Hydra with which the sweep was started, without that of a sweep.
+    """
     commands = []
     for folder in sorted((each for each, _ in job_folders(sweep_dir)), key=lambda each: natural(each.as_posix())):
-        if (folder / METRICS_NAME).exists():
+        if (folder / METRICS_NAME).exists() or is_running(folder):
             continue
         if can_be_resumed(folder):
-            commands.append(command_to_resume(folder))
+            commands.append(command_to_resume(folder, flags))
         elif (overrides := recorded_overrides(folder)) is not None:  # None: the job's row says that it cannot be read
-            commands.append(shlex.join([*COMMAND, *overrides, f"hydra.run.dir={folder}"]))
+            commands.append(shlex.join([*COMMAND, *flags, *overrides, f"hydra.run.dir={folder}"]))
     return commands

@@ -184,6 +184,7 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
     assert sweeper.config is not None and sweeper.hydra_context is not None and sweeper.launcher is not None
     config = sweeper.config
     SweepTable.check_lock()
+    SweepTable.flags = job.flags
     sweep_dir = Path(config.hydra.sweep.dir)
     params = sweeper.params or {}
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)

@@ -21,7 +21,7 @@ from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Record
 from bitnet_lit.plain_yaml import read_yaml
-from bitnet_lit.runs.config_keys import learned_from
+from bitnet_lit.runs.config_keys import learned_from, of_this_version
 from bitnet_lit.runs.folder import (
     CHECKPOINTS,
     CONFIG_NAME,
@@ -210,10 +210,10 @@ def read_run(folder: Path) -> Run:
         UserError: a file is damaged.
     """
     run = Run(folder)
-    if (folder / CONFIG_NAME).is_file():
-        run.config = read_yaml(folder / CONFIG_NAME, "move it away to name the run by its folder")
-    elif (folder / RECORD / CONFIG_NAME).is_file():
-        run.config = read_yaml(folder / RECORD / CONFIG_NAME, "move it away to name the run by its folder")
+    for path in (folder / CONFIG_NAME, folder / RECORD / CONFIG_NAME):
+        if path.is_file():
+            run.config = of_this_version(read_yaml(path, "move it away to name the run by its folder"))
+            break
     if (folder / CSV_NAME).is_file():
         run.curves = _read_curves(folder / CSV_NAME)
     if (folder / METRICS_NAME).is_file():

@@ -52,7 +52,7 @@ class Job:
     typed: list[str]
     """`sys.argv` as the user typed it."""
     flags: list[str]
-    """The flags of Hydra that the user typed."""
+    """The flags of Hydra that the user typed, without that of a sweep."""
     main_process: int = field(default_factory=os.getpid)
     failures: list[Exception] = field(default_factory=list)
 

@@ -46,7 +46,7 @@ def command_of_a_job(module: str, flags: Sequence[str], resumed: Sequence[str] |
 
     Args:
         module: the module of the command, as `python -m` takes it.
-        flags: the flags of Hydra that the user typed.
+        flags: the flags of Hydra that the user typed, without that of a sweep.
         resumed: the overrides that go on with the job; None: those that begin it.
     """
     from hydra.core.hydra_config import HydraConfig
@@ -60,7 +60,7 @@ def command_of_a_job(module: str, flags: Sequence[str], resumed: Sequence[str] |
     before = sys.argv, __main__.__spec__
     sys.argv = [
         sys.argv[0],
-        *[flag for flag in flags if flag not in ("-m", "--multirun")],
+        *flags,
         *(hydra.overrides.task if resumed is None else resumed),
         *[override for override in hydra.overrides.hydra if not override.lstrip("+~").startswith(_NOT_OF_A_JOB)],
         "hydra.mode=RUN",

@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.config import SweepConfig
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.extras import needs
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Record
@@ -65,6 +65,11 @@ def distribution(override: Override) -> optuna.distributions.BaseDistribution:
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
+def _has_result(study: optuna.Study) -> bool:
+    """Return whether a trial has a value."""
+    return any(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
+
+
 def _open_study(path: Path, config: SweepConfig, space: str, may_replace: bool = True) -> optuna.Study:
     """Open the study of a sweep's folder, or make it.
 
@@ -93,17 +98,16 @@ def _open_study(path: Path, config: SweepConfig, space: str, may_replace: bool =
     try:
         study = opened()
         known = study.user_attrs.get(_SPACE)
-        trials = study.get_trials(deepcopy=False)
-        if known not in (None, space) and may_replace and not any(trial.state.name == "COMPLETE" for trial in trials):
+        if known not in (None, space) and may_replace and not _has_result(study):
             optuna.delete_study(study_name="sweep", storage=storage)  # nothing is lost: it has no result
-            study, known, trials = opened(), None, []
+            study, known = opened(), None
         if known is None:
             study.set_user_attr(_SPACE, space)
     except Exception as error:
         raise UserError(f"{path}: no study that Optuna can open ({type(error).__name__}: {error}): {remedy}") from None
     if known not in (None, space):
         raise UserError(f"{path}: its study searches {known}, and this one would search {space}: {remedy}")
-    study.sampler = _sampler(config, len(trials))
+    study.sampler = _sampler(config, len(study.get_trials(deepcopy=False)))
     return study
 
 
@@ -241,6 +245,8 @@ class Search:
         SweepTable.jobs = names
         if self._print_best(study):
             self.job.failures.clear()  # a trial that diverged is none; the table names those that failed
+        elif stop_number(self.sweep_dir) is None:
+            self.job.failures.insert(0, TrainingStopped(f"{self.sweep_dir}: no trial has a result"))
 
     def _run_batch(self, study: optuna.Study, batch: Sequence[tuple[int, dict[str, Any]]]) -> list[str]:
         """Run trials, and tell the study their values.
@@ -254,7 +260,7 @@ class Search:
         try:
             planned, _ = self._checked(params)
         except UserError:
-            if not any(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
+            if not _has_result(study):
                 raise  # the first trials: most likely every other one would be refused too
             planned = [self._place(each) for each in params]
         assert self.sweeper.launcher is not None
@@ -264,7 +270,7 @@ class Search:
         names = []
         for (number, _), one in zip(batch, planned, strict=True):
             assert one.folder is not None
-            value = self._value(one.folder)
+            value = self._value(study, one.folder)
             if value is None and (stop_number(self.sweep_dir) is not None or state(one.folder) is State.RUNNING):
                 names.append(one.folder.name)
                 continue  # the next start goes on with this trial
@@ -276,7 +282,7 @@ class Search:
                 names.append(one.folder.name)
         return names
 
-    def _value(self, folder: Path) -> float | None:
+    def _value(self, study: optuna.Study, folder: Path) -> float | None:
         """Return the result of a job; infinity where it diverged, None where it failed for another reason.
 
         Raises:
@@ -287,9 +293,10 @@ class Search:
             metrics = read_json(folder / METRICS_NAME, Record({}), "remove it")
             numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
             if self.config.metric not in numbers:
+                goes_on = ", in another hydra.sweep.dir" if _has_result(study) else "; the same line with it goes on"
                 raise UserError(
                     f"sweep.metric={self.config.metric}: not in {folder / METRICS_NAME}: give one of "
-                    f"{', '.join(numbers)}; the same line with it goes on"
+                    f"{', '.join(numbers)}{goes_on}"
                 )
             value = numbers[self.config.metric]
             return float(value) if abs(value) < _HUGE else worst  # NaN is not smaller
@@ -332,6 +339,7 @@ def search(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> None:
             "(trainer=ddp starts the other ranks of a job)"
         )
     SweepTable.check_lock()
+    SweepTable.flags = job.flags
     params = sweeper.params or {}
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
     overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments])

@@ -126,11 +126,13 @@ class SweepTable(Callback):
     Attributes:
         jobs: the jobs of this start, by their folders' names; None: every job in the sweep's folder. The table shows
             jobs of earlier starts too.
+        flags: the flags of Hydra with which a job alone is started, such as --config-dir.
     """
 
     # On the class, so that joblib does not pickle them.
     handlers: StopHandlers | None = None
     jobs: Sequence[str] | None = None
+    flags: Sequence[str] = ()
     _lock = contextlib.ExitStack()
     _refused: UserError | None = None
     _is_new = False  # whether this start made the sweep's folder
@@ -195,7 +197,7 @@ class SweepTable(Callback):
             found = {row["job"]: row for row in rows}  # a job without a record, as on a full disk, has no row
             own = rows if cls.jobs is None else [found.get(job, {"job": job, **_UNFINISHED}) for job in cls.jobs]
             status = 1 if not rows else 0 if number is not None else _report_failures(own, sweep_dir)
-            if number is not None and (commands := commands_to_go_on(sweep_dir)):
+            if number is not None and (commands := commands_to_go_on(sweep_dir, cls.flags)):
                 print("The sweep was stopped. The same command goes on with it, or each of its jobs alone with:")
                 print(*(f"  {command}" for command in commands), sep="\n")
             if rows:

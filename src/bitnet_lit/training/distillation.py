@@ -218,7 +218,8 @@ class Distillation:
 
     def _logits_loss(self, head: nn.Module, hidden_ND: Tensor, teacher_ND: Tensor, targets: Tensor) -> Tensor:
         def gradient_of(logits_RV: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
-            teacher_RV = self.teacher.lm_head(teacher_ND[rows])
+            # Where logits are not compared, the student's own stand for the teacher's, and differ by nothing.
+            teacher_RV = self.teacher.lm_head(teacher_ND[rows]) if self.config.logits_weight else logits_RV
             entropies, divergences, gradient = self.gradient(logits_RV, teacher_RV, targets[rows], scale)
             self.parts[:2] += torch.stack([entropies.sum(), divergences.sum()]) * scale
             weighted = self.config.cross_entropy_weight * entropies + self.config.logits_weight * divergences

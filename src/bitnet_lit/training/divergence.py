@@ -11,12 +11,13 @@ Where reading costs nothing (a CPU), or where the optimizer has no `found_inf`, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bitnet_lit.errors import Diverged
-from bitnet_lit.model import batch_loss
 from bitnet_lit.training.compile import not_compiled
 from bitnet_lit.training.diagnose import first_nonfinite_output, largest_gradient, last_nonfinite_gradient
 from bitnet_lit.training.sharing import first_of_ranks
@@ -61,11 +62,12 @@ class Divergence:
                 self._batch = batch.clone()
         self.found_inf = torch.maximum(self.found_inf, 1 - norm.isfinite().float())
 
-    def check(self, model: nn.Module, has_gradients: bool = False) -> None:
+    def check(self, model: nn.Module, loss_of: Callable[[Tensor], Tensor], has_gradients: bool = False) -> None:
         """Read the result, which waits for the device.
 
         Args:
             model: has the weights before the first bad step.
+            loss_of: returns the loss in training of a batch.
             has_gradients: whether the model holds the gradients of the step that was noted last, and every step before
                 it was checked. If not, they are computed again.
 
@@ -76,20 +78,20 @@ class Divergence:
             return
         assert self._figures is not None and self._batch is not None
         step, loss, norm = self._figures.tolist()
-        what = self._where(model, self._batch, has_gradients)
+        what = self._where(model, self._batch, loss_of, has_gradients)
         raise Diverged(
             f"step {step:.0f}: {what} (loss {loss:.4g}, gradient norm {norm:.4g}): lower optim.learning_rate"
         )
 
     @staticmethod
-    def _where(model: nn.Module, batch: Tensor, has_gradients: bool) -> str:
+    def _where(model: nn.Module, batch: Tensor, loss_of: Callable[[Tensor], Tensor], has_gradients: bool) -> str:
         # The ranks have other batches, and under FSDP2 they must go through the network together.
         if layer := first_of_ranks(first_nonfinite_output(model, batch[:, :-1])):
             return f"the output of {layer} is not finite"
         if not has_gradients:
             model.zero_grad(set_to_none=True)
             with torch.enable_grad(), not_compiled():
-                batch_loss(model, batch).backward()
+                loss_of(batch).backward()
         if parameter := first_of_ranks(last_nonfinite_gradient(model)):
             return f"the gradient of {parameter} is not finite"
         # Every gradient is finite, but the sum of their squares overflows.

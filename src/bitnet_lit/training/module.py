@@ -36,8 +36,6 @@ from bitnet_lit.training.sharing import gradient_norm
 
 # An odd multiplier spreads (seed, batch, rank) over 63 bits. This one is splitmix64's (Steele 2014); any would do.
 _MIX = 0x9E3779B97F4A7C15
-"""The key of a checkpoint for the optimizer step at which a run began to quantize, or None before it; runs that are
-quantized from the first step have no such key."""
 
 
 class BitNetModule(L.LightningModule):
@@ -231,7 +229,7 @@ class BitNetModule(L.LightningModule):
         if self.device.type == "cuda" and skips_on_device(optimizer):
             optimizer.found_inf = self.divergence.found_inf  # type: ignore[attr-defined]
         else:
-            self.divergence.check(self.model, has_gradients=True)
+            self.divergence.check(self.model, self._loss_of, has_gradients=True)
         # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
         torch.nn.utils.clip_grads_with_norm_(self._trained, limit, norm)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])
@@ -247,7 +245,7 @@ class BitNetModule(L.LightningModule):
         Raises:
             Diverged: a step was not finite. The weights are those before it.
         """
-        self.divergence.check(self.model)
+        self.divergence.check(self.model, self._loss_of)
 
     def on_validation_epoch_start(self) -> None:
         self.validation_sums = [LossSums() for _ in self._shares or [""]]

@@ -24,14 +24,13 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from bitnet_lit.config import CustomNetwork, DataConfig, ModelConfig, PrepareConfig, TrainConfig, TrainerConfig
+from bitnet_lit.config import DataConfig, ModelConfig, PrepareConfig, TrainConfig, TrainerConfig
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, is_out_of_memory, one_line
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
-from bitnet_lit.model.custom import count
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
 from bitnet_lit.runs.job_folder import State
 from bitnet_lit.terminal import wide_console
@@ -41,10 +40,10 @@ from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import build_network, fill_in_sizes
 from bitnet_lit.training.launcher import check_launcher
 from bitnet_lit.training.optimizers import build_optimizer
-from bitnet_lit.training.plan import Plan, device_memory_bytes, make_plan, memory_estimate_bytes, time_limit, world_size
+from bitnet_lit.training.plan import Plan, device_memory_bytes, memory_estimate_bytes, time_limit, world_size
 from bitnet_lit.training.precision import uses_cuda
 from bitnet_lit.training.resume import read_start
-from bitnet_lit.training.run import import_classes
+from bitnet_lit.training.run import import_classes, planned
 from bitnet_lit.training.schedule import build_schedule
 
 TYPICAL_SHARE = 0.4  # of a matrix product's speed: demo 0.3, 768/12 on an H200 0.5 (guess from these two)
@@ -100,17 +99,8 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
         start.check_identity(run_identity(config, data.identity(), data.tokenizer, length, sha256))
     fill_in_sizes(config, data)
     model: nn.Module = build_network(config, on_meta=True)
-    length = sequence_length(config)
-    counted = count(model, config.quant) if isinstance(config.model, CustomNetwork) else None
-    if teacher is not None:
-        teacher.check(config, data.tokenizer, length)
-    taught = None if teacher is None else teacher.accounting(length)
-    plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
-    plan = plan if start is None else start.plan(plan)
+    plan = planned(config, data, model, start, teacher)
     time_limit(config.trainer.max_time)
-    if start is not None:
-        start.check_weights(model)
-        start.check_incomplete(plan.steps, config.callbacks.extra)
     build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)
     return Outlook(plan, 0 if start is None else min(start.step, plan.steps), memory_estimate_bytes(config, plan))
 

@@ -28,7 +28,8 @@ from bitnet_lit.config import QuantConfig
 from bitnet_lit.quant.bit_linear import BitLinear, set_strength
 
 QUANTIZED_SINCE = "quantized_since"
-"""The key of a checkpoint under which it has the step from which the network is quantized; None before that step."""
+"""The key of a checkpoint for the optimizer step from which the network is quantized; it has None before that step.
+Runs that are quantized from the first step have no such key."""
 
 
 def warmup_strength(shape: str, progress: float) -> float:

@@ -48,10 +48,10 @@ _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml: the whole config with every default filled in, and with absolute paths of shards (URLs stay)
-    and of the teacher.
+    """Write config.yaml: the whole config with every default filled in.
 
-    The arguments of a data module of the user's own are written as they were typed: the run's identity has them.
+    Paths of shards and of the teacher become absolute; URLs stay. The arguments of a data module of the user's own are
+    written as they were typed: the run's identity has them.
 
     `resume` is not written, so the folder of a resumed run is the same as that of an uninterrupted one.
     """

@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
@@ -37,8 +38,8 @@ from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import link_checkpoint
 from bitnet_lit.training.compile import compile_networks, compiles
-from bitnet_lit.training.data import open_data, sequence_length, with_data_named
-from bitnet_lit.training.distillation import Distillation, teacher_of
+from bitnet_lit.training.data import RunData, open_data, sequence_length, with_data_named
+from bitnet_lit.training.distillation import Distillation, Teacher, teacher_of
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
@@ -97,6 +98,30 @@ def recipe(config: TrainConfig, plan: Plan) -> dict[str, str]:
         # The model folder may be given to others, so it must not hold a path of this machine.
         "started from": Path(config.init_from).name if config.init_from else "random weights",
     }
+
+
+def planned(config: TrainConfig, data: RunData, model: nn.Module, start: Start | None, teacher: Teacher | None) -> Plan:
+    """Return the plan of a run, and make sure that its teacher and the checkpoint that it goes on from fit it.
+
+    Args:
+        config: with every size filled in.
+        model: the network, which may be on the meta device.
+
+    Raises:
+        UserError: one of them does not fit, or the lengths contradict each other.
+    """
+    length = sequence_length(config)
+    counted = count(model, config.quant) if isinstance(config.model, CustomNetwork) else None
+    if teacher is not None:
+        teacher.check(config, data.tokenizer, length)
+    taught = None if teacher is None else teacher.accounting(length)
+    plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
+    if start is None:
+        return plan
+    plan = start.plan(plan)
+    start.check_weights(model)
+    start.check_incomplete(plan.steps, config.callbacks.extra)
+    return plan
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -158,16 +183,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         start.check_identity(identity)
     model = initial_model(config, data)  # fills in the sizes
     length = sequence_length(config)
-    counted = count(model, config.quant) if isinstance(config.model, CustomNetwork) else None
-    if teacher is not None:
-        teacher.check(config, tokenizer, length)
-    taught = None if teacher is None else teacher.accounting(length)
-    plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
-    plan = plan if start is None else start.plan(plan)
+    plan = planned(config, data, model, start, teacher)
     max_time = time_limit(config.trainer.max_time)
-    if start is not None:
-        start.check_weights(model)
-        start.check_incomplete(plan.steps, config.callbacks.extra)
     datamodule = data.datamodule(config, length, plan.samples_per_step)
     moments = None
     if config.init_from and config.init_optimizer and start is None:

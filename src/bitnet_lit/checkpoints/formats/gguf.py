@@ -6,10 +6,8 @@ values to quantize must be code * scale, because most latent weights would becom
 only error of a projection. llama.cpp quantizes activations by blocks of 256 instead of by tokens, so its logits differ
 from ours by a little more.
 
-llama.cpp computes a network by the graph of its architecture. With sub-norms that is `bitnet`, which has both sub-norms
-and a tied head. With norms of queries and keys it is `qwen3`. With neither it is `llama`, which rotates the pairs
-(2i, 2i + 1) of a head, so the rows of q and k are reordered. All three compute silu. Rows whose length is not a
-multiple of 256 are refused; other converters silently store them in 4 bits.
+Which architecture a network is stored as, gguf_graph.py says. Rows whose length is not a multiple of 256 are refused;
+other converters silently store them in 4 bits.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_lit.checkpoints.formats.format import FLOAT_ERRORS, FORMATS, Format, Tool, WrittenTensor, scheme_problems
+from bitnet_lit.checkpoints.formats.gguf_graph import graph_of
 from bitnet_lit.checkpoints.formats.llama_tokenizer import llama_tokenizer_problem
 from bitnet_lit.checkpoints.formats.q6_k import quantize_q6_k
 from bitnet_lit.checkpoints.formats.rotary_order import deinterleave, interleave
@@ -71,28 +70,6 @@ HELD = {
     "qkv_bias": Only(False, "llama.cpp's bitnet, llama and qwen3 graphs have no biases on q, k and v: take false"),
 }
 TENSOR_NAMES = {**LAYER_NAMES, **OTHER_NAMES}
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A Graph is an architecture of llama.cpp.
-
-    Attributes:
-        name: its name in a file.
-        rotates_neighbours: whether it rotates the pairs (2i, 2i + 1) of a head; otherwise (i, i + head_dim / 2).
-        any_head_dim: whether heads need not add up to hidden_size. Their size is then in the file.
-    """
-
-    name: str
-    rotates_neighbours: bool = False
-    any_head_dim: bool = False
-
-
-def graph_of(config: ModelConfig) -> Graph:
-    """Return the graph for a network; `Gguf.problems` says what it does not compute."""
-    if config.sub_norm:
-        return Graph("bitnet")
-    return Graph("qwen3", any_head_dim=True) if config.qk_norm else Graph("llama", rotates_neighbours=True)
 
 
 def _gguf() -> Any:

@@ -24,7 +24,8 @@ from bitnet_lit.model import CausalLM
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST, MODEL, MODEL_LAST
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
-from bitnet_lit.training.module import QUANTIZED_SINCE, BitNetModule
+from bitnet_lit.training.module import BitNetModule
+from bitnet_lit.training.quantization_start import QUANTIZED_SINCE
 
 
 class ExportModelFolder(Callback):

@@ -19,6 +19,7 @@ class SweepMetric(Callback):
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
+        self._is_checked = False
 
     @classmethod
     def needed(cls, config: TrainConfig) -> list[Callback]:
@@ -27,9 +28,12 @@ class SweepMetric(Callback):
         return [] if is_known or not config.callbacks.extra else [cls(config.sweep.metric)]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        logged = [str(name) for name in trainer.callback_metrics if str(name).startswith(KEPT)]
-        if trainer.is_global_zero and not trainer.sanity_checking and self.metric not in logged:
+        if self._is_checked or trainer.sanity_checking:
+            return
+        self._is_checked = True
+        logged = sorted(str(name) for name in trainer.callback_metrics if str(name).startswith(KEPT))
+        logged = trainer.strategy.broadcast(logged)  # a callback may log on rank 0 alone, and all ranks end together
+        if self.metric not in logged:
             raise UserError(
-                f"sweep.metric={self.metric}: not logged at the first validation: give one of "
-                f"{', '.join(sorted(logged))}"
+                f"sweep.metric={self.metric}: not logged at the first validation: give one of {', '.join(logged)}"
             )

@@ -1,9 +1,9 @@
 """The speed of a run is logged as tokens/s, MFU, the share of time spent waiting for data, and peak memory.
 
 MFU (model FLOPs utilization; PaLM, arXiv 2204.02311) is the FLOP/s that the model needs, forward and backward without
-recomputation, divided by the peak FLOP/s of the device. A teacher's forward pass is not
-counted. For known GPUs the peak is the dense figure of the data sheet. On other devices a large matrix product is timed
-once, in the precision of the run.
+recomputation, divided by the peak FLOP/s of the device. A teacher's forward pass is not counted. For known GPUs the
+peak is the dense figure of the data sheet. On other devices a large matrix product is timed once, in the precision of
+the run.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class RoundedWeights(NamedTuple):
 
 
 class LatentWeights(NamedTuple):
-    """What the backward pass must know of the latent weights of one product.
+    """LatentWeights holds what the backward pass must know of the latent weights of one product.
 
     The weights themselves are not kept for it, so nothing depends on whether they have changed since.
 

@@ -1,4 +1,4 @@
-"""What every kernel here needs: its operator, the device, the number of multiprocessors, and block sizes."""
+"""This module has what every kernel here needs: its operator, the device, the multiprocessors, and block sizes."""
 
 from __future__ import annotations
 
