@@ -184,7 +184,8 @@ def test_two_gpus_train_as_one_does(tmp_path, shards, options):
     tiny = [f"data.dir={shards}", *ON_GPU, "callbacks=quiet", "compile=false", "trainer.precision=32-true", *options]
     one = [*tiny, "trainer.strategy=auto", "data.batch_size=8", "hydra.run.dir=one"]
     run_command("train", *one, cwd=tmp_path)
-    run_command("train", *tiny, "trainer.devices=2", "data.batch_size=4", "hydra.run.dir=two", cwd=tmp_path)
+    two = run_command("train", *tiny, "trainer.devices=2", "data.batch_size=4", "hydra.run.dir=two", cwd=tmp_path)
+    assert "was killed" not in two.stderr  # both close NCCL together, which waits for the other rank
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert metrics[0]["tokens"] == metrics[1]["tokens"]
     assert metrics[1]["val/loss"] == pytest.approx(metrics[0]["val/loss"], rel=2e-3)

@@ -3,6 +3,9 @@
 Lightning expects the process to end with the run, but in a sweep or a notebook another run follows. Lightning leaves
 three things. Its environment variables name a rank, so the next Trainer would believe that a launcher started the ranks
 and would start none. The process group stays open. And a thread kills this process if a rank ends with an error.
+
+NCCL closes a process group on all ranks together: a rank that leaves Python waits there for the others. So this process
+closes the group of a run that has succeeded before it waits for its ranks to end.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import lightning as L
@@ -23,23 +27,33 @@ _GRACE_SECONDS = 20.0  # a rank whose run has ended leaves Python within a few s
 def left_as_found(trainer: L.Trainer) -> Iterator[None]:
     """Wrap `trainer.fit`: at the end the ranks that it started have ended, and this process is as it was before."""
     environment, threads = {name: os.environ.get(name) for name in _WRITTEN}, torch.get_num_threads()
+    has_succeeded = False
     try:
         yield
+        has_succeeded = True
     finally:
         started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         ranks = started.copy()
+        if ranks and has_succeeded:
+            _close_group()
         started.clear()  # Lightning's thread then watches no rank any more
-        for process in ranks:
+        for rank, process in enumerate(ranks, 1):
             try:
                 process.wait(_GRACE_SECONDS)
             except subprocess.TimeoutExpired:  # it may be waiting for this rank, which has failed
+                if has_succeeded:
+                    print(f"note: process {rank} of the run did not end by itself and was killed", file=sys.stderr)
                 process.kill()
                 process.wait()
         if ranks:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+            _close_group()
             for name, value in environment.items():
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
             torch.set_num_threads(threads)
+
+
+def _close_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
