@@ -6,6 +6,7 @@ Each sweep is one command `python -m bitnet_lit.train -m ...` in a folder of its
     gutenberg_5m/b158/base         the best trial again, with each seed
     gutenberg_5m/b158/qk_norm      the best trial with one option more, with each seed
     gutenberg_5m/b158/wide         the best trial with twice the width, with each seed
+    gutenberg_5m/b158/equal_bytes  the best trial so wide that its weights take the bytes of the dense twin's
     gutenberg_5m/b158/speed        the best trial alone on a GPU, some hundred steps, for its tokens/s
     gutenberg_5m/b158/same_time    the best trial for as long as the dense twin takes, with each seed
     gutenberg_5m/b158/combined     the best trial with all options that helped, with each seed
@@ -25,8 +26,9 @@ from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.runs.job_names import identity
 
 TWINS = ("b158", "none")
-SEARCH, BASE, WIDE, SPEED, SAME_TIME, COMBINED = "search", "base", "wide", "speed", "same_time", "combined"
-NO_OPTIONS = (SEARCH, BASE, WIDE, SPEED, SAME_TIME, COMBINED)
+SEARCH, BASE, WIDE, EQUAL_BYTES = "search", "base", "wide", "equal_bytes"
+SPEED, SAME_TIME, COMBINED = "speed", "same_time", "combined"
+NO_OPTIONS = (SEARCH, BASE, WIDE, EQUAL_BYTES, SPEED, SAME_TIME, COMBINED)
 SPEED_STEPS = 300
 DENSE_RUN = "{dense_run}"  # in an option's override: the folder of the dense twin's first seed
 
@@ -108,7 +110,7 @@ def read_settings(typed: list[str], default: Path) -> DictConfig:
 
 
 def _check_shapes(settings: DictConfig) -> None:
-    for key in ("data", "recipes", "space", "options", "wide"):
+    for key in ("data", "recipes", "space", "options", WIDE, EQUAL_BYTES):
         if not isinstance(settings[key], DictConfig):
             raise UserError(f"{key}={settings[key]}: must be a mapping, as in study.yaml")
     for key, kind, example in (("seeds", int, "[1,2,3]"), ("overrides", str, "[a.key=1]"), ("order", str, "[a step]")):
@@ -171,7 +173,8 @@ class Plan:
             "seeds": lambda: [self._grid(recipe, quant, BASE, {}) for quant in TWINS],
             "options": lambda: self._options(recipe),
             "combined": lambda: [self._combined(recipe, quant) for quant in TWINS],
-            "wide": lambda: [self._wide(recipe)],
+            WIDE: lambda: [self._wider(recipe, WIDE)],
+            EQUAL_BYTES: lambda: [self._wider(recipe, EQUAL_BYTES)],
             "same_time": lambda: [*(self._speed(recipe, quant) for quant in TWINS), self._same_time(recipe)],
         }
         if kind not in kinds or recipe not in self.settings["recipes"]:
@@ -227,10 +230,10 @@ class Plan:
         """Return whether an option is not made for another recipe's sizes."""
         return recipe in self.settings["options"][option].get("recipes", [recipe])
 
-    def _wide(self, recipe: str) -> Sweep:
-        if recipe not in self.settings["wide"]:
-            raise UserError(f"order: wide {recipe}: its overrides are missing in wide")
-        return self._grid(recipe, TWINS[0], WIDE, self.settings["wide"][recipe])
+    def _wider(self, recipe: str, what: str) -> Sweep:
+        if recipe not in self.settings[what]:
+            raise UserError(f"order: {what} {recipe}: its overrides are missing in {what}")
+        return self._grid(recipe, TWINS[0], what, self.settings[what][recipe])
 
     def _speed(self, recipe: str, quant: str) -> Sweep:
         overrides = [f"trainer.max_steps={SPEED_STEPS}", "trainer.max_tokens=null", "trainer.limit_val_batches=1"]

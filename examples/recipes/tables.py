@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from plan import BASE, COMBINED, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, WIDE, Plan, Sweep
+from plan import BASE, COMBINED, EQUAL_BYTES, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, WIDE, Plan, Sweep
 from results import DIVERGED, Record, Results
 
 from bitnet_lit.atomic import atomic_file
@@ -71,7 +71,7 @@ class Tables:
         return _table(["recipe", "parameters", "tokens", "seeds", *names], rows)
 
     def against_dense(self, what: str) -> list[str]:
-        """b158 with twice the width, or trained for the same time, against the dense base run."""
+        """b158 with another width, or trained for the same time, against the dense base run."""
         rows = []
         for recipe in self.recipes:
             b158, dense = self._of(recipe, TWINS[0], what), self._of(recipe, "none", BASE)
@@ -135,7 +135,8 @@ class Tables:
         """Return all tables, with headings."""
         parts = {
             "The twins at equal tokens": self.twins(BASE),
-            "At equal bytes: b158 with twice the width": self.against_dense(WIDE),
+            "b158 with twice the width": self.against_dense(WIDE),
+            "At equal bytes: b158 so wide that its weights take as much": self.against_dense(EQUAL_BYTES),
             "At equal training time": [*self.speeds(), *self.against_dense(SAME_TIME)],
             "Options, one at a time": self.options(),
             "With all options that helped": [*self.twins(COMBINED), *self.combinations()],

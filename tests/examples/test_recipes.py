@@ -66,7 +66,8 @@ def test_every_recipe_option_and_range_of_the_plan_composes(modules):
     ]
     composed += [{"experiment": f"recipes/{recipe}"} for recipe in plan.settings["recipes"]]
     added = [plan.option(name) for name in plan.settings["options"]]
-    for option in map(modules["plan"].by_key, added + [wide["overrides"] for wide in plan.settings["wide"].values()]):
+    wider = [sizes["overrides"] for what in ("wide", "equal_bytes") for sizes in plan.settings[what].values()]
+    for option in map(modules["plan"].by_key, added + wider):
         free = next((one for one in composed if not one.keys() & option.keys()), None)
         if free is None:
             composed.append(free := {})
@@ -95,7 +96,7 @@ def test_the_best_trial_goes_on_with_every_seed(study, tmp_path):
     assert {line["overrides"]["optim.learning_rate"] for line in base} == {"0.02"}  # trials had 0.01, 0.02 and 0.04
     assert base[0]["loss"] == pytest.approx(0.111) and base[0]["tokens_per_s"] == 1100
     page = (tmp_path / "tables.md").read_text()
-    assert f"12 runs on {found[0]['machine']}." in page and "torch 2." in page and page.count("No run yet.") == 4
+    assert f"12 runs on {found[0]['machine']}." in page and "torch 2." in page and page.count("No run yet.") == 5
     half = quantile_975(2) * 0.001 / math.sqrt(3)
     assert f"| +0.1020 ± {half:.4f} |" in page and f"| +0.0510 ± {half / 2:.4f} |" in page
     assert "`experiment=recipes/gutenberg_5m quant=b158 optim.learning_rate=0.02 seed=1,2,3`" in page
@@ -193,9 +194,8 @@ def test_results_of_a_trial_of_small_sizes_are_refused(study, capsys):
 
 
 def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
-    order = (
-        f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in ('search', 'seeds', 'wide', 'same_time', 'options'))}]"
-    )
+    kinds = ("search", "seeds", "wide", "equal_bytes", "same_time", "options")
+    order = f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in kinds)}]"
     options = (
         "options={wsd: {overrides: [schedule=wsd], twins: [b158]}, "
         "distill: {overrides: ['distill.teacher={dense_run}'], twins: [b158]}}"
@@ -203,6 +203,7 @@ def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
     assert study(order, options, "seeds=[1,2]") == 0
     found = {line["sweep"]: line["overrides"] for line in lines_of(tmp_path)}
     assert found["gutenberg_5m/b158/wide"]["model.hidden_size"] == "512"
+    assert found["gutenberg_5m/b158/equal_bytes"]["model.hidden_size"] == "704"
     assert found["gutenberg_5m/b158/wsd"]["schedule"] == "wsd"
     assert int(found["gutenberg_5m/b158/same_time"]["trainer.max_tokens"]) == 36_300_000  # 1.1 times as fast
     assert found["gutenberg_5m/b158/distill"]["distill.teacher"] == str(tmp_path / "gutenberg_5m/none/base/seed=1")

@@ -77,7 +77,7 @@ def warm_encoding_row(folder: Path, rounds: int) -> dict[str, Any]:
     tokenizer = train_tokenizer(demo_stories(2000), 1024, folder / "warm.model")
     stories = list(demo_stories(NUM_STORIES, seed=1))
     megabytes = sum(len(story.encode()) for story in stories) / 1e6
-    in_cpp, in_python = (FastEncoder(tokenizer.processor, np.dtype(np.uint16)) for _ in range(2))
+    in_cpp, in_python = (FastEncoder(tokenizer.processor, np.dtype(np.uint16), native_from=None) for _ in range(2))
     has_compiler, bos = in_cpp.use_native(), np.array([tokenizer.bos_id], np.uint16).tobytes()
 
     def rate(encoder: FastEncoder) -> float:

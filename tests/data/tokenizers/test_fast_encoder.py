@@ -136,13 +136,13 @@ def test_long_units_do_not_fill_the_memory(tokenizer):
 
 
 def test_much_text_is_encoded_in_cpp_and_the_table_is_bounded(tokenizer, monkeypatch):
-    monkeypatch.setattr(fast_encoder, "NATIVE_FROM_CHARACTERS", 1000)
     monkeypatch.setattr(fast_encoder, "MAX_CACHED_UNITS", 50)
-    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16))
+    in_cpp, in_python = (FastEncoder(tokenizer.processor, np.dtype(np.uint16), native_from=n) for n in (1000, None))
     words = " ".join(f"word{number}\nlonger-than-eight-letters{number}" for number in range(30))
     texts = [*demo_stories(5), words, words, "x" * 70_000 + " y", words[::-1].strip(), "y" * 100 + " " + "é" * 70]
     for text in [*texts, *texts]:
-        assert fast(encoder, text) == tokenizer.encode(text, bos=False)
+        assert fast(in_cpp, text) == fast(in_python, text) == tokenizer.encode(text, bos=False)
+    assert in_cpp._native is not None and in_python._native is None
 
 
 def test_without_a_compiler_it_goes_on_in_python(tokenizer, monkeypatch):

@@ -65,12 +65,18 @@ class _UnitCache(dict[str, bytes]):
 class FastEncoder(TextEncoder):
     """Encodes many texts with one SentencePiece model.
 
+    Args:
+        native_from: characters from which on units are looked up in C++; None: never.
+
     Attributes:
         by_words: whether the model allows encoding by words; every text is encoded whole otherwise.
     """
 
-    def __init__(self, processor: SentencePieceProcessor, dtype: np.dtype) -> None:
+    def __init__(
+        self, processor: SentencePieceProcessor, dtype: np.dtype, native_from: int | None = NATIVE_FROM_CHARACTERS
+    ) -> None:
         super().__init__(self.encode)
+        self._native_from = native_from
         self._dtype, self._encode = dtype, processor.encode
         one_break, two_breaks = len(self._encode("\n")), len(self._encode("\n\n"))
         self._cache = _UnitCache(processor, dtype, num_prefix_ids=2 * one_break - two_breaks)
@@ -153,7 +159,7 @@ class FastEncoder(TextEncoder):
             return np.array(self._encode(text), dtype=self._dtype).tobytes()
         cuts_lines = self._cuts_lines and "\n" in text and " \n" not in text and text[0] != "\n"
         before, self._characters = self._characters, self._characters + len(text)
-        if before < NATIVE_FROM_CHARACTERS <= self._characters:
+        if self._native_from is not None and before < self._native_from <= self._characters:
             self.use_native()
         if self._native is not None:
             return self._native.encode(text.encode(), cuts_lines)
