@@ -209,7 +209,8 @@ def test_rotary_attention(batch, length, heads, kv_heads, size):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "vocabulary"), [((2, 70), 64, 1000), ((1, 1), 20, 7), ((3, 50), 128, 512)]
+    ("tokens", "hidden", "vocabulary"),
+    [((2, 70), 64, 1000), ((1, 1), 20, 7), ((3, 50), 128, 512), ((1, 1), 160, 32), ((530,), 128, 32064)],
 )
 def test_next_token_loss(tokens, hidden, vocabulary):
     torch.manual_seed(0)
@@ -222,6 +223,38 @@ def test_next_token_loss(tokens, hidden, vocabulary):
     assert_close(ours, theirs, **(LARGE_CLOSE if large else CLOSE))
     for mine, other in zip(gradients([ours], [x, gain, head]), gradients([theirs], [x, gain, head]), strict=True):
         assert_close(mine, other, atol=1e-5 if large else 1e-6, rtol=1e-3 if large else 1e-4)
+
+
+def test_the_loss_of_logits_that_lie_far_apart():
+    """Some lie 100 above those of the first words, some targets are as good as certain, and some impossible."""
+    torch.manual_seed(0)
+    x, head = torch.randn(90, 128), 0.01 * torch.randn(512, 128)
+    x = (x / x.square().mean(-1, keepdim=True).sqrt()).requires_grad_()
+    targets = torch.randint(512, (90,))
+    with torch.no_grad():
+        for token, word, logit in ((0, 300, 100.0), (1, 40, 75.0), (2, int(targets[2]), 20.0), (70, 500, 200.0)):
+            head[word] += x[token] * logit / 128
+    head.requires_grad_()
+    gain = torch.ones(128, requires_grad=True)
+    ours = next_token_loss(x, gain, 0.0, head, targets)
+    assert_close(ours, F.cross_entropy(x @ head.T, targets), **LARGE_CLOSE)
+    mine = gradients([ours], [x, head])
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, head)]
+    theirs = gradients([F.cross_entropy(F.rms_norm(exact[0], (128,)) @ exact[1].T, targets)], exact)
+    for ours, expected in zip(mine, theirs, strict=True):
+        # An error of 2^-16 of logits of up to 200 is one of 3e-3 of a probability.
+        assert_close(ours.double(), expected, atol=1e-6, rtol=5e-3)
+
+
+def test_a_logit_that_is_not_finite_spoils_its_own_token_alone():
+    torch.manual_seed(0)
+    x, head, targets = torch.randn(70, 128), torch.randn(512, 128), torch.randint(512, (70,))
+    x[3] = float("nan")
+    x.requires_grad_()
+    (mine,) = gradients([next_token_loss(x, torch.ones(128), 1e-5, head, targets)], [x])
+    assert mine[3].isnan().all()
+    assert mine[:3].isfinite().all()
+    assert mine[4:].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(3, 128, 128), (1, 256, 128), (2, 150, 40), (2, 16, 100), (1, 1, 5)], ids=str)

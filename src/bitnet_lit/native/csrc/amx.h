@@ -237,6 +237,8 @@ inline void split_columns(const float*, int64_t, int, uint16_t*) {}
 inline void panels_of_tiles(int, int, const uint16_t*, float*) {}
 inline void transposed_panels_of_tiles(int, int, const uint16_t*, float*) {}
 inline void multiply_bytes(int, const int8_t*, int64_t, const uint8_t*, int32_t*) {}
+template <bool>
+inline void multiply_tiles(int, const uint16_t*, const uint16_t*, const float*, float*, int64_t, int, int, bool) {}
 inline void multiply_split_panel(int, int, int, const uint16_t*, const float*, float*, int64_t, bool) {}
 
 #endif

@@ -159,11 +159,6 @@ class HeadTask {
                 multiply_panel(m, P - j, std::min(DEPTH, seen - p), {weights + p, stride, 1},
                                panels + int64_t(j) * T + p * PANEL, c + j, ldc, p > 0);
     }
-    static float horizontal_max(FloatVec v) {
-        float largest = v[0];
-        for (int i = 1; i < LANES; i++) largest = std::max(largest, v[i]);
-        return largest;
-    }
 
     const Attention& a;
     const int T, P;

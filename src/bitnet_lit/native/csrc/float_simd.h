@@ -130,6 +130,12 @@ inline float horizontal_sum(FloatVec v) {
     return lanes[0];
 }
 
+inline float horizontal_max(FloatVec v) {
+    float largest = v[0];
+    for (int i = 1; i < LANES; i++) largest = std::max(largest, v[i]);
+    return largest;
+}
+
 // exp(x) with a relative error of at most 1e-5 at the ends of the range and 2e-7 near zero: 2^n times a polynomial of
 // the fraction. It has no branches and no table, so compilers vectorize loops over it.
 inline float fast_exp(float x) {

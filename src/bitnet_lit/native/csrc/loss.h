@@ -21,12 +21,14 @@ struct Loss {
     float *d_x, *d_gain, *d_head;  // of the mean loss
 };
 
+#include "split_loss.h"  // of a Loss
+
 inline void next_token_loss(const Loss& t) {
     constexpr int TILE = LANES == 16 ? 64 : 4 * ROWS;
     constexpr int64_t CHUNK_BYTES = 32 << 20;
+    if (SplitLoss::fits(t)) return SplitLoss(t).run();
     const int M = t.tokens, D = t.hidden, V = t.vocabulary;
     const Blocks words(V, 8 * ROWS, LANES == 16 ? 32 : ROWS, t.threads);
-    const bool splits = has_amx() && D % 32 == 0 && D >= AMX_SIZE && V % 32 == 0;
     const Threads threads{t.fork, t.threads};
     const int64_t most = std::max<int64_t>(1, CHUNK_BYTES / (int64_t(V) * 4 * TILE)) * TILE;
     const int chunk = int(std::min<int64_t>(M, most));
@@ -43,10 +45,6 @@ inline void next_token_loss(const Loss& t) {
             for (int j = 0; j < D; j += PANEL)
                 pack_row(std::min(PANEL, D - j), t.head + int64_t(n) * D + j,
                          backward + int64_t(j) * V + int64_t(n) * PANEL);
-        if (splits) {
-            split_panel(D, forward + int64_t(first) * D);
-            for (int j = 0; j < D; j += PANEL) split_panel(rows, backward + int64_t(j) * V + int64_t(first) * PANEL);
-        }
     });
     for (int begin = 0; begin < M; begin += chunk) {
         const int tokens = std::min(chunk, M - begin);
@@ -60,7 +58,7 @@ inline void next_token_loss(const Loss& t) {
                 rstd[i] = inverse_rms(t.x + (first + i) * D, D, t.eps);
                 normalize(t.x + (first + i) * D, t.gain, rstd[i], D, rows + int64_t(i) * D);
             }
-            multiply(m, V, D, {rows, D, 1}, forward, d, V, splits);
+            multiply(m, V, D, {rows, D, 1}, forward, d, V, false);
             for (int i = 0; i < m; i++) {
                 float* const row = d + int64_t(i) * V;
                 float largest = row[0], sum = 0;
@@ -83,12 +81,12 @@ inline void next_token_loss(const Loss& t) {
                 for (int k = 0; k < V; k++) row[k] *= factor;
                 row[target] -= 1.0f / float(M);
             }
-            multiply(m, D, V, {d, V, 1}, backward, t.d_x + first * D, D, splits);
+            multiply(m, D, V, {d, V, 1}, backward, t.d_x + first * D, D, false);
             std::fill(d_gain, d_gain + D, 0.0f);
             for (int i = 0; i < m; i++)
                 normalize_backward(t.x + (first + i) * D, t.gain, rstd[i], D, t.d_x + (first + i) * D, d_gain);
         });
-        const Chunks chunks{tokens, D, splits};
+        const Chunks chunks{tokens, D, false};
         float* const inputs = scratch(14, chunks.floats());
         parallel_for(threads, chunks.count(),
                      [&](int64_t i) { chunks.pack(int(i), inputs, [&](int64_t token) { return h + token * D; }); });
