@@ -28,12 +28,13 @@ from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
 from bitnet_lit.entry_point import interruptions
-from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, disk_errors
+from bitnet_lit.errors import MESSAGES, UserError, disk_errors
 from bitnet_lit.instantiate import locate, takes
 from bitnet_lit.overrides import as_typed, quoted
 from bitnet_lit.runs import devices, own_folder  # noqa: F401  # their resolvers are named in conf/
 from bitnet_lit.runs.job import Job, ResumableTask
 from bitnet_lit.runs.job_names import asks_for_dry_run
+from bitnet_lit.runs.launch import ProcessDied, why_it_died
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"  # in a checkout
@@ -270,7 +271,7 @@ def run(
     except Exception as error:  # from Hydra and the sweeper: what the task raises is in `job.failures`
         if interruptions:
             raise KeyboardInterrupt from None
-        if isinstance(error, MESSAGES):
+        if isinstance(error, MESSAGES) and not isinstance(error, ProcessDied):
             raise
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
             raise UserError(explain(command, error, overrides, CONF_DIR)) from None
@@ -279,15 +280,13 @@ def run(
         if isinstance(error, OSError):  # Hydra could not write the run folder
             with disk_errors("the run folder", refused="give another one (hydra.run.dir=..., hydra.sweep.dir=...)"):
                 raise
-        if not isinstance(error, BrokenProcessPool):
+        if not isinstance(error, BrokenProcessPool | ProcessDied):
             raise UserError(explain(command, error, overrides, CONF_DIR)) from error
         from bitnet_lit.runs.sweep_table import SweepTable
 
         if (status := SweepTable.end()) > 128:  # a signal ended the sweep before that process could handle it
             sys.exit(status)
-        raise TrainingStopped(
-            "a process of the sweep was killed, most likely for memory: take fewer (hydra.launcher.n_jobs)"
-        ) from None
+        raise why_it_died(error) if isinstance(error, BrokenProcessPool) else error from None
     finally:
         sys.argv = typed
         if resumable is not None:

@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from bitnet_lit import gpu_errors
 from bitnet_lit.errors import MESSAGES, is_out_of_memory, one_line
 
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -104,6 +105,9 @@ def _status_of(work: Callable[[], object]) -> int:
     except MESSAGES as error:
         return _fail(error, error.status)
     except (MemoryError, RuntimeError) as error:
+        if gpu_errors.is_gpu_error(error) and not gpu_errors.wants_traceback():
+            gpu_errors.note(error)
+            return _fail(f"{gpu_errors.without_boilerplate(error)}: CUDA_LAUNCH_BLOCKING=1 shows where", 1)
         if not is_out_of_memory(error):
             raise
         return _fail(f"out of memory ({error}): take a smaller batch, context or model", 1)
@@ -145,5 +149,7 @@ def leave(work: Callable[[], object]) -> None:
     _prepare_streams()
     _let_threads_rest()
     _hear_signals()
-    if status := _status_of(work):
+    status = _status_of(work)
+    gpu_errors.leave(status)
+    if status:
         sys.exit(status)

@@ -4,6 +4,7 @@
     DiskError         a disk that is full, broken or gone                                  status 1
     TrainingStopped   a run that diverged (1), or that a signal ended (128 + its number)
     DataError         shards that changed or broke while they were read                    status 1
+    GpuError          an error of the GPU or its driver                                    status 1
     ParityError       an export that differs from the model it was written from            status 1
     ModelError        a model whose results are not finite, or too little memory           status 1
 
@@ -88,6 +89,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+class GpuError(TrainingStopped):
+    """Reports an error of the GPU or its driver, after which the process cannot use the GPU any more: status 1."""
+
+
 class ParityError(RuntimeError):
     """Reports an export that differs from the model it was written from; the export is removed."""
 
@@ -102,6 +107,15 @@ class ModelError(RuntimeError):
 
 MESSAGES = (UserError, TrainingStopped, ParityError, ModelError)
 """All messages to users; each has its exit status."""
+
+
+def without_class_name(line: str) -> str:
+    """Return a line of the form `UserError: what is wrong`, as in a job's error.txt, without the name of our class."""
+    name, colon, message = line.partition(": ")
+    classes = list(MESSAGES)
+    for each in classes:  # grows by the subclasses
+        classes += each.__subclasses__()
+    return message if colon and name in {each.__name__ for each in classes} else line
 
 
 # The system's error number: what to say. The remedy of `disk_errors` is `full` for the first two tables.

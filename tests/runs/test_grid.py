@@ -65,7 +65,7 @@ def test_the_same_line_again_runs_what_is_missing(sweep, tmp_path, capsys):
     assert sweep.start("-m", *line) == 1
     assert sweep.ran == [("b158", 1), ("b158", 2), ("none", 1), ("none", 2)]
     errors = capsys.readouterr().err
-    assert "1 of 4 jobs of" in errors and "  quant=none__seed=2: UserError: as the test wants it" in errors
+    assert "1 of 4 jobs of" in errors and "  quant=none__seed=2: as the test wants it" in errors
     folder = only_sweep(tmp_path)
     assert state(folder / "quant=none__seed=2") is State.FAILED
     # A job that was killed: its checkpoint is there, its figures are not. Another one was deleted by hand.

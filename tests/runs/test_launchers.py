@@ -2,14 +2,20 @@
 
 import json
 import signal
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from bitnet_lit import cli
+from bitnet_lit import cli, gpu_errors
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.runs import sweep
 from bitnet_lit.runs.grid import check_launcher
+from bitnet_lit.runs.job_folder import State
+from bitnet_lit.runs.launch import Planned, ProcessDied, launch, why_it_died
+from tests.runs import aborting_job
+from tests.runs.aborting_job import GPU_ERROR
 from tests.support import TINY_RUN, run_command
 
 
@@ -34,6 +40,91 @@ def test_jobs_side_by_side_compute_the_same(tmp_path, shards, launcher, package)
     for seed in (1, 2):
         beside, alone = (figures(tmp_path / name / f"seed={seed}") for name in ("beside", "alone"))
         assert beside == alone
+
+
+class Joblib:
+    """Stands for Hydra's launcher, whose processes would import torch first."""
+
+    def launch(self, jobs, initial_job_idx):
+        joblib = pytest.importorskip("joblib", reason="launcher=joblib needs a package")
+        return joblib.Parallel(n_jobs=2)(joblib.delayed(aborting_job.run)(Path(job[0])) for job in jobs)
+
+
+def test_a_process_that_a_gpu_error_aborts_ends_no_other_job(tmp_path, capfd):
+    """joblib ends the processes beside it. Their jobs begin again in new ones."""
+    launch(Joblib(), [Planned([str(tmp_path / name)], tmp_path / name, State.NEW) for name in "abc"], tmp_path, 0)
+    assert sorted(path.parent.name for path in tmp_path.glob("*/metrics.json")) == ["b", "c"]
+    assert "a: its GPU error ended 2 other jobs: they go on in new processes" in capfd.readouterr().err
+
+
+class Processes:
+    """Stands for a launcher: each job of a round is run by `run_job`, in the order given."""
+
+    def __init__(self, works):
+        self.works, self.rounds = works, []
+
+    def launch(self, jobs, initial_job_idx):
+        self.rounds.append([job[0] for job in jobs])
+        with pytest.MonkeyPatch.context() as patch:  # a round has new processes, which have their GPU
+            patch.setattr(gpu_errors, "_kept", [])
+            patch.setattr(gpu_errors, "_answers", lambda: False)
+            patch.setattr(sweep.atexit, "register", lambda *_: None)
+            for name, _ in jobs:
+                folder = self.sweep_dir / name
+                sweep.run_job(self.works[name], folder, self.sweep_dir, is_main_process=False)
+        return []
+
+
+def test_a_process_that_lost_its_gpu_takes_no_further_job(tmp_path, capsys):
+    def lose():
+        raise RuntimeError(f"{GPU_ERROR}\nSearch for `cudaErrorLaunchFailure' in https://docs.nvidia.com")
+
+    def done(name):
+        return lambda: (tmp_path / name).mkdir() or (tmp_path / name / "metrics.json").write_text("{}")
+
+    launcher = Processes({"a": lose, "b": done("b"), "c": done("c")})
+    launcher.sweep_dir = tmp_path
+    launch(launcher, [Planned([name], tmp_path / name, State.NEW) for name in "abc"], tmp_path, 0)
+    assert launcher.rounds == [["a", "b", "c"], ["b", "c"]]
+    assert (tmp_path / "a" / "error.txt").read_text() == f"RuntimeError: {GPU_ERROR}\n"
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed and "its GPU error ended 2 other jobs: they go on in new processes" in printed
+
+
+def test_the_jobs_of_one_process_that_lost_its_gpu_say_why_they_did_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_errors, "_kept", [RuntimeError(GPU_ERROR)])
+    assert sweep.run_job(pytest.fail, tmp_path / "0", tmp_path, is_main_process=True) == float("inf")
+    assert "not started: the GPU error of an earlier job" in (tmp_path / "0" / "error.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "reason", "said"),
+    [
+        ("SIGKILL(-9)", None, "killed, most likely for memory: take fewer"),
+        ("SIGABRT(-6)", None, "was ended by SIGABRT: its last lines say more"),
+        ("SIGKILL(-9)", "s/a: IndexError: 7", "died, most likely of the error of s/a: IndexError: 7"),
+    ],
+)
+def test_why_a_process_died(exit_code, reason, said):
+    error = BrokenProcessPool(f"A worker process ... The exit codes of the workers are {{{exit_code}}}")
+    assert said in str(why_it_died(error, reason))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [("IndexError: 7", "seed=2: IndexError: 7"), ("UserError: no data", "most likely for memory")],
+)
+def test_the_cause_is_the_reason_of_the_job_that_failed_first(tmp_path, told, said):
+    jobs = [Planned([f"seed={seed}"], tmp_path / f"seed={seed}", State.NEW) for seed in (1, 2, 3)]
+
+    class Launcher:
+        def launch(self, overrides, initial_job_idx):
+            (tmp_path / "seed=2").mkdir()
+            (tmp_path / "seed=2" / "error.txt").write_text(f"{told}\n")
+            raise BrokenProcessPool("The exit codes of the workers are {SIGKILL(-9)}")
+
+    with pytest.raises(ProcessDied, match=said):
+        launch(Launcher(), jobs, tmp_path, 0)
 
 
 def test_a_signal_to_a_job_of_slurm_is_for_that_job_alone(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +19,15 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.folder import is_taken
 from bitnet_lit.runs.job import Job
 from bitnet_lit.runs.job_folder import State, check_unchanged, job_folders, recorded_overrides, state
 from bitnet_lit.runs.job_names import identity, job_name, swept_keys
+from bitnet_lit.runs.launch import Planned, launch
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.sweep_table import SweepTable
 
 _OWN_SUBDIR = "${hydra.job.num}"  # conf/train.yaml; another value is the user's
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A job of a sweep that may run.
-
-    Attributes:
-        overrides: of the job, in Hydra's grammar.
-        folder: its folder; None where the user's `hydra.sweep.subdir` will name it.
-        state: how far it is.
-    """
-
-    overrides: list[str]
-    folder: Path | None
-    state: State
-
-    def launched(self, sweep_dir: Path) -> list[str]:
-        """Return the overrides with which a launcher starts the job."""
-        if self.folder is None:
-            return self.overrides
-        return [*self.overrides, f"hydra.sweep.subdir={quoted(self.folder.relative_to(sweep_dir).as_posix())}"]
 
 
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:
@@ -206,8 +184,11 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
     SweepTable.jobs = [one.folder.relative_to(sweep_dir).as_posix() for one in planned if one.folder] or None
     # What another process trains comes last, and has perhaps ended when its turn comes.
     in_order = sorted(planned, key=lambda one: one.state is State.RUNNING)
-    waiting = [one.launched(sweep_dir) for one in in_order if one.state is not State.DONE]
+    waiting = [one for one in in_order if one.state is not State.DONE]
     results: list[Sequence[Any]] = []
-    for batch in BasicSweeper.split_overrides_to_chunks(waiting, sweeper.max_batch_size) if waiting else ():
-        results.append(sweeper.launcher.launch(batch, initial_job_idx=sum(len(each) for each in results)))
+    most = sweeper.max_batch_size or 0
+    at_once = most if most > 0 else max(1, len(waiting))
+    for start in range(0, len(waiting), at_once):
+        batch = waiting[start : start + at_once]
+        results.append(launch(sweeper.launcher, batch, sweep_dir, sum(len(each) for each in results)))
     return results

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.errors import UserError, one_line, without_class_name
 from bitnet_lit.foreign_json import read_json
+from bitnet_lit.gpu_errors import without_boilerplate
 from bitnet_lit.json_shapes import Record
 from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.runs.config_keys import learned_from, of_this_version
@@ -221,7 +222,8 @@ def read_run(folder: Path) -> Run:
         run.figures = {name: _number(value) for name, value in figures.items()}
         run.state = DONE
     elif (folder / ERROR_NAME).is_file():
-        run.state, run.error = FAILED, one_line((folder / ERROR_NAME).read_text("utf-8", "replace"), 300)
+        told = without_boilerplate((folder / ERROR_NAME).read_text("utf-8", "replace"))
+        run.state, run.error = FAILED, one_line(without_class_name(told), 300)
     return run
 
 

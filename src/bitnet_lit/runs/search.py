@@ -29,10 +29,11 @@ from bitnet_lit.extras import needs
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Record
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
-from bitnet_lit.runs.grid import Planned, check, check_launcher, place, preview
+from bitnet_lit.runs.grid import check, check_launcher, place, preview
 from bitnet_lit.runs.job import Job
 from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.job_names import identity
+from bitnet_lit.runs.launch import Planned, launch
 from bitnet_lit.runs.metric_names import check_metric
 from bitnet_lit.runs.sweep import stop_number
 from bitnet_lit.runs.sweep_table import SweepTable
@@ -264,9 +265,9 @@ class Search:
                 raise  # the first trials: most likely every other one would be refused too
             planned = [self._place(each) for each in params]
         assert self.sweeper.launcher is not None
-        waiting = {one.folder: one.launched(self.sweep_dir) for one in planned if one.state is not State.DONE}
+        waiting = {one.folder: one for one in planned if one.state is not State.DONE}
         if waiting:
-            self.sweeper.launcher.launch(list(waiting.values()), initial_job_idx=batch[0][0])
+            launch(self.sweeper.launcher, list(waiting.values()), self.sweep_dir, batch[0][0])
         names = []
         for (number, _), one in zip(batch, planned, strict=True):
             assert one.folder is not None

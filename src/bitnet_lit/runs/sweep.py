@@ -11,6 +11,7 @@ communicate through files in its folder:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -23,7 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.errors import MESSAGES, TrainingStopped, is_out_of_memory, one_line
+from bitnet_lit import gpu_errors
+from bitnet_lit.errors import MESSAGES, TrainingStopped, is_out_of_memory, without_class_name
 from bitnet_lit.runs.folder import ERROR_NAME, is_taken
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.signals import handling
@@ -113,14 +115,23 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
         is_own: whether results in the folder are those of this job, from an earlier start of the sweep.
 
     Returns:
-        What the job returns; infinity where it failed.
+        What the job returns; infinity where it failed, or where this process has lost its GPU and leaves the job to
+        another process.
     """
+    if gpu_errors.is_lost() and not is_main_process:
+        print(f"sweep: {folder}: not started: this process has lost its GPU", file=sys.stderr)
+        return float("inf")
     is_foreign = not is_own and is_taken(
         folder
     )  # the folder is another run's: the job will be refused and must not write there
     try:
         if (number := stop_number(sweep_dir)) is not None:
             raise TrainingStopped(f"not started: {signal.Signals(number).name} ended the sweep")
+        if gpu_errors.is_lost():
+            raise TrainingStopped(
+                "not started: the GPU error of an earlier job took the GPU from this process: the same line again "
+                "starts this job"
+            )
         StopHandlers.in_job = True
         with contextlib.nullcontext() if is_main_process else _signalled_by(sweep_dir):
             return work()
@@ -130,10 +141,14 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
                 signal.raise_signal(error.status - 128)  # submitit's handler puts the job into the queue again
             else:
                 request_stop(sweep_dir, error.status - 128)
-        if not isinstance(error, (*MESSAGES, OSError)) and not is_out_of_memory(error):
+        is_known = isinstance(error, (*MESSAGES, OSError)) or is_out_of_memory(error)
+        if not is_known and (gpu_errors.wants_traceback() or not gpu_errors.is_gpu_error(error)):
             traceback.print_exc()
-        line = f"{type(error).__name__}: {one_line(error)}"
-        print(f"error: {folder}: {line}", file=sys.stderr)
+        gpu_errors.note(error)
+        if gpu_errors.is_lost() and not is_main_process:
+            atexit.register(gpu_errors.leave, 1)
+        line = f"{type(error).__name__}: {gpu_errors.without_boilerplate(error)}"
+        print(f"error: {folder}: {without_class_name(line)}", file=sys.stderr)
         if rank():  # only rank 0 writes the error
             return float("inf")
         with contextlib.suppress(OSError):  # the disk is full: the line is on the screen, and other jobs may run

@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.errors import UserError, one_line, without_class_name
 from bitnet_lit.foreign_json import read_json
+from bitnet_lit.gpu_errors import without_boilerplate
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
 from bitnet_lit.runs.config_keys import natural
@@ -51,7 +52,7 @@ def _result(folder: Path) -> dict[str, Any]:
     if is_running(folder):
         return {"error": RUNS_ELSEWHERE}
     if (folder / ERROR_NAME).exists():
-        return {"error": one_line((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))}
+        return {"error": without_boilerplate((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))}
     return _UNFINISHED
 
 
@@ -99,7 +100,7 @@ def _write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
 
 def _shown(cell: Any) -> str:
     if not isinstance(cell, float):
-        return str(cell)
+        return without_class_name(str(cell))
     return f"{cell:,.4f}" if abs(cell) < 100 else f"{cell:,.0f}"  # a loss, or tokens/s
 
 
@@ -226,7 +227,7 @@ def _report_failures(rows: list[dict[str, Any]], sweep_dir: Path) -> int:
     if failed:
         print(f"error: {len(failed)} of {len(rows)} jobs of {sweep_dir} failed:", file=sys.stderr)
         for row in failed:
-            print(f"  {row['job']}: {one_line(row['error'])}", file=sys.stderr)
+            print(f"  {row['job']}: {one_line(without_class_name(row['error']))}", file=sys.stderr)
     if failed and len(failed) == len(rows) and all(str(row["error"]).startswith("UserError: ") for row in failed):
         return UserError.status
     return 1 if failed or elsewhere else 0

@@ -1,6 +1,7 @@
 """Failures from outside end a run with one line that says what happened and how to go on.
 
-Such failures are a full disk, data that cannot be read any more, and a process of the run that died.
+Such failures are a full disk, data that cannot be read any more, an error of the GPU, and a process of the run that
+died.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from bitnet_lit.errors import DataError, Diverged, TrainingStopped, UserError, disk_errors, one_line
+from bitnet_lit.errors import DataError, Diverged, GpuError, TrainingStopped, UserError, disk_errors, one_line
+from bitnet_lit.gpu_errors import is_gpu_error, note, wants_traceback, without_boilerplate
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST
 from bitnet_lit.runs.go_on import command_to_resume
 
@@ -40,6 +42,8 @@ def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iter
 
     Raises:
         UserError: the disk is full, or the data cannot be read any more. A subclass of UserError stays that subclass.
+        GpuError: the GPU or its driver reports an error. With CUDA_LAUNCH_BLOCKING=1 the error is raised as it is,
+            because its traceback then shows the place.
         TrainingStopped: a process of the run died.
     """
     try:
@@ -50,6 +54,14 @@ def in_one_line(run_dir: Callable[[], Path], world_size: int, rank: int) -> Iter
     except TrainingStopped:  # It is a RuntimeError too, and its text is complete.
         raise
     except RuntimeError as error:
+        if is_gpu_error(error) and not isinstance(error, torch.distributed.DistError):
+            if wants_traceback():
+                raise
+            note(error)
+            raise GpuError(
+                f"{without_boilerplate(error)}; {what_is_kept(run_dir())}. If it comes again, CUDA_LAUNCH_BLOCKING=1 "
+                "shows where, and quant.kernel=reference trains without kernels of this project"
+            ) from error
         text = one_line(error)
         if died := _WORKER_DIED.search(text):
             raise TrainingStopped(
