@@ -1,6 +1,7 @@
 """What is typed behind `key=` arrives as typed: through Hydra's grammar, OmegaConf, and what is written of them."""
 
 import json
+import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -111,6 +112,18 @@ def test_a_path_begins_at_home_where_the_shell_leaves_that_to_us(monkeypatch):
         "~model.dropout",
     ]
     assert as_typed(TrainConfig, ["data.dir=~/a"], sweep=True) == ["data.dir='/home/me/a'"]
+
+
+def test_a_whole_number_may_have_an_exponent():
+    typed = ["run_dir=unused", "trainer.max_tokens=33e6", "schedule.total_steps=1.5E+3", "++trainer.max_steps=1_0e1"]
+    config = compose("train", typed)
+    assert (config.trainer.max_tokens, config.schedule.total_steps, config.trainer.max_steps) == (33_000_000, 1500, 100)
+    assert compose("train", ["run_dir=unused", "optim.learning_rate=1e0"]).optim.learning_rate == 1.0
+    assert as_typed(TrainConfig, ["seed=1e1,choice(2e1,3)"], sweep=True) == ["seed=10,choice(20,3)"]
+    assert as_typed(TrainConfig, ["run_dir=1e3"]) == ["run_dir='1e3'"]
+    for value in ("1.55e1", "1e-3", "-1e3", "1e400"):  # no whole number, none that may be, and none that is meant
+        with pytest.raises(UserError, match=re.escape(f"trainer.max_steps={value}")):
+            compose("train", ["run_dir=unused", f"trainer.max_steps={value}"])
 
 
 def test_every_path_is_a_key_of_some_command():

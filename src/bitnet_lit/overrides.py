@@ -13,6 +13,7 @@ Hydra or OmegaConf would interpret is escaped. Where each key has one value, the
   where YAML cannot read it. Any other value is a list of that one text, and an empty value is the empty list.
 - A group that holds files takes them as its value: `data=my.txt` of `evaluate` is `data.files=my.txt`.
 - Hydra's own text (`hydra.run.dir`, ...): every character belongs to the text, and interpolations are resolved.
+- A whole number (`trainer.max_tokens`, ...) may have an exponent: `33e6`. Hydra would read a float.
 - Any other key: the value is in Hydra's grammar. A key below an open slot (`quant.settings`) needs no `+`.
 
 In a sweep (`-m`), `a,b` and `choice(a,b)` are several values, and each of them follows the same rules.
@@ -28,6 +29,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any
 
 import yaml
@@ -60,6 +62,7 @@ PATHS = frozenset(
     )
 )
 _LINE_END = re.compile("[\n\r\x85\u2028\u2029]")
+_WITH_EXPONENT = re.compile(r"(?<![\w.+-])\d[\d_]*(?:\.\d*)?[eE]\+?\d{1,2}(?![\w.])")
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$-]*(?:\.[\w$-]+)*)=(.*)", re.DOTALL)
 
 
@@ -119,6 +122,23 @@ def text_keys(schema: type) -> dict[str, TextKey]:
     ours = {key: _hint_as_text(hint) for key, hint in _walk(schema, "")}
     texts = {key: dataclasses.replace(text, resolves=True) for key, text in hydras.items() if text and not text.is_list}
     return texts | {key: text for key, text in ours.items() if text}
+
+
+@functools.cache
+def whole_keys(schema: type) -> frozenset[str]:
+    """Return every dotted key of a schema that holds a whole number and no other type of value."""
+    kinds = ({int}, {int, type(None)})
+    return frozenset(key for key, hint in _walk(schema, "") if set(typing.get_args(hint) or (hint,)) in kinds)
+
+
+def _whole(value: str) -> str:
+    """Write numbers with an exponent, such as 33e6, without one where they are whole."""
+
+    def write(match: re.Match[str]) -> str:
+        number = Decimal(match[0].replace("_", ""))
+        return f"{number:.0f}" if number == number.to_integral_value() else match[0]
+
+    return _WITH_EXPONENT.sub(write, value)
 
 
 @functools.cache
@@ -255,6 +275,8 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
         prefix, key, value = match.groups()
         if key.startswith(open_slots(schema)):
             prefix = "++"  # Hydra needs it to set a key that the schema does not know
+        if key in whole_keys(schema):
+            value = _whole(value)
         if key in keys:
             value = (_sweep_spelled if sweep else _spelled)(key, value, keys[key])
         elif f"{key}.files" in keys:  # the value of a group is a dictionary, or Hydra would take a text for an option
