@@ -192,7 +192,11 @@ class Plan:
             raise UserError(f"data: no folder for {text}, the text of {recipe}")
         start |= {"data.dir": str(Path(folder).absolute())}
         fixed = start | by_key(overrides) | self.typed
-        tokens = float(self.typed.get("trainer.max_tokens", has["tokens"]))
+        typed = self.typed.get("trainer.max_tokens", "null")
+        try:
+            tokens = float(has["tokens"] if typed == "null" else typed)
+        except ValueError:
+            raise UserError(f"overrides: trainer.max_tokens={typed}: must be a number of tokens") from None
         rest = {"space": {}, "seeds": tuple(self.settings["seeds"]), "jobs": len(self.settings["seeds"])} | rest
         return Sweep(recipe, quant, what, fixed, tokens=tokens, tokens_per_s=float(has["tokens_per_s"]) / cost, **rest)
 

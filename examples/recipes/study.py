@@ -26,6 +26,7 @@ from tables import Tables, put_into
 
 import bitnet_lit
 from bitnet_lit.atomic import atomic_file
+from bitnet_lit.cli import compose
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import quoted
@@ -53,6 +54,7 @@ class Study:
         self.results = Results(self.out, machine)
         self.tables = Tables(plan, self.results)
         self.failed: dict[str, str] = {}
+        self.again: set[str] = set()  # sweeps that were started once more
         self.skipped: set[str] = set()
         self.is_stopped = False
 
@@ -138,8 +140,7 @@ class Study:
             for one in pool.ended():
                 self._collect(one.sweep)
                 if not self.results.is_complete(one.sweep):
-                    self.failed[one.sweep.name] = self._why(one)
-                    print(f"failed: {one.sweep.name}: {self.failed[one.sweep.name]}", file=sys.stderr, flush=True)
+                    self._note_failure(one)
             has_time = deadline is None or time.monotonic() < deadline - min(LEAST_SECONDS, (budget_seconds or 0) / 4)
             names = {one.sweep.name for one in pool.running}
             ready = [sweep for sweep in self.plan.sweeps if self._is_ready(sweep, names)] if has_time else []
@@ -150,6 +151,19 @@ class Study:
             time.sleep(0 if ready and pool.place_for(ready[0], self._jobs_left(ready[0])) else POLL_SECONDS)
         for one in pool.stop():
             self._collect(one.sweep)
+
+    def _note_failure(self, one: Running) -> None:
+        """Let a sweep begin once more, since a process may have died; its finished runs are kept.
+
+        A sweep whose input was wrong, or that has begun twice, has failed.
+        """
+        name, why = one.sweep.name, self._why(one)
+        is_first = one.process.returncode != UserError.status and name not in self.again
+        if is_first:
+            self.again.add(name)
+        else:
+            self.failed[name] = why
+        print(f"{'once more' if is_first else 'failed'}: {name}: {why}", file=sys.stderr, flush=True)
 
     def _why(self, one: Running) -> str:
         """Return why a sweep has ended before its time: the last error that its log has."""
@@ -231,6 +245,28 @@ class Study:
         print(f"{runs:.0f} runs, {tokens / 1e9:.2f} G tokens, about {minutes:.0f} minutes on one GPU (assumed speeds)")
 
 
+def check_overrides(plan: Plan) -> None:
+    """Compose a run with the overrides that were typed, before any run begins.
+
+    Raises:
+        UserError: a run would refuse them.
+    """
+    sweep = plan.sweeps[0] if plan.sweeps else None
+    if plan.typed and sweep is not None:
+        fixed = {key: value for key, value in sweep.fixed.items() if key != "sweep" and DENSE_RUN not in value}
+        try:
+            compose("train", [f"{key}={value}" for key, value in fixed.items()])
+        except UserError as error:
+            raise UserError(f"overrides={plan.settings['overrides']}: {error}") from None
+
+
+def usage() -> str:
+    """Return what `--help` prints: what the study does, and the keys with their values and meaning."""
+    keys = [line for line in SETTINGS.read_text(encoding="utf-8").splitlines() if line[:1].isalpha()]
+    title = f"Keys, as key=value ({SETTINGS.name} has them in full):"
+    return "\n".join([(__doc__ or "").strip(), "", title, "", *keys])
+
+
 def machine(has_gpus: bool) -> str:
     """Return what a result depends on: the GPU or the processor, and the versions."""
     is_cuda = has_gpus and torch.cuda.is_available()
@@ -240,11 +276,15 @@ def machine(has_gpus: bool) -> str:
 
 def main(typed: list[str], command: list[str]) -> int:
     """Run the study, and return the exit status: 0 all is done, 1 sweeps failed, 2 a mistake, 3 the time is up."""
+    if {"-h", "--help"} & {*typed}:
+        print(usage())
+        return 0
     try:
         settings = read_settings(typed, SETTINGS)
         study = Study(Plan(settings), command, machine(settings.gpus != 0))
         if settings.budget_minutes != 0:  # 0: only the tables
             study.plan.check_needs()
+            check_overrides(study.plan)
         if settings.dry_run:
             study.show()
             return 0

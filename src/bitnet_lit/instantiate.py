@@ -146,6 +146,12 @@ def instantiate(values: Mapping[str, Any], key: str, *arguments: Any, **options:
     except Exception as error:  # the constructor can raise anything
         hint, why = "", reason(error)
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", why):
-            near = nearest(unknown[1], list(inspect.signature(found).parameters))
+            name = unknown[1]
+            near = nearest(name, list(inspect.signature(found).parameters))
             hint = f": did you mean {near}?" if near else ""
+            if not near and name in values:
+                raise UserError(
+                    f"{key}.{name}={values[name]}: {values[TARGET]} has no such argument: leave it out, or where a "
+                    f"YAML file sets it (experiment=, mode=) remove it: ~{key}.{name}"
+                ) from error
         raise UserError(f"{key}: {values[TARGET]} cannot be made ({why}){hint}") from error

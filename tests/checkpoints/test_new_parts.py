@@ -97,9 +97,10 @@ def test_every_target_refuses_it_by_name(target, quant):
         problems(target, wider(**CLIPPED), quant),
         problems(target, wider(**{**CLIPPED, "clip_qkv": None}), quant),
     )
-    assert [line for line in with_it if line not in without] == [
-        "model.clip_qkv=8.0: this part of a network is not known there"
-    ]
+    (line,) = (line for line in with_it if line not in without)
+    assert line.startswith("model.clip_qkv=8.0: this part of a network is not known there")
+    if target.tensor_names is not None:  # the others hold it; it is transformers that refuses to compute it
+        assert line.endswith(": take format=latent, or train with model.clip_qkv=null")
 
 
 @pytest.mark.parametrize("options", [{"format": "gguf"}, {"format": "llama2c"}], ids=str)

@@ -2,7 +2,8 @@
 
 A loss is the distance of the learning rate from 2e-2, and a little more for each seed and for b158; stand_in.gain and
 the like lower it. With STAND_IN_JOBS in the environment a sweep ends with status 1 after that many jobs; with
-STAND_IN_SECONDS each job first waits so long.
+STAND_IN_SECONDS each job first waits so long; with STAND_IN_DIES the process is killed once, behind its first job, and
+leaves a file of that name.
 """
 
 import json
@@ -27,6 +28,9 @@ def main(typed):
     for number, values in enumerate(jobs):
         if number == int(os.environ.get("STAND_IN_JOBS", "1000")):
             sys.exit("error: as the test wants it")
+        if number == 1 and (died := os.environ.get("STAND_IN_DIES")) and not os.path.exists(died):
+            Path(died).write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
         write(sweep / "__".join(f"{key}={value}" for key, value in values.items()), fixed | values)
 

@@ -291,10 +291,38 @@ def test_missing_data_and_gpus_are_said_at_once(modules, tmp_path, capsys, monke
         assert message in line
 
 
-def test_the_error_of_a_sweep_is_told(study, capsys, monkeypatch):
+def test_a_sweep_is_started_once_more_and_then_its_error_is_told(study, capsys, monkeypatch):
     monkeypatch.setenv("STAND_IN_JOBS", "0")
-    assert study("order=[search gutenberg_5m]") == 1
-    assert "gutenberg_5m/b158/search: exit status 1, error: as the test wants it (see " in capsys.readouterr().err
+    assert study("order=[search gutenberg_5m b158]") == 1
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    told = "gutenberg_5m/b158/search: exit status 1, error: as the test wants it (see "
+    assert first.startswith(f"once more: {told}") and second.startswith(f"failed: {told}")
+
+
+def test_a_search_whose_process_died_goes_on(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN_DIES", str(tmp_path / "died"))
+    assert study("order=[search gutenberg_5m b158]") == 0
+    assert (
+        len(lines_of(tmp_path)) == 3
+        and "once more: gutenberg_5m/b158/search: exit status -9" in capsys.readouterr().err
+    )
+
+
+def test_overrides_that_a_run_would_refuse_end_the_study_at_once(study, tmp_path, capsys):
+    assert study(TWINS, "overrides=[trainer.max_tokens=many]") == 2
+    assert "trainer.max_tokens=many: must be a number of tokens" in capsys.readouterr().err
+    assert study(TWINS, "overrides=[trainer.max_steps=many]") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: overrides=['trainer.max_steps=many']: ")
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_prints_what_it_does_and_the_keys(modules, capsys, flag):
+    assert modules["study"].main([flag], STAND_IN) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("The study of recipes: does a 1.58-bit model lose") and "jobs_per_gpu: 6 #" in printed
+    assert all(f"\n{key}:" in printed for key in default_plan(modules).settings)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,9 @@ def test_what_it_does_not_know_is_refused_by_name(tmp_path, tokenizer):
     config, quant = tiny_config(), QuantConfig(name="none")
     assert Npz().problems(config, quant) == []
     assert "model.qkv_bias=True: an archive has no biases" in Npz().problems(tiny_config(qkv_bias=True), quant)
-    assert "model.qk_norm=True: this part of a network is not known there" in problems(
-        Npz(), tiny_config(qk_norm=True), quant
+    assert problems(Npz(), tiny_config(qk_norm=True), quant)[0] == (
+        "model.qk_norm=True: this part of a network is not known there: take format=latent, or train with "
+        "model.qk_norm=false"
     )
 
 

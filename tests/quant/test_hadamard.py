@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+import yaml
 
+from bitnet_lit.cli import CONF_DIR
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model import build_model
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.activations import AbsMeanActivations
 from bitnet_lit.quant.hadamard import HadamardLinear, block_size, hadamard
+from bitnet_lit.quant.schemes import BitNetV2, scheme_named
 from tests.support import tiny_config
 
 
@@ -55,6 +58,11 @@ def test_o_proj_and_down_proj_have_it_and_nothing_else():
         assert kind is (HadamardLinear if name.endswith(("o_proj", "down_proj")) else BitLinear)
     plain = build_model(tiny_config(), QuantConfig(name="bitnet_v2", settings={"hadamard": False}))
     assert not any(isinstance(layer, HadamardLinear) for layer in plain.modules())
+
+
+def test_the_scheme_of_its_name_is_that_of_its_file():
+    chosen = yaml.safe_load((CONF_DIR / "quant" / "bitnet_v2.yaml").read_text())
+    assert BitNetV2() == scheme_named("bitnet_v2") == QuantConfig(**chosen).scheme
 
 
 def test_the_layer_transforms_and_then_rounds():

@@ -116,6 +116,18 @@ def test_cautious_adamw_is_its_definition(fused):
     assert optimizer.param_groups[0]["weight_decay"] == decay
 
 
+def test_the_hooks_of_an_optimizer_run_once_a_step():
+    """PyTorch wraps `step` of each class, for hooks, when the first optimizer of that class is made."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    torch.optim.AdamW([weight])
+    optimizer, called = CautiousAdamW([weight], lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert called == ["before", "after"] and weight[0, 0] < 1
+
+
 def test_cautious_decay_waits_for_nobody_where_a_gradient_is_not_finite():
     parameter = torch.nn.Parameter(torch.ones(3))
     decay_where_agreed([parameter.data], [torch.tensor([torch.nan, torch.inf, 1.0])], 0.5 * (1 - torch.ones(())))

@@ -17,6 +17,7 @@ from bitnet_lit.config import (
 )
 from bitnet_lit.errors import UserError
 from bitnet_lit.model import build_model
+from bitnet_lit.model.accounting import account
 from bitnet_lit.training import plan as plan_module
 from bitnet_lit.training.plan import (
     check_memory,
@@ -70,6 +71,8 @@ def test_gradients_and_moments_count_wherever_the_cpu_trains(monkeypatch):
             check_memory(tiny)
     tiny.trainer.accelerator = "gpu"
     check_memory(tiny)
+    with pytest.raises(UserError, match=f"holding it beside a teacher with {parameters:,} takes"):
+        check_memory(tiny, account(tiny.model, tiny.quant))
 
 
 def test_tokens_take_the_place_of_steps_and_the_last_step_is_a_whole_one():
@@ -139,6 +142,16 @@ def test_the_table_says_the_lengths_and_prints_what_it_is_given_as_it_stands(cap
     assert "data data/[/b]{x}" in printed
     for part in ("250 of 512 tokens", "(8 x 64 x 1 batches)", "128,000 in all, 2.00 epochs", "every 12 steps"):
         assert part in printed
+
+
+def test_the_phases_of_quantization_are_told(capsys):
+    """250 steps: full precision for 100, then lambda rises for 20."""
+    chosen = config(trainer={"max_steps": 250})
+    chosen.quant = QuantConfig(start_at=0.4, lambda_warmup_steps=20, lambda_warmup_shape="cosine")
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {})
+    printed = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "quantized from step 100 on; before that in full precision" in printed
+    assert "lambda rises from 0 to 1 (cosine) over 20 steps: fully quantized from step 120 on" in printed
 
 
 @pytest.mark.parametrize(("skip", "said"), [(["q_proj"], True), (["q_proj", "lm_head"], False)], ids=str)

@@ -259,6 +259,10 @@ def test_a_callback_that_stops_within_a_step_ends_behind_it(tmp_path, shards):
         ([f"callbacks.extra.a._target_={HERE}.Keeps"], r"state_dict of Keeps holds a pathlib"),
         (["logger.extra.a._target_=lightning.pytorch.loggers.MLFlowLogger"], "logger.extra.a: .*install -U 'mlflow"),
         (["optim._target_=torch.optim.SGD", "optim.momentun=1"], r"optim: torch.optim.SGD .* did you mean momentum\?"),
+        (
+            ["experiment=demo", "optim._target_=torch.optim.SGD"],
+            r"optim.adamw_learning_rate=0.016: torch.optim.SGD has no such argument: .* ~optim.adamw_learning_rate",
+        ),
         (["optim._target_=torch.optim.Rprop", "optim.weight_decay=1"], "optim.weight_decay=1.*Rprop has none"),
         (["optim._target_=torch.nn.Identity"], "is no optimizer"),
         (["schedule._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"], "take a schedule that follows the step"),

@@ -56,17 +56,22 @@ def network_values(config: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "name" and key not in config.TRAINING}
 
 
-def refused_fields(config: ModelConfig, held: Held, keys_of: str = "model.") -> list[str]:
+def refused_fields(config: ModelConfig, held: Held, keys_of: str = "model.", remedy: str = "") -> list[str]:
     """Return why a network is not supported, one line for each refused field. The list is empty if it is supported.
 
     Args:
         held: the supported fields; a field that is not in it must have its default.
         keys_of: the prefix of a field's name in the lines.
+        remedy: what the user can take instead, for a field that is not in `held`; beside the field's default.
     """
     defaults = {field.name: _default(field) for field in fields(config)}
     found = []
     for key, value in network_values(config).items():
-        allowed = held.get(key, Only(defaults[key], "this part of a network is not known there"))
+        unknown = "this part of a network is not known there"
+        if remedy:
+            default = "null" if defaults[key] is None else str(defaults[key]).lower()
+            unknown += f": take {remedy}, or train with {keys_of}{key}={default}"
+        allowed = held.get(key, Only(defaults[key], unknown))
         if isinstance(allowed, Only) and value != allowed.value:
             found.append(f"{keys_of}{key}={value}: {allowed.remedy}")
     return found

@@ -52,7 +52,7 @@ class LanguageModel:
         tokenizer: str | Path | Tokenizer | None = None,
     ) -> None:
         options = options or EngineConfig()
-        check_device(options.device)
+        check_device(options.device, options.engine)
         self._device = options.device
         self.stored = open_stored(find_model(path))
         if tokenizer is not None:

@@ -235,11 +235,12 @@ class Tequila(B158):
 class BitNetV2(B158):
     """BitNet v2 (arXiv 2504.18415) is b1.58 for 4-bit activations: Hadamard transforms before o_proj and down_proj.
 
-    `quant=bitnet_v2` sets 4 bits. The paper trains with 8 bits first, and with 4 for the last twentieth of the tokens.
+    The paper trains with 8 bits first, and with 4 for the last twentieth of the tokens.
     """
 
     name = "bitnet_v2"
     title = "ternary weights (b1.58: -1, 0, +1), Hadamard transforms (BitNet v2)"
+    activation_bits: int = 4
     hadamard: bool = True
     """Whether the inputs of o_proj and down_proj are transformed."""
     activation_scale: str = "absmean"

@@ -32,6 +32,12 @@ def rank() -> int:
     return int(given.get("SLURM_PROCID", given.get("JSM_NAMESPACE_RANK", "0")))
 
 
+def is_first_of_node() -> bool:
+    """Return whether this process is the first rank of its machine, and does there what one can do for all."""
+    given = os.environ
+    return int(given.get("LOCAL_RANK", given.get("SLURM_LOCALID", "0"))) == 0
+
+
 def in_slurm_job() -> bool:
     """Return whether SLURM has started this process. As for Lightning, a shell that SLURM has started does not count.
 

@@ -49,8 +49,12 @@ class CautiousAdamW(AdamW):
         for group in self.param_groups:
             self._decay(group)
             group["weight_decay"] = 0.0
+        # PyTorch wraps the `step` of every class whose optimizers are made, to call hooks. Ours is wrapped already.
+        plain: Callable[[AdamW], Any] = AdamW.step
+        if getattr(plain, "hooked", False):
+            plain = plain.__wrapped__  # type: ignore[attr-defined]  # by functools.wraps
         try:
-            super().step()
+            plain(self)
         finally:
             for group, weight_decay in zip(self.param_groups, decays, strict=True):
                 group["weight_decay"] = weight_decay

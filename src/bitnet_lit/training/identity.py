@@ -45,7 +45,7 @@ def run_identity(
         config: the config with every value filled in.
         data: the facts about the data (`RunData.identity`).
         sequence_length: tokens that a sequence predicts.
-        teacher: the hash of the teacher's weights; None where there is none.
+        teacher: the hash of the teacher's weights; None where there is none, and on a rank that has not computed it.
     """
     identity: dict[str, Any] = {"seed": config.seed, "optim.name": config.optim.name}
     for section in ("model", "quant"):
@@ -58,8 +58,11 @@ def run_identity(
     return {key: value for key, value in identity.items() if key not in _FREE}
 
 
-def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str) -> None:
+def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str, has_hashed: bool = True) -> None:
     """Compare the identity in a checkpoint with the identity of the run that goes on from it.
+
+    Args:
+        has_hashed: whether this rank has computed the hash of the teacher. One rank of a node does it for the others.
 
     Raises:
         UserError: they differ. The text names what changed.
@@ -70,6 +73,7 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str) -> N
         saved = {"data.shuffle": "global", **saved}  # the only order before there was this key
     saved = {_TEACHER: None, **saved}  # no run had one before there was this key
     # A key that the checkpoint lacks was added by a later version, unless it is a shard: then the data has changed.
+    saved = saved if has_hashed else saved | {_TEACHER: now[_TEACHER]}
     compared = [*saved, *(key for key in now if key not in saved and key.startswith("the shard"))]
     changed = [key for key in compared if saved.get(key) != now.get(key)]
     if not changed:

@@ -32,6 +32,7 @@ from bitnet_lit.config.held import network_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.model import CausalLM, build_model
+from bitnet_lit.model.accounting import Accounting
 from bitnet_lit.model.custom import build_custom_network
 from bitnet_lit.model.tensors import own_tensors
 from bitnet_lit.quant.bit_linear import set_strength
@@ -72,13 +73,14 @@ def fill_in_sizes(config: TrainConfig, data: RunData) -> PretrainedModel | None:
     return trained
 
 
-def build_network(config: TrainConfig, on_meta: bool = False) -> nn.Module:
+def build_network(config: TrainConfig, on_meta: bool = False, teacher: Accounting | None = None) -> nn.Module:
     """Return the network with random weights.
 
     Args:
         config: with every size filled in.
         on_meta: whether to build it on the meta device, where it takes no memory. A network of the user's own is always
             really built.
+        teacher: the counts of the network that teaches this one, which needs memory too.
 
     Raises:
         UserError: this machine has too little memory for the network, or quant.skip names a layer that does not exist.
@@ -87,21 +89,24 @@ def build_network(config: TrainConfig, on_meta: bool = False) -> nn.Module:
     if isinstance(config.model, CustomNetwork):
         network: nn.Module = build_custom_network(config.model, config.quant)
     else:
-        check_memory(config)
+        check_memory(config, teacher)
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             network = build_model(config.model, config.quant)
     _check_skip(network, config)
     return network
 
 
-def initial_model(config: TrainConfig, data: RunData) -> nn.Module:
+def initial_model(config: TrainConfig, data: RunData, teacher: Accounting | None = None) -> nn.Module:
     """Return the network with its first weights, and fill in what `config.model` leaves open.
+
+    Args:
+        teacher: the counts of the network that teaches this one.
 
     Raises:
         UserError: see `fill_in_sizes` and `build_network`.
     """
     trained = fill_in_sizes(config, data)
-    model = build_network(config)
+    model = build_network(config, teacher=teacher)
     if trained is not None:
         assert isinstance(config.model, ModelConfig) and isinstance(model, CausalLM)
         adds_norms = config.model.sub_norm and not trained.config.sub_norm

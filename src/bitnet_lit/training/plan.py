@@ -227,11 +227,14 @@ def device_memory_bytes(trainer: TrainerConfig) -> float:
     return _machine_memory_bytes()
 
 
-def check_memory(config: TrainConfig) -> None:
+def check_memory(config: TrainConfig, teacher: Accounting | None = None) -> None:
     """Refuse a model that does not fit into this machine's memory, before it is built.
 
     The weights are always made in main memory, and move to the device later. A run on the CPU also keeps gradients and
     optimizer states there.
+
+    Args:
+        teacher: the counts of the network that teaches this one; its weights are held beside those of the model.
 
     Raises:
         UserError: the model needs more than this machine has. The text gives both sizes.
@@ -240,11 +243,15 @@ def check_memory(config: TrainConfig) -> None:
     count = account(model, config.quant)
     on_cpu = _trains_on_cpu(config.trainer) and config.trainer.strategy != "fsdp"
     needed = count.training_bytes(1.0) if on_cpu else 4.0 * count.parameters
+    beside = ""
+    if teacher is not None:
+        needed += 4.0 * teacher.parameters
+        beside = f" beside a teacher with {teacher.parameters:,}"
     has = _machine_memory_bytes()
     if needed > has:
         raise UserError(
-            f"the model has {count.parameters:,} parameters, and {'training it' if on_cpu else 'holding it'} takes "
-            f"{needed / 2**30:,.0f} GiB at least; this machine has {has / 2**30:,.1f}: take smaller sizes "
+            f"the model has {count.parameters:,} parameters, and {'training it' if on_cpu else 'holding it'}{beside} "
+            f"takes {needed / 2**30:,.0f} GiB at least; this machine has {has / 2**30:,.1f}: take smaller sizes "
             f"(model.hidden_size={model.hidden_size}, model.num_hidden_layers={model.num_hidden_layers}, "
             f"model.vocab_size={model.vocab_size})"
         )
@@ -308,6 +315,12 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
     if plan.quantization_step:
         reached = "" if plan.quantization_step < plan.steps else ", which this run does not reach"
         rows["quantized"] = f"from step {plan.quantization_step:,} on{reached}; before that in full precision"
+    if warmup := config.quant.lambda_warmup_steps:
+        end, shape = plan.quantization_step + warmup, config.quant.lambda_warmup_shape
+        reached = "" if end < plan.steps else ", which this run does not reach"
+        rows["lambda"] = (
+            f"rises from 0 to 1 ({shape}) over {warmup:,} steps: fully quantized from step {end:,} on{reached}"
+        )
     rounds_head = config.quant.scheme.quantizes and not is_skipped("lm_head", config.quant.skip)
     if rounds_head and isinstance(config.model, ModelConfig):
         rows["lm_head"] = f"rounded too: add it to quant.skip={list(config.quant.skip)} to leave it dense"

@@ -99,7 +99,8 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
         sha256 = None if teacher is None else teacher.sha256
         start.check_identity(run_identity(config, data.identity(), data.tokenizer, length, sha256))
     fill_in_sizes(config, data)
-    model: nn.Module = build_network(config, on_meta=True)
+    taught = None if teacher is None else teacher.accounting(length)
+    model: nn.Module = build_network(config, on_meta=True, teacher=taught)
     plan = planned(config, data, model, start, teacher)
     time_limit(config.trainer.max_time)
     build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)

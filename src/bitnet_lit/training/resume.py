@@ -253,15 +253,15 @@ class Start:
         value = self.state.get("sequences_per_step")
         return value if isinstance(value, int) else None
 
-    def check_identity(self, now: dict[str, Any]) -> None:
-        """Compare the run's identity in the checkpoint with the one it has now (see `identity.py`).
+    def check_identity(self, now: dict[str, Any], has_hashed: bool = True) -> None:
+        """Compare the run's identity in the checkpoint with the one it has now (see `identity.check_identity`).
 
         Raises:
             UserError: they differ.
         """
         saved = self.state.get("identity")
         if isinstance(saved, dict):  # checkpoints of earlier versions hold no identity
-            check_identity(saved, now, str(self.folder))
+            check_identity(saved, now, str(self.folder), has_hashed)
 
     def check_weights(self, model: nn.Module) -> None:
         """Compare the names and shapes of the checkpoint's weights with those of the network.

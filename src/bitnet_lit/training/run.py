@@ -31,7 +31,7 @@ from bitnet_lit.model.custom import count
 from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
-from bitnet_lit.runs.ranks import rank
+from bitnet_lit.runs.ranks import is_first_of_node, rank
 from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
@@ -177,11 +177,14 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     teacher = teacher_of(config)
     data = open_data(config)
     tokenizer = data.tokenizer
-    sha256 = None if teacher is None else teacher.sha256
+    # Reading a large teacher takes a while: one rank of a node does it, and for a new run only the owner of the folder.
+    has_hashed = is_owner or (start is not None and is_first_of_node())
+    sha256 = teacher.sha256 if teacher is not None and has_hashed else None
     if start is not None:
         identity = run_identity(config, data.identity(), tokenizer, sequence_length(config), sha256)
-        start.check_identity(identity)
-    model = initial_model(config, data)  # fills in the sizes
+        start.check_identity(identity, has_hashed)
+    taught = None if teacher is None else teacher.accounting(sequence_length(config))
+    model = initial_model(config, data, taught)  # fills in the sizes
     length = sequence_length(config)
     plan = planned(config, data, model, start, teacher)
     max_time = time_limit(config.trainer.max_time)

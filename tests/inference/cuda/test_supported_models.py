@@ -74,10 +74,19 @@ def test_the_options_of_the_engine():
             EngineConfig(engine="cuda", **options)
 
 
+def test_without_a_gpu_the_line_names_what_was_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), None)
+    with pytest.raises(UserError, match="^engine=cuda: no NVIDIA GPU is available on this machine: take engine=auto$"):
+        bitnet_lit.load(tmp_path / "model", engine="cuda")
+    with pytest.raises(UserError, match="^device=cuda: not available on this machine: take device=cpu$"):
+        bitnet_lit.load(tmp_path / "model", device="cuda")
+
+
 def test_where_it_cannot_run_pytorch_does_and_says_why(tmp_path, monkeypatch):
     """A machine without the kernels: `auto` takes PyTorch with a note, and the engine's own name is refused."""
-    monkeypatch.setattr(choose, "check_device", lambda device: None)
-    monkeypatch.setattr("bitnet_lit.inference.language_model.check_device", lambda device: None)
+    monkeypatch.setattr(choose, "check_device", lambda *_: None)
+    monkeypatch.setattr("bitnet_lit.inference.language_model.check_device", lambda *_: None)
     monkeypatch.setattr(supported_models, "why_unusable", lambda device: "triton is not installed: pip install triton")
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)  # the GPU that is not here
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), None)

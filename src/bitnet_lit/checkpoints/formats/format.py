@@ -100,6 +100,7 @@ class Format(ABC):
         extension: the suffix of that file.
         read_suffixes: the suffixes of files that `open` reads.
         weights: the file in an exported folder that `checkpoint=` takes; empty where it takes the folder itself.
+        instead: what holds any network of this package, for the line about a part that this format does not know.
         library: the hub's name (`library_name`) for the library that opens an export.
     """
 
@@ -112,6 +113,7 @@ class Format(ABC):
     extension: ClassVar[str] = ""
     read_suffixes: ClassVar[tuple[str, ...]] = ()
     weights: ClassVar[str] = ""
+    instead: ClassVar[str] = "format=latent"
     library: ClassVar[str | None] = None
 
     @classmethod
@@ -134,7 +136,7 @@ class Format(ABC):
 
         Subclasses add reasons of their own.
         """
-        found = refused_fields(config, self.held)
+        found = refused_fields(config, self.held, remedy=self.instead)
         if not found and self.tensor_names is not None:
             found = [f"{name}: a tensor that {self.title} has no name for" for name in self._unnamed(config)]
         return found

@@ -33,7 +33,7 @@ from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
 from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, Kind, NetworkTensor, network_tensors
-from bitnet_lit.quant.activations import SCALE_MIN
+from bitnet_lit.quant.activations import SCALE_MIN, AbsMax
 from bitnet_lit.quant.weights import Granularity, PerGroup, PerRow, PerTensor, spread_scale
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 TERNARY_BLOCK = 256
+ACTIVATIONS = AbsMax(8)  # ggml's types of activations have 8 bits: vec_dot_type of its type traits
 ROWS_AT_ONCE = 1024  # bounds the memory for converting a large matrix
 LAYER_NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -153,6 +154,11 @@ class Gguf(Format):
             found.append(
                 f"quant={scheme.name}: its codes are {', '.join(map(str, scheme.levels))}, but an exported GGUF "
                 "is compared by codes -1, 0 and +1: take format=packed or llama2c"
+            )
+        if scheme.quantizes and scheme.activations != ACTIVATIONS:
+            found.append(
+                f"quant={scheme.name}: rounds activations by {scheme.activations}, and llama.cpp by {ACTIVATIONS}: "
+                "take format=packed or latent, or train with quant.activation_bits=8"
             )
         if config.sub_norm and not config.tie_word_embeddings:
             found.append(

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from bitnet_lit.model import CausalLM
 
 
-def check_device(device: str) -> None:
+def check_device(device: str, engine: str = "auto") -> None:
     """Refuse a device that this machine does not have.
+
+    Args:
+        engine: `EngineConfig.engine`, which may be what the user typed in place of the device.
 
     Raises:
         UserError: it is not there.
@@ -38,6 +41,8 @@ def check_device(device: str) -> None:
     kind, _, index = device.partition(":")
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= count:
+        if engine == "cuda" and count == 0:
+            raise UserError("engine=cuda: no NVIDIA GPU is available on this machine: take engine=auto")
         raise UserError(f"device={device}: not available on this machine: take device=cpu")
 
 
