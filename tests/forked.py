@@ -10,15 +10,19 @@ interpreter that has finished its imports: what it does, leaves in memory or die
         result = server.run(call_command, "prepare", ["source=demo", "out=data"], cwd=folder)
         assert result.status == 0, result.output
 
+`tests.support.run_command` does so for most commands of the tests, with one server for each process of pytest.
+
 A target is a function at the top level of a module of tests/ with JSON arguments. What it raises ends the child as it
 would end Python: SystemExit with its status, everything else with a traceback and status 1.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -72,6 +76,27 @@ def call_command(name: str, arguments: Sequence[str]) -> None:
     sys.argv = [name, *arguments]
     sys.modules.pop(f"bitnet_lit.{name}", None)  # runpy warns of a module that is there already
     runpy.run_module(f"bitnet_lit.{name}", run_name="__main__", alter_sys=True)
+
+
+def call_as_typed(name: str, arguments: Sequence[str], environment: Mapping[str, str], streams: Sequence[str]) -> None:
+    """`python -m bitnet_lit.<name> <arguments>`, with an environment and files for stdin, stdout and stderr.
+
+    As with `python -m`, modules beside the user are found, and what was left for the end of the process is done.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
+        os.dup2(os.open(path, flags), number)
+    sys.path[0] = os.getcwd()
+    try:
+        call_command(name, arguments)
+    finally:
+        finish()
+
+
+def finish() -> None:
+    """Call what was registered with `atexit`, which `os._exit` leaves out."""
+    atexit._run_exitfuncs()
 
 
 class ForkServer:
@@ -215,6 +240,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # so a collection in a child neither walks through what was imported nor copies its pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is pytest's
     for line in sys.stdin:
         asked = json.loads(line)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.model import CausalLM, build_model
+from tests.forked import ForkServer, call_as_typed
 
 REPOSITORY = Path(__file__).parents[1]
 TINYSTORIES = REPOSITORY.parent / "shared" / "tinystories"
@@ -76,8 +81,36 @@ def assert_close_but_for_borders(ours: torch.Tensor, expected: torch.Tensor) -> 
     assert (difference < 1e-4 * spread).float().mean() > 0.3
 
 
-def run_command(command: str, *arguments: str, cwd: Path, check: bool = True, **options) -> subprocess.CompletedProcess:
-    """`python -m bitnet_lit.<command> <arguments>` in a process of its own, as a user types it."""
+@functools.cache
+def _server() -> ForkServer:
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
+def run_command(
+    command: str, *arguments: str, cwd: Path, check: bool = True, input: str = ""
+) -> subprocess.CompletedProcess:
+    """`python -m bitnet_lit.<command> <arguments>`, in a process that is forked: a start costs seconds of imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        for stream, text in zip(streams, (input, "", ""), strict=True):
+            stream.write_text(text)
+        result = _server().run(
+            call_as_typed, command, arguments, dict(os.environ), list(map(str, streams)), cwd=cwd, seconds=240
+        )
+        printed, said = (stream.read_text() for stream in streams[1:])
+    assert result.status == 0 or not check, printed + said + result.output
+    return subprocess.CompletedProcess([command, *arguments], result.status, printed, said)
+
+
+def start_command(
+    command: str, *arguments: str, cwd: Path, check: bool = True, **options
+) -> subprocess.CompletedProcess:
+    """`python -m bitnet_lit.<command> <arguments>` in a new interpreter, as a user types it.
+
+    For tests of the start itself, of variables that are read at imports, of joblib's processes, and of GPUs.
+    """
     result = subprocess.run(
         [sys.executable, "-m", f"bitnet_lit.{command}", *arguments],
         cwd=cwd,

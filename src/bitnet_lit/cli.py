@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -51,8 +52,9 @@ SCHEMAS = {
 }
 
 
+@functools.cache
 def register_schemas() -> None:
-    """Register with Hydra the dataclasses that the defaults lists in conf/*.yaml name."""
+    """Register with Hydra the dataclasses that the defaults lists in conf/*.yaml name, once in a process."""
     store = ConfigStore.instance()
     for name, cls in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=open_groups(cls))

@@ -1,4 +1,4 @@
-"""The commands, as a user types them: each in a process of its own."""
+"""The commands, as a user types them. One chain and the wheel start Python anew, and the others fork a process."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import bitnet_lit
 from bitnet_lit.cli import CONF_DIR
-from tests.support import REPOSITORY, TINY_MODEL, TINY_RUN, run_command
+from tests.support import REPOSITORY, TINY_MODEL, TINY_RUN, run_command, start_command
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR, "experiment").glob("*.yaml"))
 
@@ -27,17 +27,17 @@ def trained(tmp_path_factory, shards):
 
 
 def test_prepare_train_evaluate_infer(tmp_path):
-    run_command("prepare", "source=demo", "num_stories=200", "vocab_size=400", "out=data/demo", cwd=tmp_path)
-    result = run_command("train", *TINY_RUN, cwd=tmp_path)  # data/demo is the default
+    start_command("prepare", "source=demo", "num_stories=200", "vocab_size=400", "out=data/demo", cwd=tmp_path)
+    result = start_command("train", *TINY_RUN, cwd=tmp_path)  # data/demo is the default
     assert "parameters" in result.stderr and "tokens in all" not in result.stdout
-    evaluated = run_command("evaluate", cwd=tmp_path).stdout
+    evaluated = start_command("evaluate", cwd=tmp_path).stdout
     printed = dict(line.split(None, 1) for line in evaluated.splitlines())
     assert {"loss", "perplexity", "bits_per_byte", "accuracy"} <= printed.keys()
     metrics = json.loads(next(tmp_path.rglob("metrics.json")).read_text())
     assert float(printed["loss"]) == pytest.approx(metrics["val/best_loss"], rel=1e-3)
-    story = run_command("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
+    story = start_command("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
     assert story.stdout.startswith("Once upon a time") and story.stderr == ""
-    again = run_command("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
+    again = start_command("infer", "prompt=Once upon a time", "seed=1", "max_new_tokens=20", cwd=tmp_path)
     assert again.stdout == story.stdout
 
 
@@ -96,7 +96,7 @@ def test_a_users_mistake_is_one_line_and_status_2(tmp_path, command, arguments, 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate", "infer", "plot"])
 def test_help_tells_what_the_command_does(tmp_path, command):
-    result = run_command(command, "--help", cwd=tmp_path)
+    result = start_command(command, "--help", cwd=tmp_path)
     assert f"python -m bitnet_lit.{command}" in result.stdout
     assert not list(tmp_path.iterdir())
 
@@ -170,7 +170,7 @@ def test_a_scheme_of_ones_own_by_the_command_line_alone(tmp_path, shards):
 
 def test_the_learning_rate_grid_runs_side_by_side(tmp_path, shards):
     grid = ["-m", "sweep=lr", "launcher=joblib", "hydra.sweep.dir=grid", "mode=smoke"]
-    run_command("train", *grid, *TINY_MODEL, f"data.dir={shards}", "trainer.accelerator=cpu", cwd=tmp_path)
+    start_command("train", *grid, *TINY_MODEL, f"data.dir={shards}", "trainer.accelerator=cpu", cwd=tmp_path)
     runs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("grid/*/metrics.json"))]
     assert len(runs) == 6
     chosen = [OmegaConf.load(path) for path in tmp_path.glob("grid/*/config.yaml")]
@@ -239,11 +239,11 @@ def test_the_wheel_works_from_an_empty_directory(tmp_path):
         check=True,
     )
     assert where.stdout.strip() == str(site / "bitnet_lit" / "conf")
-    run_command(
+    start_command(
         "prepare", "source=demo", "num_stories=100", "vocab_size=400", "out=data/demo", cwd=empty, env=environment
     )
-    run_command("train", *TINY_RUN, "trainer.max_steps=2", cwd=empty, env=environment)
-    assert run_command("infer", "max_new_tokens=5", cwd=empty, env=environment).stdout.startswith("Once upon a time")
+    start_command("train", *TINY_RUN, "trainer.max_steps=2", cwd=empty, env=environment)
+    assert start_command("infer", "max_new_tokens=5", cwd=empty, env=environment).stdout.startswith("Once upon a time")
 
 
 def test_evaluate_refuses_data_of_another_tokenizer(trained, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
-from tests.support import needs_dev_full, run_command, tiny_model
+from tests.support import needs_dev_full, start_command, tiny_model
 
 
 def in_shell(command, cwd, **environment):
@@ -46,9 +46,9 @@ def test_a_terminal_that_shows_ascii_only(tmp_path, tokenizer):
     save_model_folder(tmp_path / "model", tiny_model(), QuantConfig(), tokenizer)
     arguments = ["prompt=Caf\u00e9", "checkpoint=model", "max_new_tokens=2", "engine=torch"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = run_command("infer", *arguments, cwd=tmp_path, env=environment)
+    result = start_command("infer", *arguments, cwd=tmp_path, env=environment)
     assert result.stdout.startswith("Caf?") and result.stderr == ""
-    wrong = run_command("infer", "checkpoint=caf\u00e9", cwd=tmp_path, env=environment, check=False)
+    wrong = start_command("infer", "checkpoint=caf\u00e9", cwd=tmp_path, env=environment, check=False)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: checkpoint=caf\\xe9: ")
 
 

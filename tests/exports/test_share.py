@@ -10,7 +10,7 @@ import pytest
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
 from tests.exports.exporting import export_to
-from tests.support import run_command, tiny_model
+from tests.support import start_command, tiny_model
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -69,7 +69,7 @@ def share(monkeypatch, tmp_path, tokenizer, address, *arguments, check=True):
         monkeypatch.setenv(key, value)
     for proxy in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    return run_command("export", "checkpoint=model", *arguments, cwd=tmp_path, check=check)
+    return start_command("export", "checkpoint=model", *arguments, cwd=tmp_path, check=check)
 
 
 @pytest.mark.parametrize(

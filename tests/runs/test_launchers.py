@@ -16,7 +16,7 @@ from bitnet_lit.runs.job_folder import State
 from bitnet_lit.runs.launch import Planned, ProcessDied, launch, why_it_died
 from tests.runs import aborting_job
 from tests.runs.aborting_job import GPU_ERROR
-from tests.support import TINY_RUN, run_command
+from tests.support import TINY_RUN, run_command, start_command
 
 
 def figures(folder):
@@ -25,21 +25,31 @@ def figures(folder):
     return {key: value for key, value in metrics.items() if not key.startswith("perf/") and key != "run_dir"}
 
 
+@pytest.fixture(scope="module")
+def arguments(shards):
+    return ["-m", *TINY_RUN, f"data.dir={shards}", "callbacks=quiet", "seed=1,2"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, arguments):
+    """Jobs that ran one after the other."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_command("train", *arguments, "hydra.sweep.dir=jobs", cwd=folder)
+    return folder / "jobs"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "package"), [("joblib", "hydra_plugins.hydra_joblib_launcher"), ("submitit_local", "submitit")]
 )
-def test_jobs_side_by_side_compute_the_same(tmp_path, shards, launcher, package):
+def test_jobs_side_by_side_compute_the_same(tmp_path, arguments, alone, launcher, package):
     pytest.importorskip(package, reason=f"launcher={launcher} needs a package")
-    arguments = ["-m", *TINY_RUN, f"data.dir={shards}", "callbacks=quiet", "seed=1,2"]
-    run_command("train", *arguments, f"launcher={launcher}", "hydra.sweep.dir=beside", cwd=tmp_path)
-    # The same line without the launcher finds everything done; another folder trains anew, one after the other.
+    start_command("train", *arguments, f"launcher={launcher}", "hydra.sweep.dir=beside", cwd=tmp_path)
+    # The same line without the launcher finds everything done.
     again = run_command("train", *arguments, "hydra.sweep.dir=beside", cwd=tmp_path)
     assert "2 jobs, 2 done" in again.stderr
-    run_command("train", *arguments, "hydra.sweep.dir=alone", cwd=tmp_path)
     for seed in (1, 2):
-        beside, alone = (figures(tmp_path / name / f"seed={seed}") for name in ("beside", "alone"))
-        assert beside == alone
+        assert figures(tmp_path / "beside" / f"seed={seed}") == figures(alone / f"seed={seed}")
 
 
 class Joblib:

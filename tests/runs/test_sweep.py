@@ -20,7 +20,7 @@ from bitnet_lit.runs import sweep
 from bitnet_lit.runs.folder import claim
 from bitnet_lit.runs.own_folder import make_own, record_name
 from bitnet_lit.runs.sweep_table import SweepTable, read_jobs
-from tests.support import REPOSITORY, TINY_RUN, run_command
+from tests.support import REPOSITORY, TINY_RUN, run_command, start_command
 
 ODD = "[/b] [red] :smile: \x1b[31m \u2028 \udcff 'a, b' ${x}"
 
@@ -308,7 +308,8 @@ def test_a_sweep_over_two_processes_a_job(tmp_path, shards, launcher, seeds):
     arguments = [*tiny, f"data.dir={shards}", "trainer=ddp_sim", "trainer.max_steps=2", "trainer.val_check_interval=2"]
     sweep_folder = "hydra.sweep.dir=a sweep, of two"
     odd = "callbacks.sample_prompts=['a, b']"
-    result = run_command(
+    start = start_command if launcher else run_command
+    result = start(
         "train",
         "-m",
         *arguments,

@@ -14,7 +14,7 @@ from bitnet_lit.model import batch_loss
 from bitnet_lit.training.cuda_graph import _aliases, _together, records_graph
 from bitnet_lit.training.plan import make_plan
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, run_command, tiny_model
+from tests.support import TINY_RUN, start_command, tiny_model
 
 LARGE = ModelConfig(hidden_size=8192, num_attention_heads=64, num_hidden_layers=64, vocab_size=512)
 
@@ -109,7 +109,7 @@ TWO = ["trainer.accelerator=gpu", "trainer.devices=2", "compile=false"]
 def test_ranks_that_replay_average_their_gradients(tmp_path, shards):
     common = [f"data.dir={shards}", *TINY_RUN, "trainer=ddp", *TWO, "model.dropout=0.1"]
     for name in ("false", "true"):  # through the command, which Lightning starts again for the second rank
-        run_command("train", *common, f"cuda_graph={name}", f"hydra.run.dir={name}", cwd=tmp_path)
+        start_command("train", *common, f"cuda_graph={name}", f"hydra.run.dir={name}", cwd=tmp_path)
     plain, replayed = (logged_losses(tmp_path / name) for name in ("false", "true"))
     assert len(plain) > 8 and replayed == pytest.approx(plain, rel=1e-3)
 

@@ -17,7 +17,7 @@ from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.forked import ForkServer, call_command
+from tests.forked import ForkServer, call_command, finish
 from tests.support import TINY_RUN
 
 STEPS, HALF = 8, 3  # of the whole run, and of the part after which another number of processes goes on
@@ -84,6 +84,7 @@ def at_once(*bodies):
         if child == 0:
             try:
                 body()
+                finish()
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()

@@ -20,7 +20,7 @@ from bitnet_lit.exports.write import export
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, Killed, kill_at, run_command
+from tests.support import TINY_RUN, Killed, kill_at, start_command
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]  # compiling takes most of the time
 
@@ -138,7 +138,7 @@ def test_a_killed_command_goes_on(tmp_path, shards):
         process.wait()
     step = last_state(tmp_path / "run")["global_step"]
     steps = step + 20
-    run_command("train", "resume=run", f"trainer.max_steps={steps}", f"schedule.total_steps={steps}", cwd=tmp_path)
+    start_command("train", "resume=run", f"trainer.max_steps={steps}", f"schedule.total_steps={steps}", cwd=tmp_path)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert step % 50 == 0 and metrics["steps"] == steps and metrics["val/loss"] < 6.2
 
@@ -183,8 +183,8 @@ def test_two_gpus_train_as_one_does(tmp_path, shards, options):
     """The samples of each step are the same, so the losses are the same but for the order of sums."""
     tiny = [f"data.dir={shards}", *ON_GPU, "callbacks=quiet", "compile=false", "trainer.precision=32-true", *options]
     one = [*tiny, "trainer.strategy=auto", "data.batch_size=8", "hydra.run.dir=one"]
-    run_command("train", *one, cwd=tmp_path)
-    two = run_command("train", *tiny, "trainer.devices=2", "data.batch_size=4", "hydra.run.dir=two", cwd=tmp_path)
+    start_command("train", *one, cwd=tmp_path)
+    two = start_command("train", *tiny, "trainer.devices=2", "data.batch_size=4", "hydra.run.dir=two", cwd=tmp_path)
     assert "was killed" not in two.stderr  # both close NCCL together, which waits for the other rank
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     assert metrics[0]["tokens"] == metrics[1]["tokens"]

@@ -23,7 +23,7 @@ from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.plan import time_limit
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, run_command
+from tests.support import TINY_RUN, start_command
 
 
 def config(folder, shards, *overrides):
@@ -208,7 +208,7 @@ def test_wandb_without_a_login_stays_offline(tmp_path, shards):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
     options = ["logger=wandb", "trainer.max_steps=1", "hydra.run.dir=run"]
-    run_command(
+    start_command(
         "train", f"data.dir={shards}", *TINY_RUN, *options, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL
     )
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
