@@ -84,14 +84,17 @@ inline void store_split(FloatVec first, FloatVec second, uint16_t* to) {
 }
 
 // 16 columns of 32 floats, of which the first `count` are there, as the rows of a tile: high and low parts. Two
-// neighbours in a column make one element of 32 bits, so the transpose is one of 16 x 16 elements.
-inline void split_columns(const float* from, int64_t row, int count, uint16_t* to) {
+// neighbours in a column make one element of 32 bits, so the transpose is one of 16 x 16 elements. Each of the 32 rows
+// of floats is multiplied by its factor first, where there are `factors`.
+inline void split_columns(const float* from, int64_t row, int count, uint16_t* to, const float* factors = nullptr) {
     const __mmask16 here = __mmask16((1u << count) - 1);
     FloatVec high[LANES], low[LANES];
 #pragma GCC unroll 16
     for (int pair = 0; pair < LANES; pair++) {
-        const Halves x = split((FloatVec)_mm512_maskz_loadu_ps(here, from + 2 * pair * row));
-        const Halves y = split((FloatVec)_mm512_maskz_loadu_ps(here, from + (2 * pair + 1) * row));
+        FloatVec first = (FloatVec)_mm512_maskz_loadu_ps(here, from + 2 * pair * row);
+        FloatVec second = (FloatVec)_mm512_maskz_loadu_ps(here, from + (2 * pair + 1) * row);
+        if (factors) first *= factors[2 * pair], second *= factors[2 * pair + 1];
+        const Halves x = split(first), y = split(second);
         high[pair] = (FloatVec)_mm512_or_si512(_mm512_srli_epi32(x.high, 16), y.high);
         low[pair] = (FloatVec)_mm512_or_si512(_mm512_srli_epi32(x.low, 16), y.low);
     }
@@ -137,8 +140,9 @@ inline void transposed_panels_of_tiles(int m, int k, const uint16_t* tiles, floa
             }
 }
 
-// The product of 16 or 32 rows of A, split, and a panel of 32 columns; `blocks` of 32 columns of A each.
-template <bool TWO>
+// The product of 16 or 32 rows of A, split, and a panel of 32 columns; `blocks` of 32 columns of A each. EXACT: the
+// numbers of the panel are bfloat16 numbers, as codes are. Then their low parts are zeros, and are not multiplied.
+template <bool TWO, bool EXACT = false>
 NOINLINE void multiply_tiles(int blocks, const uint16_t* a0, const uint16_t* a1, const float* panel, float* c,
                              int64_t ldc, int rows, int columns, bool accumulate) {
     constexpr int ROWS_HERE = TWO ? 32 : 16;
@@ -174,9 +178,11 @@ NOINLINE void multiply_tiles(int blocks, const uint16_t* a0, const uint16_t* a1,
         const char* const b = (const char*)panel;
         _tile_loadd(4, a0, 64);  // high
         if (TWO) _tile_loadd(5, a1, 64);
-        _tile_loadd(6, b + 2048, 64);  // low
-        _tile_loadd(7, b + 3072, 64);
-        MULTIPLY_ALL
+        if (!EXACT) {
+            _tile_loadd(6, b + 2048, 64);  // low
+            _tile_loadd(7, b + 3072, 64);
+            MULTIPLY_ALL
+        }
         _tile_loadd(6, b, 64);  // high
         _tile_loadd(7, b + 1024, 64);
         MULTIPLY_ALL
@@ -194,13 +200,13 @@ NOINLINE void multiply_tiles(int blocks, const uint16_t* a0, const uint16_t* a1,
 }
 
 // Rows m of C = A @ one panel, for A in tiles: 16 rows and 32 columns each, 2 KiB with their low parts.
+template <bool EXACT = false>
 inline void multiply_split_panel(int m, int columns, int k, const uint16_t* a, const float* panel, float* c,
                                  int64_t ldc, bool accumulate) {
     const int blocks = k / 32;
     for (int i = 0; i < m; i += 32, a += 2048 * blocks) {
-        if (m - i > 16)
-            multiply_tiles<true>(blocks, a, a + 1024 * blocks, panel, c + i * ldc, ldc, m - i, columns, accumulate);
-        else multiply_tiles<false>(blocks, a, a, panel, c + i * ldc, ldc, m - i, columns, accumulate);
+        const auto multiply = m - i > 16 ? multiply_tiles<true, EXACT> : multiply_tiles<false, EXACT>;
+        multiply(blocks, a, a + (m - i > 16 ? 1024 * blocks : 0), panel, c + i * ldc, ldc, m - i, columns, accumulate);
     }
 }
 
@@ -233,12 +239,13 @@ inline bool has_amx() { return false; }
 struct TileRegisters {};
 inline void split_block(float*) {}
 inline void store_split(FloatVec, FloatVec, uint16_t*) {}
-inline void split_columns(const float*, int64_t, int, uint16_t*) {}
+inline void split_columns(const float*, int64_t, int, uint16_t*, const float* = nullptr) {}
 inline void panels_of_tiles(int, int, const uint16_t*, float*) {}
 inline void transposed_panels_of_tiles(int, int, const uint16_t*, float*) {}
 inline void multiply_bytes(int, const int8_t*, int64_t, const uint8_t*, int32_t*) {}
-template <bool>
+template <bool, bool = false>
 inline void multiply_tiles(int, const uint16_t*, const uint16_t*, const float*, float*, int64_t, int, int, bool) {}
+template <bool = false>
 inline void multiply_split_panel(int, int, int, const uint16_t*, const float*, float*, int64_t, bool) {}
 
 #endif

@@ -143,7 +143,7 @@ class HeadTask {
     int64_t d_at_kv() const { return tokens * a.d_row + kv_head * P; }
     void rotate_all(const float* from, float* to) const {
         for (int64_t t = 0; t < T; t++) {
-            prefetch_row(from + std::min<int64_t>(t + 8, T - 1) * a.row, P);
+            prefetch_row(from + std::min<int64_t>(t + 24, T - 1) * a.row, P);
             rotate(from + t * a.row, a.cos + t * P, a.sin + t * P, P, false, to + t * P);
         }
     }

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -122,18 +123,23 @@ inline float16 to_float16(float value) {
     return bits;
 }
 
-inline float horizontal_sum(FloatVec v) {
-    float lanes[LANES];
-    store_floats(lanes, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+// Lane i of the result is lane i ^ HALF.
+template <int HALF, int... L>
+inline FloatVec swap_halves(FloatVec v, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(v, v, (L ^ HALF)...);
 }
-
+// Combines the halves of a vector, then the halves of that half, down to one number.
+template <int HALF = LANES / 2, class Combine>
+inline float fold(FloatVec v, Combine combine) {
+    v = combine(v, swap_halves<HALF>(v, std::make_integer_sequence<int, LANES>{}));
+    if constexpr (HALF > 1) return fold<HALF / 2>(v, combine);
+    else return v[0];
+}
+inline float horizontal_sum(FloatVec v) {
+    return fold(v, [](FloatVec x, FloatVec y) { return x + y; });
+}
 inline float horizontal_max(FloatVec v) {
-    float largest = v[0];
-    for (int i = 1; i < LANES; i++) largest = std::max(largest, v[i]);
-    return largest;
+    return fold(v, [](FloatVec x, FloatVec y) { return x > y ? x : y; });
 }
 
 // exp(x) with a relative error of at most 1e-5 at the ends of the range and 2e-7 near zero: 2^n times a polynomial of

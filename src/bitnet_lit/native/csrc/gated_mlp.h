@@ -93,6 +93,8 @@ inline void gated_mlp_backward(const GatedMlp& a) {
         down.pack_inputs(a.hf, down_chunks, int(i), down_inputs);
     });
     for_weight_rows([&](int begin, int end) {
-        down.weight_gradient(begin, end, a.d_y, D, down_chunks, down_inputs, a.d_down);
-    }, [&](int begin, int end) { gate_up.weight_gradient(begin, end, d_gates, 2 * F, chunks, inputs, a.d_gate_up); });
+        down.weight_gradient(begin, end, a.d_y, D, a.hf, down_chunks, down_inputs, a.d_down);
+    }, [&](int begin, int end) {
+        gate_up.weight_gradient(begin, end, d_gates, 2 * F, a.h, chunks, inputs, a.d_gate_up);
+    });
 }

@@ -57,6 +57,6 @@ inline void linears_backward(const Linears& a) {
     float* const inputs = scratch(12, chunks.floats());
     parallel_for(threads, chunks.count(), [&](int64_t i) { projection.pack_inputs(a.h, chunks, int(i), inputs); });
     parallel_for(threads, rows.count, [&](int64_t i) {
-        projection.weight_gradient(rows.begin(i), rows.end(i), a.d_y, a.d_y_row, chunks, inputs, a.d_weight);
+        projection.weight_gradient(rows.begin(i), rows.end(i), a.d_y, a.d_y_row, a.h, chunks, inputs, a.d_weight);
     });
 }

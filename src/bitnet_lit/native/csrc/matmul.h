@@ -99,21 +99,23 @@ inline void multiply_panel(int m, int columns, int k, Strided a, const float* pa
     }
 }
 
-// Tiles of A for multiply_split_panel: m x k, k a multiple of 32. Rows beyond m are zero.
-inline void split_rows(int m, int k, Strided a, uint16_t* to) {
+// Tiles of A for multiply_split_panel: m x k, k a multiple of 32. Rows beyond m are zero. Column p is multiplied by
+// factors[p] first, where there are `factors`.
+inline void split_rows(int m, int k, Strided a, uint16_t* to, const float* factors = nullptr) {
     for (int i = 0; i < m; i += 16)
         for (int p = 0; p < k; p += 32, to += 1024) {
             const float* const at = a.data + i * a.row + p * a.column;
             const int rows = std::min(16, m - i);
             if (a.column != 1) {  // a.row is 1
-                split_columns(at, a.column, rows, to);
+                split_columns(at, a.column, rows, to, factors ? factors + p : nullptr);
                 continue;
             }
             for (int r = 0; r < 16; r++) {
                 const float* const row = at + r * a.row;
-                const bool is_here = r < rows;
-                store_split(is_here ? load_floats(row) : FloatVec{}, is_here ? load_floats(row + LANES) : FloatVec{},
-                            to + r * 32);
+                FloatVec x{}, y{};
+                if (r < rows) x = load_floats(row), y = load_floats(row + LANES);
+                if (factors) x *= load_floats(factors + p), y *= load_floats(factors + p + LANES);
+                store_split(x, y, to + r * 32);
             }
         }
 }
@@ -123,16 +125,19 @@ inline void split_panel(int k, float* panel) {
 
 // The same on the matrix unit. 32 rows of A stay in the cache, and the panels pass by. A sum is taken out of the
 // registers as rarely as possible, because storing and loading it takes as long as the products of 16 columns of A.
+// `factors`: those of the columns of A; with them the panels are EXACT (amx.h).
 inline void multiply_split(int m, int n, int k, Strided a, const float* panels, float* c, int64_t ldc, bool accumulate,
-                           int panel_rows) {
+                           int panel_rows, const float* factors = nullptr) {
+    const auto multiply = factors ? multiply_split_panel<true> : multiply_split_panel<false>;
     uint16_t* const tiles = scratch<uint16_t>(20, int64_t(32) * std::min(k, SPLIT_DEPTH) * 2);
     for (int i = 0; i < m; i += 32)
         for (int first = 0; first < k; first += SPLIT_DEPTH) {
             const int rows = std::min(32, m - i), depth = std::min(SPLIT_DEPTH, k - first);
-            split_rows(rows, depth, {a.data + i * a.row + first * a.column, a.row, a.column}, tiles);
+            split_rows(rows, depth, {a.data + i * a.row + first * a.column, a.row, a.column}, tiles,
+                       factors ? factors + first : nullptr);
             for (int j = 0; j < n; j += PANEL)
-                multiply_split_panel(rows, n - j, depth, tiles, panels + int64_t(j) * panel_rows + first * PANEL,
-                                     c + i * ldc + j, ldc, accumulate || first > 0);
+                multiply(rows, n - j, depth, tiles, panels + int64_t(j) * panel_rows + first * PANEL, c + i * ldc + j,
+                         ldc, accumulate || first > 0);
         }
 }
 
@@ -195,9 +200,11 @@ struct Chunks {
     }
 };
 
-// C (n x k) = A^T @ B for A (m x n), row-major, and the chunks of B: the gradient of a weight matrix.
+// C (n x k) = A^T @ B for A (m x n), row-major, and the chunks of B: the gradient of a weight matrix. `factors`: those
+// of the rows of A, where the chunks are split and EXACT (amx.h). There are as many as the chunks have rows.
 inline void multiply_transposed(int n, const float* a, int64_t lda, const Chunks& chunks, const float* packed, float* c,
-                                int64_t ldc, bool accumulate = false) {
+                                int64_t ldc, bool accumulate = false, const float* factors = nullptr) {
+    const auto multiply = factors ? multiply_split_panel<true> : multiply_split_panel<false>;
     const int step = chunks.is_split ? 32 : ROWS, k = chunks.columns;
     float* const packed_a = scratch(20, int64_t(chunks.whole()) * step);
     for (int chunk = 0; chunk < chunks.count(); chunk++) {
@@ -213,14 +220,16 @@ inline void multiply_transposed(int n, const float* a, int64_t lda, const Chunks
                 for (int p = 0; p < real; p++) std::copy(from + p * lda, from + p * lda + rows, copy + p * 32);
                 from = copy, stride = 32;
             }
-            if (chunks.is_split) split_rows(rows, depth, {from, 1, stride}, reinterpret_cast<uint16_t*>(packed_a));
+            if (chunks.is_split)
+                split_rows(rows, depth, {from, 1, stride}, reinterpret_cast<uint16_t*>(packed_a),
+                           factors ? factors + first : nullptr);
             else pack_columns(real, rows, from, lda, packed_a);
             for (int j = 0; j < k; j += PANEL) {
                 const float* const panel = panels + int64_t(j) * depth;
                 float* const to = c + i * ldc + j;
                 if (chunks.is_split)
-                    multiply_split_panel(rows, k - j, depth, reinterpret_cast<uint16_t*>(packed_a), panel, to, ldc,
-                                         accumulate || chunk > 0);
+                    multiply(rows, k - j, depth, reinterpret_cast<uint16_t*>(packed_a), panel, to, ldc,
+                             accumulate || chunk > 0);
                 else multiply_panel(rows, k - j, real, {packed_a, 1, ROWS}, panel, to, ldc, accumulate || chunk > 0);
             }
         }

@@ -92,7 +92,8 @@ class Projection {
           count_(count),
           inputs_(inputs),
           quantized_(quantized),
-          int8_(HAS_INT8 && int8 && inputs % 4 == 0) {
+          int8_(HAS_INT8 && int8 && inputs % 4 == 0),
+          has_codes_(quantized && int8) {
         for (int i = 0; i < count; i++) outputs_ += matrices[i].rows;
     }
     int inputs() const { return inputs_; }
@@ -148,16 +149,19 @@ class Projection {
             for (int j = 0; j < outputs_; j++) y[i * ldy + j] *= x.scale[first + i] * factors[j];
     }
 
-    // Packs codes * scale for `backward`, from row `begin` to row `end`.
-    int64_t backward_floats() const { return panel_floats(outputs_, inputs_); }
+    // Packs codes * scale for `backward`, from row `begin` to row `end`. The matrix unit gets the codes, which are
+    // exact there, and the scales are left to dy.
+    bool scales_dy() const { return has_codes_ && splits_backward(); }
+    int64_t backward_floats() const { return panel_floats(outputs_, inputs_) + outputs_; }
     void pack_backward(int begin, int end, float* to) const {
         float* const codes = scratch(0, inputs_ + PANEL);
         for (int n = begin; n < end; n++) {
             const auto [matrix, row] = find(n);
             matrix->codes(row, inputs_, codes);
-            const float factor = matrix->factor(row);
+            const float factor = to[panel_floats(outputs_, inputs_) + n] = matrix->factor(row);
+            if (!scales_dy())
 #pragma omp simd
-            for (int i = 0; i < inputs_; i++) codes[i] *= factor;
+                for (int i = 0; i < inputs_; i++) codes[i] *= factor;
             for (int j = 0; j < inputs_; j += PANEL)
                 pack_row(std::min(PANEL, inputs_ - j), codes + j, to + int64_t(j) * outputs_ + int64_t(n) * PANEL);
         }
@@ -168,7 +172,11 @@ class Projection {
 
     // dx (m, inputs) from dy (m, outputs).
     void backward(const float* packed, const float* dy, int64_t ldy, int m, float* dx, int64_t ldx) const {
-        multiply(m, inputs_, outputs_, {dy, ldy, 1}, packed, dx, ldx, splits_backward());
+        const Strided a{dy, ldy, 1};
+        if (scales_dy())
+            return multiply_split(m, inputs_, outputs_, a, packed, dx, ldx, false, outputs_,
+                                  packed + panel_floats(outputs_, inputs_));
+        multiply(m, inputs_, outputs_, a, packed, dx, ldx, splits_backward());
     }
 
     // The inputs of all m tokens, packed by chunks for `weight_gradient`.
@@ -178,17 +186,25 @@ class Projection {
         chunks.pack(chunk, to, [&](int64_t token) -> const float* {
             if (!quantized_) return x.floats + token * inputs_;
             const int8_t* const codes = x.codes + token * inputs_;
-            const float scale = x.scale[token];
+            const float scale = splits_gradient() ? 1.0f : x.scale[token];
 #pragma omp simd
             for (int i = 0; i < inputs_; i++) row[i] = float(codes[i]) * scale;
             return row;
         });
     }
 
-    // Rows begin..end of the weights' gradient (outputs, inputs), from dy and the packed inputs.
-    void weight_gradient(int begin, int end, const float* dy, int64_t ldy, const Chunks& chunks, const float* packed,
-                         float* gradient) const {
-        multiply_transposed(end - begin, dy + begin, ldy, chunks, packed, gradient + int64_t(begin) * inputs_, inputs_);
+    // Rows begin..end of the weights' gradient (outputs, inputs), from dy and the packed inputs of x.
+    void weight_gradient(int begin, int end, const float* dy, int64_t ldy, const Activations& x, const Chunks& chunks,
+                         const float* packed, float* gradient) const {
+        const float* factors = nullptr;
+        if (quantized_ && chunks.is_split) {  // the packed inputs are codes
+            float* const scales = scratch(3, (chunks.rows + 31) / 32 * 32);
+            std::copy(x.scale, x.scale + chunks.rows, scales);
+            std::fill(scales + chunks.rows, scales + (chunks.rows + 31) / 32 * 32, 0.0f);
+            factors = scales;
+        }
+        multiply_transposed(end - begin, dy + begin, ldy, chunks, packed, gradient + int64_t(begin) * inputs_, inputs_,
+                            false, factors);
     }
 
    private:
@@ -291,5 +307,5 @@ class Projection {
 
     const Matrix* matrices_;
     int count_, inputs_, outputs_ = 0;
-    bool quantized_, int8_;
+    bool quantized_, int8_, has_codes_;
 };
