@@ -32,8 +32,17 @@ def weights(tmp_path, name, folder="model_last"):
     return load_file(path / "model.safetensors")
 
 
-def test_a_run_leaves_everything_and_evaluate_gives_its_last_value(tmp_path, shards):
+def test_a_run_leaves_everything_and_evaluate_gives_its_last_value(tmp_path, shards, capsys):
     metrics = run(tmp_path, shards)
+    *_, done, model, following = capsys.readouterr().err.splitlines()
+    assert done.split() == [
+        *("done", "step", "8,", "val/loss", f"{metrics['val/loss']:.4f},"),
+        *(f"{metrics['val/bits_per_byte']:.4f}", "bits", "per", "byte"),
+    ]
+    assert model.split() == ["model", str(tmp_path / "run" / "model")]
+    assert (
+        following == f"next        python -m bitnet_lit.infer checkpoint={tmp_path / 'run'} 'prompt=Once upon a time'"
+    )
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left >= {"config.yaml", "metrics.csv", "metrics.json", "checkpoints", "model", "samples.txt"}
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
 import signal
 import sys
@@ -16,12 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
 from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import TrainingStopped, disk_errors
@@ -49,6 +46,7 @@ from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit, world_size
 from bitnet_lit.training.precision import resolved_precision, tf32
+from bitnet_lit.training.result import write_result
 from bitnet_lit.training.resume import Start, read_start, save_config
 from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.started_ranks import left_as_found
@@ -252,7 +250,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
                 import wandb
 
                 wandb.finish()  # one run per job of a sweep
-        return _report(config, plan, trainer, checkpoints)
+        return write_result(config, plan, trainer, checkpoints)
 
 
 def _take_folder(config: TrainConfig, run_dir: Path, start: Start | None, holding: contextlib.ExitStack) -> None:
@@ -272,25 +270,3 @@ def _take_folder(config: TrainConfig, run_dir: Path, start: Start | None, holdin
             (run_dir / METRICS_NAME).unlink(missing_ok=True)  # the run is not complete (any more)
         clean(run_dir)
         save_config(config, run_dir)
-
-
-def _report(config: TrainConfig, plan: Plan, trainer: L.Trainer, checkpoints: Checkpoints) -> dict[str, Any]:
-    metrics: dict[str, Any] = {
-        **checkpoints.figures,
-        "val/best_loss": checkpoints.best_loss,
-        "steps": trainer.global_step,
-        "tokens": trainer.global_step * plan.tokens_per_step,
-        "parameters": plan.accounting.parameters,
-        "model": config.model.name,
-        "quant": config.quant.name,
-        "seed": config.seed,
-        "run_dir": str(config.run_dir),
-    }
-    _write_json(Path(config.run_dir) / METRICS_NAME, metrics)
-    return metrics
-
-
-@rank_zero_only
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,56 @@
+"""The end of a run: metrics.json, and the last lines on the terminal: its loss, its model, and how to try it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from bitnet_lit.atomic import atomic_file
+from bitnet_lit.config import TrainConfig
+from bitnet_lit.runs.folder import METRICS_NAME, MODEL
+from bitnet_lit.terminal import console
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.plan import Plan
+
+
+def write_result(config: TrainConfig, plan: Plan, trainer: L.Trainer, checkpoints: Checkpoints) -> dict[str, Any]:
+    """Write metrics.json, print the result, and return the figures of the run, as `train` describes them."""
+    metrics: dict[str, Any] = {
+        **checkpoints.figures,
+        "val/best_loss": checkpoints.best_loss,
+        "steps": trainer.global_step,
+        "tokens": trainer.global_step * plan.tokens_per_step,
+        "parameters": plan.accounting.parameters,
+        "model": config.model.name,
+        "quant": config.quant.name,
+        "seed": config.seed,
+        "run_dir": str(config.run_dir),
+    }
+    _write(Path(config.run_dir), metrics)
+    return metrics
+
+
+@rank_zero_only
+def _write(run_dir: Path, metrics: dict[str, Any]) -> None:
+    with atomic_file(run_dir / METRICS_NAME) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    for name, text in _last_lines(run_dir, metrics).items():
+        console(stderr=True).print(f"{name:<11} {text}", markup=False, highlight=False)
+
+
+def _last_lines(run_dir: Path, metrics: dict[str, Any]) -> dict[str, str]:
+    loss, best, bits = (metrics.get(name) for name in ("val/loss", "val/best_loss", "val/bits_per_byte"))
+    done = f"step {metrics['steps']:,}, val/loss {loss:.4f}"
+    done += "" if bits is None else f", {bits:.4f} bits per byte"
+    lines = {"done": done + (f"; the least loss before was {best:.4f}" if best < loss else "")}
+    if (run_dir / MODEL).is_dir():
+        lines["model"] = str(run_dir / MODEL)
+        lines["next"] = shlex.join(
+            ["python", "-m", "bitnet_lit.infer", f"checkpoint={run_dir}", "prompt=Once upon a time"]
+        )
+    return lines
