@@ -44,7 +44,7 @@ def _write(run_dir: Path, metrics: dict[str, Any]) -> None:
 
 
 def _last_lines(run_dir: Path, metrics: dict[str, Any]) -> dict[str, str]:
-    loss, best, bits = (metrics.get(name) for name in ("val/loss", "val/best_loss", "val/bits_per_byte"))
+    loss, best, bits = metrics["val/loss"], metrics["val/best_loss"], metrics.get("val/bits_per_byte")
     done = f"step {metrics['steps']:,}, val/loss {loss:.4f}"
     done += "" if bits is None else f", {bits:.4f} bits per byte"
     lines = {"done": done + (f"; the least loss before was {best:.4f}" if best < loss else "")}
