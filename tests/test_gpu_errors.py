@@ -75,6 +75,14 @@ def test_a_gpu_that_still_answers_is_not_lost(lost, monkeypatch):
     assert not gpu_errors.is_lost()
 
 
+def test_a_rank_among_others_does_not_wait_for_its_gpu(lost, monkeypatch):
+    """A collective on the GPU would wait for ranks that have not failed."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("waits"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    gpu_errors.note(torch.AcceleratorError(LAUNCH_FAILURE))
+    assert gpu_errors.is_lost()
+
+
 def test_no_destructor_runs_in_a_process_that_lost_its_gpu():
     """A tensor's destructor would abort the process. Here one that runs sets another exit status."""
     script = """

@@ -65,6 +65,8 @@ def _answers() -> bool:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return True
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # the other ranks do not know: to wait for a collective would take its timeout
     try:
         torch.cuda.synchronize()
     except RuntimeError:

@@ -319,7 +319,8 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         end, shape = plan.quantization_step + warmup, config.quant.lambda_warmup_shape
         reached = "" if end < plan.steps else ", which this run does not reach"
         rows["lambda"] = (
-            f"rises from 0 to 1 ({shape}) over {warmup:,} steps: fully quantized from step {end:,} on{reached}"
+            f"rises from 0 to 1 ({shape}) over {warmup:,} step{'s' * (warmup > 1)}: fully quantized from step {end:,} on"
+            f"{reached}"
         )
     rounds_head = config.quant.scheme.quantizes and not is_skipped("lm_head", config.quant.skip)
     if rounds_head and isinstance(config.model, ModelConfig):
