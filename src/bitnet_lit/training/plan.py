@@ -318,10 +318,8 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
     if warmup := config.quant.lambda_warmup_steps:
         end, shape = plan.quantization_step + warmup, config.quant.lambda_warmup_shape
         reached = "" if end < plan.steps else ", which this run does not reach"
-        rows["lambda"] = (
-            f"rises from 0 to 1 ({shape}) over {warmup:,} step{'s' * (warmup > 1)}: fully quantized from step {end:,} on"
-            f"{reached}"
-        )
+        over = f"{warmup:,} step{'s' * (warmup > 1)}"
+        rows["lambda"] = f"rises from 0 to 1 ({shape}) over {over}: fully quantized from step {end:,} on{reached}"
     rounds_head = config.quant.scheme.quantizes and not is_skipped("lm_head", config.quant.skip)
     if rounds_head and isinstance(config.model, ModelConfig):
         rows["lm_head"] = f"rounded too: add it to quant.skip={list(config.quant.skip)} to leave it dense"
