@@ -82,7 +82,8 @@ def assert_close_but_for_borders(ours: torch.Tensor, expected: torch.Tensor) -> 
 
 
 @functools.cache
-def _server() -> ForkServer:
+def fork_server() -> ForkServer:
+    """The server of this process of pytest, for tests that need no other environment or imports."""
     server = ForkServer()
     atexit.register(server.close)
     return server
@@ -96,7 +97,7 @@ def run_command(
         streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
         for stream, text in zip(streams, (input, "", ""), strict=True):
             stream.write_text(text)
-        result = _server().run(
+        result = fork_server().run(
             call_as_typed, command, arguments, dict(os.environ), list(map(str, streams)), cwd=cwd, seconds=240
         )
         printed, said = (stream.read_text() for stream in streams[1:])

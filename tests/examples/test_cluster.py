@@ -21,8 +21,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
-from tests.forked import ForkServer, call_command
-from tests.support import REPOSITORY, TINY_RUN
+from tests.forked import call_command
+from tests.support import REPOSITORY, TINY_RUN, fork_server
 
 CLUSTER = REPOSITORY / "examples" / "cluster"
 TASKS = {"SLURM_JOB_ID": "70", "SLURM_JOB_NAME": "bitnet", "SLURM_NODELIST": "localhost"}
@@ -231,17 +231,16 @@ def test_a_job_that_is_stopped_goes_on_on_other_nodes_with_the_same_command(clus
     (cluster / "srun_ends").touch()
     data = [f"data._target_={__name__}.Prepared", "data.batch_size=4", "allow=[tests]", "callbacks.sample_prompts=[]"]
     typed = ["run", *TINY_RUN, *data, "trainer.accumulate_grad_batches=2", "trainer.limit_val_batches=null"]
-    with ForkServer() as server:
-        for nodes, tasks, status in ((2, 1, 138), (1, 4, 0)):  # 16 sequences a step on two ranks, and then on four
-            with job(cluster, *typed, nodes=nodes, tasks=tasks):
-                pass
-            arguments = called(cluster, "srun")
-            arguments = arguments[arguments.index("bitnet_lit.train") + 1 :]
-            (cluster / "srun.json").unlink()
-            given = slurm_tasks(nodes, tasks, free_port())
-            result = server.run(ranks, arguments, given, status == 138, cwd=cluster, seconds=250)
-            assert result.status == status, result.output
-            assert (cluster / "run" / "checkpoints" / "last.ckpt").exists()
+    for nodes, tasks, status in ((2, 1, 138), (1, 4, 0)):  # 16 sequences a step on two ranks, and then on four
+        with job(cluster, *typed, nodes=nodes, tasks=tasks):
+            pass
+        arguments = called(cluster, "srun")
+        arguments = arguments[arguments.index("bitnet_lit.train") + 1 :]
+        (cluster / "srun.json").unlink()
+        given = slurm_tasks(nodes, tasks, free_port())
+        result = fork_server().run(ranks, arguments, given, status == 138, cwd=cluster, seconds=250)
+        assert result.status == status, result.output
+        assert (cluster / "run" / "checkpoints" / "last.ckpt").exists()
     assert "SIGUSR1 at step 3 of 8: saved" not in result.output
     figures = json.loads((cluster / "run" / "metrics.json").read_text())
     assert figures["steps"] == 8 and figures["tokens"] == 8 * 16 * 32

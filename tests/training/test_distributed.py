@@ -18,7 +18,7 @@ from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.forked import ForkServer, call_command, finish
-from tests.support import TINY_RUN
+from tests.support import TINY_RUN, fork_server
 
 STEPS, HALF = 8, 3  # of the whole run, and of the part after which another number of processes goes on
 ONE = ["trainer.devices=1", "trainer.strategy=auto", "trainer.accumulate_grad_batches=2"]
@@ -160,22 +160,22 @@ def all_runs(folder, shards, where, nodes, four):
         at_once(*(partial(_node, environment, folder, run, shards, where) for environment in at_a_port(names)))
 
 
-def runs(folder, *arguments):
+def runs(server, folder, *arguments):
     """Do every run in processes that are forked: an import takes seconds."""
-    with ForkServer() as server:
-        result = server.run(all_runs, str(folder), *arguments, cwd=folder, seconds=280)
+    result = server.run(all_runs, str(folder), *arguments, cwd=folder, seconds=280)
     assert result.status == 0, result.output
     return folder
 
 
 @pytest.fixture(scope="module")
 def on_cpus(tmp_path_factory, shards):
-    return runs(tmp_path_factory.mktemp("cpus"), str(shards), ON_CPU, True, True)
+    return runs(fork_server(), tmp_path_factory.mktemp("cpus"), str(shards), ON_CPU, True, True)
 
 
 @pytest.fixture(scope="module")
 def on_gpus(tmp_path_factory, shards):
-    return runs(tmp_path_factory.mktemp("gpus"), str(shards), ON_GPU, False, False)
+    with ForkServer() as server:  # which sees the GPUs
+        return runs(server, tmp_path_factory.mktemp("gpus"), str(shards), ON_GPU, False, False)
 
 
 def tensors(content, kind):
