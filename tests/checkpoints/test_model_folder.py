@@ -92,6 +92,17 @@ def test_damaged_folders_are_refused_in_one_line(folder, damage, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_whose_tokenizer_model_is_gone_says_so(folder, tokenizer):
+    """An export has a tokenizer.json for `transformers` beside it, which is another file with another hash."""
+    for name, content in tokenizer.transformers_files().items():
+        (folder / name).write_text(content)
+    from_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="^.*: tokenizer.model is missing, and tokenizer.json is not the") as error:
+        from_pretrained(folder)
+    assert str(error.value).startswith(f"{folder}: ") and "\n" not in str(error.value)
+
+
 def test_finding_a_model(folder, tmp_path, monkeypatch):
     run = folder.parent
     for checkpoint in (run, folder, folder / "model.safetensors", folder / "config.json", str(run)):

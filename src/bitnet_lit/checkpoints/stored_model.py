@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from bitnet_lit.checkpoints.config_json import LARGEST_NUMBER, LARGEST_SIZE, field_shapes
 from bitnet_lit.checkpoints.file_names import CONFIG_NAME
 from bitnet_lit.config import ModelConfig, QuantConfig
-from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.data.tokenizers import Tokenizer, missing_before
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import parse_json
 from bitnet_lit.json_shapes import ListOf, MapOf, Mismatch, Number
@@ -180,10 +180,13 @@ class StoredModel:
         """
         expected = self.tokenizer_sha256
         if self.tokenizer is not None and expected not in (None, self.tokenizer.sha256):
-            raise UserError(
-                f"{self.tokenizer}: not the tokenizer this model was trained with (sha256 "
-                f"{self.tokenizer.sha256[:12]}..., {CONFIG_NAME} says {str(expected)[:12]}...): take the right one"
-            )
+            hashes = f"(sha256 {self.tokenizer.sha256[:12]}..., {CONFIG_NAME} says {str(expected)[:12]}...)"
+            wrong = f"not the tokenizer this model was trained with {hashes}"
+            file = self.tokenizer.path
+            if file is not None and file.parent == self.path and (missing := missing_before(file)):
+                # An export writes a tokenizer.json beside the tokenizer.model, for `transformers`.
+                raise UserError(f"{self.path}: {missing} is missing, and {file.name} is {wrong}: put it there again")
+            raise UserError(f"{self.tokenizer}: {wrong}: take the right one")
         rows, pieces = self.config.vocab_size or 0, self.tokenizer.vocab_size if self.tokenizer else 0
         if pieces > rows:
             raise UserError(

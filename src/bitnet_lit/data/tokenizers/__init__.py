@@ -10,7 +10,9 @@ from bitnet_lit.data.tokenizers.tokenizer import TextEncoder, Tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
 
-__all__ = ["TextEncoder", "Tokenizer", "find_tokenizer", "open_tokenizer", "tokenizer_file_names"]
+__all__ = [
+    *("TextEncoder", "Tokenizer", "find_tokenizer", "missing_before", "open_tokenizer", "tokenizer_file_names"),
+]
 
 _KINDS = (SentencePieceTokenizer, JsonTokenizer)  # where a folder holds files of both, the first kind counts
 
@@ -35,6 +37,13 @@ def find_tokenizer(folder: Path) -> Path | None:
     """Return the tokenizer's file in a folder; None where there is none."""
     names = (kind.file_names[0] for kind in _KINDS)
     return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def missing_before(file: Path) -> str | None:
+    """Return the name of the file that `find_tokenizer` would have taken before `file`; None where there is none."""
+    names = [kind.file_names[0] for kind in _KINDS]
+    before = names[: names.index(file.name)] if file.name in names else []
+    return next((name for name in before if not (file.parent / name).is_file()), None)
 
 
 def tokenizer_file_names(folder: Path) -> tuple[str, ...]:
