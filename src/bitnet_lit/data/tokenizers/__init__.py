@@ -11,7 +11,12 @@ from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
 
 __all__ = [
-    *("TextEncoder", "Tokenizer", "find_tokenizer", "missing_before", "open_tokenizer", "tokenizer_file_names"),
+    "TextEncoder",
+    "Tokenizer",
+    "find_tokenizer",
+    "missing_before",
+    "open_tokenizer",
+    "tokenizer_file_names",
 ]
 
 _KINDS = (SentencePieceTokenizer, JsonTokenizer)  # where a folder holds files of both, the first kind counts
