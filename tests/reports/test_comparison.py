@@ -108,6 +108,13 @@ def test_runs_that_cannot_count_are_named_with_the_reason(tmp_path):
     (tmp_path / "early" / ".hydra").mkdir(parents=True)
     (tmp_path / "early" / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config_of(seed=7)))
     (tmp_path / "early" / "error.txt").write_text("UserError: too early")
+    make_run(
+        tmp_path / "stopped", seed=8, losses=(), done=False, error="TrainingStopped: SIGINT at step 11 of 40: saved"
+    )
+    (tmp_path / "sweep" / "waiting" / ".hydra").mkdir(parents=True)
+    (tmp_path / "sweep" / "multirun.yaml").write_text("seed: 9\n")
+    (tmp_path / "sweep" / "waiting" / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config_of(seed=9)))
+    (tmp_path / "refused" / ".hydra").mkdir(parents=True)  # a command of its own, not a job
     rows, notes = compared(tmp_path, by=["quant"])
     assert rows["b158"].loss.count == 1
     text = "\n".join(notes)
@@ -115,11 +122,14 @@ def test_runs_that_cannot_count_are_named_with_the_reason(tmp_path):
         "failed failed: no data",
         "nan has no val/loss that is a finite number",
         "going was stopped at step 40, and finished runs count",
-        "fresh was stopped at step 0 and has no val/loss yet",
+        "fresh was stopped before its first logged step and has no val/loss yet",
+        "/stopped was stopped at step 11 and has no val/loss yet",
+        "sweep/waiting was not started and has no val/loss yet",
         "is 'x', no number",
         "early failed: too early",
     ):
         assert expected in text, text
+    assert "refused" not in text
 
 
 def test_a_run_that_is_running_is_told_from_one_that_was_stopped(tmp_path):

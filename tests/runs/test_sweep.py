@@ -18,6 +18,7 @@ from bitnet_lit.errors import DiskError, TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed
 from bitnet_lit.runs import sweep
 from bitnet_lit.runs.folder import claim
+from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.own_folder import make_own, record_name
 from bitnet_lit.runs.sweep_table import SweepTable, read_jobs
 from tests.support import REPOSITORY, TINY_RUN, run_command, start_command
@@ -96,7 +97,7 @@ def test_what_a_job_raises_is_noted_in_its_folder(tmp_path):
     assert text.startswith("UserError: [/b] [red] :smile:") and text.count("\n") == 1 and "\x1b" not in text
 
 
-def test_a_job_that_a_signal_stopped_ends_the_sweep(tmp_path):
+def test_a_job_that_a_signal_stopped_ends_the_sweep(tmp_path, capsys):
     ran = []
 
     def stopped():
@@ -107,8 +108,25 @@ def test_a_job_that_a_signal_stopped_ends_the_sweep(tmp_path):
         sweep.run_job(stopped, tmp_path / str(number), tmp_path, True)
         job_folder(tmp_path / str(number), [f"seed={number}"])
     assert ran == [0] and sweep.stop_number(tmp_path) == signal.SIGTERM
-    errors = [row["error"] for row in read_jobs(tmp_path)]
-    assert errors[1] == errors[2] == "TrainingStopped: not started: SIGTERM ended the sweep"
+    assert [row["error"] for row in read_jobs(tmp_path)] == ["SIGTERM at step 1", "not started", "not started"]
+    assert [path.parent.name for path in tmp_path.glob("*/error.txt")] == ["0"]
+    assert "error:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SIGINT at step 11 of 30: saved; go on with python -m bitnet_lit.train resume=s/a",
+        "SIGUSR1 before the first step: no step was done",
+        "TrainingStopped: SIGTERM at step 3: saved",  # as earlier versions wrote it
+        "TrainingStopped: not started: SIGINT ended the sweep",
+    ],
+)
+def test_a_job_that_was_stopped_has_not_failed(tmp_path, line):
+    job_folder(tmp_path, ["seed=1"], error=line)
+    assert state(tmp_path) is State.NEW
+    (tmp_path / "error.txt").write_text(f"UserError: {line}")
+    assert state(tmp_path) is State.FAILED
 
 
 def test_a_signal_before_the_first_step_of_a_job_ends_the_sweep(tmp_path):

@@ -8,7 +8,7 @@
       ternary_health.csv   shares of codes, flips and scale of each matrix at each validation
       samples.txt          sample texts at each validation
       metrics.json         the figures at the end; the file exists when the run is complete
-      error.txt            why a job of a sweep failed
+      error.txt            why a job of a sweep failed, or at which step a signal stopped it
       checkpoints/         last.ckpt and best.ckpt, for resume
       model/               the best model so far
       model_last/          the last model, if it is not the best one
@@ -43,6 +43,7 @@ CHECKPOINTS = "checkpoints"
 LAST, BEST = "last.ckpt", "best.ckpt"
 MODEL, MODEL_LAST = "model", "model_last"
 RECORD, RESUME_RECORD = ".hydra", ".hydra_resume"
+SWEEP_RECORD = "multirun.yaml"  # in the folder of a sweep, which holds the folders of its jobs
 _ASKING_SECONDS = 0.5  # a command that asks whether a run is running holds its lock for less
 
 _BEGUN = (CSV_NAME, HEALTH_NAME, SAMPLES_NAME, "tensorboard/events.out.tfevents.*")

@@ -1,7 +1,8 @@
 """`read_runs` finds runs on the disk and reads what they logged, for the commands that compare runs.
 
 A run may be complete, on its way, killed or failed. Its state is read from the files that it has (`runs/folder.py`):
-metrics.json says that it is complete, error.txt that it failed. Without either it is unfinished.
+metrics.json says that it is complete, error.txt that it failed. Without either it is unfinished. A run that a signal
+stopped is unfinished too, and error.txt says at which step. A job that a sweep never began has Hydra's record alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -19,7 +21,6 @@ import numpy as np
 
 from bitnet_lit.errors import UserError, one_line, without_class_name
 from bitnet_lit.foreign_json import read_json
-from bitnet_lit.gpu_errors import without_boilerplate
 from bitnet_lit.json_shapes import Record
 from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.runs.config_keys import learned_from, of_this_version
@@ -32,9 +33,10 @@ from bitnet_lit.runs.folder import (
     MODEL,
     MODEL_LAST,
     RECORD,
+    SWEEP_RECORD,
     is_run,
 )
-from bitnet_lit.runs.job_folder import State, state
+from bitnet_lit.runs.job_folder import State, is_stop, state, told
 from bitnet_lit.runs.metrics_csv import read_metrics
 
 DONE, UNFINISHED, FAILED = "done", "unfinished", "failed"
@@ -78,6 +80,7 @@ class Run:
         figures: the figures of metrics.json, NaN where one is no number; empty unless the run is done.
         curves: every column of metrics.csv, by its name.
         error: why the run failed, in one line.
+        stopped_at: the optimizer step at which a signal stopped it, or 0.
     """
 
     folder: Path
@@ -86,6 +89,7 @@ class Run:
     figures: dict[str, float] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     error: str = ""
+    stopped_at: int = 0
 
     @cache  # noqa: B019  # a report keeps its runs until the process ends
     def learned_from(self, *without: str) -> frozenset[tuple[str, str]]:
@@ -98,14 +102,17 @@ class Run:
 
     @cached_property
     def last_step(self) -> int:
-        """The last optimizer step that the run logged; 0 where it logged none."""
-        return max((int(curve.steps[-1]) for curve in self.curves.values() if len(curve.steps)), default=0)
+        """The last optimizer step that the run logged, or at which a signal stopped it; 0 where neither is known."""
+        return max([self.stopped_at, *(int(curve.steps[-1]) for curve in self.curves.values() if len(curve.steps))])
 
     @property
     def progress(self) -> str:
-        """How far a run is that is not finished: it "is running (step 40)" or "was stopped at step 40"."""
-        is_running = state(self.folder) is State.RUNNING
-        return f"is running (step {self.last_step})" if is_running else f"was stopped at step {self.last_step}"
+        """How far a run is that is not finished: it "is running (step 40)", "was stopped at step 40" or not started."""
+        if state(self.folder) is State.RUNNING:
+            return f"is running (step {self.last_step})"
+        if self.last_step:
+            return f"was stopped at step {self.last_step}"
+        return "was stopped before its first logged step" if is_run(self.folder) else "was not started"
 
     @cached_property
     def tokens_per_step(self) -> float | None:
@@ -166,7 +173,8 @@ def _below(place: Path) -> Iterator[Path]:
     for name, folders, files in os.walk(place):
         folder = Path(name)
         is_here = CSV_NAME in files or (CONFIG_NAME in files and is_run(folder))
-        is_here = is_here or (ERROR_NAME in files and RECORD in folders)  # it failed before it wrote its config
+        if not is_here and RECORD in folders:  # a job that failed before it wrote its config, or never began
+            is_here = ERROR_NAME in files or any((parent / SWEEP_RECORD).is_file() for parent in (*folder.parents,)[:2])
         folders[:] = sorted(
             each for each in folders if not each.startswith(".") and not (is_here and each in _NO_RUNS_INSIDE)
         )
@@ -221,9 +229,11 @@ def read_run(folder: Path) -> Run:
         figures = read_json(folder / METRICS_NAME, Record({}), "resume the run, which writes it again")
         run.figures = {name: _number(value) for name, value in figures.items()}
         run.state = DONE
-    elif (folder / ERROR_NAME).is_file():
-        told = without_boilerplate((folder / ERROR_NAME).read_text("utf-8", "replace"))
-        run.state, run.error = FAILED, one_line(without_class_name(told), 300)
+    elif (line := told(folder)) is not None and is_stop(line):
+        if at := re.search(r" at step (\d{1,12}) ", line):
+            run.stopped_at = int(at[1])
+    elif line is not None:
+        run.state, run.error = FAILED, one_line(without_class_name(line), 300)
     return run
 
 

@@ -6,6 +6,8 @@
     failed       error.txt is there, and no checkpoint              begins again
     new          none of these                                      begins
 
+A signal that ends a sweep leaves a line in error.txt too, of the job that it stopped. That job has not failed.
+
 A folder belongs to the job whose overrides Hydra recorded in it. If the same overrides now make another config than
 the recorded one (a default or a YAML file has changed), old results are not taken for new ones: the job is refused.
 """
@@ -13,6 +15,7 @@ the recorded one (a default or a YAML file has changed), old results are not tak
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.foreign_json import read_json
+from bitnet_lit.gpu_errors import without_boilerplate
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.runs.folder import CONFIG_NAME, ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, is_running
 from bitnet_lit.runs.job_names import identity
@@ -28,6 +32,7 @@ from bitnet_lit.runs.job_names import identity
 OVERRIDES_NAME = "overrides.yaml"  # Hydra's
 _LOSS = Record({"val/loss": Number()})
 _FREE = ("run_dir", "resume", "allow", "sweep")  # where a job lies and how it is started, not what it computes
+_STOPPED = re.compile(r"(?:TrainingStopped: )?(?:not started: |SIG[A-Z0-9]+ )")  # earlier versions named the class
 _OPEN = ("callbacks.extra.", "logger.extra.", "trainer.extra.", "quant.settings.")
 
 
@@ -49,7 +54,21 @@ def state(folder: Path) -> State:
         return State.RUNNING
     if can_be_resumed(folder):
         return State.HALF_DONE
-    return State.FAILED if (folder / ERROR_NAME).is_file() else State.NEW
+    line = told(folder)
+    return State.NEW if line is None or is_stop(line) else State.FAILED
+
+
+def told(folder: Path) -> str | None:
+    """Return the text of a job's error.txt, without what torch adds to a GPU's error; None where there is no file."""
+    try:
+        return without_boilerplate((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+
+
+def is_stop(line: str) -> bool:
+    """Return whether a line of error.txt tells of a job that was stopped or never began, which is no failure."""
+    return _STOPPED.match(line) is not None
 
 
 def recorded_overrides(folder: Path) -> list[str] | None:

@@ -22,7 +22,7 @@ from bitnet_lit.errors import TrainingStopped, without_class_name
 from bitnet_lit.gpu_errors import names_gpu_error
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.folder import ERROR_NAME
-from bitnet_lit.runs.job_folder import State, state
+from bitnet_lit.runs.job_folder import State, is_stop, state
 from bitnet_lit.runs.sweep import stop_number
 
 
@@ -125,5 +125,9 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
             continue
         if broken is None:
             return results
-        ours = [f"{job.folder}: {told[1]}" for told, job in failed if without_class_name(told[1]) == told[1]]
-        raise why_it_died(broken, ours[0] if ours else None) from None
+        unknown = [
+            f"{job.folder}: {told[1]}"
+            for told, job in failed
+            if without_class_name(told[1]) == told[1] and not is_stop(told[1])
+        ]
+        raise why_it_died(broken, unknown[0] if unknown else None) from None

@@ -6,7 +6,7 @@ communicate through files in its folder:
 
     <sweep folder>/.stop        the number of the signal that ended the sweep
     <sweep folder>/.refused     one line for each job whose folder holds another run, where nothing may be written
-    <job folder>/error.txt      why a job failed
+    <job folder>/error.txt      why a job failed, or at which step a signal stopped it
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
     )  # the folder is another run's: the job will be refused and must not write there
     try:
         if (number := stop_number(sweep_dir)) is not None:
-            raise TrainingStopped(f"not started: {signal.Signals(number).name} ended the sweep")
+            print(f"sweep: {folder}: not started: {signal.Signals(number).name} ended the sweep", file=sys.stderr)
+            return float("inf")
         if gpu_errors.is_lost():
             raise TrainingStopped(
                 "not started: the GPU error of an earlier job took the GPU from this process: the same line again "
@@ -136,7 +137,8 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
         with contextlib.nullcontext() if is_main_process else _signalled_by(sweep_dir):
             return work()
     except Exception as error:
-        if isinstance(error, TrainingStopped) and error.status > 128:
+        is_stopped = isinstance(error, TrainingStopped) and error.status > 128
+        if isinstance(error, TrainingStopped) and is_stopped:
             if "SUBMITIT_EXECUTOR" in os.environ:  # the signal is for this job alone
                 signal.raise_signal(error.status - 128)  # submitit's handler puts the job into the queue again
             else:
@@ -148,7 +150,9 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
         if gpu_errors.is_lost() and not is_main_process:
             atexit.register(gpu_errors.leave, 1)
         line = f"{type(error).__name__}: {gpu_errors.without_boilerplate(error)}"
-        print(f"error: {folder}: {without_class_name(line)}", file=sys.stderr)
+        if is_stopped:
+            line = without_class_name(line)
+        print(f"{'sweep' if is_stopped else 'error'}: {folder}: {without_class_name(line)}", file=sys.stderr)
         if rank():  # only rank 0 writes the error
             return float("inf")
         with contextlib.suppress(OSError):  # the disk is full: the line is on the screen, and other jobs may run

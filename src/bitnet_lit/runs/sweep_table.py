@@ -21,14 +21,13 @@ from rich.table import Table
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError, one_line, without_class_name
 from bitnet_lit.foreign_json import read_json
-from bitnet_lit.gpu_errors import without_boilerplate
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
 from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.devices import SLOTS_NAME
-from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME, RECORD, is_running, locked
+from bitnet_lit.runs.folder import METRICS_NAME, RECORD, is_run, is_running, locked
 from bitnet_lit.runs.go_on import commands_to_go_on
-from bitnet_lit.runs.job_folder import OVERRIDES_NAME
+from bitnet_lit.runs.job_folder import OVERRIDES_NAME, told
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.sweep import REFUSED_NAME, RUNS_ELSEWHERE, STOP_NAME, StopHandlers, stop_number
 from bitnet_lit.terminal import wide_console
@@ -51,9 +50,9 @@ def _result(folder: Path) -> dict[str, Any]:
         return {label: metrics[name] for name, label in FIGURES.items() if name in metrics}
     if is_running(folder):
         return {"error": RUNS_ELSEWHERE}
-    if (folder / ERROR_NAME).exists():
-        return {"error": without_boilerplate((folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace"))}
-    return _UNFINISHED
+    if (line := told(folder)) is not None:
+        return {"error": line}
+    return _UNFINISHED if is_run(folder) else {"error": "not started"}
 
 
 def _row(sweep_dir: Path, folder: Path) -> dict[str, Any]:

@@ -30,10 +30,9 @@ from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, is_out_of_memory, one_line, without_class_name
 from bitnet_lit.exports.targets import check_targets
 from bitnet_lit.foreign_json import read_json
-from bitnet_lit.gpu_errors import without_boilerplate
 from bitnet_lit.json_shapes import Number, Record
-from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
-from bitnet_lit.runs.job_folder import State
+from bitnet_lit.runs.folder import METRICS_NAME
+from bitnet_lit.runs.job_folder import State, told
 from bitnet_lit.terminal import wide_console
 from bitnet_lit.training.data import DEMO_DIR, open_data, sequence_length, with_data_named
 from bitnet_lit.training.distillation import teacher_of
@@ -209,8 +208,7 @@ def _print(
     for (name, folder, state, config), outlook in zip(jobs, checked, strict=True):
         notes = []
         if state is State.FAILED:
-            told = (folder / ERROR_NAME).read_text(encoding="utf-8", errors="replace")
-            notes.append(without_class_name(without_boilerplate(told)))
+            notes.append(without_class_name(told(folder) or ""))
         if isinstance(outlook, Exception) or isinstance(config, UserError):
             table.add_row(name, state.value, "", "", "", "", "", one_line(f"would fail: {outlook}"))
             continue
