@@ -264,7 +264,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_training_from_a_failing_server_gives_the_same_weights(folder, tmp_path, monkeypatch):
+def test_training_from_a_failing_server_gives_the_same_weights(folder, tmp_path, monkeypatch, capsys):
     """Through the command, in a run that is killed and resumed, and evaluated where the data still lies there."""
     monkeypatch.chdir(tmp_path)
     command(*TINY_RUN, f"data.dir={folder}", "run_dir=local")
@@ -281,6 +281,53 @@ def test_training_from_a_failing_server_gives_the_same_weights(folder, tmp_path,
         assert not (tmp_path / "cache").exists()  # evaluating uses the cache of the run
         with pytest.raises(UserError, match="complete at step 8"):  # the same shards: it is the same run
             command("resume=local", f"data.dir={server.url}")
+        assert json.loads(kept_meta(tmp_path / "own").read_text()) == json.loads((folder / "meta.json").read_text())
+    # The server is gone. What the cache holds is read if the run was trained on just that.
+    assert evaluated("remote") == evaluated("local")
+    assert capsys.readouterr().err.count("cannot be reached: the same shards are read from data.cache_dir=") == 1
+    monkeypatch.setattr(fetch_module, "ATTEMPTS", 2)
+    shutil.copytree("remote", "moved")
+    (tmp_path / "moved/checkpoints/last.ckpt").unlink()
+    with pytest.raises(DataError, match="2 times in a row: is the server there"):
+        evaluated("moved")
+    entry = json.loads((folder / "meta.json").read_text())["shards"]["data00.bin"]
+    (tmp_path / "own" / f"{entry['sha256']}.bin").unlink()
+    with pytest.raises(DataError, match="2 times in a row: is the server there"):
+        evaluated("remote")
+
+
+def kept_meta(cache):
+    (path,) = (cache / "folders").iterdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_text("{"), lambda path: path.write_text("{}")]
+)
+def test_a_folder_is_read_from_the_cache_alone_if_it_is_known(folder, tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(fetch_module, "ATTEMPTS", 1)
+    with served(folder) as server:
+        opened = open_shards(server.url)
+        everything(opened)
+    known, other = opened.digests(), {**opened.digests(), "data01.bin": "another"}
+
+    def again(*digests):
+        return open_shards(server.url, known=lambda: digests)
+
+    for refused in ((), (other,), (known,)):  # nothing has read the validation shard so far
+        with pytest.raises(DataError):
+            again(*refused)
+    shard = json.loads((folder / "meta.json").read_text())["shards"]["data00.bin"]["sha256"]
+    shutil.copy(folder / "data00.bin", tmp_path / "cache" / f"{shard}.bin")
+    assert np.array_equal(everything(again(other, known)), everything(opened))
+    for refused in ((), (other,)):
+        with pytest.raises(DataError):
+            again(*refused)
+    with pytest.raises(DataError):
+        open_shards(server.url)  # training needs the server
+    damage(kept_meta(tmp_path / "cache"))
+    with pytest.raises(DataError):
+        again(known)
 
 
 def test_the_default_cache_is_the_users(monkeypatch, tmp_path):

@@ -54,21 +54,24 @@ def shown(url: str) -> str:
     return folder.replace(f"{user}@", "", 1) if user else folder
 
 
-def fetch(url: str, path: Path, check: Callable[[Path], None], is_first: bool = False) -> None:
+def fetch(
+    url: str, path: Path, check: Callable[[Path], None], is_first: bool = False, attempts: int | None = None
+) -> None:
     """Write the file behind a URL to `path`, which exists.
 
     Args:
         check: raises `Damaged` for a file that is not the right one, and `NotThere` where no later one will be.
         is_first: whether it is the first file of its server: then an unknown host is a mistake in the URL.
+        attempts: how often it is tried; None: ATTEMPTS.
 
     Raises:
         NotThere: there is no such file, or it may not be read; one line.
-        DataError: the file did not come whole in ATTEMPTS attempts, or SILENT_ATTEMPTS had no answer; one line.
+        DataError: the file did not come whole in that many attempts, or SILENT_ATTEMPTS had no answer; one line.
         UserError: a package is missing for this kind of URL.
         OSError: the disk does not take it.
     """
     pause, silent_seconds = FIRST_PAUSE_SECONDS, 0.0
-    attempts = 2 if _kind(url) in _TRY_AGAIN_THEMSELVES else ATTEMPTS
+    attempts = attempts or (2 if _kind(url) in _TRY_AGAIN_THEMSELVES else ATTEMPTS)
     for attempt in range(1, attempts + 1):
         start = time.monotonic()
         try:

@@ -3,13 +3,19 @@
 Nothing is listed, so any web server will do. The folder is copied as `prepare` wrote it, and its meta.json says which
 shards there are, how long each is, and the sha256 of its content. A shard that differs is never read: it is fetched
 again, and in the end an error says so. A folder that is prepared again while a run reads it ends the run.
+
+The cache keeps the meta.json, too. Whoever knows which shards it wants, by their digests, can read them there when the
+server is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +32,11 @@ from bitnet_lit.data.shard_folder import MAX_META_BYTES, META_NAME, parse_meta
 from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
-from bitnet_lit.errors import UserError, disk_errors
+from bitnet_lit.errors import DataError, UserError, disk_errors
+from bitnet_lit.terminal import console
 
 _TOKENIZER_NAMES = {*SentencePieceTokenizer.file_names, *JsonTokenizer.file_names}
+Known = Callable[[], Collection[dict[str, str]]]
 _ADD = "run the same python -m bitnet_lit.prepare again, which adds it, and copy the new meta.json there"
 
 
@@ -46,31 +54,44 @@ class RemoteDirectory(ShardDirectory):
 
     def digests(self) -> dict[str, str]:
         """Return what identifies each shard, as a local folder of the same shards does: meta.json has noted it."""
-        return {name: entry["digest"] for name, entry in sorted(self.meta["shards"].items())}
+        return _digests(self.meta)
 
     def files(self) -> ShardFiles:
         """Return what opens the shards of a split in the cache."""
         return ShardFiles(self.shards, self.cache)
 
 
-def open_remote(url: str, tokenizer: Path | None, key: str, cache: ShardCache) -> RemoteDirectory:
+def open_remote(
+    url: str, tokenizer: Path | None, key: str, cache: ShardCache, known: Known | None = None
+) -> RemoteDirectory:
     """Open a folder of shards behind a URL.
 
     Args:
         tokenizer: the tokenizer's file, in place of the folder's own.
         key: the key of the command that names the folder, for errors.
+        known: returns the `digests` of folders that may be read from the cache alone where the server cannot be
+            reached. The validation shard must be there. None: the server must answer.
 
     Raises:
         UserError: there is no folder that `prepare` finished, or the tokenizer is not the one that wrote it; one line.
         DataError: it cannot be reached; one line.
     """
     where = f"{key}={shown(url)}"
+    kept = _kept(url, cache, known) if known else None
     try:
-        meta = _fetch_meta(url)
-    except NotThere as error:
-        raise UserError(
-            f"{where}: cannot be opened ({error}): a remote folder is read by the {META_NAME} that prepare writes"
-        ) from None
+        meta = _fetch_meta(url, attempts=1 if kept else None)
+    except DataError as error:
+        if kept is None and isinstance(error, NotThere):
+            raise UserError(
+                f"{where}: cannot be opened ({error}): a remote folder is read by the {META_NAME} that prepare writes"
+            ) from None
+        if kept is None:
+            raise
+        note = f"{where}: cannot be reached: the same shards are read from data.cache_dir={cache.folder}"
+        console(stderr=True).print(note, markup=False)
+        meta = kept
+    else:
+        _keep(url, meta, cache)
     if not meta.get("complete", True):
         raise UserError(f"{where}: not finished: prepare it to its end, and copy it again")
     entries = meta.get("shards", {})
@@ -79,20 +100,55 @@ def open_remote(url: str, tokenizer: Path | None, key: str, cache: ShardCache) -
     if lacking := [name for name, entry in entries.items() if not {"sha256", "digest"} <= entry.keys()]:
         raise UserError(f"{where}: its {META_NAME} has no sha256 of {min(lacking)}: {_ADD}")
     opened = open_tokenizer(tokenizer) if tokenizer else _fetch_tokenizer(url, meta, where, cache)
-    dtype = np.dtype(meta["dtype"])
     vocab_size = agreed_vocab_size(shown(url), None, meta, opened)
-    names = sorted(entries)
-    shards = {
-        joined(shown(url), name): RemoteShard(
-            joined(url, name), entries[name]["tokens"] * dtype.itemsize, entries[name]["sha256"]
-        )
-        for name in names
+    shards = _shards(url, meta)
+    sizes: dict[Path | str, int] = {joined(shown(url), name): entries[name]["tokens"] for name in sorted(entries)}
+    return RemoteDirectory(
+        shown(url), sizes, np.dtype(meta["dtype"]), vocab_size, opened, meta, cache=cache, shards=shards
+    )
+
+
+def _shards(url: str, meta: dict[str, Any]) -> dict[str, RemoteShard]:
+    """Return the shards that a meta.json describes, by the URL that messages show, in order."""
+    itemsize = np.dtype(meta["dtype"]).itemsize
+    return {
+        joined(shown(url), name): RemoteShard(joined(url, name), entry["tokens"] * itemsize, entry["sha256"])
+        for name, entry in sorted(meta["shards"].items())
     }
-    sizes: dict[Path | str, int] = {joined(shown(url), name): entries[name]["tokens"] for name in names}
-    return RemoteDirectory(shown(url), sizes, dtype, vocab_size, opened, meta, cache=cache, shards=shards)
 
 
-def _fetch_meta(url: str) -> dict[str, Any]:
+def _digests(meta: dict[str, Any]) -> dict[str, str]:
+    """Return what identifies each shard, by its name."""
+    return {name: entry["digest"] for name, entry in sorted(meta["shards"].items())}
+
+
+def _kept_path(url: str, cache: ShardCache) -> Path:
+    """Return where the meta.json of a remote folder is kept. A signature, which is in the query, may change."""
+    return cache.folder / "folders" / f"{hashlib.sha256(shown(url).rstrip('/').encode()).hexdigest()}.json"
+
+
+def _keep(url: str, meta: dict[str, Any], cache: ShardCache) -> None:
+    """Keep the meta.json of a remote folder beside its shards, for the day when its server is gone."""
+    path, content = _kept_path(url, cache), json.dumps(meta)
+    # It may fail where a cache may only be read, and nothing needs it now: a full disk is reported by the shards.
+    with contextlib.suppress(OSError, UserError):
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
+
+def _kept(url: str, cache: ShardCache, known: Known) -> dict[str, Any] | None:
+    """Return the meta.json that was kept, if it describes shards that `known` returns and validation needs no other."""
+    with contextlib.suppress(OSError, UserError, LookupError):  # a file that is damaged is none
+        path = _kept_path(url, cache)
+        meta = parse_meta(path.read_bytes(), path, "")
+        if cache.holds(next(iter(_shards(url, meta).values()))) and _digests(meta) in known():
+            return meta
+    return None
+
+
+def _fetch_meta(url: str, attempts: int | None) -> dict[str, Any]:
     """Return the meta.json of a remote folder. Half of one is asked for again, as a shard is."""
     address = joined(url, META_NAME)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +168,7 @@ def _fetch_meta(url: str) -> dict[str, Any]:
                     raise Damaged(str(error)) from None  # a part of it
                 raise NotThere(f"{shown(address)}: {error}: check the URL") from None
 
-        fetch(address, path, check, is_first=True)
+        fetch(address, path, check, is_first=True, attempts=attempts)
     return read[-1]
 
 

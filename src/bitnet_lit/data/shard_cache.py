@@ -3,6 +3,8 @@
     ~/.cache/bitnet_lit/shards/
       <sha256>.bin      a whole shard, named by its content: no other shard can take its place
       lock-00 ...       held while a shard is fetched, so that the ranks of a machine fetch it once
+      folders/          the meta.json of each remote folder, as it was last seen, named by the hash of its URL
+      tokenizers/       the files of their tokenizers, named by their content
 
 A shard gets its name when all of its bytes have come and their hash is right. So whatever lies there can be trusted,
 whoever was killed. When room is needed, the shards that were used least recently go. A process that reads one keeps it
@@ -108,6 +110,12 @@ class ShardCache:
                     fetch(shard.url, temporary, shard.check)
                     # Opened before it has its name, under which another process could remove it.
                     return os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+
+    def holds(self, shard: RemoteShard) -> bool:
+        """Return whether a shard is there."""
+        with contextlib.suppress(OSError):
+            return os.stat(self.folder / f"{shard.sha256}.bin").st_size == shard.size
+        return False
 
     @contextlib.contextmanager
     def _locked(self, sha256: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitnet_lit.data.fetch import is_url
-from bitnet_lit.data.remote_folder import open_remote
+from bitnet_lit.data.remote_folder import Known, open_remote
 from bitnet_lit.data.shard_cache import ShardCache
 from bitnet_lit.data.shard_directory import ShardDirectory, agreed_vocab_size
 from bitnet_lit.data.shard_folder import (
@@ -93,7 +93,11 @@ def _checked_size(path: Path, dtype: np.dtype, vocab_size: int, meta: dict[str, 
 
 
 def open_shards(
-    folder: Path | str, tokenizer: Path | None = None, key: str = "data.dir", cache: ShardCache | None = None
+    folder: Path | str,
+    tokenizer: Path | None = None,
+    key: str = "data.dir",
+    cache: ShardCache | None = None,
+    known: Known | None = None,
 ) -> ShardDirectory:
     """Open a folder of shards and check it.
 
@@ -102,6 +106,7 @@ def open_shards(
         tokenizer: the tokenizer's file, for a folder that comes without one.
         key: the key of the command that names the folder, for errors.
         cache: keeps the shards of a remote folder. None: the user's cache, up to 20 GiB.
+        known: which remote folders may be read from the cache alone (see `open_remote`).
 
     Raises:
         UserError: there is no such folder, there are no shards in it, a file is not a shard, or the tokenizer is not
@@ -109,7 +114,7 @@ def open_shards(
         DataError: a remote folder cannot be reached; one line.
     """
     if is_url(folder):
-        return open_remote(str(folder), tokenizer, key, cache or ShardCache.default())
+        return open_remote(str(folder), tokenizer, key, cache or ShardCache.default(), known)
     folder = Path(folder)
     if not os.path.isdir(folder):
         what = "not a folder" if os.path.lexists(folder) else "no such folder"

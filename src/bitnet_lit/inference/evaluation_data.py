@@ -82,11 +82,19 @@ def _cache_of_run(data: dict[str, Any]) -> ShardCache:
     return ShardCache.default(folder if is_here else None, gib)
 
 
+def _digests_of_run(model: Path) -> list[dict[str, str]]:
+    """Return the digests of the shards that a run was trained on, for each corpus; its last.ckpt has them."""
+    from bitnet_lit.training.identity import shard_digests
+    from bitnet_lit.training.resume import read_start  # imports Lightning, which takes seconds
+
+    return shard_digests(read_start(str(model.parent)).state.get("identity") or {})
+
+
 def _open_shards(pretrained: PretrainedModel | CustomPretrained, data_dir: str, cache: ShardCache) -> ShardDirectory:
     """Open a folder of shards, which must be of the model's tokenizer."""
     path, vocabulary = pretrained.path, pretrained.config.vocab_size or 0
     tokenizer = pretrained.tokenizer.path if pretrained.tokenizer else None
-    shards = open_shards(data_dir, tokenizer, "data_dir", cache)
+    shards = open_shards(data_dir, tokenizer, "data_dir", cache, known=lambda: _digests_of_run(path))
     if shards.vocab_size > vocabulary:  # some embeddings have rows to spare
         raise UserError(
             f"data_dir={data_dir}: has a vocabulary of {shards.vocab_size} tokens, and the model one of {vocabulary}: "

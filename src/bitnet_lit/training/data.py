@@ -23,6 +23,7 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.training.identity import SHARD
 
 DEMO_DIR = Path("data/demo")
 
@@ -109,7 +110,7 @@ class ShardData:
 
     def identity(self) -> dict[str, Any]:
         """See `RunData`."""
-        hashes = {f"the shard {name}": digest for name, digest in self.corpora.digests().items()}
+        hashes = {f"{SHARD}{name}": digest for name, digest in self.corpora.digests().items()}
         facts: dict[str, Any] = {"data.max_train_sequences": self.config.max_train_sequences}
         if self.config.mix:
             facts["data.mix"] = ", ".join(self.config.mix)  # where two are due, the first one comes

@@ -29,7 +29,18 @@ _FREE = {
     "quant._target_",  # only where a scheme's class is defined; its name and its settings are compared
 }
 
+SHARD = "the shard "  # in front of `<corpus>/<file name>`, or of the file name alone
 _TEACHER = "distill.teacher's sha256"
+
+
+def shard_digests(identity: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the digest of each shard by its file name, for each corpus that a run was trained on."""
+    corpora: dict[str, dict[str, str]] = {}
+    for key, digest in identity.items():
+        if key.startswith(SHARD):
+            corpus, _, name = key.removeprefix(SHARD).rpartition("/")
+            corpora.setdefault(corpus, {})[name] = digest
+    return list(corpora.values())
 
 
 def run_identity(
@@ -69,7 +80,7 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str, has_
     """
     if "quant.start_at" in now:
         saved = {"quant.start_at": 0.0, **saved}  # earlier versions quantized from the first step
-    if any(key.startswith("the shard") for key in saved):
+    if any(key.startswith(SHARD) for key in saved):
         saved = {"data.shuffle": "global", **saved}  # the only order before there was this key
     saved = {_TEACHER: None, **saved}  # no run had one before there was this key
     # A key that the checkpoint lacks was added by a later version, unless it is a shard: then the data has changed.
