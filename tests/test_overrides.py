@@ -17,7 +17,7 @@ from bitnet_lit import cli, entry_point
 from bitnet_lit.cli import SCHEMAS, compose, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.overrides import PATHS, as_typed, quoted, readable, text_keys
+from bitnet_lit.overrides import PATHS, as_typed, quoted, readable, shortest, text_keys
 from bitnet_lit.plain_yaml import dump_yaml
 from tests.support import run_command
 
@@ -80,6 +80,7 @@ def test_any_text_arrives_as_typed(text):
     (override,) = as_typed(InferConfig, [f"prompt={text}"])
     assert read(override).prompt == text
     assert readable(override) == ("prompt", text)
+    assert shortest(InferConfig, override) == f"prompt={text}"
 
 
 @settings(max_examples=50, deadline=None)
@@ -88,6 +89,7 @@ def test_any_list_of_texts_arrives(texts):
     assert read(f"stop=[{','.join(map(quoted, texts))}]").stop == texts
     (typed,) = as_typed(InferConfig, [f"stop={json.dumps(texts)}"])
     assert read(typed).stop == texts
+    assert as_typed(InferConfig, [shortest(InferConfig, typed)]) == [typed]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -287,6 +287,24 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
     return spelled
 
 
+def shortest(schema: type, override: str) -> str:
+    """Return an override in Hydra's grammar in the shortest form that means the same when a user types it.
+
+    Args:
+        schema: the dataclass of the command's config.
+        override: with one value, as `as_typed` returns it.
+    """
+    key, text = readable(override)
+    prefix = override[: len(override) - len(override.lstrip("+"))]
+    value = override.partition("=")[2]
+    bare = value.replace("'", "")  # of a list
+    for shorter in (f"{key}={text}", f"{key}={bare}", f"{prefix}{key}={text}", f"{key}={value}"):
+        with contextlib.suppress(UserError):
+            if as_typed(schema, [shorter]) == [override]:
+                return shorter
+    return override
+
+
 def _content(value: Any) -> Any:
     r"""Return a value as OmegaConf resolves it: `\${` in a text becomes `${`."""
     if isinstance(value, list):

@@ -201,7 +201,8 @@ def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys, mo
         "seed: 2\nrun_dir: x\nschemes: [my.Scheme]\noptim: {_target_: torch.optim.SGD}\n"
         "logger: {extra: {mlflow: {_target_: lightning.pytorch.loggers.MLFlowLogger}}}\n"
     )
-    job_folder(tmp_path / "2", as_typed(TrainConfig, ["seed=3", "data.dir=a b"]), error="not started")
+    started = ["seed=3", "data.dir=a b", "launcher=joblib", "sweep.n_trials=3", "run_dir=/x", "schemes=my.Scheme"]
+    job_folder(tmp_path / "2", as_typed(TrainConfig, started))
     sweep.request_stop(tmp_path, signal.SIGTERM)
     SweepTable.handlers = sweep.StopHandlers(tmp_path)
     assert SweepTable.end() == 128 + signal.SIGTERM
@@ -210,8 +211,14 @@ def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys, mo
     words = [shlex.split(command)[5:] for command in commands]
     # Without allow= the classes that the run names would be refused.
     assert words[0] == [f"resume={tmp_path / '1'}", "allow=[lightning.pytorch.loggers.MLFlowLogger,my.Scheme]"]
-    assert words[1] == ["seed=3", "data.dir='a b'", f"hydra.run.dir={tmp_path / '2'}"]
-    assert as_typed(TrainConfig, words[1][:2]) == words[1][:2]  # it means the same when it is typed
+    assert words[1] == [
+        "seed=3",
+        "data.dir=a b",
+        "run_dir=/x",
+        "schemes=[my.Scheme]",
+        f"hydra.run.dir={tmp_path / '2'}",
+    ]
+    assert " run_dir=/x " in commands[1]  # quoted only where a shell needs it
     claim(tmp_path / "2", True)  # and its folder is free
     assert len(words) == 2
 

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import is_harmless, named_classes
-from bitnet_lit.overrides import quoted
+from bitnet_lit.overrides import quoted, shortest
 from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.folder import CONFIG_NAME, METRICS_NAME, can_be_resumed, is_running
 from bitnet_lit.runs.job_folder import job_folders, recorded_overrides
+from bitnet_lit.runs.job_names import is_of_the_run
 
 COMMAND = ("python", "-m", "bitnet_lit.train")
 
@@ -55,15 +57,19 @@ def command_to_resume(folder: Path, flags: Sequence[str] = ()) -> str:
 def commands_to_go_on(sweep_dir: Path, flags: Sequence[str]) -> list[str]:
     """Return a shell command for each job that is not complete. It resumes the job, or starts it in its own folder.
 
+    It leaves out what only a sweep reads, such as launcher=. sweep= stays, because its file may set values of the job.
+
     Args:
         flags: the flags of Hydra with which the sweep was started, without that of a sweep.
     """
     commands = []
-    for folder in sorted((each for each, _ in job_folders(sweep_dir)), key=lambda each: natural(each.as_posix())):
+    for folder, found in sorted(job_folders(sweep_dir), key=lambda each: natural(each[0].as_posix())):
         if (folder / METRICS_NAME).exists() or is_running(folder):
             continue
         if can_be_resumed(folder):
             commands.append(command_to_resume(folder, flags))
-        elif (overrides := recorded_overrides(folder)) is not None:  # None: the job's row says that it cannot be read
-            commands.append(shlex.join([*COMMAND, *flags, *overrides, f"hydra.run.dir={folder}"]))
+        elif found is not None:  # None: the job's row says that it cannot be read
+            overrides = filter(is_of_the_run, recorded_overrides(folder) or [])
+            typed = [shortest(TrainConfig, override) for override in overrides]
+            commands.append(shlex.join([*COMMAND, *flags, *typed, f"hydra.run.dir={folder}"]))
     return commands

@@ -32,7 +32,6 @@ _HASH = 10  # hexadecimal digits
 _EXACT = re.compile(r"[a-z0-9._+-]*[a-z0-9_+-]", re.ASCII)  # Windows drops a dot at the end
 _FRACTION = re.compile(r"-?\d+\.\d+(e[+-]?\d+)?", re.ASCII)
 _LIKE_A_HASH = re.compile(rf"-[0-9a-f]{{{_HASH}}}$")
-_NOT_OF_THE_RUN = ("launcher", "sweep.")
 
 
 def digest(text: str) -> str:
@@ -66,6 +65,12 @@ def _key(override: Override) -> str:
     return removed + override.key_or_group + (f"@{override.package}" if override.package else "")
 
 
+def is_of_the_run(override: str) -> bool:
+    """Return whether an override says what a job computes, and not how the sweep launches its jobs."""
+    key = _key(_parsed(override))
+    return not key.startswith("sweep.") and key != "launcher"
+
+
 def identity(overrides: Iterable[str]) -> dict[str, str]:
     """Return the overrides that say what a job computes, by key, sorted.
 
@@ -73,11 +78,8 @@ def identity(overrides: Iterable[str]) -> dict[str, str]:
         overrides: of one job, in Hydra's grammar, each with one value. The last one of a key counts.
     """
     found: dict[str, str] = {}
-    for override in map(_parsed, overrides):
-        key = _key(override)
-        if key.startswith("sweep.") or key in _NOT_OF_THE_RUN:
-            continue
-        found[key] = _text(override.value())
+    for override in filter(is_of_the_run, overrides):
+        found[_key(_parsed(override))] = _text(_parsed(override).value())
     return dict(sorted(found.items()))
 
 
