@@ -4,7 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitnet_lit.errors import LONGEST_LINE, one_line
-from bitnet_lit.terminal import console, wide_console
+from bitnet_lit.terminal import console, is_shared, lines_named, wide_console
 
 ODD = "[/b] [red]x[/red] :smile: \\["
 
@@ -36,3 +36,18 @@ def test_a_line_of_text_is_never_broken_and_a_table_fits_the_width(capsys):
     text, styled, *rows = capsys.readouterr().out.splitlines()
     assert text.strip() == words.strip() and styled.strip() == f"step 5: {words}".strip()
     assert len(rows) > 10 and max(map(len, rows)) <= 80
+
+
+def test_each_line_of_a_job_beside_others_begins_with_its_name(capsys):
+    table = Table("plan")
+    with lines_named("seed=1"):
+        assert is_shared()
+        console(stderr=True).print(Text.assemble(("step 5: ", "dim"), "Once\n\nupon [/b]"))
+        console(stderr=True).print("step 5/9", "loss 2.000")
+        console(stderr=True).print(table)
+    assert not is_shared()
+    with lines_named(""):
+        console(stderr=True).print("alone")
+    *lines, alone = capsys.readouterr().err.splitlines()
+    named = ["seed=1: step 5: Once", "seed=1: ", "seed=1: upon [/b]", "seed=1: step 5/9 loss 2.000", "seed=1:"]
+    assert lines[:5] == named and "plan" in "".join(lines[5:]) and alone == "alone"

@@ -297,8 +297,9 @@ def shortest(schema: type, override: str) -> str:
     key, text = readable(override)
     prefix = override[: len(override) - len(override.lstrip("+"))]
     value = override.partition("=")[2]
-    bare = value.replace("'", "")  # of a list
-    for shorter in (f"{key}={text}", f"{key}={bare}", f"{prefix}{key}={text}", f"{key}={value}"):
+    if value.startswith("["):
+        text = value.replace("'", "")
+    for shorter in (f"{key}={text}", f"{prefix}{key}={text}", f"{key}={value}"):
         with contextlib.suppress(UserError):
             if as_typed(schema, [shorter]) == [override]:
                 return shorter

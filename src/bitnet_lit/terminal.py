@@ -5,15 +5,42 @@ an emoji. Styled output uses `rich.text.Text` or the style of a column.
 
 Rich never breaks a line of text here: a terminal wraps it, and a file or a pipe gets the whole line. Tables and
 progress bars fit the width of the console.
+
+Jobs of a sweep that run side by side print to one terminal or log. There each line begins with the name of its job.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
+
+_name = ""  # of the job that this process runs beside others
+
+
+@contextlib.contextmanager
+def lines_named(name: str) -> Iterator[None]:
+    """Let each line of text that this process prints while the block runs begin with a name, and each table follow it.
+
+    Args:
+        name: of the job; empty where no other process prints to the same place.
+    """
+    global _name
+    before, _name = _name, name
+    try:
+        yield
+    finally:
+        _name = before
+
+
+def is_shared() -> bool:
+    """Return whether other processes print to the same place, where a bar that redraws itself would spoil their lines."""
+    return bool(_name)
 
 
 class PlainConsole(Console):
@@ -23,8 +50,15 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as `rich.console.Console` does, but never break a line of text."""
-        options.setdefault("soft_wrap", all(isinstance(each, str | Text) for each in objects))
+        """Print as `rich.console.Console` does, but never break a line of text, and name it (`lines_named`)."""
+        is_text = all(isinstance(each, str | Text) for each in objects)
+        options.setdefault("soft_wrap", is_text)
+        if _name and objects and is_text:
+            whole = Text(" ").join(Text(each) if isinstance(each, str) else each for each in objects)
+            lines = whole.split("\n", allow_blank=True)
+            objects = (Text("\n").join(Text.assemble((f"{_name}: ", "dim"), line) for line in lines),)
+        elif _name and any(isinstance(each, Table) for each in objects):
+            objects = (Text(f"{_name}:", "dim"), *objects)
         super().print(*objects, **options)
 
 

@@ -24,6 +24,7 @@ from bitnet_lit.runs.folder import can_be_resumed
 from bitnet_lit.runs.job_folder import State, check_unchanged, final_loss, is_of, state
 from bitnet_lit.runs.ranks import command_of_a_job, rank
 from bitnet_lit.runs.sweep import RUNS_ELSEWHERE, run_job
+from bitnet_lit.terminal import lines_named
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Job:
         return result
 
     def _run_in_sweep(self, cfg: DictConfig, folder: Path, sweep_dir: Path, overrides: list[str]) -> Any:
-        if os.getpid() != self.main_process and "trainer" in cfg and _is_beside_others():
+        is_beside_others = os.getpid() != self.main_process and _is_beside_others()
+        if is_beside_others and "trainer" in cfg:
             take_gpus(sweep_dir, cfg.trainer.accelerator, cfg.trainer.devices)
         is_own = self.resumable is not None and is_of(folder, overrides)
         found = state(folder) if is_own else State.NEW
@@ -95,7 +97,8 @@ class Job:
             with command_of_a_job(self.module, self.flags, resumed):
                 return self.task(config)
 
-        return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own)
+        with lines_named(os.path.relpath(folder, sweep_dir) if is_beside_others else ""):
+            return run_job(work, folder, sweep_dir, os.getpid() == self.main_process, is_own)
 
     @contextlib.contextmanager
     def as_if_it_ran(self, composed: DictConfig, folder: Path) -> Iterator[DictConfig]:

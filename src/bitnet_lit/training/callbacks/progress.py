@@ -1,6 +1,6 @@
 """The progress bar shows the step, the loss, the learning rate, tokens/s and the time left.
 
-Where stderr is not a terminal, such as in a log file, plain lines are printed instead.
+Where stderr is not a terminal, such as in a log file, or where jobs of a sweep share it, plain lines are printed instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bitnet_lit.terminal import console
+from bitnet_lit.terminal import console, is_shared
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.plan import Plan
 
@@ -42,7 +42,7 @@ class RichBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = (trainer.global_step, time.perf_counter())
-        if not self._enabled or not trainer.is_global_zero or not self._console.is_terminal:
+        if not self._enabled or not trainer.is_global_zero or not self._console.is_terminal or is_shared():
             return
         self._progress = Progress(
             TextColumn("training"),
