@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import types
@@ -297,9 +298,11 @@ def shortest(schema: type, override: str) -> str:
     key, text = readable(override)
     prefix = override[: len(override) - len(override.lstrip("+"))]
     value = override.partition("=")[2]
+    values = [text, value]
     if value.startswith("["):
-        text = value.replace("'", "")
-    for shorter in (f"{key}={text}", f"{prefix}{key}={text}", f"{key}={value}"):
+        with contextlib.suppress(UserError):
+            values = [value.replace("'", ""), value, json.dumps(parsed(override)[1])]
+    for shorter in (f"{before}{key}={each}" for each in values for before in dict.fromkeys(("", prefix))):
         with contextlib.suppress(UserError):
             if as_typed(schema, [shorter]) == [override]:
                 return shorter

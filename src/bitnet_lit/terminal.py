@@ -39,7 +39,7 @@ def lines_named(name: str) -> Iterator[None]:
 
 
 def is_shared() -> bool:
-    """Return whether other processes print to the same place, where a bar that redraws itself would spoil their lines."""
+    """Return whether other processes print to the same place, where a bar would spoil their lines."""
     return bool(_name)
 
 

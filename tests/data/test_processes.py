@@ -1,6 +1,7 @@
 """Processes that do not run the caller's script: scripts without a guard, from a file, a pipe or the command line."""
 
 import json
+import multiprocessing.context
 import multiprocessing.spawn
 import subprocess
 import sys
@@ -69,3 +70,13 @@ def test_threads_that_hide_it_at_once_leave_it_as_it_was(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(hide, range(16)))
     assert main.__file__ == "script.py"
+
+
+def test_processes_that_start_in_a_process_of_joblib_know_their_start_method(monkeypatch):
+    """The demo corpus is prepared there, where launcher=joblib runs the first job. loky is the method of joblib."""
+    loky = type("Loky", (multiprocessing.context.SpawnContext,), {"_name": "loky"})()
+    monkeypatch.setitem(multiprocessing.context._concrete_contexts, "loky", loky)
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", loky)
+    with without_main_script():
+        assert multiprocessing.spawn.get_preparation_data("worker")["start_method"] == "spawn"
+    assert multiprocessing.get_start_method() == "loky"

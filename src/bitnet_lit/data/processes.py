@@ -7,11 +7,15 @@ script that came from a pipe, or was typed, cannot be imported at all.
 
 Our processes run functions of this package only. So they are told of no script: Python reads what it would tell them
 from two attributes of the module `__main__`, which are taken away while processes start.
+
+A process of joblib has joblib's own start method, of which a new process would be told and which it does not know. So
+they are told of "spawn".
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,12 +31,18 @@ def without_main_script() -> Iterator[None]:
     """
     with _HIDING:
         main = sys.modules["__main__"]
+        method = multiprocessing.get_start_method(allow_none=True)
+        is_foreign = method is not None and method not in multiprocessing.get_all_start_methods()
         hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
         try:
+            if is_foreign:
+                multiprocessing.set_start_method("spawn", force=True)
             main.__spec__ = None
             main.__file__ = None
             yield
         finally:
+            if is_foreign:
+                multiprocessing.set_start_method(method, force=True)
             for name in ("__file__", "__spec__"):
                 if name in hidden:
                     setattr(main, name, hidden[name])

@@ -1,6 +1,7 @@
 """The progress bar shows the step, the loss, the learning rate, tokens/s and the time left.
 
-Where stderr is not a terminal, such as in a log file, or where jobs of a sweep share it, plain lines are printed instead.
+Where stderr is not a terminal, such as in a log file, or where jobs of a sweep share it, plain lines are printed
+instead.
 """
 
 from __future__ import annotations
