@@ -74,12 +74,29 @@ def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"best of 4 trials: val/best_loss={min(trial.value for trial in found):.4f}" in out
     assert objective.start(*SEARCH, "sweep.n_trials=5") == 0 and len(objective.ran) == 1
-    with pytest.raises(UserError, match=r"study.db: its study searches .*optim.learning_rate=.*this one would search"):
-        objective.start(*SEARCH, "optim.learning_rate=interval(1e-3,1e-2)")
-    with pytest.raises(UserError, match=r"study.db: its study searches .*metric=val/best_loss.*metric=val/loss"):
+    for other, was, now in [  # what is the same in both searches is not told
+        (
+            "optim.learning_rate=interval(1e-3,1e-2)",
+            "optim.learning_rate=tag(log, interval(2e-3, 1e-1))",
+            "optim.learning_rate=interval(1e-3,1e-2)",
+        ),
+        ("quant=b158,none", "(no quant)", "quant=b158,none"),
+        ("seed=2", "(no seed)", "seed=2"),
+        ("sweep.metric=val/loss", "metric=val/best_loss", "metric=val/loss"),
+        ("sweep.direction=maximize", "direction=minimize", "direction=maximize"),
+    ]:
+        with pytest.raises(UserError) as refused:
+            objective.start(*SEARCH, other)
+        assert str(refused.value) == (
+            f"s/study.db: its study searches {was}, and this one would search {now}: give another hydra.sweep.dir"
+        )
+    assert objective.start(*SEARCH) == 0
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 's' / STUDY_NAME}")
+    study.set_user_attr("keys", None)  # of an earlier version
+    with pytest.raises(
+        UserError, match=r"its study searches optim.*metric=val/best_loss.*would search optim.*val/loss"
+    ):
         objective.start(*SEARCH, "sweep.metric=val/loss")
-    with pytest.raises(UserError, match=r"direction=minimize, and this one would search .*direction=maximize"):
-        objective.start(*SEARCH, "sweep.direction=maximize")
 
 
 def test_values_that_failed_wait_once_in_the_queue(objective, tmp_path):

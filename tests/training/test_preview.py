@@ -35,4 +35,9 @@ def test_several_gpus_are_so_many_times_as_fast(tmp_path, shards, monkeypatch, c
     else:
         jobs, seconds = [], flops / (preview.TYPICAL_SHARE * 1e9)
     preview.preview([*jobs, *((str(n), tmp_path / str(n), State.NEW, config) for n, config in configs.items())])
-    assert f"about {preview._span(2 * seconds)} one after the other" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"about {preview._span(2 * seconds)} of training one after the other" in shown and "note" not in shown
+    (tmp_path / "error.txt").write_text("UserError: no data\n")
+    preview.preview([("failed", tmp_path, State.FAILED, configs[1])])
+    shown = capsys.readouterr().out
+    assert " note " in shown and " no data " in shown  # the last column is there where a job has something to say

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 STUDY_NAME = "study.db"
 _HUGE = 1e30  # a figure beyond it is a bad result, like one that is no number
 _SPACE = "space"  # the user attribute of the study that says what it searches
+_KEYS = "keys"  # the same by key, each with the value as it was typed; studies of earlier versions have none
 
 
 def distribution(override: Override) -> optuna.distributions.BaseDistribution:
@@ -71,10 +72,26 @@ def _has_result(study: optuna.Study) -> bool:
     return any(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
 
 
-def _open_study(path: Path, config: SweepConfig, space: str, may_replace: bool = True) -> optuna.Study:
+def _differences(was: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+    """Return what two searches have of the keys in which they differ, as it was typed.
+
+    Args:
+        was, now: what is searched, and the value as it was typed, by key.
+    """
+    keys = [key for key in dict.fromkeys([*was, *now]) if list(was.get(key, ())[:1]) != list(now.get(key, ())[:1])]
+    was_typed, now_typed = (
+        " ".join(f"{key}={each[key][1]}" if key in each else f"(no {key})" for key in keys) for each in (was, now)
+    )
+    return was_typed, now_typed
+
+
+def _open_study(
+    path: Path, config: SweepConfig, keys: Mapping[str, Sequence[str]], may_replace: bool = True
+) -> optuna.Study:
     """Open the study of a sweep's folder, or make it.
 
     Args:
+        keys: what is searched, and the value as it was typed, by key.
         may_replace: whether a study of something else that has no result yet, as after a mistake in the command, is
             replaced.
 
@@ -86,6 +103,7 @@ def _open_study(path: Path, config: SweepConfig, space: str, may_replace: bool =
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     remedy = "give another hydra.sweep.dir"
     storage = f"sqlite:///{path.absolute()}"
+    space = ", ".join(f"{key}={searched}" for key, (searched, _) in keys.items())
 
     def opened() -> optuna.Study:
         return optuna.create_study(
@@ -104,10 +122,13 @@ def _open_study(path: Path, config: SweepConfig, space: str, may_replace: bool =
             study, known = opened(), None
         if known is None:
             study.set_user_attr(_SPACE, space)
+            study.set_user_attr(_KEYS, keys)
     except Exception as error:
         raise UserError(f"{path}: no study that Optuna can open ({type(error).__name__}: {error}): {remedy}") from None
     if known not in (None, space):
-        raise UserError(f"{path}: its study searches {known}, and this one would search {space}: {remedy}")
+        recorded = study.user_attrs.get(_KEYS)
+        was, now = (known, space) if recorded is None else _differences(recorded, keys)
+        raise UserError(f"{path}: its study searches {was}, and this one would search {now}: {remedy}")
     study.sampler = _sampler(config, len(study.get_trials(deepcopy=False)))
     return study
 
@@ -143,18 +164,19 @@ class Search:
         fixed = {each.get_key_element(): each for each in overrides if not each.is_sweep_override()}
         self.fixed = [f"{key}={each.get_value_element_as_str()}" for key, each in fixed.items()]
         searched = {each.get_key_element(): each for each in overrides if each.is_sweep_override()}
+        self.typed = {key: (each.input_line or "").partition("=")[2] for key, each in searched.items()}
         self.space = {key: distribution(each) for key, each in searched.items() if key not in fixed}
         if not self.space:
             raise UserError(
                 "a search needs values to choose from: optim.learning_rate='tag(log, interval(1e-3, 1e-1))'"
             )
 
-    def _named_space(self) -> str:
-        """Return what the study searches, as text that is the same for the same search."""
-        whole: dict[str, Any] = {key: str(each) for key, each in sorted(self.space.items())}
-        whole |= identity(item for item in self.fixed if not item.startswith("sweep="))
-        whole |= {"metric": self.config.metric, "direction": self.config.direction}
-        return ", ".join(f"{key}={value}" for key, value in whole.items())
+    def _keys(self) -> dict[str, list[str]]:
+        """Return what the study searches, by key: text that is the same for the same search, and what was typed."""
+        whole = {key: [str(each), self.typed[key]] for key, each in sorted(self.space.items())}
+        fixed = identity(item for item in self.fixed if not item.startswith("sweep="))
+        fixed |= {"metric": self.config.metric, "direction": self.config.direction}
+        return whole | {key: [value, value] for key, value in fixed.items()}
 
     def _place(self, params: Mapping[str, Any]) -> Planned:
         values = [f"{key}={value}" for key, value in params.items()]
@@ -194,7 +216,7 @@ class Search:
 
         trials: list[Any] = []
         if (self.sweep_dir / STUDY_NAME).is_file():
-            study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._named_space(), may_replace=False)
+            study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._keys(), may_replace=False)
             trials = study.get_trials()
         planned, configs = self._checked([self._example(len(trials))])
         preview(self.job, planned, configs, self.sweep_dir)
@@ -210,7 +232,7 @@ class Search:
 
         if not (self.sweep_dir / STUDY_NAME).is_file():
             self._checked([self._example(0)])  # a mistake in the command leaves no study
-        study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._named_space())
+        study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._keys())
         trials = study.get_trials()
         waiting = [trial for trial in trials if trial.state == TrialState.RUNNING]  # their process died
         lost = [trial for trial in waiting if trial.params.keys() != self.space.keys()]  # before they had values

@@ -7,7 +7,8 @@ but shards of a remote folder, which come to its cache.
 The time comes from the speed of jobs of the sweep that are done: FLOPs in a second, of the same kind of weights where
 there are such jobs. Where none is done, it comes from the speed of a matrix product on this machine, of which training
 is assumed to reach `TYPICAL_SHARE`. That is a rough figure: the right one is within a factor of about three. Several
-GPUs are taken to be so many times as fast as one.
+GPUs are taken to be so many times as fast as one. The time is that of training alone: start-up, validation, samples and
+export come on top, and take most of the time of a job of a minute.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from bitnet_lit.training.run import import_classes, planned
 from bitnet_lit.training.schedule import build_schedule
 
 TYPICAL_SHARE = 0.4  # of a matrix product's speed: demo 0.3, 768/12 on an H200 0.5 (guess from these two)
+_COLUMNS = ("job", "state", "steps", "tokens left", "parameters", "memory", "time")
 _SPEED = Record({}, optional={"perf/tokens_per_s": Number()})
 
 
@@ -201,16 +203,14 @@ def _print(
     if not speeds and whole:
         device = "cuda" if uses_cuda(whole[0][3].trainer) else "cpu"
         speeds, source = {"": TYPICAL_SHARE * product_speed(device)}, "the speed of a matrix product here; rough"
-    table = Table()
-    for column in ("job", "state", "steps", "tokens left", "parameters", "memory", "time", ""):
-        table.add_column(column)
+    rows: list[tuple[str, ...]] = []
     seconds_in_all, tokens_in_all = 0.0, 0
     for (name, folder, state, config), outlook in zip(jobs, checked, strict=True):
         notes = []
         if state is State.FAILED:
             notes.append(without_class_name(told(folder) or ""))
         if isinstance(outlook, Exception) or isinstance(config, UserError):
-            table.add_row(name, state.value, "", "", "", "", "", one_line(f"would fail: {outlook}"))
+            rows.append((name, state.value, "", "", "", "", "", one_line(f"would fail: {outlook}")))
             continue
         plan, is_done = outlook.plan, state is State.DONE
         left = 0 if is_done else outlook.tokens_left
@@ -220,21 +220,27 @@ def _print(
         has = device_memory_bytes(config.trainer)
         if outlook.memory > has and not is_done:
             notes.append(f"may not fit: a device has {_size(has)}")
-        table.add_row(
-            name,
-            state.value,
-            f"{outlook.done:,} of {plan.steps:,}" if state is State.HALF_DONE else f"{plan.steps:,}",
-            f"{left:,}",
-            f"{plan.accounting.parameters:,}",
-            _size(outlook.memory),
-            "" if is_done else _span(seconds),
-            one_line("; ".join(notes)),
+        rows.append(
+            (
+                name,
+                state.value,
+                f"{outlook.done:,} of {plan.steps:,}" if state is State.HALF_DONE else f"{plan.steps:,}",
+                f"{left:,}",
+                f"{plan.accounting.parameters:,}",
+                _size(outlook.memory),
+                "" if is_done else _span(seconds),
+                one_line("; ".join(notes)),
+            )
         )
+    table = Table(*_COLUMNS, *["note"] * any(row[-1] for row in rows))
+    for row in rows:
+        table.add_row(*row[: len(table.columns)])
     output = wide_console(200)
     output.print(table)
     counts = Counter(state.value for _, _, state, _ in jobs)
     states = ", ".join(f"{counts[state.value]} {state.value}" for state in State if counts[state.value])
     line = f"dry run: {len(jobs)} job{'s' * (len(jobs) > 1)} ({states}); {tokens_in_all:,} tokens left"
     if whole:
-        line += f", about {_span(seconds_in_all)} one after the other (from {source})"
+        line += f", about {_span(seconds_in_all)} of training one after the other (from {source}); start-up, "
+        line += "validation and export come on top"
     output.print(f"{line}. Nothing was trained or written.")
