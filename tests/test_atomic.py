@@ -102,6 +102,17 @@ def test_what_is_no_file_or_folder_is_refused_and_stays(tmp_path, monkeypatch, w
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "loop", "pipe", "socket"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
+@pytest.mark.parametrize("writer", [atomic_file, atomic_folder])
+def test_an_error_names_the_target_and_not_its_temporary_name(writer):
+    with (
+        pytest.raises(UserError, match=r"^out=/proc/x: cannot be written \(not permitted\): choose another out=$"),
+        disk_errors("out=/proc/x", refused="choose another out="),
+        writer(Path("/proc/x")),
+    ):
+        pass
+
+
 def test_the_current_folder_and_a_mount_point_cannot_be_exchanged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is the current folder"):

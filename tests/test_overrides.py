@@ -255,6 +255,12 @@ def test_a_sweep_says_the_quoting_that_works():
     ("arguments", "message"),
     [
         (["prompt=Once", "upon"], "'upon' is no key=value; .* quote both: \"prompt=Once upon\""),
+        (["hello", "there"], "'hello there' is no key=value: did you mean prompt='hello there'\\?$"),
+        (["hello", "seed=1"], r"'hello' is no key=value: did you mean prompt=hello\?$"),
+        (["."], r"'\.' is no key=value"),
+        (["--prompt", "Once upon"], "unrecognized arguments: --prompt: a key has no dashes: prompt='Once upon'$"),
+        (["--num-samples=3"], "unrecognized arguments: --num-samples=3: a key has no dashes: num_samples=3$"),
+        (["--quiet", "--help"], "unrecognized arguments: --quiet: a key has no dashes: quiet=<value>$"),
         (["=x"], "no key=value|without a key"),
         (["promt=Once, there"], "unknown key 'promt': did you mean 'prompt'"),
         (["seed=#5"], "seed='#5': Value '#5' of type 'str' could not be converted to Integer"),
@@ -265,7 +271,7 @@ def test_a_sweep_says_the_quoting_that_works():
         ([r'stop=["\ud83d"]'], "a list that cannot be read"),
         (["stop=[a, [b]]"], "a list that cannot be read"),
         (["prompt=\udcff"], "not a text in UTF-8"),
-        (["--foo"], "unrecognized arguments: --foo"),
+        (["--foo"], "unrecognized arguments: --foo: --help lists flags and keys$"),
         (["--cfg"], "expected one argument"),
         (["--config-dir", "nowhere"], "--config-dir .*nowhere: no such folder"),
         (["--run", "--multirun"], "Only one of"),
@@ -282,6 +288,30 @@ def test_what_cannot_be_read_is_one_line(arguments, message, monkeypatch, tmp_pa
     with pytest.raises(UserError, match=message):
         cli.run("infer", ran.append, arguments)
     assert not ran and not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_key_is_what_the_command_takes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\nrun_dir: run\n")
+    for command, word, meant in (
+        ("train", "run", "resume=run"),
+        ("train", "texts", "data.dir=texts"),
+        ("infer", "run", "checkpoint=run"),
+        ("export", "run", "checkpoint=run"),
+        ("prepare", "texts", "source=texts"),
+        ("report", "run", "runs=run"),
+    ):
+        with pytest.raises(UserError, match=rf"'{word}' is no key=value: did you mean {meant}\?$"):
+            cli.run(command, print, [word])
+    for command, word in (("train", "fast"), ("export", "nowhere"), ("bench", "cpu")):
+        with pytest.raises(UserError, match=f"'{word}' is no key=value$"):
+            cli.run(command, print, [word])
+    with pytest.raises(UserError, match="--resume: a key has no dashes: resume=outputs/demo$"):
+        cli.run("train", print, ["--resume", "outputs/demo", "seed=1"])
+    with pytest.raises(UserError, match="unknown key 'engine': evaluate has no engine=: .* accelerator=cpu or gpu"):
+        cli.run("evaluate", print, ["engine=torch"])
 
 
 @pytest.mark.parametrize("option", ["model=", "model=../../etc/passwd", "optim=x", "-m model=demo,nope"])

@@ -200,6 +200,11 @@ def _claim(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
                 descriptor = make(temporary)
             except FileExistsError:
                 continue  # a process in another container can have the same number
+            except OSError as error:  # a message names what the user typed
+                if error.errno == errno.ENOENT and path.parent.is_dir():  # /proc says so of any new name
+                    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path)) from None
+                error.filename = str(path)
+                raise
             lock(descriptor)
         return temporary, descriptor
     raise AssertionError("numbers have no end")

@@ -27,7 +27,7 @@ from bitnet_lit import config as schema
 from bitnet_lit.config import CustomNetwork
 from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
-from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
+from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, key_for_flag, key_for_words, words_for
 from bitnet_lit.entry_point import interruptions
 from bitnet_lit.errors import MESSAGES, UserError, disk_errors
 from bitnet_lit.instantiate import locate, takes
@@ -194,8 +194,11 @@ def _import_from(config_dir: str | None) -> None:
             sys.path.insert(0, folder)
 
 
-def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
+def _divide(command: str, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """Split the command line into Hydra's flags and the overrides, and say whether it is a sweep.
+
+    Args:
+        command: whose keys an unknown flag may mean.
 
     Raises:
         UserError: a flag does not exist or lacks its value.
@@ -203,7 +206,8 @@ def _divide(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}: --help lists flags and keys")
+        words = key_for_flag(command, message, arguments, CONF_DIR) or "--help lists flags and keys"
+        raise UserError(f"{message}: {words}")
 
     parser.error = refuse  # type: ignore[method-assign]
     known = parser.parse_intermixed_args(list(arguments))
@@ -252,7 +256,9 @@ def run(
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     register_schemas()
-    flags, overrides, sweep = _divide(arguments)
+    flags, overrides, sweep = _divide(command, arguments)
+    if words := key_for_words(command, overrides):
+        raise UserError(words)
     spelled = as_typed(SCHEMAS[command], _from_lightning(overrides), sweep)
     spelled = _with_custom([*(defaults(spelled, sweep) if defaults else []), *spelled])
     is_dry = resumable is not None and asks_for_dry_run(spelled)
@@ -300,8 +306,17 @@ def run(
 
 
 def advise(overrides: Sequence[str]) -> None:
-    """Print which export targets a training config can reach, and what to change for the others (`export --advise`)."""
+    """Print which export targets a model can reach, and what to change for the others (`export --advise`).
+
+    Args:
+        overrides: the keys of a training config, or the `checkpoint=` of a model that is there.
+    """
     from bitnet_lit.exports.targets import print_advice
 
+    if any(override.startswith("checkpoint=") for override in overrides):
+        from bitnet_lit.checkpoints.locate import find_model, open_stored
+
+        stored = open_stored(find_model(compose("export", overrides).checkpoint))
+        return print_advice(stored.config, stored.quant)
     config = compose("train", overrides)
     print_advice(config.model, config.quant)

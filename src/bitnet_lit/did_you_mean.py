@@ -7,7 +7,10 @@ key is suggested only if it is very similar.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.quant.schemes import SCHEMES
+from bitnet_lit.runs.folder import is_run
 
 # Hydra raises a ValueError for an option of a group that is a number (model=15). A UserError is a ValueError too.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
@@ -85,6 +89,10 @@ _EARLY = (
     "it is callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping "
     "callbacks.extra.early.monitor=val/loss"
 )
+_ENGINE = (
+    "evaluate has no engine=: a CPU scores text (data=<file>) in the native engine, all else PyTorch computes; "
+    "accelerator=cpu or gpu is the device"
+)
 _LENGTH = "trainer.max_steps=<steps> or trainer.max_epochs=<epochs> is the length of a run"
 _BAR = "callbacks.progress_bar=false leaves the bar out"
 # Keys and groups of other trainers that this package does not have, and what to use instead. An entry holds for a key
@@ -130,7 +138,12 @@ WORDS = {
         "logger.neptune": "it is logger.extra.neptune._target_=lightning.pytorch.loggers.NeptuneLogger",
         "optim.lr": "it is optim.learning_rate",
     },
-    "evaluate": {"ckpt_path": _CHECKPOINT, "data.dir": "it is data_dir=<folder of shards>"},
+    "evaluate": {
+        "ckpt_path": _CHECKPOINT,
+        "data.dir": "it is data_dir=<folder of shards>",
+        "engine": _ENGINE,
+        "device": _ENGINE,
+    },
     "infer": {"ckpt_path": _CHECKPOINT},
     "export": {"ckpt_path": _CHECKPOINT},
 }
@@ -216,6 +229,51 @@ def words_for(command: str, key: str) -> str | None:
         if words := WORDS.get(command, {}).get(".".join(parts[:end])):
             return words
     return None
+
+
+# What a word without a key most likely is: a text, or else a folder that is there.
+_LONE_TEXT = {"infer": "prompt", "prepare": "source", "evaluate": "data", "report": "runs", "plot": "runs"}
+_LONE_FOLDER = {"train": "data.dir", "infer": "checkpoint", "evaluate": "checkpoint", "export": "checkpoint"}
+
+
+def key_for_words(command: str, overrides: Sequence[str]) -> str | None:
+    """Return the error line for words without a key at the start of a command, with the key that they need, or None.
+
+    Words behind a key=value are another mistake: most likely a part of that value, which needs quotes.
+    """
+    words = list(itertools.takewhile(lambda each: "=" not in each and each[:1].isalnum(), overrides))
+    if not words:
+        return None
+    typed = " ".join(words)
+    key = _LONE_TEXT.get(command)
+    if os.path.isdir(typed):
+        key = _LONE_FOLDER.get(command, key)
+        if command == "train" and is_run(Path(typed)):
+            key = "resume"
+    return None if key is None else f"'{typed}' is no key=value: did you mean {_shown(key, typed)}?"
+
+
+def key_for_flag(command: str, message: str, arguments: Sequence[str], conf_dir: Path) -> str | None:
+    """Return what to type in place of a flag that does not exist and has the name of a key, or None.
+
+    Args:
+        message: the parser's, which names the flag.
+        arguments: the command line.
+    """
+    if (found := re.fullmatch(r"unrecognized arguments: --([a-z]\S*)( .*)?", message)) is None:
+        return None
+    name, sign, value = found[1].partition("=")
+    place = next((at for at, each in enumerate(arguments) if each.startswith(f"--{name}")), len(arguments))
+    if not sign and (value := next(iter(arguments[place + 1 : place + 2]), "")).startswith("-"):
+        value = ""
+    if (key := nearest_key(name, known_keys(command, conf_dir))) is None:
+        return None
+    return f"a key has no dashes: {_shown(key, value) if value else f'{key}=<value>'}"
+
+
+def _shown(key: str, value: str) -> str:
+    """Return key=value for a shell."""
+    return f"{key}={value}" if re.fullmatch(r"[\w@%+:,./-]+", value) else f"{key}={shlex.quote(value)}"
 
 
 def unknown_key(command: str, key: str, known: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """`python -m bitnet_lit.export` writes a model in formats of other tools, and compares each export with the model.
 
-With `--advise` it prints which formats a training config can be exported to, and what to change for the others.
+With `--advise` it prints to which formats a training config, or the model of `checkpoint=`, can be exported, and what
+to change for the others.
 """
 
 from __future__ import annotations

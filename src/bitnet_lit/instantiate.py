@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def check_allowed(
         names = ",".join(dict.fromkeys([*allowed, *foreign]))
         raise UserError(
             f"{where}: names the class {foreign[0]}, and a class that a folder names is imported only if you allow it: "
-            f"if you trust it: {typed} {option}=[{names}]"
+            f"if you trust it: {typed} {shlex.quote(f'{option}=[{names}]')}"
         )
 
 

@@ -15,7 +15,7 @@ from bitnet_lit.checkpoints import locate
 from bitnet_lit.checkpoints.formats.llama2c import Llama2c
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.locate import find_model, open_stored
-from bitnet_lit.cli import compose
+from bitnet_lit.cli import advise, compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.language_model import load
@@ -207,6 +207,15 @@ def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_read(tmp_
         train(compose("train", [f"run_dir={tmp_path}", "data.dir=nowhere", "export.targets=[gguf_tq2_0]", *overrides]))
     with pytest.raises(UserError, match="must be one of latent, packed"):
         compose("train", ["run_dir=x", "export.targets=[floppy]"])
+
+
+def test_the_advice_for_a_model_that_is_there(tmp_path, capsys):
+    save_model_folder(tmp_path / "model", tiny_model(sub_norm=False), QuantConfig(), None)
+    advise([f"checkpoint={tmp_path}"])
+    told = capsys.readouterr().out
+    assert "gguf_tq2_0" in told and "take 256" in told
+    with pytest.raises(UserError, match=r"unknown key 'model': .*export --cfg job"):
+        advise([f"checkpoint={tmp_path}", "model=15m"])
 
 
 def test_the_advice_names_every_target_and_remedy(tmp_path):

@@ -180,7 +180,7 @@ def test_a_run_is_resumed_exactly_and_evaluated(tmp_path, monkeypatch, cls):
     with pytest.raises(Killed):
         train(compose("train", [f"run_dir={tmp_path}/broken", *options]))
     monkeypatch.undo()
-    with pytest.raises(UserError, match=rf"names the class {HERE}.{cls}, .* allow=\[{HERE}.{cls}\]"):
+    with pytest.raises(UserError, match=rf"names the class {HERE}.{cls}, .* 'allow=\[{HERE}.{cls}\]'"):
         resume_config(str(tmp_path / "broken"))
     with pytest.raises(UserError, match="data.count was 23 when the run began, and is 24 now"):
         train(resume_config(str(tmp_path / "broken"), [f"allow=[{HERE}]", "data.count=24"]))
@@ -190,7 +190,7 @@ def test_a_run_is_resumed_exactly_and_evaluated(tmp_path, monkeypatch, cls):
         assert torch.equal(tensor, resumed["state_dict"][name])
     assert json.loads((tmp_path / "whole" / "model" / "config.json").read_text())["vocab_size"] == 50
     folder = tmp_path / "whole" / ("model_last" if (tmp_path / "whole" / "model_last").exists() else "model")
-    with pytest.raises(UserError, match=rf"names the class {HERE}.{cls}, .*checkpoint=.* allow="):
+    with pytest.raises(UserError, match=rf"names the class {HERE}.{cls}, .*checkpoint=.* 'allow="):
         evaluate(EvaluateConfig(checkpoint=str(folder), accelerator="cpu"))
     figures = evaluate(EvaluateConfig(checkpoint=str(folder), accelerator="cpu", allow=["tests"]))
     assert figures["loss"] == pytest.approx(metrics["val/loss"], rel=1e-5)

@@ -47,7 +47,7 @@ def test_a_run_with_everything_of_ones_own_is_killed_goes_on_and_is_evaluated(pr
     length = ["trainer.max_steps=60", "schedule.total_steps=60"]
     refused = run_command("train", "resume=run", *length, cwd=project, check=False)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-    allow = re.search(r"(allow=\[\S+\])$", refused.stderr.strip())[1]  # what the line says is what is typed
+    allow = re.search(r"'(allow=\[\S+\])'$", refused.stderr.strip())[1]  # what the line says is what is typed
     run_command("train", "resume=run", *length, allow, cwd=project)
     figures = json.loads((project / "run" / "metrics.json").read_text())
     assert figures["steps"] == 60 and figures["quant"] == "threshold"

@@ -16,6 +16,7 @@ from bitnet_lit.config import ExportConfig, QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.destination import default_out
 from bitnet_lit.exports.targets import problems
+from bitnet_lit.exports.write import export
 from tests.exports.exporting import (
     FORMATS,
     QUANTS,
@@ -95,6 +96,17 @@ def test_every_format_holds_the_model_or_refuses_it(tmp_path, tokenizer, monkeyp
             assert found["max_logit_difference"] > 0, name  # rounded, and the comparison saw it
         assert {row["name"] for row in report["tensors"]} == set(stored.tensors), name
         assert out.exists() and not list(out.parent.glob(".*")), name
+
+
+@pytest.mark.parametrize(
+    ("format", "says"),
+    [({"format": "latent"}, "2.0 times fp16"), ({"format": "latent", "dtype": "bfloat16"}, "1/1.0 of")],
+)
+def test_a_size_above_that_of_fp16_is_a_factor(tmp_path, tokenizer, capsys, format, says):
+    model = random_model(QuantConfig(name="none"))
+    save_model_folder(tmp_path / "model", model, QuantConfig(name="none"), tokenizer)
+    export(ExportConfig(checkpoint=str(tmp_path), out=str(tmp_path / "out"), verify=False, **format))
+    assert f"bits a weight with embeddings, {says}" in capsys.readouterr().out
 
 
 def test_the_report_says_the_sizes_that_lie_on_the_disk(tmp_path, tokenizer, monkeypatch):

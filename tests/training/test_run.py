@@ -228,9 +228,14 @@ def test_profile_leaves_a_trace_and_a_table(tmp_path, shards, capsys):
     assert "BitLinearFunction" in (tmp_path / "run" / "profile" / "table.txt").read_text()
 
 
-def test_wandb_and_tensorboard_offline(tmp_path, shards):
+def test_wandb_and_tensorboard_offline(tmp_path, shards, monkeypatch):
+    import wandb
+
+    warned = []
+    monkeypatch.setattr(wandb, "termwarn", lambda text, **_: warned.append(text))
     run(tmp_path, shards, "logger=many", "trainer.max_steps=2", name="a")
     run(tmp_path, shards, "logger=many", "trainer.max_steps=2", name="b")
     for name in ("a", "b"):
         assert len(list((tmp_path / name / "wandb").glob("offline-run-*"))) == 1
         assert list((tmp_path / name / "tensorboard").glob("events.*"))
+    assert not [text for text in warned if "anonymous" in text]

@@ -1,6 +1,7 @@
 """Open slots: callbacks, loggers, optimizers, schedules and Trainer flags of a user's own."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -143,10 +144,10 @@ def own(tmp_path_factory, shards):
 
 def test_every_slot_is_used_and_a_resumed_run_is_the_unbroken_one(own, tmp_path):
     shutil.copytree(own / "broken", tmp_path / "broken")
-    foreign = r"config.yaml: names the class tests\.training\.test_slots\.Fading, .*resume=.* allow=\["
+    foreign = r"config.yaml: names the class tests\.training\.test_slots\.Fading, .*resume=.* 'allow=\["
     with pytest.raises(UserError, match=foreign) as refused:
         resume_config(str(tmp_path / "broken"))
-    allow = str(refused.value).rpartition(" ")[2]  # what the line says is what is typed
+    allow = shlex.split(str(refused.value))[-1]  # what the line says is what is typed
     with pytest.raises(UserError, match="builtins.dict"):
         resume_config(str(tmp_path / "broken"), ["allow=[tests]"])
     train(resume_config(str(tmp_path / "broken"), [allow]))

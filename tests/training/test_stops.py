@@ -66,12 +66,20 @@ def test_what_schedulers_send_saves(tmp_path, shards, monkeypatch, number):
     assert train(resume_config(str(tmp_path / "run")))["steps"] == 8
 
 
-def test_the_second_signal_stops_at_once(tmp_path, shards, monkeypatch):
-    at_step(monkeypatch, 3, send(signal.SIGTERM, signal.SIGINT))
-    with pytest.raises(TrainingStopped, match="SIGINT for the second time: stopped at once") as stopped:
+@pytest.mark.parametrize(
+    ("step", "remedy"),
+    [
+        (3, "no checkpoint was written: give the same command again$"),
+        (6, "go on from step 4 with python -m bitnet_lit.train resume=.*run$"),
+    ],
+)
+def test_the_second_signal_stops_at_once(tmp_path, shards, monkeypatch, step, remedy):
+    at_step(monkeypatch, step, send(signal.SIGTERM, signal.SIGINT))
+    with pytest.raises(TrainingStopped, match=f"SIGINT for the second time: stopped at once; {remedy}") as stopped:
         train(config(tmp_path / "run", shards))
     assert stopped.value.status == 128 + signal.SIGINT
-    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert last.exists() == (step > 4) and (step < 4 or read_checkpoint(last)["global_step"] == 4)
 
 
 def test_a_signal_that_comes_too_late_still_ends_what_started_the_run(tmp_path, shards, monkeypatch):

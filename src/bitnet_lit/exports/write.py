@@ -59,9 +59,10 @@ def print_report(report: dict[str, Any], page: Console) -> None:
         table.add_row(name, str(len(rows)), kind, f"{8 * nbytes / values:.2f}", f"{nbytes:,}", error)
     page.print(table)
     sizes = report["sizes"]
+    ratio = sizes["ratio_to_fp16"]
     page.print(
         f"{sizes['bytes'] / 1e6:,.1f} MB for {sizes['parameters']:,} parameters: {sizes['bits_per_weight']:.2f} bits a "
-        f"weight with embeddings, 1/{sizes['ratio_to_fp16']:.1f} of fp16"
+        f"weight with embeddings, {f'1/{ratio:.1f} of' if ratio >= 1 else f'{1 / ratio:.1f} times'} fp16"
     )
     for name, found in report["parity"].items():
         if isinstance(found, dict):

@@ -46,11 +46,13 @@ class StopSignals:
     Attributes:
         number: the signal that arrived; None before.
         is_running: whether the run does optimizer steps, so that it must finish one before it stops.
+        how_to_go_on: returns what a user can do when the run stops at once.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.is_running = False
+        self.how_to_go_on: Callable[[], str] = lambda: "give the same command again"
         self._handling = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignals:
@@ -67,5 +69,5 @@ class StopSignals:
                 f"{name} before the first step: no step was done, give the same command again", status
             )
         if self.number is not None:
-            raise TrainingStopped(f"{name} for the second time: stopped at once; the last checkpoint is kept", status)
+            raise TrainingStopped(f"{name} for the second time: stopped at once; {self.how_to_go_on()}", status)
         self.number = number

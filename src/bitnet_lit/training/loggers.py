@@ -167,18 +167,19 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
         mode = None if os.environ.get("WANDB_MODE") or _wandb_logged_in() else "offline"
         with needs("wandb", "logger=wandb"):
             import wandb  # noqa: F401  Lightning imports it only when the first row is logged
-        loggers.append(
-            WandbLogger(
-                project=config.logger.wandb_project,
-                group=config.logger.wandb_group,
-                name=run_dir.name,
-                save_dir=run_dir,
-                mode=mode,
-                config=as_values(config),
-                id=_wandb_id(run_dir) if resume_step else None,
-                resume="allow",
-            )
+        wandb_logger = WandbLogger(
+            project=config.logger.wandb_project,
+            group=config.logger.wandb_group,
+            name=run_dir.name,
+            save_dir=run_dir,
+            mode=mode,
+            config=as_values(config),
+            id=_wandb_id(run_dir) if resume_step else None,
+            resume="allow",
         )
+        # Lightning gives wandb.init anonymous=None, and newer versions of wandb warn of any value.
+        getattr(wandb_logger, "_wandb_init", {}).pop("anonymous", None)
+        loggers.append(wandb_logger)
     for name, values in config.logger.extra.items():
         if values is None:
             continue

@@ -298,7 +298,10 @@ class Start:
                 f"on, change what ended it, such as callbacks.extra.{name}.<key>=..., or take it out: "
                 f"callbacks.extra.{name}=null"
             )
-        raise UserError(f"resume={self.folder}: complete at step {self.step}: give a larger trainer.max_steps to go on")
+        raise UserError(
+            f"resume={self.folder}: complete at step {self.step}: give a larger trainer.max_steps to go on, and with "
+            f"it schedule.total_steps, if the run has none: {self.step} keeps the curve, the new length stretches it"
+        )
 
     def _is_complete(self) -> bool:
         """Return whether every file that a run writes at its end exists and belongs to this checkpoint."""

@@ -106,7 +106,7 @@ class Checkpoints(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signals.is_running = True
+        self.signals.is_running, self.signals.how_to_go_on = True, self._how_to_go_on
         if self.max_time is not None:
             self._deadline = time.monotonic() + self.max_time.total_seconds()
         for callback in self._callbacks(trainer):
@@ -209,6 +209,12 @@ class Checkpoints(Callback):
             self._end(trainer)
         elif self.every_n_steps and step % self.every_n_steps == 0 and not self._validates(trainer):
             self._save(trainer)
+
+    def _how_to_go_on(self) -> str:
+        """Return how to go on where nothing can be saved any more."""
+        if self.saved_step is None:
+            return "no checkpoint was written: give the same command again"
+        return f"go on from step {self.saved_step} with {command_to_resume(self.folder.parent)}"
 
     def _reason_to_stop(self, trainer: L.Trainer) -> int:
         """Return the reason to stop. The ranks agree on it, because a signal may reach them at different steps."""
