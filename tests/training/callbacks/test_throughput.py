@@ -97,3 +97,12 @@ def test_a_known_gpu_is_held_against_its_data_sheet_and_others_are_measured(monk
     assert peak_flops(torch.device("cuda"), "bf16-mixed") == 989e12
     assert peak_flops(torch.device("cuda"), "32-true") == ("cuda", torch.float32)
     assert peak_flops(torch.device("cpu"), "bf16-true") == ("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("has_amx", "peak"), [(True, 6e9), (False, 1e9)])
+def test_a_cpu_is_held_against_its_fastest_product(monkeypatch, has_amx, peak):
+    """BitNet's codes are multiplied in bfloat16 there, so the figure of float32 would give an MFU above 1."""
+    speeds = {torch.float32: 1e9, torch.bfloat16: 6e9}
+    monkeypatch.setattr(throughput, "measured_peak_flops", lambda device, dtype: speeds[dtype])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert peak_flops(torch.device("cpu"), "32-true") == peak
