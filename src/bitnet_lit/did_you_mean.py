@@ -241,7 +241,7 @@ def key_for_words(command: str, overrides: Sequence[str]) -> str | None:
 
     Words behind a key=value are another mistake: most likely a part of that value, which needs quotes.
     """
-    words = list(itertools.takewhile(lambda each: "=" not in each and each[:1].isalnum(), overrides))
+    words = list(itertools.takewhile(lambda each: each and "=" not in each and each[0] not in "~+-", overrides))
     if not words:
         return None
     typed = " ".join(words)
