@@ -66,6 +66,7 @@ def test_who_looks_for_the_place_gets_the_traceback(tmp_path, monkeypatch):
 def test_other_errors_are_none_of_the_gpu(lost, error):
     gpu_errors.note(error)
     assert not gpu_errors.is_gpu_error(error) and not gpu_errors.is_lost()
+    assert gpu_errors.names_gpu_error(str(error)) == isinstance(error, ValueError)  # a text has no class
 
 
 def test_a_gpu_that_still_answers_is_not_lost(lost, monkeypatch):

@@ -261,6 +261,7 @@ def test_a_sweep_says_the_quoting_that_works():
         (["~seed"], "seed"),
         (["--prompt", "Once upon"], "unrecognized arguments: --prompt: a key has no dashes: prompt='Once upon'$"),
         (["--num-samples=3"], "unrecognized arguments: --num-samples=3: a key has no dashes: num_samples=3$"),
+        (["--quiet", "seed=1"], "unrecognized arguments: --quiet: a key has no dashes: quiet=<value>$"),
         (["--quiet", "--help"], "unrecognized arguments: --quiet: a key has no dashes: quiet=<value>$"),
         (["=x"], "no key=value|without a key"),
         (["promt=Once, there"], "unknown key 'promt': did you mean 'prompt'"),

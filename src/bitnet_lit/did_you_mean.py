@@ -232,6 +232,7 @@ def words_for(command: str, key: str) -> str | None:
 
 
 # What a word without a key most likely is: a text, or else a folder that is there.
+_OVERRIDE_START = re.compile(r"[\w+~.]+=")
 _LONE_TEXT = {"infer": "prompt", "prepare": "source", "evaluate": "data", "report": "runs", "plot": "runs"}
 _LONE_FOLDER = {"train": "data.dir", "infer": "checkpoint", "evaluate": "checkpoint", "export": "checkpoint"}
 
@@ -264,8 +265,10 @@ def key_for_flag(command: str, message: str, arguments: Sequence[str], conf_dir:
         return None
     name, sign, value = found[1].partition("=")
     place = next((at for at, each in enumerate(arguments) if each.startswith(f"--{name}")), len(arguments))
-    if not sign and (value := next(iter(arguments[place + 1 : place + 2]), "")).startswith("-"):
-        value = ""
+    if not sign:
+        value = next(iter(arguments[place + 1 : place + 2]), "")
+        if value.startswith("-") or _OVERRIDE_START.match(value):  # the next flag or key
+            value = ""
     if (key := nearest_key(name, known_keys(command, conf_dir))) is None:
         return None
     return f"a key has no dashes: {_shown(key, value) if value else f'{key}=<value>'}"

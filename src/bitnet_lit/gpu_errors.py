@@ -35,14 +35,14 @@ def is_gpu_error(error: BaseException) -> bool:
 
 
 def names_gpu_error(text: str) -> bool:
-    """Return whether a message, such as that of a job in error.txt, is of a GPU's error."""
-    return _GPU_ERROR.search(text) is not None
+    """Return whether a message, such as that of a job in error.txt, is of a GPU's error; too little memory is none."""
+    return _GPU_ERROR.search(text) is not None and "out of memory" not in text.lower()
 
 
 def without_boilerplate(message: object) -> str:
     """Return a message on one line, without what PyTorch appends to an error of the GPU."""
     text = str(message)
-    return one_line(_BOILERPLATE.sub("", text) if names_gpu_error(text) else text)
+    return one_line(_BOILERPLATE.sub("", text) if _GPU_ERROR.search(text) else text)
 
 
 def wants_traceback() -> bool:

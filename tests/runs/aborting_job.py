@@ -10,6 +10,7 @@ def run(folder):
     """End the process by a GPU error in the folder `a`, as std::terminate does, while the job of `b` runs."""
     began = folder.parent / "b" / "began"
     folder.mkdir(exist_ok=True)
+    (folder / "error.txt").unlink(missing_ok=True)  # as a run that goes on does
     if folder.name == "a":
         while not began.exists():
             time.sleep(0.05)

@@ -62,9 +62,19 @@ class Joblib:
 
 def test_a_process_that_a_gpu_error_aborts_ends_no_other_job(tmp_path, capfd):
     """joblib ends the processes beside it. Their jobs begin again in new ones."""
+    for name in "bc":  # of an earlier start; a run that goes on removes it
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "error.txt").write_text("SIGTERM at step 3 of 9: saved\n")
     launch(Joblib(), [Planned([str(tmp_path / name)], tmp_path / name, State.NEW) for name in "abc"], tmp_path, 0)
     assert sorted(path.parent.name for path in tmp_path.glob("*/metrics.json")) == ["b", "c"]
     assert "a: its GPU error ended 2 other jobs: they go on in new processes" in capfd.readouterr().err
+
+
+def test_a_gpu_error_of_the_last_job_ends_the_round_with_what_it_told(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "began").write_text("")  # nobody is waited for
+    assert launch(Joblib(), [Planned([str(tmp_path / "a")], tmp_path / "a", State.NEW)], tmp_path, 0) == []
+    assert GPU_ERROR in (tmp_path / "a" / "error.txt").read_text()
 
 
 class Processes:

@@ -113,7 +113,7 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
         left = [
             job
             for job, was, told in zip(waiting, before, after, strict=True)
-            if told == was and job.folder is not None and state(job.folder) not in (State.DONE, State.RUNNING)
+            if told in (None, was) and job.folder is not None and state(job.folder) not in (State.DONE, State.RUNNING)
         ]
         if left and by_gpu and stop_number(sweep_dir) is None:
             print(
@@ -123,8 +123,8 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
             )
             waiting = left
             continue
-        if broken is None:
-            return results
+        if broken is None or (by_gpu and not left):
+            return results  # where a process died, its job's error.txt names the GPU's error
         unknown = [
             f"{job.folder}: {told[1]}"
             for told, job in failed

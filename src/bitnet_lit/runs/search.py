@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
+from bitnet_lit import gpu_errors
 from bitnet_lit.config import SweepConfig
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.extras import needs
@@ -257,7 +258,7 @@ class Search:
         )
         at_once = max(1, int(OmegaConf.select(cast(DictConfig, self.sweeper.config), "hydra.launcher.n_jobs") or 1))
         names: list[str] = []
-        while left > 0 and stop_number(self.sweep_dir) is None:
+        while left > 0 and stop_number(self.sweep_dir) is None and not gpu_errors.is_lost():
             batch = open_trials[: min(left, at_once)]
             open_trials = open_trials[len(batch) :]
             while len(batch) < min(left, at_once):

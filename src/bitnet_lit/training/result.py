@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.config import TrainConfig
+from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.runs.folder import METRICS_NAME, MODEL
 from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
@@ -31,26 +31,28 @@ def write_result(config: TrainConfig, plan: Plan, trainer: L.Trainer, checkpoint
         "seed": config.seed,
         "run_dir": str(config.run_dir),
     }
-    _write(Path(config.run_dir), metrics)
+    _write(Path(config.run_dir), metrics, isinstance(config.model, ModelConfig))
     return metrics
 
 
 @rank_zero_only
-def _write(run_dir: Path, metrics: dict[str, Any]) -> None:
+def _write(run_dir: Path, metrics: dict[str, Any], is_own: bool) -> None:
     with atomic_file(run_dir / METRICS_NAME) as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    for name, text in _last_lines(run_dir, metrics).items():
+    for name, text in _last_lines(run_dir, metrics, is_own).items():
         console(stderr=True).print(f"{name:<11} {text}", markup=False, highlight=False)
 
 
-def _last_lines(run_dir: Path, metrics: dict[str, Any]) -> dict[str, str]:
+def _last_lines(run_dir: Path, metrics: dict[str, Any], is_own: bool) -> dict[str, str]:
+    """Return the lines by their names. `infer` opens models with this package's network and a tokenizer."""
     loss, best, bits = metrics["val/loss"], metrics["val/best_loss"], metrics.get("val/bits_per_byte")
     done = f"step {metrics['steps']:,}, val/loss {loss:.4f}"
     done += "" if bits is None else f", {bits:.4f} bits per byte"
     lines = {"done": done + (f"; the least loss before was {best:.4f}" if best < loss else "")}
-    if (run_dir / MODEL).is_dir():
-        lines["model"] = str(run_dir / MODEL)
-        lines["next"] = shlex.join(
-            ["python", "-m", "bitnet_lit.infer", f"checkpoint={run_dir}", "prompt=Once upon a time"]
-        )
+    model = run_dir / MODEL
+    if model.is_dir():
+        lines["model"] = str(model)
+    if is_own and any((model / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        command = ["python", "-m", "bitnet_lit.infer", f"checkpoint={run_dir}", "prompt=Once upon a time"]
+        lines["next"] = shlex.join(command)
     return lines

@@ -1,0 +1,16 @@
+"""The last lines of a run, for every kind of model."""
+
+from bitnet_lit.training.result import _last_lines
+
+METRICS = {"val/loss": 2.0, "val/best_loss": 1.5, "steps": 1000}
+
+
+def test_a_model_that_infer_does_not_open_has_no_command(tmp_path):
+    done = {"done": "step 1,000, val/loss 2.0000; the least loss before was 1.5000"}
+    assert _last_lines(tmp_path, METRICS, is_own=True) == done
+    (tmp_path / "model").mkdir()
+    with_model = done | {"model": str(tmp_path / "model")}
+    assert _last_lines(tmp_path, METRICS, is_own=True) == with_model  # the data has no tokenizer
+    (tmp_path / "model" / "tokenizer.model").touch()
+    assert _last_lines(tmp_path, METRICS, is_own=False) == with_model  # a network of the user's own
+    assert "next" in _last_lines(tmp_path, METRICS, is_own=True)
