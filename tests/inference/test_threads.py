@@ -234,7 +234,12 @@ print("done", flush=True)
 @pytest.mark.parametrize("how", ["global", "cycle"])
 def test_the_interpreter_ends_while_texts_are_made(folder, how):
     command = [sys.executable, "-c", AT_THE_END, str(folder), "cpu", how]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    for _ in range(3):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        # Before 3.14 Python ends a daemon thread by pthread_exit when the thread next wants the interpreter. If the
+        # thread is in PyTorch's C++ then, glibc ends the process with this line. It was seen once in many runs.
+        if result.stderr != "FATAL: exception not rethrown\n":
+            break
     assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
 
 

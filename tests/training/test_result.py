@@ -1,5 +1,6 @@
 """The last lines of a run, for every kind of model."""
 
+from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.training.result import _last_lines
 
 METRICS = {"val/loss": 2.0, "val/best_loss": 1.5, "steps": 1000}
@@ -11,6 +12,6 @@ def test_a_model_that_infer_does_not_open_has_no_command(tmp_path):
     (tmp_path / "model").mkdir()
     with_model = done | {"model": str(tmp_path / "model")}
     assert _last_lines(tmp_path, METRICS, is_own=True) == with_model  # the data has no tokenizer
-    (tmp_path / "model" / "tokenizer.model").touch()
+    (tmp_path / "model" / SentencePieceTokenizer.file_names[0]).touch()
     assert _last_lines(tmp_path, METRICS, is_own=False) == with_model  # a network of the user's own
     assert "next" in _last_lines(tmp_path, METRICS, is_own=True)

@@ -129,13 +129,13 @@ def _kept_path(url: str, cache: ShardCache) -> Path:
 
 def _keep(url: str, meta: dict[str, Any], cache: ShardCache) -> None:
     """Keep the meta.json of a remote folder beside its shards, for the day when its server is gone."""
-    path, content = _kept_path(url, cache), json.dumps(meta)
+    path, content = _kept_path(url, cache), json.dumps(meta).encode()
     # It may fail where a cache may only be read, and nothing needs it now: a full disk is reported by the shards.
     with contextlib.suppress(OSError, UserError):
-        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        if not path.is_file() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary:
-                temporary.write_text(content, encoding="utf-8")
+                temporary.write_bytes(content)
 
 
 def _kept(url: str, cache: ShardCache, known: Known) -> dict[str, Any] | None:
@@ -143,7 +143,8 @@ def _kept(url: str, cache: ShardCache, known: Known) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, UserError, LookupError):  # a file that is damaged is none
         path = _kept_path(url, cache)
         meta = parse_meta(path.read_bytes(), path, "")
-        if cache.holds(next(iter(_shards(url, meta).values()))) and _digests(meta) in known():
+        shards = list(_shards(url, meta).values())  # of an unfinished folder there are none
+        if shards and cache.holds(shards[0]) and _digests(meta) in known():
             return meta
     return None
 

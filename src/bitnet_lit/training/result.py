@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import ModelConfig, TrainConfig
+from bitnet_lit.data.tokenizers import find_tokenizer
 from bitnet_lit.runs.folder import METRICS_NAME, MODEL
 from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
@@ -52,7 +53,7 @@ def _last_lines(run_dir: Path, metrics: dict[str, Any], is_own: bool) -> dict[st
     model = run_dir / MODEL
     if model.is_dir():
         lines["model"] = str(model)
-    if is_own and any((model / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if is_own and find_tokenizer(model) is not None:
         command = ["python", "-m", "bitnet_lit.infer", f"checkpoint={run_dir}", "prompt=Once upon a time"]
         lines["next"] = shlex.join(command)
     return lines
