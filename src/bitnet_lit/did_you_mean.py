@@ -231,8 +231,8 @@ def words_for(command: str, key: str) -> str | None:
     return None
 
 
-# What a word without a key most likely is: a text, or else a folder that is there.
 _OVERRIDE_START = re.compile(r"[\w+~.]+=")
+# What a word without a key most likely is: a text, or else a folder that is there.
 _LONE_TEXT = {"infer": "prompt", "prepare": "source", "evaluate": "data", "report": "runs", "plot": "runs"}
 _LONE_FOLDER = {"train": "data.dir", "infer": "checkpoint", "evaluate": "checkpoint", "export": "checkpoint"}
 

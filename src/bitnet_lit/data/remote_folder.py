@@ -77,21 +77,7 @@ def open_remote(
         DataError: it cannot be reached; one line.
     """
     where = f"{key}={shown(url)}"
-    kept = _kept(url, cache, known) if known else None
-    try:
-        meta = _fetch_meta(url, attempts=1 if kept else None)
-    except DataError as error:
-        if kept is None and isinstance(error, NotThere):
-            raise UserError(
-                f"{where}: cannot be opened ({error}): a remote folder is read by the {META_NAME} that prepare writes"
-            ) from None
-        if kept is None:
-            raise
-        note = f"{where}: cannot be reached: the same shards are read from data.cache_dir={cache.folder}"
-        console(stderr=True).print(note, markup=False)
-        meta = kept
-    else:
-        _keep(url, meta, cache)
+    meta = _meta(url, where, cache, known)
     if not meta.get("complete", True):
         raise UserError(f"{where}: not finished: prepare it to its end, and copy it again")
     entries = meta.get("shards", {})
@@ -99,6 +85,7 @@ def open_remote(
         raise UserError(f"{where}: its {META_NAME} names no shards: copy a folder there that prepare wrote")
     if lacking := [name for name, entry in entries.items() if not {"sha256", "digest"} <= entry.keys()]:
         raise UserError(f"{where}: its {META_NAME} has no sha256 of {min(lacking)}: {_ADD}")
+    _keep(url, meta, cache)
     opened = open_tokenizer(tokenizer) if tokenizer else _fetch_tokenizer(url, meta, where, cache)
     vocab_size = agreed_vocab_size(shown(url), None, meta, opened)
     shards = _shards(url, meta)
@@ -106,6 +93,33 @@ def open_remote(
     return RemoteDirectory(
         shown(url), sizes, np.dtype(meta["dtype"]), vocab_size, opened, meta, cache=cache, shards=shards
     )
+
+
+def _meta(url: str, where: str, cache: ShardCache, known: Known | None) -> dict[str, Any]:
+    """Return the meta.json of a remote folder, or the one that was kept, where the server cannot be reached."""
+    kept = _kept(url, cache) if known else None
+    if known and kept:
+        try:
+            return _fetch_meta(url, attempts=1)
+        except DataError:
+            if _is_known(kept, known):
+                note = f"{where}: cannot be reached: the same shards are read from data.cache_dir={cache.folder}"
+                console(stderr=True).print(note, markup=False)
+                return kept
+    try:
+        return _fetch_meta(url, attempts=None)
+    except NotThere as error:
+        raise UserError(
+            f"{where}: cannot be opened ({error}): a remote folder is read by the {META_NAME} that prepare writes"
+        ) from None
+
+
+def _is_known(meta: dict[str, Any], known: Known) -> bool:
+    with contextlib.suppress(
+        OSError, UserError, LookupError
+    ):  # the checkpoint that knows the digests is damaged or gone
+        return _digests(meta) in known()
+    return False
 
 
 def _shards(url: str, meta: dict[str, Any]) -> dict[str, RemoteShard]:
@@ -138,13 +152,13 @@ def _keep(url: str, meta: dict[str, Any], cache: ShardCache) -> None:
                 temporary.write_bytes(content)
 
 
-def _kept(url: str, cache: ShardCache, known: Known) -> dict[str, Any] | None:
-    """Return the meta.json that was kept, if it describes shards that `known` returns and validation needs no other."""
+def _kept(url: str, cache: ShardCache) -> dict[str, Any] | None:
+    """Return the meta.json that was kept, if the cache has its validation shard."""
     with contextlib.suppress(OSError, UserError, LookupError):  # a file that is damaged is none
         path = _kept_path(url, cache)
         meta = parse_meta(path.read_bytes(), path, "")
         shards = list(_shards(url, meta).values())  # of an unfinished folder there are none
-        if shards and cache.holds(shards[0]) and _digests(meta) in known():
+        if shards and cache.holds(shards[0]):
             return meta
     return None
 

@@ -49,7 +49,7 @@ class LearnedScale(WeightRule):
 
     @property
     def granularity(self) -> Granularity:
-        """That of the other rule."""
+        """Return the granularity of the other rule."""
         return self.base.granularity
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:

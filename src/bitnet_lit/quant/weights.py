@@ -227,7 +227,7 @@ class _Ternary(WeightRule):
 
 @dataclass(frozen=True)
 class AbsMean(_Ternary):
-    """In BitNet b1.58 the scale is the mean magnitude of the weights."""
+    """The rule of BitNet b1.58 takes the mean magnitude of the weights as their scale."""
 
     granularity: Granularity = PerTensor()
 
@@ -237,7 +237,7 @@ class AbsMean(_Ternary):
 
 @dataclass(frozen=True)
 class AbsMedian(_Ternary):
-    """In BitNet b1.58 Reloaded the scale is the median magnitude of the weights."""
+    """The rule of BitNet b1.58 Reloaded takes the median magnitude of the weights as their scale."""
 
     granularity: Granularity = PerTensor()
 
@@ -247,9 +247,10 @@ class AbsMedian(_Ternary):
 
 @dataclass(frozen=True)
 class Sign(WeightRule):
-    """In BitNet (b1) a code is the sign of a weight's distance from the mean; the scale is the mean magnitude.
+    """The rule of BitNet (b1) codes each weight as the sign of its distance from the mean.
 
-    ``sign(0)`` counts as +1: a weight that equals the mean needs a code that one bit can store.
+    The scale is the mean magnitude of the weights. ``sign(0)`` counts as +1: a weight that equals the mean needs a code
+    that one bit can store.
     """
 
     levels = (-1, 1)

@@ -14,7 +14,7 @@ from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.model.accounting import account
 
 _DAMAGED = (TypeError, ValueError, AttributeError, KeyError, ArithmeticError)
-"""What a config raises whose values are of other types, or of sizes that nothing has."""
+"""A config raises one of these if its values are of other types, or are sizes that nothing has."""
 
 
 @dataclass(frozen=True)

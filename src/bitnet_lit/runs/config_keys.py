@@ -13,7 +13,7 @@ from typing import Any
 from bitnet_lit.errors import UserError, nearest, one_line
 
 ABSENT = "-"
-"""What is shown where a config does not have a key."""
+"""A table shows this where a config does not have a key."""
 
 _FIRST = ("model", "quant", "optim", "schedule", "data")
 _WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger", "callbacks", "export", "sweep")

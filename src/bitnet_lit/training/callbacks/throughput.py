@@ -56,7 +56,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
             if key in name:
                 return flops
     measured = measured_peak_flops(device, dtype)
-    if device.type == "cpu" and dtype != torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # private: it may go
+    if device.type == "cpu" and dtype != torch.bfloat16 and has_amx():
         return max(measured, measured_peak_flops(device, torch.bfloat16))
     return measured
 
