@@ -14,6 +14,7 @@ Each sweep is one command `python -m bitnet_lit.train -m ...` in a folder of its
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Sweep:
         recipe, quant, what: where it belongs; together they are its name.
         fixed: overrides of every job, by key. The values of the best trial come between `experiment` and these.
         space: what a search chooses from; empty for a grid over seeds.
+        sampler_seed: of a search's random points. Twins have the same, so that the same points are tried with both.
         seeds: of a grid.
         jobs: how many runs it has.
         tokens, tokens_per_s: of one run; the speed is an assumption.
@@ -59,6 +61,7 @@ class Sweep:
     tokens_per_s: float
     needs: tuple[str, ...] = ()
     is_alone: bool = False
+    sampler_seed: int = 0
 
     @property
     def name(self) -> str:
@@ -203,7 +206,9 @@ class Plan:
     def _search(self, recipe: str, quant: str) -> Sweep:
         space = {key: str(values) for key, values in self.settings["space"].items()}
         trials = int(self.settings["trials"])
-        return self._sweep(recipe, quant, SEARCH, ["sweep=optuna_lr"], 1, space=space, seeds=(), jobs=trials)
+        drawn = self.settings["recipes"][recipe].get("sampler_seed", zlib.crc32(recipe.encode()))
+        rest = {"space": space, "seeds": (), "jobs": trials, "sampler_seed": int(drawn)}
+        return self._sweep(recipe, quant, SEARCH, ["sweep=optuna_lr"], 1, **rest)
 
     def _grid(self, recipe: str, quant: str, what: str, option: dict[str, Any], *needs: str) -> Sweep:
         has_teacher = any(DENSE_RUN in override for override in option.get("overrides", ()))

@@ -84,7 +84,8 @@ class Study:
         if sweep.what == SEARCH:
             elsewhere = self.results.elsewhere(sweep)
             varied = [*(f"{key}={values}" for key, values in sweep.space.items())]
-            varied += [f"sweep.n_trials={sweep.jobs - elsewhere}", f"sweep.seed={elsewhere}", "sweep.metric=val/loss"]
+            seed = sweep.sampler_seed + elsewhere  # a study that goes on without its folder draws other points
+            varied += [f"sweep.n_trials={sweep.jobs - elsewhere}", f"sweep.seed={seed}", "sweep.metric=val/loss"]
         else:
             varied = [f"seed={','.join(map(str, self.results.missing_seeds(sweep)))}"]
         return [*(f"{key}={value}" for key, value in fixed.items()), *varied, *start]

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 
@@ -21,7 +22,8 @@ def main(typed):
     sweep = Path(given.pop("hydra.sweep.dir").strip("'"))
     fixed = {key: value for key, value in given.items() if not key.startswith(("hydra.", "sweep", "launcher"))}
     if "sweep" in given:
-        rates = [0.01 * 2 ** (number + int(given["sweep.seed"])) for number in range(int(given["sweep.n_trials"]))]
+        done = int(given["sweep.seed"]) - zlib.crc32(given["experiment"].removeprefix("recipes/").encode())
+        rates = [0.01 * 2 ** (number + done) for number in range(int(given["sweep.n_trials"]))]
         jobs = [{"optim.learning_rate": f"{rate:.5f}"} for rate in rates]
     else:
         jobs = [{"seed": seed} for seed in given["seed"].split(",")]
