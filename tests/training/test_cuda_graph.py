@@ -1,6 +1,9 @@
 """A replayed step is the same step: losses of runs with and without the graph. And when steps are recorded."""
 
+import contextlib
 import csv
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,8 @@ from bitnet_lit.cli import compose
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.config.trainer import TrainerConfig
 from bitnet_lit.model import batch_loss
-from bitnet_lit.training.cuda_graph import _aliases, _together, records_graph
+from bitnet_lit.training import module
+from bitnet_lit.training.cuda_graph import GraphedStep, _aliases, _together, records_graph
 from bitnet_lit.training.plan import make_plan
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, start_command, tiny_model
@@ -61,6 +65,66 @@ def test_aliases_get_the_gradients_and_the_network_keeps_its_parameters(given):
     batch_loss(model, ids).backward()
     assert all(torch.equal(alias.grad, parameter.grad) for parameter, alias in zip(parameters, aliases, strict=True))
     assert not given or all(alias.grad is gradient for alias, gradient in zip(aliases, gradients, strict=True))
+
+
+class Emulated:
+    """A graph without a GPU: it fills what the step holds of the recorded pass, its loss and gradients, in place."""
+
+    def replay(self):
+        step = self.step()
+        parameters = [parameter for parameter, _ in step._gradients]
+        with torch.enable_grad():
+            loss = step._loss_of(step._batch)
+            computed = torch.autograd.grad(loss / step._num_batches, parameters)
+        step._loss.copy_(loss.detach())
+        for (_, gradient), value in zip(step._gradients, computed, strict=True):
+            gradient.copy_(value) if step._memory is None else gradient.add_(value)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let runs on a CPU record their steps, and return what was recorded: the graphs, as weak references, and where."""
+    recorded = []
+
+    @contextlib.contextmanager
+    def recording(graph, *, stream, capture_error_mode):
+        recorded.append((weakref.ref(graph), stream))
+        yield
+
+    def record(self, batch, original=GraphedStep._record):
+        graph = original(self, batch)
+        graph.step = weakref.ref(self)
+        return graph
+
+    monkeypatch.setattr(module, "records_graph", lambda *run: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Emulated)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, object()))
+    monkeypatch.setattr(GraphedStep, "_record", record)
+    return recorded
+
+
+@pytest.mark.parametrize("options", [[], ["trainer.accumulate_grad_batches=3"], ["quant.start_at=0.5"]], ids=" ".join)
+def test_a_run_goes_on_from_what_a_replay_leaves(tmp_path, shards, monkeypatch, graphs, options):
+    options = [*options, "trainer.accelerator=cpu", "callbacks=quiet"]
+    replayed = losses(tmp_path / "replayed", shards, *options)
+    assert len(graphs) == 1 + ("quant.start_at=0.5" in options)
+    monkeypatch.setattr(module, "records_graph", lambda *run: False)
+    # The same sums, but that a replay here has the gradients of all parameters at once.
+    assert replayed == pytest.approx(losses(tmp_path / "plain", shards, *options), rel=1e-5)
+
+
+def test_each_run_of_a_process_records_on_a_stream_of_its_own_and_leaves_no_graph(tmp_path, shards, graphs):
+    gc.disable()  # Lightning's trainer is in a cycle
+    try:
+        for name in ("first", "second"):
+            losses(tmp_path / name, shards, "trainer.accelerator=cpu", "callbacks=quiet", "quant.start_at=0.5")
+        assert [graph() for graph, _ in graphs] == [None] * 4
+    finally:
+        gc.enable()
+    streams = [stream for _, stream in graphs]
+    assert streams[0] is streams[1] and streams[2] is streams[3] and streams[0] is not streams[2]
+    assert all(device == torch.device("cpu") for device, _ in streams)  # that of the run, not the current one
 
 
 def losses(folder, shards, *options):
@@ -116,8 +180,6 @@ def test_ranks_that_replay_average_their_gradients(tmp_path, shards):
 
 @pytest.mark.gpu
 def test_a_pass_that_reads_the_device_is_not_recorded_and_the_run_goes_on(tmp_path, shards, monkeypatch, capsys):
-    from bitnet_lit.training import module
-
     original = module.batch_loss
 
     def reading(model, batch):

@@ -14,6 +14,10 @@ replay takes the state of PyTorch's generator as a plain pass does.
 
 With several ranks (DDP) the graph computes the gradients of this rank, and then one call averages all of them over the
 ranks.
+
+A run records on a stream of its own. PyTorch would take one stream for all graphs of a process, on the GPU of the first
+of them, and products take their workspace by the stream: that of a second graph would lie in the memory of the first,
+which is gone when the first one is (PyTorch 2.12 and later, github.com/pytorch/pytorch/issues/193402).
 """
 
 from __future__ import annotations
@@ -75,12 +79,19 @@ class GraphedStep:
         model: its parameters get the gradients.
         num_batches: batches of an optimizer step, whose mean the gradients are of.
         dtype: autocast's dtype; None for no autocast.
+        stream: the pass is recorded on it. It belongs to this run, and to the device of its batches.
     """
 
     def __init__(
-        self, loss_of: Callable[[Tensor], Tensor], model: nn.Module, num_batches: int, dtype: torch.dtype | None
+        self,
+        loss_of: Callable[[Tensor], Tensor],
+        model: nn.Module,
+        num_batches: int,
+        dtype: torch.dtype | None,
+        stream: torch.cuda.Stream,
     ) -> None:
         self._loss_of, self._model, self._num_batches, self._dtype = loss_of, model, num_batches, dtype
+        self._stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory: Tensor | None = None  # of all gradients, where something is added to them
         self._seen = 0
@@ -142,7 +153,7 @@ class GraphedStep:
         # Autocast's cache of weights in bfloat16 must not outlive the recording.
         autocast = torch.autocast("cuda", dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=False)
         # The thread that reads batches goes on with its own CUDA calls meanwhile.
-        recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         with _aliases(self._model, parameters, gradients) as aliases, autocast, recording:
             loss = self._loss_of(self._batch)
             (loss / self._num_batches).backward()

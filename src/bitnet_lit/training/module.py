@@ -110,11 +110,15 @@ class BitNetModule(L.LightningModule):
         self._frees_gradients = hooks <= {Callback.on_before_zero_grad}  # a callback with that hook may read them
         self._trained = list(self.model.parameters())  # walking through all modules takes a millisecond
         if agreed(records_graph(self.config, self.plan, self.device), self.device):
+            self._stream = torch.cuda.Stream(self.device)
             self._graph = self._unrecorded()
 
     def _unrecorded(self) -> GraphedStep:
         mixed = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
-        return GraphedStep(self._loss_of, self.model, self.trainer.accumulate_grad_batches, mixed)
+        return GraphedStep(self._loss_of, self.model, self.trainer.accumulate_grad_batches, mixed, self._stream)
+
+    def on_train_end(self) -> None:
+        self._graph = None  # its memory is free for the next job of a sweep, before Python collects the trainer
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         if isinstance(self.config.model, CustomNetwork) or self.config.model.dropout:
