@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from bitnet_lit.cli import compose
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.config.trainer import TrainerConfig
+from bitnet_lit.errors import UserError
 from bitnet_lit.model import batch_loss
-from bitnet_lit.training import module
+from bitnet_lit.training import cuda_graph, module, run
+from bitnet_lit.training.callbacks import build_callbacks
 from bitnet_lit.training.cuda_graph import GraphedStep, _aliases, _together, records_graph
 from bitnet_lit.training.plan import make_plan
 from bitnet_lit.training.run import train
@@ -125,6 +128,44 @@ def test_each_run_of_a_process_records_on_a_stream_of_its_own_and_leaves_no_grap
     streams = [stream for _, stream in graphs]
     assert streams[0] is streams[1] and streams[2] is streams[3] and streams[0] is not streams[2]
     assert all(device == torch.device("cpu") for device, _ in streams)  # that of the run, not the current one
+
+
+class Watching(Callback):
+    """Counts the calls of a hook, and the steps of a run."""
+
+    def __init__(self, kind):
+        self.kind, self.calls, self.steps = kind, 0, 0
+
+    def on_train_start(self, trainer, pl_module):
+        layer = pl_module.model.model.layers[0].mlp.down_proj
+        watched = layer if self.kind == "register_forward_hook" else layer.weight
+        getattr(watched, self.kind)(self.count)
+
+    def count(self, *given):
+        self.calls += torch.is_grad_enabled() or self.kind != "register_forward_hook"
+
+    def on_train_batch_end(self, *given):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_is_called_in_every_step(tmp_path, shards, monkeypatch, graphs, capsys, kind):
+    watching = Watching(kind)
+    monkeypatch.setattr(run, "build_callbacks", lambda *given: [*build_callbacks(*given), watching])
+    losses(tmp_path / "run", shards, "trainer.accelerator=cpu", "callbacks=quiet")
+    assert watching.calls == watching.steps == 12 and not graphs
+    assert "note: no CUDA graph, so steps are slower: a hook watches the network" in capsys.readouterr().err
+
+
+def test_a_graph_that_was_asked_for_and_cannot_be_is_one_line(tmp_path, shards, monkeypatch, graphs):
+    def fails(*given):
+        raise RuntimeError("no such pass")
+
+    monkeypatch.setattr(GraphedStep, "_record", fails)
+    monkeypatch.setattr(cuda_graph, "_reset_generator", lambda device: None)
+    message = "^cuda_graph=true: the pass cannot be recorded: no such pass: cuda_graph=auto goes on without"
+    with pytest.raises(UserError, match=message):
+        losses(tmp_path / "run", shards, "trainer.accelerator=cpu", "callbacks=quiet", "cuda_graph=true")
 
 
 def losses(folder, shards, *options):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.errors import one_line
+from bitnet_lit.quant.kernels.choose import are_unobserved
 from bitnet_lit.training.plan import Plan, memory_estimate_bytes
 
 FIRST_STEPS = 3
@@ -121,11 +122,14 @@ class GraphedStep:
         """
         if self._graph is None:
             graph, why = None, "another rank could not record it"
-            try:
-                graph = self._record(batch)
-            except RuntimeError as error:
-                _reset_generator(batch.device)
-                why = one_line(error, 300)
+            if _has_hooks(self._model):
+                why = "a hook watches the network, and a replay would not call it"
+            else:
+                try:
+                    graph = self._record(batch)
+                except RuntimeError as error:
+                    _reset_generator(batch.device)
+                    why = one_line(error, 300)
             if not agreed(graph is not None, batch.device):
                 raise RecordingFailed(why)
             self._graph = graph
@@ -166,6 +170,13 @@ class GraphedStep:
 
 def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Return whether a module or a parameter has a hook, as `wandb.watch` gives them."""
+    return not are_unobserved([*model.modules()]) or any(
+        parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in model.parameters()
+    )
 
 
 def _together(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitnet_lit.config import CustomNetwork, TrainConfig
 from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.errors import UserError
 from bitnet_lit.inference.loss_sums import LossSums, weighted
 from bitnet_lit.model import batch_loss, token_losses
 from bitnet_lit.model.layers import joint_layers
@@ -172,7 +173,9 @@ class BitNetModule(L.LightningModule):
             return self._graph(batch, is_first, is_last)
         except RecordingFailed as error:
             if self.config.cuda_graph == "true":
-                raise
+                raise UserError(
+                    f"cuda_graph=true: the pass cannot be recorded: {error}: cuda_graph=auto goes on without"
+                ) from None
             self._graph = None
             self.zero_grad(set_to_none=True)
             self._note(f"no CUDA graph, so steps are slower: {error}")
