@@ -194,6 +194,18 @@ def functions_of(loaded: ctypes.CDLL) -> dict[str, Callable[[ctypes.Structure], 
     return found
 
 
+def has_amx() -> bool:
+    """Return whether the compiled functions multiply on Intel's matrix unit (csrc/amx.h).
+
+    Not every compiler knows the unit, and not every system lets a process use it.
+
+    Raises:
+        NoCompilerError: the functions cannot be compiled or loaded here.
+    """
+    functions()
+    return bool(build.library(TRAINING).bitnet_has_amx())
+
+
 _is_on = True
 
 

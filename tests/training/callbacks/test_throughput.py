@@ -1,11 +1,17 @@
 """Tokens a second, utilisation and waiting, on a clock that the test turns."""
 
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.model import build_model
+from bitnet_lit.native import library
+from bitnet_lit.quant.kernels import cpu
 from bitnet_lit.training.callbacks import throughput
 from bitnet_lit.training.callbacks.throughput import Throughput, peak_flops, peak_memory_bytes
 from bitnet_lit.training.module import BitNetModule
@@ -17,6 +23,7 @@ class Module(BitNetModule):
     """A module that was not built, and keeps what it is given."""
 
     device = torch.device("cpu")
+    model = None
 
     def __init__(self):
         object.__setattr__(self, "step_figures", Given())
@@ -41,7 +48,7 @@ class Given(dict):
 def clock(monkeypatch):
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
-    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision, network: 1e9)
     return now
 
 
@@ -99,10 +106,32 @@ def test_a_known_gpu_is_held_against_its_data_sheet_and_others_are_measured(monk
     assert peak_flops(torch.device("cpu"), "bf16-true") == ("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize(("has_amx", "peak"), [(True, 6e9), (False, 1e9)])
-def test_a_cpu_is_held_against_its_fastest_product(monkeypatch, has_amx, peak):
-    """BitNet's codes are multiplied in bfloat16 there, so the figure of float32 would give an MFU above 1."""
+@pytest.mark.parametrize(
+    ("quant", "has_compiler", "has_amx", "peak"),
+    [
+        (QuantConfig(), True, True, 6e9),
+        (QuantConfig(name="none"), True, True, 6e9),
+        (QuantConfig(), True, False, 1e9),
+        (QuantConfig(), False, True, 1e9),
+        (QuantConfig(kernel="reference"), True, True, 1e9),
+        (QuantConfig(name="none", kernel="reference"), True, True, 1e9),
+    ],
+)
+def test_a_cpu_is_held_against_the_products_that_its_kernels_compute(monkeypatch, quant, has_compiler, has_amx, peak):
+    """With AMX they multiply in bfloat16, so the figure of float32 would give an MFU above 1.
+
+    The reference multiplies in float32, where the figure of bfloat16 would give a sixth of it.
+    """
     speeds = {torch.float32: 1e9, torch.bfloat16: 6e9}
     monkeypatch.setattr(throughput, "measured_peak_flops", lambda device, dtype: speeds[dtype])
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    assert peak_flops(torch.device("cpu"), "32-true") == peak
+    monkeypatch.setattr(cpu, "_missing", lambda: None if has_compiler else "no C++ compiler")
+    monkeypatch.setattr(library, "has_amx", lambda: has_amx)
+    model = build_model(ModelConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8), quant)
+    assert peak_flops(torch.device("cpu"), "32-true", model) == peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo says what the processor has")
+def test_the_compiled_functions_use_amx_only_where_there_is_one():
+    if not library.is_available():
+        pytest.skip("no C++ compiler")
+    assert library.has_amx() in (False, "amx_bf16" in Path("/proc/cpuinfo").read_text())

@@ -17,4 +17,5 @@ void bitnet_loss(const Loss* a) { next_token_loss(*a); }
 void bitnet_newton_schulz(const NewtonSchulz* a) { newton_schulz(*a); }
 void bitnet_muon_step(const MuonStep* a) { muon_step(*a); }
 void bitnet_let_openmp_rest(Fork fork) { let_openmp_rest(fork); }
+int32_t bitnet_has_amx() { return has_amx(); }
 }

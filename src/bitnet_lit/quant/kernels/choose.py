@@ -51,6 +51,43 @@ def chosen(layers: Sequence[BitLinear], x: Tensor) -> Kernels | None:
     return kernels if _refusal(kernels, layers, x.device, compute_dtype(x), is_compiled) is None else None
 
 
+def computing(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, is_compiled: bool = False
+) -> Kernels | None:
+    """Return the kernels that compute layers of a network in training, or None where the reference computes all.
+
+    Args:
+        dtype: the dtype of the network's products (autocast's).
+        is_compiled: whether `torch.compile` compiles the network.
+    """
+    kernels = KERNELS.get(device.type)
+    reasons = (_reason(layer, kernels, device, dtype, is_compiled) for layer in _layers(network, kernels))
+    return kernels if any(reason is None for reason in reasons) else None
+
+
+def _layers(network: nn.Module, kernels: Kernels | None) -> list[BitLinear]:
+    """Return the quantized layers of a network; of a dense one, those that the kernels may compute."""
+    from bitnet_lit.quant.bit_linear import BitLinear
+
+    layers = [layer for layer in network.modules() if isinstance(layer, BitLinear)]
+    if not layers and kernels is not None and kernels.takes_dense:
+        dense = (layer for layer in network.modules() if type(layer) is nn.Linear and hasattr(layer, "kernel"))
+        layers = [cast("BitLinear", layer) for layer in dense]
+    return layers
+
+
+def _reason(
+    layer: BitLinear, kernels: Kernels | None, device: torch.device, dtype: torch.dtype, is_compiled: bool
+) -> str | None:
+    """Return why the reference computes a layer of a run; None where the kernels do."""
+    if kernels is None:
+        return f"there are no kernels for {device.type}"
+    if layer.kernel not in ("auto", kernels.name):
+        is_asked = layer.kernel == "reference"
+        return "quant.kernel=reference" if is_asked else f"they are for another device than {device}"
+    return _refusal(kernels, [layer], device, dtype, is_compiled)
+
+
 def _refusal(
     kernels: Kernels, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype, is_compiled: bool
 ) -> str | None:
@@ -108,12 +145,8 @@ def describe(
     Raises:
         UserError: `quant.kernel` names kernels that cannot compute any layer there.
     """
-    from bitnet_lit.quant.bit_linear import BitLinear
-
     kernels = KERNELS.get(device.type)
-    layers: list[nn.Linear] = [layer for layer in network.modules() if isinstance(layer, BitLinear)]
-    if not layers and kernels is not None and kernels.takes_dense:
-        layers = [layer for layer in network.modules() if type(layer) is nn.Linear and hasattr(layer, "kernel")]
+    layers = _layers(network, kernels)
     if not layers:
         return None
     asked = str(layers[0].kernel)
@@ -121,15 +154,10 @@ def describe(
     counts: dict[str | None, int] = {}
     computed: list[BitLinear] = []  # by the kernels
     for layer in layers:
-        if kernels is None:
-            reason: str | None = f"there are no kernels for {device.type}"
-        elif asked not in ("auto", name):
-            reason = "quant.kernel=reference" if asked == "reference" else f"they are for another device than {device}"
-        else:
-            reason = _refusal(kernels, cast("list[BitLinear]", [layer]), device, dtype, is_compiled)
+        reason = _reason(layer, kernels, device, dtype, is_compiled)
         counts[reason] = counts.get(reason, 0) + 1
         if reason is None:
-            computed.append(cast("BitLinear", layer))
+            computed.append(layer)
     if asked not in ("auto", "reference") and None not in counts:
         raise UserError(f"quant.kernel={asked}: cannot run here ({next(iter(counts))}): take quant.kernel=auto")
     first = {layer: group[0] for group in joint for layer in group}

@@ -78,6 +78,12 @@ class CpuKernels(Kernels):
 
         return unsupported(layers) or _missing()
 
+    def multiplied_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See `Kernels`. AMX multiplies the codes of a BitNet, and the parts of float32 numbers, in bfloat16."""
+        from bitnet_lit.native.library import has_amx
+
+        return torch.bfloat16 if has_amx() else dtype
+
     def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
         """See `Kernels`."""
         from bitnet_lit.native.linears import normed_linears

@@ -84,6 +84,13 @@ class Kernels(ABC):
         """Return what a user should know of how `layers` are computed, for the plan of a run; None: nothing."""
         return None
 
+    def multiplied_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of what the processor multiplies, where the layers return `dtype`.
+
+        The speed of the device in that dtype is what the speed of a run is held against (`perf/mfu`).
+        """
+        return dtype
+
     @abstractmethod
     def normed_linears(self, x: Tensor, norm: Norm | None, layers: Sequence[BitLinear]) -> tuple[Tensor, ...]:
         """Compute layer(norm(x)) of each layer, biases included.

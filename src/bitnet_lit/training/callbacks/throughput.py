@@ -3,8 +3,8 @@
 MFU (model FLOPs utilization; PaLM, arXiv 2204.02311) is the FLOP/s that the model needs, forward and backward without
 recomputation, divided by the peak FLOP/s of the device. A teacher's forward pass is not counted. For known GPUs the
 peak is the dense figure of the data sheet. On other devices a large matrix product is timed once, in the precision of
-the run. A CPU with AMX multiplies the codes of a BitNet, and the parts of float32 numbers, in bfloat16, several times
-as fast as float32. So its peak is the faster of the two.
+the run, and in that of the kernels that compute it. On a CPU with AMX these multiply in bfloat16, several times as fast
+as in float32.
 
 Peak memory is what PyTorch has allocated on a GPU. On a CPU it is the resident size of the process, with the
 about 0.4 GiB of Python and PyTorch themselves, which the plan's estimate leaves out.
@@ -20,7 +20,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
+from bitnet_lit.quant.kernels.choose import computing
+from bitnet_lit.training.compile import is_compiled
 from bitnet_lit.training.figures import Figure, Moment
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.plan import Plan
@@ -41,13 +44,12 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds
 
 
-def peak_flops(device: torch.device, precision: str) -> float:
+def peak_flops(device: torch.device, precision: str, network: nn.Module | None = None) -> float:
     """Return the peak FLOP/s of a device, from its data sheet or measured.
-
-    On a CPU with AMX it is that of bfloat16 in every precision, because the kernels of the package use it in all.
 
     Args:
         precision: the Trainer's precision, such as "32-true" or "bf16-mixed".
+        network: what is trained there. Its kernels may multiply in a faster dtype than that of the precision.
     """
     dtype = torch.float32 if precision.startswith("32") else torch.bfloat16
     if device.type == "cuda" and dtype == torch.bfloat16:
@@ -55,11 +57,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
         for key, flops in DATASHEET_BF16_FLOPS.items():
             if key in name:
                 return flops
-    measured = measured_peak_flops(device, dtype)
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # private: it may go
-    if device.type == "cpu" and dtype != torch.bfloat16 and has_amx():
-        return max(measured, measured_peak_flops(device, torch.bfloat16))
-    return measured
+    kernels = None if network is None else computing(network, device, dtype, is_compiled(network))
+    dtypes = {dtype, dtype if kernels is None else kernels.multiplied_dtype(dtype)}
+    return max(measured_peak_flops(device, each) for each in dtypes)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -89,7 +89,8 @@ class Throughput(Callback):
         self._spans.append((self._since, Moment(device)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._peak = peak_flops(pl_module.device, self.precision) * trainer.world_size
+        assert isinstance(pl_module, BitNetModule)
+        self._peak = peak_flops(pl_module.device, self.precision, pl_module.model) * trainer.world_size
         self._start(pl_module.device)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
