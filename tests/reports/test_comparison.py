@@ -51,6 +51,24 @@ def test_the_keys_that_tell_runs_apart_are_found(tmp_path):
     assert list(compared(tmp_path / "0")[0]) == ["0"]
 
 
+def test_jobs_that_have_not_begun_add_no_keys_but_those_that_the_sweep_varies(tmp_path):
+    """A run writes config.yaml with the whole path of its data and its vocabulary, which Hydra's record lacks."""
+    (tmp_path / "multirun.yaml").write_text("")
+    for quant, seed in (("b158", 1), ("b158", 2), ("none", 1)):
+        folder = tmp_path / f"quant={quant}__seed={seed}"
+        if (quant, seed) == ("b158", 1):
+            begun = config_of(quant, seed)
+            begun["data"]["dir"] = "/home/a/data/demo"
+            make_run(folder, config=begun)
+        (folder / ".hydra").mkdir(parents=True)
+        recorded = config_of(quant, seed, run_dir="${bitnet.run_dir:}")
+        recorded["model"]["vocab_size"] = None
+        (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(recorded))
+    assert list(compared(tmp_path)[0]) == ["b158", "none"]
+    (tmp_path / "quant=b158__seed=1" / ".hydra" / "config.yaml").write_text("{damaged")
+    assert list(compared(tmp_path)[0]) == ["b158", "none"]
+
+
 def test_runs_of_different_lengths_are_compared_at_the_tokens_that_both_reached(tmp_path):
     make_run(tmp_path / "dense", quant="none", losses=((10, 4.0), (30, 2.0), (50, 1.0)))
     make_run(tmp_path / "ternary", quant="b158", losses=((10, 5.0), (40, 2.0)), done=False)

@@ -1,7 +1,9 @@
 """Jobs side by side compute what they compute one after the other; SLURM's jobs go on after a requeue."""
 
 import json
+import os
 import signal
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -122,7 +124,10 @@ def test_the_jobs_of_one_process_that_lost_its_gpu_say_why_they_did_not_begin(tm
     [
         ("SIGKILL(-9)", None, "killed, most likely for memory: take fewer"),
         ("SIGABRT(-6)", None, "was ended by SIGABRT: its last lines say more"),
-        ("SIGKILL(-9)", "s/a: IndexError: 7", "died, most likely of the error of s/a: IndexError: 7"),
+        ("EXIT(1)", "s/a: IndexError: 7", "died, most likely of the error of s/a: IndexError: 7"),
+        ("SIGABRT(-6)", "s/a: IndexError: 7", "died, most likely of the error of s/a: IndexError: 7"),
+        ("SIGABRT(-6), SIGKILL(-9)", "s/a: IndexError: 7", "died, most likely of the error of s/a: IndexError: 7"),
+        ("SIGKILL(-9)", "s/a: IndexError: 7", "killed, most likely for memory: take fewer"),
     ],
 )
 def test_why_a_process_died(exit_code, reason, said):
@@ -131,17 +136,24 @@ def test_why_a_process_died(exit_code, reason, said):
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
-    [("IndexError: 7", "seed=2: IndexError: 7"), ("UserError: no data", "most likely for memory")],
+    ("told", "seconds_ago", "said"),
+    [
+        ("IndexError: 7", 2, "died, most likely of the error of .*seed=2: IndexError: 7"),
+        ("IndexError: 7", 7200, "was ended by SIGSEGV"),  # other jobs have run since
+        ("UserError: no data", 2, "was ended by SIGSEGV"),
+    ],
 )
-def test_the_cause_is_the_reason_of_the_job_that_failed_first(tmp_path, told, said):
+def test_the_cause_is_the_reason_of_the_job_that_failed_just_before(tmp_path, told, seconds_ago, said):
     jobs = [Planned([f"seed={seed}"], tmp_path / f"seed={seed}", State.NEW) for seed in (1, 2, 3)]
 
     class Launcher:
         def launch(self, overrides, initial_job_idx):
-            (tmp_path / "seed=2").mkdir()
-            (tmp_path / "seed=2" / "error.txt").write_text(f"{told}\n")
-            raise BrokenProcessPool("The exit codes of the workers are {SIGKILL(-9)}")
+            for seed, error, seconds in ((1, "KeyError: 'x'", 7201), (2, told, seconds_ago)):
+                path = tmp_path / f"seed={seed}" / "error.txt"
+                path.parent.mkdir()
+                path.write_text(f"{error}\n")
+                os.utime(path, (time.time() - seconds,) * 2)
+            raise BrokenProcessPool("The exit codes of the workers are {SIGSEGV(-11)}")
 
     with pytest.raises(ProcessDied, match=said):
         launch(Launcher(), jobs, tmp_path, 0)

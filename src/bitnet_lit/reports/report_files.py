@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from bitnet_lit.extras import needs
 from bitnet_lit.reports.comparison import Comparison, compare
 from bitnet_lit.reports.page import as_page
 from bitnet_lit.reports.tables import as_csv, as_markdown, print_table
-from bitnet_lit.runs.config_keys import full_key, telling_keys
-from bitnet_lit.runs.history import Run, read_runs
+from bitnet_lit.runs.config_keys import dividing_keys, full_key, telling_keys
+from bitnet_lit.runs.history import Run, read_record, read_runs
 
 CSV_REPORT, MARKDOWN_REPORT, PAGE_REPORT = "report.csv", "report.md", "report.html"
 
@@ -30,8 +31,26 @@ def _keys(config: ReportConfig, runs: list[Run]) -> tuple[list[str], list[str]]:
     configs = [run.config for run in runs]
     over = [full_key("over", key, configs) for key in _split(config.over)] if config.over != ["seed"] else ["seed"]
     if not (typed := _split(config.by)):
-        return telling_keys(configs, over), over
+        return _telling_keys(runs, over), over
     return [full_key("by", key, configs) for key in dict.fromkeys(typed)], over
+
+
+def _telling_keys(runs: list[Run], over: list[str]) -> list[str]:
+    """Return the keys that tell runs apart, those of jobs that have not begun included.
+
+    A run fills in values as it begins, such as the vocabulary of its data. A job that has not begun lacks them, so it is
+    told apart by what Hydra recorded in its folder and in those of the others.
+    """
+    configs = [run.config for run in runs]
+    begun = [run.config for run in runs if run.has_begun]
+    if not begun or len(begun) == len(runs):
+        return telling_keys(configs, over)
+    recorded = []
+    for run in runs:
+        with contextlib.suppress(UserError):  # damaged
+            recorded.append(read_record(run.folder))
+    candidates = telling_keys([record for record in recorded if record], over)
+    return dividing_keys(candidates, configs, telling_keys(begun, over))
 
 
 def _folder(config: ReportConfig, runs: list[Run]) -> Path:

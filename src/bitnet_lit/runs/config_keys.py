@@ -138,8 +138,13 @@ def telling_keys(configs: Sequence[dict[str, Any]], over: Sequence[str]) -> list
     values = [{key: value for key, value in learned_from(config).items() if key not in over} for config in configs]
     keys = sorted({key for each in values for key in each}, key=lambda key: (key.count("."), key))
     candidates = [*(group for group in _FIRST if group not in over), *keys]
-    taken: list[str] = []
-    labels: list[tuple[str, ...]] = [() for _ in configs]
+    return dividing_keys(candidates, configs, [])
+
+
+def dividing_keys(candidates: Iterable[str], configs: Sequence[dict[str, Any]], taken: Sequence[str]) -> list[str]:
+    """Return the keys of `taken`, and each candidate that divides the runs further than the keys before it."""
+    taken = [*taken]
+    labels = [tuple(value_of(config, key) for key in taken) for config in configs]
     for key in candidates:
         finer = [(*label, value_of(config, key)) for label, config in zip(labels, configs, strict=True)]
         if len(set(finer)) > len(set(labels)):

@@ -44,6 +44,7 @@ _NO_RUNS_INSIDE = {CHECKPOINTS, MODEL, MODEL_LAST, "wandb", "tensorboard", "mlru
 _HUGE, _SLOWEST = 1e30, 1e-6  # beyond these a metric, or a speed in tokens/s, comes from a damaged file
 _MOST = 2**40  # of anything that is counted here; a larger number comes from a damaged file
 _REMEDY = "put a copy of it there, or move it away"
+_NAMED_BY_FOLDER = "move it away to name the run by its folder"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ class Run:
         """The last optimizer step that the run logged, or at which a signal stopped it; 0 where neither is known."""
         return max([self.stopped_at, *(int(curve.steps[-1]) for curve in self.curves.values() if len(curve.steps))])
 
+    @cached_property
+    def has_begun(self) -> bool:
+        """Whether it is more than a job whose folder was made: its config is then that of a run, with all values."""
+        return is_run(self.folder)
+
     @property
     def progress(self) -> str:
         """How far a run is that is not finished: it "is running (step 40)", "was stopped at step 40" or not started."""
@@ -112,7 +118,7 @@ class Run:
             return f"is running (step {self.last_step})"
         if self.last_step:
             return f"was stopped at step {self.last_step}"
-        return "was stopped before its first logged step" if is_run(self.folder) else "was not started"
+        return "was stopped before its first logged step" if self.has_begun else "was not started"
 
     @cached_property
     def tokens_per_step(self) -> float | None:
@@ -182,6 +188,16 @@ def _below(place: Path) -> Iterator[Path]:
             yield folder
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read the config that Hydra recorded in the folder of a job, before the run filled in what it finds out.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / RECORD / CONFIG_NAME
+    return of_this_version(read_yaml(path, _NAMED_BY_FOLDER)) if path.is_file() else {}
+
+
 def _read_curves(path: Path) -> dict[str, Curve]:
     """Read every column of a metrics.csv.
 
@@ -219,10 +235,8 @@ def read_run(folder: Path) -> Run:
         UserError: a file is damaged.
     """
     run = Run(folder)
-    for path in (folder / CONFIG_NAME, folder / RECORD / CONFIG_NAME):
-        if path.is_file():
-            run.config = of_this_version(read_yaml(path, "move it away to name the run by its folder"))
-            break
+    path = folder / CONFIG_NAME
+    run.config = of_this_version(read_yaml(path, _NAMED_BY_FOLDER)) if path.is_file() else read_record(folder)
     if (folder / CSV_NAME).is_file():
         run.curves = _read_curves(folder / CSV_NAME)
     if (folder / METRICS_NAME).is_file():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.folder import ERROR_NAME
 from bitnet_lit.runs.job_folder import State, is_stop, state
 from bitnet_lit.runs.sweep import stop_number
+
+
+# An error that a process does not survive ends it within seconds: when it frees its tensors, or begins its next job.
+RECENT_NS = 60 * 10**9
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,14 @@ def why_it_died(error: BrokenProcessPool, reason: str | None = None) -> ProcessD
     """Return the error that says why a process of a sweep died.
 
     Args:
-        reason: of a job that failed before; None where no job told one.
+        reason: of a job that failed just before; None where no job told one.
     """
+    signals = {*re.findall(r"SIG[A-Z]+", str(error))} - {"SIGTERM"}
+    if signals == {"SIGKILL"}:  # by the system: a process that ends of an error of its own has another status
+        reason = None
+    signals.discard("SIGKILL")
     if reason is not None:
         return ProcessDied(f"a process of the sweep died, most likely of the error of {reason}")
-    signals = {name for name in re.findall(r"SIG[A-Z]+", str(error)) if name not in ("SIGKILL", "SIGTERM")}
     if signals:
         return ProcessDied(f"a process of the sweep was ended by {', '.join(sorted(signals))}: its last lines say more")
     return ProcessDied("a process of the sweep was killed, most likely for memory: take fewer (hydra.launcher.n_jobs)")
@@ -104,7 +112,7 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
             results += launcher.launch([job.launched(sweep_dir) for job in waiting], initial_job_idx=first)
         except BrokenProcessPool as error:
             broken = error
-        after = [_told(job) for job in waiting]
+        now, after = time.time_ns(), [_told(job) for job in waiting]
         new = [(told, job) for job, was, told in zip(waiting, before, after, strict=True) if told and told != was]
         failed = sorted(new, key=lambda one: one[0])  # the first one first
         by_gpu = [job for told, job in failed if names_gpu_error(told[1])]
@@ -128,6 +136,6 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
         unknown = [
             f"{job.folder}: {told[1]}"
             for told, job in failed
-            if without_class_name(told[1]) == told[1] and not is_stop(told[1])
+            if now - told[0] < RECENT_NS and without_class_name(told[1]) == told[1] and not is_stop(told[1])
         ]
-        raise why_it_died(broken, unknown[0] if unknown else None) from None
+        raise why_it_died(broken, unknown[-1] if unknown else None) from None
