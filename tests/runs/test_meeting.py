@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from torch.distributed import TCPStore
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.runs import meeting
-from bitnet_lit.runs.meeting import first_alone
+from bitnet_lit.runs.meeting import all_or_none, first_alone
 
 SLURM = {
     "SLURM_JOB_ID": "1",
@@ -31,6 +32,7 @@ def launched(request, monkeypatch):
     if request.param == "torchrun":  # it keeps a store
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         given = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+        given["WORLD_SIZE"] = "3"
     else:
         store = None
         with socket.socket() as free:
@@ -76,6 +78,42 @@ def test_the_others_end_where_the_first_one_fails(launched):
             other.result(timeout=60)
 
 
+def ended(failing):
+    """How three processes end of which some fail, each as its result or error."""
+
+    def process(number):
+        with all_or_none(number, 3, "the start"):
+            time.sleep(0.1 * number)
+            if number in failing:
+                raise OSError(f"of {number}")
+        return "goes on"
+
+    with ThreadPoolExecutor() as pool:
+        processes = [pool.submit(process, number) for number in range(3)]
+        return [each.exception(timeout=60) or each.result() for each in processes]
+
+
+@pytest.mark.parametrize("failing", [(), (0,), (2,), (0, 1, 2)])
+def test_no_process_goes_on_where_one_has_failed(launched, failing):
+    """Only the first process locks the folder, for example, and only one of a machine reads the teacher."""
+    results = ended(failing)
+    for number, result in enumerate(results):
+        if number in failing:
+            assert isinstance(result, OSError) and str(result) == f"of {number}"
+        elif failing:
+            said = rf"the start has failed in process {failing[0]} of the run, which says why"
+            assert isinstance(result, UserError) and re.fullmatch(said, str(result))
+        else:
+            assert result == "goes on"
+
+
+def test_a_process_that_never_comes_is_named(launched, monkeypatch):
+    monkeypatch.setattr(meeting, "_CONNECTION", timedelta(seconds=1))
+    said = "^the start: process 1 of the run has not come in 0:00:01: start all of them$"
+    with pytest.raises(UserError, match=said), all_or_none(0, 3, "the start"):
+        pass
+
+
 def test_a_restart_of_torchrun_does_not_read_the_failure_before_it(monkeypatch, launched):
     if launched is None:
         pytest.skip("a store ends with its first process")
@@ -117,3 +155,5 @@ def test_processes_that_come_later_need_not_wait(monkeypatch):
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "NODE_RANK": "0", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)  # as Lightning sets it for the ranks that it starts
     first_alone(lambda: pytest.fail("this is not the first one"), False, "the work")
+    with all_or_none(1, 2, "the start"):
+        pass

@@ -1,5 +1,6 @@
 """Runs with a teacher: what they compute, what they refuse, and that they go on as they began."""
 
+import contextlib
 import csv
 import shutil
 
@@ -18,6 +19,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.model import batch_loss
 from bitnet_lit.quant import convert_linears
 from bitnet_lit.training import distillation
+from bitnet_lit.training import run as training_run
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.distillation import Distillation, Teacher
 from bitnet_lit.training.distillation_loss import logits_loss, relation_loss
@@ -178,7 +180,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, shards, teacher, mo
     ]
 
 
-def test_a_run_goes_on_with_its_own_teacher_only(tmp_path, shards, teacher, tokenizer):
+def test_a_run_goes_on_with_its_own_teacher_only(tmp_path, shards, teacher, tokenizer, monkeypatch):
     own = tmp_path / "own"
     shutil.copytree(teacher, own)
     run = tmp_path / "run"
@@ -192,8 +194,20 @@ def test_a_run_goes_on_with_its_own_teacher_only(tmp_path, shards, teacher, toke
         check_run(resume_config(str(run), ["distill.teacher=null", *longer]))
     other = tiny_model("none", seed=6, vocab_size=tokenizer.vocab_size)
     save_model_folder(own, other, QuantConfig(name="none"), tokenizer)
+    told = []
+
+    @contextlib.contextmanager
+    def meeting(number, num_nodes, what):
+        try:
+            yield
+        except UserError as error:
+            told.append(str(error))
+            raise
+
+    monkeypatch.setattr(training_run, "all_or_none", meeting)
     with pytest.raises(UserError, match="distill.teacher's sha256 was"):
         train(resume_config(str(run), longer))
+    assert len(told) == 1, "the other ranks, which did not read the teacher, must not wait for this one"
 
 
 def test_a_key_of_a_later_version_does_not_make_another_teacher(teacher, monkeypatch):

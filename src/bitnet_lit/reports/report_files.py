@@ -38,8 +38,8 @@ def _keys(config: ReportConfig, runs: list[Run]) -> tuple[list[str], list[str]]:
 def _telling_keys(runs: list[Run], over: list[str]) -> list[str]:
     """Return the keys that tell runs apart, those of jobs that have not begun included.
 
-    A run fills in values as it begins, such as the vocabulary of its data. A job that has not begun lacks them, so it is
-    told apart by what Hydra recorded in its folder and in those of the others.
+    A run fills in values as it begins, such as the vocabulary of its data. A job that has not begun lacks them, so it
+    is told apart by what Hydra recorded in its folder and in those of the others.
     """
     configs = [run.config for run in runs]
     begun = [run.config for run in runs if run.has_begun]

@@ -26,7 +26,6 @@ from bitnet_lit.runs.folder import ERROR_NAME
 from bitnet_lit.runs.job_folder import State, is_stop, state
 from bitnet_lit.runs.sweep import stop_number
 
-
 # An error that a process does not survive ends it within seconds: when it frees its tensors, or begins its next job.
 RECENT_NS = 60 * 10**9
 

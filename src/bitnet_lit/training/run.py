@@ -28,6 +28,7 @@ from bitnet_lit.model.custom import count
 from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
+from bitnet_lit.runs.meeting import all_or_none
 from bitnet_lit.runs.ranks import is_first_of_node, rank
 from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks import build_callbacks
@@ -166,38 +167,38 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     import_classes(config)
     check_launcher(config.trainer, world_size(config.trainer))
     start, identity = None, {}
-    if config.resume is not None:
+    with all_or_none(rank(), config.trainer.num_nodes, f"the start of {run_dir}"):
+        if config.resume is not None:
+            if is_owner:
+                holding.enter_context(locked(run_dir))
+            start = read_start(config.resume)
+        elif config.init_from is None and isinstance(config.model, ModelConfig):
+            check_targets(config.export.targets, config.model, config.quant)
+        teacher = teacher_of(config)
+        data = open_data(config)
+        tokenizer = data.tokenizer
+        # Reading a large teacher takes a while: one rank of a node does it, and for a new run only the folder's owner.
+        has_hashed = is_owner or (start is not None and is_first_of_node())
+        sha256 = teacher.sha256 if teacher is not None and has_hashed else None
+        if start is not None:
+            identity = run_identity(config, data.identity(), tokenizer, sequence_length(config), sha256)
+            start.check_identity(identity, has_hashed)
+        taught = None if teacher is None else teacher.accounting(sequence_length(config))
+        model = initial_model(config, data, taught)  # fills in the sizes
+        length = sequence_length(config)
+        plan = planned(config, data, model, start, teacher)
+        max_time = time_limit(config.trainer.max_time)
+        datamodule = data.datamodule(config, length, plan.samples_per_step)
+        moments = None
+        if config.init_from and config.init_optimizer and start is None:
+            moments = optimizer_state(config.init_from)
+        distillation = None if teacher is None else Distillation(config, teacher)
+        module = BitNetModule(model, config, plan, tokenizer, moments, distillation)
+        # As a trial, so that a class of the user's own that fails is reported before the folder is taken.
+        build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)
         if is_owner:
-            holding.enter_context(locked(run_dir))
-        start = read_start(config.resume)
-    elif config.init_from is None and isinstance(config.model, ModelConfig):
-        check_targets(config.export.targets, config.model, config.quant)
-    teacher = teacher_of(config)
-    data = open_data(config)
-    tokenizer = data.tokenizer
-    # Reading a large teacher takes a while: one rank of a node does it, and for a new run only the owner of the folder.
-    has_hashed = is_owner or (start is not None and is_first_of_node())
-    sha256 = teacher.sha256 if teacher is not None and has_hashed else None
-    if start is not None:
-        identity = run_identity(config, data.identity(), tokenizer, sequence_length(config), sha256)
-        start.check_identity(identity, has_hashed)
-    taught = None if teacher is None else teacher.accounting(sequence_length(config))
-    model = initial_model(config, data, taught)  # fills in the sizes
-    length = sequence_length(config)
-    plan = planned(config, data, model, start, teacher)
-    max_time = time_limit(config.trainer.max_time)
-    datamodule = data.datamodule(config, length, plan.samples_per_step)
-    moments = None
-    if config.init_from and config.init_optimizer and start is None:
-        moments = optimizer_state(config.init_from)
-    distillation = None if teacher is None else Distillation(config, teacher)
-    module = BitNetModule(model, config, plan, tokenizer, moments, distillation)
-    build_schedule(  # as a trial, so that a class of the user's own that fails is reported before the folder is taken
-        build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps
-    )
-    if is_owner:
-        identity = identity or run_identity(config, data.identity(), tokenizer, length, sha256)
-        _take_folder(config, run_dir, start, holding)
+            identity = identity or run_identity(config, data.identity(), tokenizer, length, sha256)
+            _take_folder(config, run_dir, start, holding)
     csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
     precision = resolved_precision(config.trainer)
     checkpoints = Checkpoints(
