@@ -262,11 +262,13 @@ def test_newton_schulz(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     options = (3.4445, -4.775, 2.0315), 5, 1e-7
-    # Each iteration multiplies differences by up to 3.4, and the results are near 1 / sqrt(size).
-    tolerance = 5e-4 if min(shape[1:]) >= 128 else 5e-6
-    assert_close(
-        newton_schulz.orthogonalize(matrices, *options), orthogonalize(matrices, *options), atol=tolerance, rtol=0
-    )
+    mine, exact = newton_schulz.orthogonalize(matrices, *options), orthogonalize(matrices, *options)
+    if min(shape[1:]) < 128:  # float32; each iteration multiplies differences by up to 3.4
+        assert_close(mine, exact, atol=5e-6, rtol=0)
+        return
+    # With AMX the iterations round to bfloat16 (csrc/amx.h), as torch.optim.Muon does. Both are about equally far away.
+    theirs = torch.stack([torch.optim._muon._zeropower_via_newtonschulz(matrix, *options) for matrix in matrices])
+    assert float((mine - exact).norm()) < 2 * float((theirs - exact).norm())
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -16,7 +16,8 @@
 
 constexpr int AMX_SIZE = 128;  // rows and columns of a matrix from which on the unit is used
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && \
+    defined(__linux__)
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -106,38 +107,68 @@ inline void split_columns(const float* from, int64_t row, int count, uint16_t* t
     for (int i = 0; i < LANES; i++) _mm512_store_ps(to + 512 + i * 32, (__m512)low[i]);
 }
 
-// Panels of B = A (m x k) from its tiles, without splitting it again. m and k are multiples of 32.
-inline void panels_of_tiles(int m, int k, const uint16_t* tiles, float* panels) {
+// Tiles of A (m x k), 16 rows and 32 columns each, rounded to bfloat16 and not split: for products that need no more. m
+// and k are multiples of 32, here and in the next three functions.
+inline void round_rows(int m, int k, const float* a, uint16_t* tiles) {
+    for (int i = 0; i < m; i += 16)
+        for (int p = 0; p < k; p += 32)
+            for (int r = 0; r < 16; r++, tiles += 32) {
+                const float* const at = a + int64_t(i + r) * k + p;
+                const __m512 x = _mm512_loadu_ps(at), y = _mm512_loadu_ps(at + 16);
+                _mm512_store_si512(tiles, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+            }
+}
+
+// Panels of B = A from its tiles. Those of 32 columns follow each other: of each 32 rows, two halves of 16 columns, in
+// which two neighbouring rows are side by side.
+inline void panels_of_tiles(int m, int k, const uint16_t* tiles, uint16_t* panels) {
     alignas(64) static constexpr uint16_t LEFT[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i left = _mm512_load_si512(LEFT), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
     for (int i = 0; i < m; i += 16)
-        for (int p = 0; p < k; p += 32, tiles += 1024) {
-            uint16_t* const block = reinterpret_cast<uint16_t*>(panels + int64_t(p) * m + i / 32 * BLOCK_FLOATS);
-            for (int part = 0; part < 2; part++)  // high, low
-                for (int pair = 0; pair < 8; pair++) {
-                    const uint16_t* const rows = tiles + part * 512 + pair * 64;
-                    const __m512i x = _mm512_load_si512(rows), y = _mm512_load_si512(rows + 32);
-                    uint16_t* const to = block + part * 1024 + (i % 32 / 2 + pair) * 32;
-                    _mm512_store_si512(to, _mm512_permutex2var_epi16(x, left, y));
-                    _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(x, right, y));
-                }
-        }
+        for (int p = 0; p < k; p += 32)
+            for (int pair = 0; pair < 8; pair++, tiles += 64) {
+                const __m512i x = _mm512_load_si512(tiles), y = _mm512_load_si512(tiles + 32);
+                uint16_t* const to = panels + int64_t(p) * m + i / 32 * 1024 + (i % 32 / 2 + pair) * 32;
+                _mm512_store_si512(to, _mm512_permutex2var_epi16(x, left, y));
+                _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(x, right, y));
+            }
 }
 
 // The same for the transpose of A.
-inline void transposed_panels_of_tiles(int m, int k, const uint16_t* tiles, float* panels) {
+inline void transposed_panels_of_tiles(int m, int k, const uint16_t* tiles, uint16_t* panels) {
     for (int i = 0; i < m; i += 16)
-        for (int p = 0; p < k; p += 32, tiles += 1024)
-            for (int part = 0; part < 2; part++) {
-                float* const to = panels + int64_t(i / 32) * 32 * k + p * 32 + part * 512 + i % 32 / 16 * 256;
-                FloatVec rows[LANES];
+        for (int p = 0; p < k; p += 32, tiles += 512) {
+            uint16_t* const to = panels + int64_t(i / 32) * 32 * k + p * 32 + i % 32 / 16 * 512;
+            FloatVec rows[LANES];
 #pragma GCC unroll 16
-                for (int r = 0; r < LANES; r++) rows[r] = (FloatVec)_mm512_load_ps(tiles + part * 512 + r * 32);
-                transpose_vecs<LANES / 2>(rows);
+            for (int r = 0; r < LANES; r++) rows[r] = (FloatVec)_mm512_load_ps(tiles + r * 32);
+            transpose_vecs<LANES / 2>(rows);
 #pragma GCC unroll 16
-                for (int r = 0; r < LANES; r++) _mm512_store_ps(to + r * LANES, (__m512)rows[r]);
-            }
+            for (int r = 0; r < LANES; r++) _mm512_store_ps(to + r * 32, (__m512)rows[r]);
+        }
+}
+
+// c (32, 32) = 32 rows of A, in tiles, @ a panel; k columns of A.
+inline void multiply_rounded(int k, const uint16_t* tiles, const uint16_t* panel, float* c, int64_t ldc) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (const uint16_t *a = tiles, *const end = tiles + 16 * k; a < end; a += 512, panel += 1024) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(5, a + 16 * k, 64);
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(7, panel + 512, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, ldc * 4);
+    _tile_stored(1, c + 16, ldc * 4);
+    _tile_stored(2, c + 16 * ldc, ldc * 4);
+    _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
 }
 
 // The product of 16 or 32 rows of A, split, and a panel of 32 columns; `blocks` of 32 columns of A each. EXACT: the
@@ -240,8 +271,10 @@ struct TileRegisters {};
 inline void split_block(float*) {}
 inline void store_split(FloatVec, FloatVec, uint16_t*) {}
 inline void split_columns(const float*, int64_t, int, uint16_t*, const float* = nullptr) {}
-inline void panels_of_tiles(int, int, const uint16_t*, float*) {}
-inline void transposed_panels_of_tiles(int, int, const uint16_t*, float*) {}
+inline void round_rows(int, int, const float*, uint16_t*) {}
+inline void panels_of_tiles(int, int, const uint16_t*, uint16_t*) {}
+inline void transposed_panels_of_tiles(int, int, const uint16_t*, uint16_t*) {}
+inline void multiply_rounded(int, const uint16_t*, const uint16_t*, float*, int64_t) {}
 inline void multiply_bytes(int, const int8_t*, int64_t, const uint8_t*, int32_t*) {}
 template <bool, bool = false>
 inline void multiply_tiles(int, const uint16_t*, const uint16_t*, const float*, float*, int64_t, int, int, bool) {}

@@ -1,4 +1,5 @@
-// Newton-Schulz iterations of Muon, in float32: training/muon.py's `orthogonalize`, for many matrices at once.
+// Newton-Schulz iterations of Muon: training/muon.py's `orthogonalize`, for many matrices at once. They are in float32,
+// or on the matrix unit in bfloat16.
 //
 //     x = x / |x|;  repeat: g = x @ x.T;  x = a x + (b g + c g @ g) @ x
 //
@@ -80,33 +81,32 @@ inline float* iterate(const Iterations& job, int m, int n, float* x, float* next
     return x;
 }
 
-// The same on the matrix unit, for multiples of 32. Each matrix is split once: its tiles become its panels too.
-inline void iterate_split(const Iterations& job, int m, int n, float* x) {
+// The same on the matrix unit, for multiples of 32. Factors are rounded to bfloat16, as in torch.optim.Muon and on a
+// GPU, because the iterations need no more. Each matrix is rounded once: its tiles become its panels too.
+inline void iterate_rounded(const Iterations& job, int m, int n, float* x) {
     float *const g = scratch(2, int64_t(m) * m), *const square = scratch(3, int64_t(m) * m);
-    float* const panels = scratch(4, int64_t(m) * n);
-    uint16_t* const tiles = scratch<uint16_t>(6, int64_t(m) * n * 2);
-    uint16_t* const g_tiles = scratch<uint16_t>(7, int64_t(m) * m * 2);
+    uint16_t* const panels = scratch<uint16_t>(4, int64_t(m) * n);
+    uint16_t *const tiles = scratch<uint16_t>(6, int64_t(m) * n), *const g_tiles = scratch<uint16_t>(7, int64_t(m) * m);
     const auto symmetric = [&](int k, const uint16_t* a, float* to) {
         for (int i = 0; i < m; i += 32)
             for (int j = 0; j <= i; j += 32)
-                multiply_split_panel(32, 32, k, a + int64_t(i) * k * 2, panels + int64_t(j) * k,
-                                     to + int64_t(i) * m + j, m, false);
+                multiply_rounded(k, a + int64_t(i) * k, panels + int64_t(j) * k, to + int64_t(i) * m + j, m);
         mirror(m, to);
     };
-    split_rows(m, n, {x, n, 1}, tiles);
+    round_rows(m, n, x, tiles);
     for (int step = 0; step < job.steps; step++) {
         transposed_panels_of_tiles(m, n, tiles, panels);
         symmetric(n, tiles, g);
-        split_rows(m, m, {g, m, 1}, g_tiles);
+        round_rows(m, m, g, g_tiles);
         panels_of_tiles(m, m, g_tiles, panels);
         symmetric(m, g_tiles, square);
         add_polynomial(job, m, square, g);
         panels_of_tiles(m, n, tiles, panels);
         for (int i = 0; i < m; i += 32) {
-            split_rows(32, m, {g + int64_t(i) * m, m, 1}, g_tiles);
-            for (int j = 0; j < n; j += 32)
-                multiply_split_panel(32, 32, m, g_tiles, panels + int64_t(j) * m, x + int64_t(i) * n + j, n, false);
-            if (step + 1 < job.steps) split_rows(32, n, {x + int64_t(i) * n, n, 1}, tiles + int64_t(i) * n * 2);
+            float* const rows = x + int64_t(i) * n;
+            round_rows(32, m, g + int64_t(i) * m, g_tiles);
+            for (int j = 0; j < n; j += 32) multiply_rounded(m, g_tiles, panels + int64_t(j) * m, rows + j, n);
+            if (step + 1 < job.steps) round_rows(32, n, rows, tiles + int64_t(i) * n);
         }
     }
 }
@@ -124,7 +124,7 @@ inline void orthogonalize(const Iterations& job, int rows, int columns, const fl
     else std::copy(input, input + size, x);
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) x[i] *= inverse;
-    if (has_amx() && m % 32 == 0 && n % 32 == 0 && m >= AMX_SIZE) iterate_split(job, m, n, x);
+    if (has_amx() && m % 32 == 0 && n % 32 == 0 && m >= AMX_SIZE) iterate_rounded(job, m, n, x);
     else x = iterate(job, m, n, x, scratch(1, size));
     if (is_tall) transpose(m, n, x, n, output, m);
     else std::copy(x, x + size, output);
