@@ -152,14 +152,17 @@ class Attention(nn.Module):
         k_BKTP = apply_rotary(self.k_norm(self._heads(k)), cos, sin)
         return q_BHTP, k_BKTP, self._heads(v)
 
+    def is_plain(self) -> bool:
+        """Return whether there are neither norms of heads nor a value embedding, and no dropout now."""
+        has_dropout = bool(self.dropout) and self.training
+        return not isinstance(self.q_norm, RMSNorm) and self.value_embed is None and not has_dropout
+
     def _self_attention(
         self, x_BTD: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, cache: KVCache | None
     ) -> Tensor | None:
         """Return the heads' outputs (B, T, H * P) where kernels compute all of attention, otherwise None."""
         qkv = cast(list[BitLinear], [self.q_proj, self.k_proj, self.v_proj])
-        if cache is not None or isinstance(self.q_norm, RMSNorm) or (self.dropout and self.training):
-            return None
-        if self.value_embed is not None:
+        if cache is not None or not self.is_plain():
             return None
         kernels = _kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)
         return None if kernels is None else kernels.self_attention(x_BTD, _as_norm(norm), qkv, cos, sin)
@@ -277,6 +280,23 @@ class DecoderLayer(nn.Module):
             x_BTD = x_BTD + self.x0_scale * x0_BTD
         return x_BTD
 
+    def _by_kernels(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor | None:
+        """Return the output where kernels compute the layer as a whole, otherwise None."""
+        attention, mlp = self.self_attn, self.mlp
+        if cache is not None or type(attention) is not Attention or type(mlp) is not MLP:
+            return None
+        if not attention.is_plain() or (self.dropout.p and self.training):
+            return None
+        if not are_unobserved([attention, mlp, self.dropout]):
+            return None
+        norms = [self.input_layernorm, attention.attn_sub_norm, self.post_attention_layernorm, mlp.ffn_sub_norm]
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if (kernels := _kernels(x_BTD, [*norms, attention.q_norm, attention.k_norm], linears)) is None:
+            return None
+        layers = cast(list[BitLinear], linears)
+        return kernels.decoder_layer(x_BTD, [_as_norm(norm) for norm in norms], layers, mlp.hidden_act, cos, sin)
+
     def projected_heads(self, x_BTD: Tensor, x0_BTD: Tensor | None) -> tuple[Tensor, ...]:
         """Return queries, keys and values of the layer's input before they are rotated, each (B, T, heads * P).
 
@@ -296,6 +316,8 @@ class DecoderLayer(nn.Module):
         ids_BT: Tensor | None = None,
     ) -> Tensor:
         x_BTD = self._scaled_input(x_BTD, x0_BTD)
+        if (y_BTD := self._by_kernels(x_BTD, cos, sin, cache)) is not None:
+            return y_BTD
         x_BTD = x_BTD + self.dropout(self.self_attn(x_BTD, self.input_layernorm, cos, sin, cache, ids_BT))
         x_BTD = x_BTD + self.dropout(self.mlp(x_BTD, self.post_attention_layernorm))
         return x_BTD

@@ -65,7 +65,7 @@ class Linears(ctypes.Structure):
         ("h", Activations),
         *_pointers("x y d_y"),
         ("d_y_row", c_int64),
-        *_pointers("d_x d_norm d_weight"),
+        *_pointers("d_x d_norm d_weight residual d_residual"),
     )
 
 
@@ -82,7 +82,7 @@ class GatedMlp(ctypes.Structure):
         ("sub_norm", Norm),
         ("h", Activations),
         ("hf", Activations),
-        *_pointers("gates x y d_y d_x d_norm d_sub_norm d_gate_up d_down"),
+        *_pointers("gates x y d_y d_x d_norm d_sub_norm d_gate_up d_down residual d_residual"),
     )
 
 
@@ -94,6 +94,21 @@ class Attention(ctypes.Structure):
         ("row", c_int64),
         ("d_row", c_int64),
         *_pointers("fork q k v cos sin y log_sum d_y d_q d_k d_v"),
+    )
+
+
+class DecoderLayer(ctypes.Structure):
+    """`struct DecoderLayer` of decoder_layer.h."""
+
+    _fields_ = (
+        *_integers("batch length hidden ffn heads kv_heads head_dim relu2 quantized int8 threads"),
+        ("limit", c_float),
+        ("fork", c_void_p),
+        ("matrices", Matrix * 7),
+        ("norms", Norm * 4),
+        *_pointers("cos sin x y kept"),
+        ("kept_floats", c_int64),
+        *_pointers("d_y d_x d_parameters"),
     )
 
 
@@ -143,6 +158,8 @@ FUNCTIONS = {
     "gated_mlp_backward": GatedMlp,
     "attention_forward": Attention,
     "attention_backward": Attention,
+    "decoder_layer_forward": DecoderLayer,
+    "decoder_layer_backward": DecoderLayer,
     "loss": Loss,
     "newton_schulz": NewtonSchulz,
     "muon_step": MuonStep,

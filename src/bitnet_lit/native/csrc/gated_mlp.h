@@ -19,6 +19,7 @@ struct GatedMlp {
     float* y;
     const float* d_y;
     float *d_x, *d_norm, *d_sub_norm, *d_gate_up, *d_down;
+    const float *residual, *d_residual;  // added to y, and to d_x; or NULL
 };
 
 inline void gated_mlp_forward(const GatedMlp& a) {
@@ -43,6 +44,7 @@ inline void gated_mlp_forward(const GatedMlp& a) {
         }
         a.sub_norm.forward(act, F, first, m, a.limit, a.hf);
         down.forward(packed_down, a.hf, first, m, a.y + first * D, D);
+        if (a.residual) add(a.y + first * D, a.residual + first * D, int64_t(m) * D, a.y + first * D);
     });
 }
 
@@ -83,6 +85,7 @@ inline void gated_mlp_backward(const GatedMlp& a) {
         float* const d_x = a.d_x + first * D;
         gate_up.backward(packed, d_gates + first * 2 * F, 2 * F, m, d_x, D);
         a.norm.backward(a.x + first * D, D, first, m, d_x, d_norm);
+        if (a.d_residual) add(d_x, a.d_residual + first * D, int64_t(m) * D, d_x);
     });
     if (a.d_norm) sum_of_tiles(norm_sums, tiles, D + F, D, a.d_norm);
     if (a.d_sub_norm) sum_of_tiles(norm_sums + D, tiles, D + F, F, a.d_sub_norm);

@@ -19,6 +19,8 @@ struct Linears {
     const float* d_y;
     int64_t d_y_row;
     float *d_x, *d_norm, *d_weight;  // d_weight (O, I)
+    // Added to y, and to d_x; or NULL. A decoder layer adds its input to what its projections put out.
+    const float *residual, *d_residual;
 };
 
 inline void linears_forward(const Linears& a) {
@@ -32,6 +34,7 @@ inline void linears_forward(const Linears& a) {
         const int m = int(std::min<int64_t>(TILE, M - first));
         a.norm.forward(a.x + first * I, I, first, m, a.limit, a.h);
         projection.forward(packed, a.h, first, m, a.y + first * O, O);
+        if (a.residual) add(a.y + first * O, a.residual + first * O, int64_t(m) * O, a.y + first * O);
     });
 }
 
@@ -51,6 +54,7 @@ inline void linears_backward(const Linears& a) {
         projection.backward(packed, a.d_y + first * a.d_y_row, a.d_y_row, m, d_x, I);
         std::fill(d_norm, d_norm + I, 0.0f);
         a.norm.backward(a.x + first * I, I, first, m, d_x, d_norm);
+        if (a.d_residual) add(d_x, a.d_residual + first * I, int64_t(m) * I, d_x);
     });
     if (a.d_norm) sum_of_tiles(norm_sums, tiles, I, I, a.d_norm);
     const Chunks chunks = projection.chunks(M);

@@ -119,6 +119,23 @@ class CpuKernels(Kernels):
         q, k, v = self.normed_linears(x, norm, qkv)
         return rotary_attention(q, k, v, cos, sin)
 
+    def decoder_layer(
+        self,
+        x: Tensor,
+        norms: Sequence[Norm | None],
+        linears: Sequence[nn.Linear],
+        activation: str,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor | None:
+        """See `Kernels`."""
+        from bitnet_lit.native.decoder_layer import decoder_layer
+
+        if any(layer.bias is not None for layer in linears):
+            return None
+        gains, eps = zip(*[(None, 0.0) if norm is None else norm for norm in norms], strict=True)
+        return decoder_layer(x, cos, sin, gains, eps, activation == "relu2", linears)
+
     def next_token_loss(self, x: Tensor, norm: Norm, head: nn.Linear, targets: Tensor) -> Tensor | None:
         """See `Kernels`."""
         from bitnet_lit.native.loss import next_token_loss

@@ -145,6 +145,27 @@ class Kernels(ABC):
         """
         return None
 
+    def decoder_layer(
+        self,
+        x: Tensor,
+        norms: Sequence[Norm | None],
+        linears: Sequence[BitLinear],
+        activation: str,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor | None:
+        """Compute a whole decoder layer, without dropout: `self_attention` and its output, and `gated_mlp`, each added
+        to its input; None: do it in parts.
+
+        Args:
+            x: float, (B, T, D).
+            norms: those before q, before o, before gate, and before down.
+            linears: q, k, v, o, gate, up, down.
+            activation: "silu" or "relu2".
+            cos, sin: (T, head_dim); see `model.layers.apply_rotary`.
+        """
+        return None
+
     def next_token_loss(self, x: Tensor, norm: Norm, head: nn.Linear, targets: Tensor) -> Tensor | None:
         """Compute the mean cross-entropy of head(norm(x)) in nats, float32 (); None: do it in parts.
 
