@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bitnet_lit import gpu_errors
+from bitnet_lit import entry_point, gpu_errors
 from bitnet_lit.errors import GpuError
 from bitnet_lit.training.failures import in_one_line
 
@@ -34,7 +34,11 @@ def lost(monkeypatch):
 
 @pytest.mark.parametrize(
     ("message", "shown"),
-    [(LAUNCH_FAILURE, "CUDA error: unspecified launch failure"), (TRITON, TRITON)],
+    [
+        (LAUNCH_FAILURE, "CUDA error: unspecified launch failure"),
+        (TRITON, TRITON),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
 )
 def test_a_run_says_what_is_kept_and_what_to_try(tmp_path, monkeypatch, lost, message, shown):
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
@@ -59,6 +63,7 @@ def test_who_looks_for_the_place_gets_the_traceback(tmp_path, monkeypatch):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://x"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("shapes do not match"),
         ValueError("CUDA error: quoted by a user"),
     ],
@@ -67,6 +72,15 @@ def test_other_errors_are_none_of_the_gpu(lost, error):
     gpu_errors.note(error)
     assert not gpu_errors.is_gpu_error(error) and not gpu_errors.is_lost()
     assert gpu_errors.names_gpu_error(str(error)) == isinstance(error, ValueError)  # a text has no class
+
+
+def test_too_little_memory_on_a_gpu_is_one_line_with_the_remedy(capsys):
+    def work():
+        raise torch.AcceleratorError(LAUNCH_FAILURE.replace("unspecified launch failure", "out of memory"))
+
+    assert entry_point._status_of(work) == 1
+    expected = "error: out of memory (CUDA error: out of memory): take a smaller batch, context or model\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_gpu_that_still_answers_is_not_lost(lost, monkeypatch):

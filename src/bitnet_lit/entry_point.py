@@ -110,7 +110,8 @@ def _status_of(work: Callable[[], object]) -> int:
             return _fail(f"{gpu_errors.without_boilerplate(error)}: CUDA_LAUNCH_BLOCKING=1 shows where", 1)
         if not is_out_of_memory(error):
             raise
-        return _fail(f"out of memory ({error}): take a smaller batch, context or model", 1)
+        what = gpu_errors.without_boilerplate(error)
+        return _fail(f"out of memory ({what}): take a smaller batch, context or model", 1)
     except OSError as error:
         # Discard what is still buffered: Python would fail again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)

@@ -79,13 +79,21 @@ class DataError(TrainingStopped):
     """Reports shards that changed or broke while they were read. This is not the user's mistake: the status is 1."""
 
 
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
+# CUDA's libraries have a status of their own, for example where other runs on the GPU have left too little for cuBLAS.
+_OUT_OF_MEMORY = re.compile(
+    "can't allocate memory|out of memory|not enough memory|_ALLOC_FAILED|_ALLOCATION_FAILED", re.IGNORECASE
+)
+
+
+def names_out_of_memory(text: str) -> bool:
+    """Return whether a message says that memory ran out."""
+    return _OUT_OF_MEMORY.search(text) is not None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out: Python and numpy raise MemoryError, torch raises RuntimeError on every device."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+        isinstance(error, RuntimeError) and names_out_of_memory(str(error))
     )
 
 

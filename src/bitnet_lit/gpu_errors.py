@@ -14,9 +14,9 @@ import os
 import re
 import sys
 
-from bitnet_lit.errors import is_out_of_memory, one_line
+from bitnet_lit.errors import is_out_of_memory, names_out_of_memory, one_line
 
-_GPU_ERROR = re.compile(r"\b(CUDA|HIP)( driver)? error: |\bTriton Error \[(CUDA|HIP)\]: ")
+_GPU_ERROR = re.compile(r"\b(CUDA|HIP)( driver)? error: |\bcuDNN error: |\bTriton Error \[(CUDA|HIP)\]: ")
 # What PyTorch appends to the message of such an error, for developers of kernels.
 _BOILERPLATE = re.compile(
     r"\s*(Search for `\w+' in |(CUDA|HIP) kernel errors might be |For debugging consider passing |"
@@ -36,7 +36,7 @@ def is_gpu_error(error: BaseException) -> bool:
 
 def names_gpu_error(text: str) -> bool:
     """Return whether a message, such as that of a job in error.txt, is of a GPU's error; too little memory is none."""
-    return _GPU_ERROR.search(text) is not None and "out of memory" not in text.lower()
+    return _GPU_ERROR.search(text) is not None and not names_out_of_memory(text)
 
 
 def without_boilerplate(message: object) -> str:
