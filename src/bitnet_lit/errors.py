@@ -92,9 +92,7 @@ def names_out_of_memory(text: str) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out: Python and numpy raise MemoryError, torch raises RuntimeError on every device."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and names_out_of_memory(str(error))
-    )
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and names_out_of_memory(str(error)))
 
 
 class GpuError(TrainingStopped):
