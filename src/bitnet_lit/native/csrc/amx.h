@@ -53,11 +53,17 @@ inline __m512i upper_half(__m512 x) {
     return _mm512_and_si512(rounded, _mm512_set1_epi32(int(0xffff0000)));
 }
 struct Halves {
-    __m512i high, low;
+    __m512i high, low;  // each in the upper half of a lane; what is below `low` is no part of it
 };
 inline Halves split(FloatVec x) {
-    const __m512i high = upper_half((__m512)x);
-    return {high, upper_half(_mm512_sub_ps((__m512)x, _mm512_castsi512_ps(high)))};
+    const __m512i high = upper_half((__m512)x), half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_castps_si512(_mm512_sub_ps((__m512)x, _mm512_castsi512_ps(high)));
+    return {high, _mm512_add_epi32(low, half)};
+}
+// Two numbers of `split` as one of 32 bits: the first in the lower half.
+inline __m512i pair_of(__m512i first, __m512i second) {
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(first, 16), second, upper, 0xF8);  // first | (second & upper)
 }
 
 // Splits 32 rows of a panel, in place.
@@ -68,8 +74,8 @@ inline void split_block(float* block) {
             const float* const at = block + pair * 64 + half * 16;
             const Halves x = split(load_floats(at)), y = split(load_floats(at + 32));
             uint32_t* const to = tiles + half * 256 + pair * 16;
-            _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32(x.high, 16), y.high));
-            _mm512_store_si512(to + 512, _mm512_or_si512(_mm512_srli_epi32(x.low, 16), y.low));
+            _mm512_store_si512(to, pair_of(x.high, y.high));
+            _mm512_store_si512(to + 512, pair_of(x.low, y.low));
         }
     std::memcpy(block, tiles, sizeof(tiles));
 }
@@ -96,8 +102,8 @@ inline void split_columns(const float* from, int64_t row, int count, uint16_t* t
         FloatVec second = (FloatVec)_mm512_maskz_loadu_ps(here, from + (2 * pair + 1) * row);
         if (factors) first *= factors[2 * pair], second *= factors[2 * pair + 1];
         const Halves x = split(first), y = split(second);
-        high[pair] = (FloatVec)_mm512_or_si512(_mm512_srli_epi32(x.high, 16), y.high);
-        low[pair] = (FloatVec)_mm512_or_si512(_mm512_srli_epi32(x.low, 16), y.low);
+        high[pair] = (FloatVec)pair_of(x.high, y.high);
+        low[pair] = (FloatVec)pair_of(x.low, y.low);
     }
     transpose_vecs<LANES / 2>(high);
 #pragma GCC unroll 16

@@ -51,7 +51,8 @@ class HeadTask {
         const int64_t y_row = int64_t(a.heads) * P;
         float* const y = a.y + tokens * y_row + head * P;
         for (int first = 0; first < T; first += BLOCK) {
-            const int m = std::min(BLOCK, T - first), seen = block_scores(first, m);
+            const int m = std::min(BLOCK, T - first), seen = first + m;
+            multiply_seen(first, m, queries + int64_t(first) * P, P, key_columns, scores);
             float inverse[BLOCK];
             for (int i = 0; i < m; i++) {
                 float* const s = scores + i * stride;
@@ -74,7 +75,7 @@ class HeadTask {
                 log_sum[first + i] = most * scale + std::log(total);
             }
             float* const block = y + first * y_row;
-            multiply_keys(m, seen, value_panels, block, y_row, scores);
+            multiply_keys(first, m, value_panels, block, y_row, scores);
             for (int i = 0; i < m; i++)
 #pragma omp simd
                 for (int p = 0; p < P; p++) block[i * y_row + p] *= inverse[i];
@@ -99,10 +100,11 @@ class HeadTask {
             const float* const log_sum = a.log_sum + (sequence * a.heads + head) * T;
             float* const d_q = a.d_q + tokens * a.d_row + head * P;
             for (int first = 0; first < T; first += BLOCK) {
-                const int m = std::min(BLOCK, T - first), seen = block_scores(first, m);
+                const int m = std::min(BLOCK, T - first), seen = first + m;
+                multiply_seen(first, m, queries + int64_t(first) * P, P, key_columns, scores);
                 const float* const y = a.y + (tokens + first) * y_row + head * P;
                 const float* const d_y = a.d_y + (tokens + first) * y_row + head * P;
-                multiply(m, seen, P, {d_y, y_row, 1}, value_panels, d_scores, stride, false);
+                multiply_seen(first, m, d_y, y_row, value_panels, d_scores);
                 for (int i = 0; i < m; i++) {
                     float *const p = scores + i * stride, *const d = d_scores + i * stride;
                     const int mine = first + i + 1;
@@ -117,13 +119,9 @@ class HeadTask {
                 }
                 pack(m, P, queries + int64_t(first) * P, P, query_panels);
                 pack(m, P, d_y, y_row, d_y_panels);
-                multiply_keys(m, seen, key_panels, d_q + first * a.d_row, a.d_row, d_scores);
-                for (int j = 0; j < P; j += PANEL) {
-                    multiply_panel(seen, P - j, m, {d_scores, 1, stride}, query_panels + int64_t(j) * m, d_keys + j, P,
-                                   true);
-                    multiply_panel(seen, P - j, m, {scores, 1, stride}, d_y_panels + int64_t(j) * m, d_values + j, P,
-                                   true);
-                }
+                multiply_keys(first, m, key_panels, d_q + first * a.d_row, a.d_row, d_scores);
+                add_queries(first, m, query_panels, d_keys, d_scores);
+                add_queries(first, m, d_y_panels, d_values, scores);
             }
             for (int64_t t = 0; t < T; t++) {
                 float* const row = d_q + t * a.d_row;
@@ -147,17 +145,34 @@ class HeadTask {
             rotate(from + t * a.row, a.cos + t * P, a.sin + t * P, P, false, to + t * P);
         }
     }
-    // Scores of queries first..first + m, up to the last key that one of them may see. Returns their number.
-    int block_scores(int first, int m) const {
-        multiply(m, first + m, P, {queries + int64_t(first) * P, P, 1}, key_columns, scores, stride, false);
-        return first + m;
+    // The next three are products of queries first..first + m and keys, where a query sees the keys up to its own. ROWS
+    // queries, or keys, are taken at once, with all that one of them needs.
+    //
+    // c (m, T) = rows (m, P) of the queries @ the columns of their keys.
+    void multiply_seen(int first, int m, const float* rows, int64_t row, const float* columns, float* c) const {
+        for (int i = 0; i < m; i += ROWS) {
+            const int count = std::min(ROWS, m - i), seen = panels_of(first + i + count) * PANEL;
+            multiply(count, seen, P, {rows + i * row, row, 1}, columns, c + i * stride, stride, false);
+        }
     }
-    // c (m, P) = weights (m, seen) @ the first `seen` of the T rows that are packed.
-    void multiply_keys(int m, int seen, const float* panels, float* c, int64_t ldc, const float* weights) const {
-        for (int j = 0; j < P; j += PANEL)
-            for (int p = 0; p < seen; p += DEPTH)
-                multiply_panel(m, P - j, std::min(DEPTH, seen - p), {weights + p, stride, 1},
-                               panels + int64_t(j) * T + p * PANEL, c + j, ldc, p > 0);
+    // c (m, P) = weights (m, T) of the queries @ the rows of their keys, which are packed.
+    void multiply_keys(int first, int m, const float* panels, float* c, int64_t ldc, const float* weights) const {
+        for (int i = 0; i < m; i += ROWS) {
+            const int count = std::min(ROWS, m - i), seen = first + i + count;
+            for (int j = 0; j < P; j += PANEL)
+                for (int p = 0; p < seen; p += DEPTH)
+                    multiply_panel(count, P - j, std::min(DEPTH, seen - p), {weights + i * stride + p, stride, 1},
+                                   panels + int64_t(j) * T + p * PANEL, c + i * ldc + j, ldc, p > 0);
+        }
+    }
+    // c (T, P) += the transpose of weights (m, T) @ m rows of the queries, which are packed.
+    void add_queries(int first, int m, const float* panels, float* c, const float* weights) const {
+        for (int key = 0; key < first + m; key += ROWS) {
+            const int count = std::min(ROWS, first + m - key), i = std::max(0, key - first);
+            for (int j = 0; j < P; j += PANEL)
+                multiply_panel(count, P - j, m - i, {weights + i * stride + key, 1, stride},
+                               panels + int64_t(j) * m + i * PANEL, c + int64_t(key) * P + j, P, true);
+        }
     }
 
     const Attention& a;

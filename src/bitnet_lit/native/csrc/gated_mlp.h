@@ -78,6 +78,7 @@ inline void gated_mlp_backward(const GatedMlp& a) {
         for (int i = 0; i < m; i++) {
             const float *const gate = a.gates + (first + i) * 2 * F, *const up = gate + F;
             float *const d_gate = d_gates + (first + i) * 2 * F, *const d = d_act + int64_t(i) * F;
+            prefetch_row(gate + 4 * F, 2 * F);  // of the token after the next: the forward pass wrote it long ago
             gate_forward(gate, up, F, a.relu2, act, sigmoid);
             a.sub_norm.backward(act, F, first + i, 1, d, d_sub_norm);
             gate_backward(gate, up, sigmoid, d, F, a.relu2, d_gate, d_gate + F);

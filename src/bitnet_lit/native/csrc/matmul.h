@@ -224,6 +224,8 @@ inline void multiply_transposed(int n, const float* a, int64_t lda, const Chunks
                 split_rows(rows, depth, {from, 1, stride}, reinterpret_cast<uint16_t*>(packed_a),
                            factors ? factors + first : nullptr);
             else pack_columns(real, rows, from, lda, packed_a);
+            if (i + step < n)  // the next columns come while these are multiplied
+                for (int p = 0; p < real; p++) prefetch_row(a + (first + p) * lda + i + step, step);
             for (int j = 0; j < k; j += PANEL) {
                 const float* const panel = panels + int64_t(j) * depth;
                 float* const to = c + i * ldc + j;
