@@ -1,12 +1,13 @@
 """The schema and what users hear of it: every file in conf composes, every mistake is one line with a remedy."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
-from bitnet_lit.config import MuonConfig, PrepareConfig, TrainConfig, training
+from bitnet_lit.config import MuonConfig, PrepareConfig, QuantConfig, TrainConfig, training
 from bitnet_lit.errors import UserError
 
 GROUPS = ("model", "quant", "data", "trainer", "mode", "optim", "schedule", "callbacks", "logger", "experiment")
@@ -116,3 +117,48 @@ def test_a_config_survives_being_written(tmp_path):
     config = train("model=15m", "optim=muon", "data.dir=x")
     save_config(config, tmp_path)
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))["model"]["hidden_size"] == 256
+
+
+CHOSEN_BY_DEFAULT = {"model.name", "callbacks.sample_prompts"}  # conf/train.yaml chooses a size, and has a sample told
+NAMED = [(group, name) for group, name in OPTIONS if group in ("quant", "optim", "schedule") and name != "custom"]
+
+
+@pytest.mark.parametrize(("group", "name"), NAMED)
+def test_a_name_means_the_same_in_yaml_and_in_python(group, name):
+    composed = getattr(compose("train", ["run_dir=x", f"{group}={name}"]), group)
+    made = type(composed)(name=name)
+    if group == "quant":
+        assert composed.scheme == made.scheme
+    different = {
+        each.name for each in fields(made) if plain(getattr(composed, each.name)) != plain(getattr(made, each.name))
+    }
+    assert different <= {"settings"}  # a file names them; `scheme` has compared them
+
+
+def test_groups_without_names_have_the_same_defaults_in_yaml_and_in_python():
+    composed = compose("train", ["run_dir=x"])
+    groups = ("model", "data", "trainer", "callbacks", "logger", "sweep", "distill", "export")
+    parts = {group: getattr(composed, group) for group in groups}
+    different = {
+        f"{group}.{key.name}"
+        for group, part in parts.items()
+        for key in fields(part)
+        if plain(getattr(part, key.name)) != plain(getattr(type(part)(), key.name))
+    }
+    assert different == CHOSEN_BY_DEFAULT
+
+
+@pytest.mark.parametrize("command", sorted(set(SCHEMAS) - {"train"}))
+def test_a_command_has_the_same_defaults_in_yaml_and_in_python(command):
+    composed = compose(command, [])
+    assert composed == type(composed)()
+
+
+def plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_the_bits_of_activations_are_those_of_the_scheme_unless_typed():
+    assert QuantConfig(name="bitnet_v2").activation_bits == 4 and QuantConfig(name="b158").activation_bits == 8
+    assert QuantConfig(name="bitnet_v2", activation_bits=8).scheme.activation_bits == 8
+    assert compose("train", ["run_dir=x", "quant.name=bitnet_v2"]).quant.activation_bits == 4

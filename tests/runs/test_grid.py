@@ -111,6 +111,10 @@ def test_folders_of_earlier_versions_go_on(sweep, tmp_path):
     """They were numbered."""
     assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0
     for number, folder in enumerate(sorted((tmp_path / "mine").glob("quant=*"))):
+        record = folder / ".hydra" / "config.yaml"
+        text = record.read_text()  # they recorded the default of every scheme
+        assert "activation_bits: null" in text
+        record.write_text(text.replace("activation_bits: null", "activation_bits: 8"))
         folder.rename(folder.with_name(str(number)))
     (tmp_path / "mine" / "1" / "metrics.json").unlink()
     assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from bitnet_lit.config.checks import COUNT, POSITIVE, SIZE, Checked, Range, one_of
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.scheme import Scheme
-from bitnet_lit.quant.schemes import SCHEMES, register
+from bitnet_lit.quant.schemes import SCHEMES, activation_bits_of, register
 from bitnet_lit.registry import with_settings
 
 KERNELS = ("auto", "reference", "triton", "native")
@@ -165,12 +165,13 @@ class QuantConfig(Checked):
     name: str = "b158"
     """b158: weights in {-1, 0, +1}, one scale for the matrix. b158_row: a scale for each row. b158_group: a scale for
     each quant.settings.group_size inputs. b158_learned: the scale is trained. sherry: three of four weights are not 0.
-    tequila: a bias of the weights that are. bitnet_v2: Hadamard transforms, and 4-bit activations in its file. b1:
-    weights in {-1, +1}. none: the dense twin. Other names: a scheme that is registered."""
+    tequila: a bias of the weights that are. bitnet_v2: Hadamard transforms, and 4-bit activations. b1: weights in
+    {-1, +1}. none: the dense twin. Other names: a scheme that is registered."""
     weight_scale: str = "absmean"
     """absmean (BitNet b1.58) or absmedian (BitNet b1.58 Reloaded, arXiv 2407.09527); ternary schemes only."""
-    activation_bits: int = 8
-    """Bits of the activations that enter a quantized projection, 2 to 8."""
+    activation_bits: int | None = None
+    """Bits of the activations that enter a quantized projection, 2 to 8. null: those of the scheme, which are 4 for
+    bitnet_v2 and 8 for the others."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further settings of a scheme, such as group_size of b158_group."""
     _target_: str | None = None
@@ -206,6 +207,8 @@ class QuantConfig(Checked):
         super().__post_init__()
         if self._target_ is not None:
             self.name = SCHEMES.imported(self._target_, f"quant._target_={self._target_}").name
+        if self.activation_bits is None:
+            self.activation_bits = activation_bits_of(self.name)
         self.describe()  # makes the scheme, which checks its settings
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
         one_of("quant.kernel", self.kernel, KERNELS)

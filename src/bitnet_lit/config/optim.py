@@ -45,6 +45,8 @@ class AdamWConfig(OptimConfig):
     """AdamWConfig chooses torch.optim.AdamW for all parameters, fused where the device supports it."""
 
     name: str = "adamw"
+    learning_rate: float = 1.5e-3
+    """The peak of the learning rate (Training Tips, table 2: 700M)."""
 
 
 @dataclass

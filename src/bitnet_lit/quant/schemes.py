@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from bitnet_lit.errors import UserError
@@ -39,6 +39,17 @@ register = SCHEMES.register
 def _check_bits(activation_bits: int) -> None:
     if not 2 <= activation_bits <= 8:
         raise UserError(f"quant.activation_bits={activation_bits}: must lie in 2..8 (codes are stored as int8)")
+
+
+def activation_bits_of(name: str) -> int:
+    """Return the bits of activations that a scheme has unless `quant.activation_bits` says others.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    defaults = {setting.name: setting.default for setting in fields(SCHEMES.named(name))}
+    bits = defaults.get("activation_bits")
+    return bits if isinstance(bits, int) else 8
 
 
 @register

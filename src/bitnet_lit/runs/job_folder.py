@@ -14,6 +14,7 @@ the recorded one (a default or a YAML file has changed), old results are not tak
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import re
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.gpu_errors import without_boilerplate
 from bitnet_lit.json_shapes import Number, Record
+from bitnet_lit.quant.schemes import activation_bits_of
 from bitnet_lit.runs.folder import CONFIG_NAME, ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, is_running
 from bitnet_lit.runs.job_names import identity
 
@@ -34,6 +36,9 @@ _LOSS = Record({"val/loss": Number()})
 _FREE = ("run_dir", "resume", "allow", "sweep")  # where a job lies and how it is started, not what it computes
 _STOPPED = re.compile(r"(?:TrainingStopped: )?(?:not started: |SIG[A-Z0-9]+ )")  # earlier versions named the class
 _OPEN = ("callbacks.extra.", "logger.extra.", "trainer.extra.", "quant.settings.")
+
+
+_BITS = "quant.activation_bits"
 
 
 class State(enum.Enum):
@@ -115,6 +120,14 @@ def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix.removesuffix("."), node
 
 
+def _with_bits(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with the activation bits of their scheme, which earlier versions recorded and later ones do not."""
+    if values.get(_BITS, 8) is None:
+        with contextlib.suppress(UserError):  # a scheme of the user's own that is not imported yet
+            return values | {_BITS: activation_bits_of(str(values.get("quant.name")))}
+    return values
+
+
 def check_unchanged(folder: Path, config: DictConfig) -> None:
     """Refuse results that another config made.
 
@@ -131,7 +144,7 @@ def check_unchanged(folder: Path, config: DictConfig) -> None:
         was = dict(_flat(OmegaConf.to_container(OmegaConf.load(path), resolve=False)))
     except Exception as error:
         raise UserError(f"{path}: damaged ({one_line(error)}): give another hydra.sweep.dir") from None
-    now = dict(_flat(OmegaConf.to_container(config, resolve=False)))
+    was, now = _with_bits(was), _with_bits(dict(_flat(OmegaConf.to_container(config, resolve=False))))
     for key in [*was, *(key for key in now if key.startswith(_OPEN))]:
         if key.partition(".")[0] not in _FREE and was.get(key) != now.get(key):
             raise UserError(
