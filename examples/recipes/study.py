@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 
 import torch
-from plan import BASE, COMBINED, DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
+from plan import COMBINED, DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
 from pool import Pool, Running
 from results import Results
 from rich.table import Table
 from tables import Tables, put_into
+from teachers import Teachers
 
 import bitnet_lit
 from bitnet_lit.atomic import atomic_file
@@ -53,6 +54,7 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         self.results = Results(self.out, machine)
         self.tables = Tables(plan, self.results)
+        self.teachers = Teachers(plan, self.results)
         self.failed: dict[str, str] = {}
         self.again: set[str] = set()  # sweeps that were started once more
         self.skipped: set[str] = set()
@@ -74,8 +76,8 @@ class Study:
         if sweep.what == SAME_TIME:
             fixed["trainer.max_tokens"] = str(self._tokens_in_the_same_time(sweep))
         if any(DENSE_RUN in value for value in fixed.values()):
-            dense = self._dense_run(sweep.recipe)
-            fixed = {key: value.replace(DENSE_RUN, dense) for key, value in fixed.items()}
+            dense = self.teachers.folder(sweep.recipe)
+            fixed = {key: value.replace(DENSE_RUN, str(dense)) for key, value in fixed.items()}
         start = [
             f"hydra.sweep.dir={quoted(str(self.out / sweep.name))}",
             "launcher=joblib",
@@ -87,13 +89,8 @@ class Study:
             seed = sweep.sampler_seed + elsewhere  # a study that goes on without its folder draws other points
             varied += [f"sweep.n_trials={sweep.jobs - elsewhere}", f"sweep.seed={seed}", "sweep.metric=val/loss"]
         else:
-            varied = [f"seed={','.join(map(str, self.results.missing_seeds(sweep)))}"]
+            varied = [f"seed={','.join(map(str, self._seeds_left(sweep)))}"]
         return [*(f"{key}={value}" for key, value in fixed.items()), *varied, *start]
-
-    def _dense_run(self, recipe: str) -> str:
-        """Return the run folder of the dense twin's best with the first seed. It may lie on another machine."""
-        records = self.results.of(f"{recipe}/none/{BASE}")
-        return str(min(records, key=lambda record: record["seed"])["folder"])
 
     def _tokens_in_the_same_time(self, sweep: Sweep) -> int:
         b158, dense = (self.results.speed(sweep.recipe, quant) for quant in TWINS)
@@ -101,7 +98,7 @@ class Study:
         return round(sweep.tokens * b158 / dense)
 
     def _is_ready(self, sweep: Sweep, running: set[str]) -> bool:
-        if sweep.name in {*running, *self.failed, *self.skipped} or self.results.is_complete(sweep):
+        if sweep.name in {*running, *self.failed, *self.skipped} or self.is_done(sweep):
             return False
         if not all(self._is_over(need, sweep.what == COMBINED) for need in sweep.needs):
             return False
@@ -128,7 +125,7 @@ class Study:
         if needed is None:
             return False
         is_optional = may_fail and needed.what not in NO_OPTIONS
-        return self.results.is_complete(needed) or (is_optional and name in self.failed)
+        return self.is_done(needed) or (is_optional and name in self.failed)
 
     def run(self, pool: Pool, budget_seconds: float | None) -> None:
         """Run until all is done, the time is up, or a signal comes."""
@@ -140,7 +137,7 @@ class Study:
                 self._collect(one.sweep)
             for one in pool.ended():
                 self._collect(one.sweep)
-                if not self.results.is_complete(one.sweep):
+                if not self.is_done(one.sweep):
                     self._note_failure(one)
             has_time = deadline is None or time.monotonic() < deadline - min(LEAST_SECONDS, (budget_seconds or 0) / 4)
             names = {one.sweep.name for one in pool.running}
@@ -193,7 +190,7 @@ class Study:
         """Return whether a folder that a sweep needs is still locked by a process of a killed study."""
         for sweep in self.plan.sweeps:
             folder = self.out / sweep.name
-            if sweep.name not in self.failed and not self.results.is_complete(sweep) and folder.is_dir():
+            if sweep.name not in self.failed and not self.is_done(sweep) and folder.is_dir():
                 try:
                     with locked(folder):
                         pass
@@ -201,9 +198,17 @@ class Study:
                     return True
         return False
 
+    def is_done(self, sweep: Sweep) -> bool:
+        """Return whether nothing of a sweep is left to do."""
+        return self._jobs_left(sweep) <= 0
+
     def _jobs_left(self, sweep: Sweep) -> int:
-        done = len(self.results.of(sweep.name))
-        return sweep.jobs - done if sweep.what == SEARCH else len(self.results.missing_seeds(sweep))
+        if sweep.what == SEARCH:
+            return sweep.jobs - len(self.results.of(sweep.name))
+        return len(self._seeds_left(sweep))
+
+    def _seeds_left(self, sweep: Sweep) -> list[int]:
+        return self.results.missing_seeds(sweep) or self.teachers.again(sweep)
 
     def _log(self, sweep: Sweep) -> Path:
         return self.out / "logs" / f"{sweep.name.replace('/', '_')}.log"
@@ -304,7 +309,7 @@ def main(typed: list[str], command: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.status
-    names = [sweep.name for sweep in study.plan.sweeps if not study.results.is_complete(sweep)]
+    names = [sweep.name for sweep in study.plan.sweeps if not study.is_done(sweep)]
     left = [name for name in names if name not in study.skipped]
     for name, why in study.failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)

@@ -22,7 +22,7 @@ from bitnet_lit.runs.search import distribution
 from tests.support import REPOSITORY
 
 RECIPES = REPOSITORY / "examples" / "recipes"
-MODULES = ("plan", "results", "pool", "tables", "study")
+MODULES = ("plan", "results", "teachers", "pool", "tables", "study")
 STAND_IN = [sys.executable, "-S", str(REPOSITORY / "tests" / "examples" / "stand_in_for_train.py")]
 SMALL = ["gpus=0", "trials=3", "jobs_per_gpu=2", "space={optim.learning_rate: 'interval(1e-2, 1e-1)'}"]
 TWINS = "order=[search gutenberg_5m, seeds gutenberg_5m]"
@@ -228,6 +228,25 @@ def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
     assert found["gutenberg_5m/b158/distill"]["distill.teacher"] == str(tmp_path / "gutenberg_5m/none/base/seed=1")
     page = (tmp_path / "tables.md").read_text()
     assert "| 1.1 k | 1 k | 1.100 |" in page and "wsd: `schedule=wsd`" in page
+
+
+def test_a_teacher_on_another_machine_is_trained_again(study, tmp_path, capfd):
+    steps = ("search", "seeds", "options")
+    order = f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in steps)}]"
+    distill = "distill: {overrides: ['distill.teacher={dense_run}'], twins: [b158]}"
+    assert study(order, "options={wsd: {overrides: [schedule=wsd], twins: [b158]}}", "seeds=[2,3]") == 0
+    before = (tmp_path / "results.jsonl").read_text()
+    shutil.rmtree(tmp_path / "gutenberg_5m")  # as after a copy of results.jsonl
+    capfd.readouterr()
+    assert study(order, f"options={{{distill}}}", "seeds=[2,3]") == 0
+    begun = re.findall(r"gutenberg_5m/(\S+) on the CPU.* (seed=\S+)", capfd.readouterr().out)
+    assert begun == [("none/base", "seed=2"), ("b158/distill", "seed=2,3")]
+    after = (tmp_path / "results.jsonl").read_text()
+    assert after.startswith(before)
+    added = [json.loads(line) for line in after.removeprefix(before).splitlines()]
+    assert [line["sweep"] for line in added] == ["gutenberg_5m/b158/distill"] * 2
+    teacher = tmp_path / "gutenberg_5m" / "none" / "base" / "seed=2"
+    assert {line["overrides"]["distill.teacher"] for line in added} == {str(teacher)} and (teacher / "model").is_dir()
 
 
 def test_runs_too_short_for_a_speed_leave_out_the_same_time(study, capsys, monkeypatch, tmp_path):

@@ -189,7 +189,7 @@ def tensors(content, kind):
     return found
 
 
-def compare(folder, name, tolerance, figure_tolerance, kinds=("state_dict", "optimizer_states")):
+def compare(folder, name, tolerance, figure_tolerance, kinds=("state_dict", "optimizer_states"), same_text=True):
     """Compare a run with the one on one device: weights, moments, losses, codes, samples, and the model folder."""
     one, other = (read_checkpoint(folder / run / "checkpoints" / "last.ckpt") for run in ("one", name))
     assert other["global_step"] == STEPS
@@ -204,7 +204,7 @@ def compare(folder, name, tolerance, figure_tolerance, kinds=("state_dict", "opt
     for figure in ("val/loss", "train/loss", "ternary/minus", "ternary/zero", "ternary/plus"):
         assert figures[1][figure] == pytest.approx(figures[0][figure], rel=figure_tolerance), figure
     texts = [(folder / run / "samples.txt").read_text().partition(f"--- step {STEPS}\n")[2] for run in ("one", name)]
-    assert texts[0] == texts[1] != ""
+    assert "" not in texts and (texts[0] == texts[1] or not same_text)
     assert (folder / name / "model" / "model.safetensors").exists()
 
 
@@ -252,5 +252,6 @@ def test_only_the_first_node_writes(on_cpus, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_gpus_are_one(on_gpus, name):
     # Newton-Schulz runs in bfloat16, and a stack of another length may sum in another order. Then some weights round to
-    # another code, and gradients follow them: up to 5.5e-2 was measured in weights (fsdp, H200, torch 2.11).
-    compare(on_gpus, name, 1e-1, 5e-3, kinds=("state_dict",))
+    # another code, and gradients follow them: up to 5.5e-2 was measured in weights (fsdp, H200, torch 2.11). A sample of
+    # such weights may be another text.
+    compare(on_gpus, name, 1e-1, 5e-3, kinds=("state_dict",), same_text=False)

@@ -1,0 +1,46 @@
+"""The dense runs that teach: `{dense_run}` in an option is the run of the dense twin's best with the first seed.
+
+results.jsonl travels to another machine alone. There the run is missing, so it is trained once more, with the same
+seed, before the sweeps that need it. Its result stays the one that is there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plan import BASE, COMBINED, DENSE_RUN, Plan, Sweep
+from results import Record, Results
+
+from bitnet_lit.runs.folder import MODEL
+
+
+class Teachers:
+    """Finds the dense runs of a study."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan, self.results = plan, results
+
+    def folder(self, recipe: str) -> Path | None:
+        """Return the run that teaches a recipe; None where it is not on this machine."""
+        record = self._first(recipe)
+        if record is None:
+            return None
+        folders = [Path(record["folder"]), self.results.out / record["sweep"] / record["job"]]
+        return next((folder for folder in folders if (folder / MODEL).is_dir()), None)
+
+    def again(self, sweep: Sweep) -> list[int]:
+        """Return the seed of a teacher that must be trained once more by this sweep; [] if there is none."""
+        record = self._first(sweep.recipe)
+        if record is None or record["sweep"] != sweep.name or self.folder(sweep.recipe) is not None:
+            return []
+        has_pupils = any(
+            sweep.name in other.needs
+            and (other.what == COMBINED or any(DENSE_RUN in value for value in other.fixed.values()))
+            and not self.results.is_complete(other)
+            for other in self.plan.sweeps
+        )
+        return [record["seed"]] if has_pupils else []
+
+    def _first(self, recipe: str) -> Record | None:
+        records = self.results.of(f"{recipe}/none/{BASE}")
+        return min(records, key=lambda record: record["seed"], default=None)
