@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from pictures import Pictures
 from plan import COMBINED, DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
 from pool import Pool, Running
 from results import Results
@@ -306,6 +307,8 @@ def main(typed: list[str], command: list[str]) -> int:
         print(text)
         if settings.into is not None:
             put_into(Path(settings.into), text)
+        if settings.pictures is not None:
+            Pictures(study.plan, study.results).write(Path(settings.pictures))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.status

@@ -114,8 +114,9 @@ class Tables:
             if sweep.what == COMBINED and self.results.of(sweep.name):
                 chosen = self.results.combination(self.plan, sweep)
                 change = self._difference(sweep.name, f"{sweep.recipe}/{sweep.quant}/{BASE}", LOSS)
-                rows.append([sweep.recipe, sweep.quant, " ".join(f"`{k}={v}`" for k, v in chosen.items()), change])
-        return _table(["recipe", "twin", "options", "change"], rows) if rows else []
+                gap = self._difference(sweep.name, f"{sweep.recipe}/none/{BASE}", LOSS)
+                rows.append([sweep.recipe, sweep.quant, " ".join(f"`{k}={v}`" for k, v in chosen.items()), change, gap])
+        return _table(["recipe", "twin", "options", "change", "gap to dense without options"], rows) if rows else []
 
     def searches(self) -> list[str]:
         """Each search, and the command of its best trial."""

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from omegaconf import OmegaConf
 
 from bitnet_lit.runs import devices
 
@@ -22,6 +23,34 @@ from bitnet_lit.runs import devices
 def test_as_many_jobs_as_there_are_gpus_for(monkeypatch, gpus, accelerator, of_a_job, jobs):
     monkeypatch.setattr(devices, "visible_gpus", lambda: [str(index) for index in range(gpus)])
     assert devices.parallel_jobs(accelerator, of_a_job) == jobs
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accelerator", "of_a_job", "at_once", "has_note"),
+    [
+        (2, "auto", 1, 3, True),
+        (2, "auto", 1, -1, True),
+        (2, "gpu", 2, 2, True),
+        (2, "gpu", 1, 2, False),
+        (2, "gpu", 1, 1, False),
+        (2, "cpu", 1, 3, False),
+        (0, "auto", 1, 3, False),
+        (2, "auto", 1, None, False),  # another launcher
+    ],
+)
+def test_jobs_that_share_a_gpu_are_told_of_mps(
+    tmp_path, monkeypatch, capsys, gpus, accelerator, of_a_job, at_once, has_note
+):
+    monkeypatch.setattr(devices, "visible_gpus", lambda: [str(index) for index in range(gpus)])
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    launcher = {} if at_once is None else {"n_jobs": at_once}
+    trainer = {"accelerator": accelerator, "devices": of_a_job}
+    config = OmegaConf.create({"hydra": {"launcher": launcher}, "trainer": trainer})
+    devices.note_sharing(config)
+    assert ("nvidia-cuda-mps-control -d" in capsys.readouterr().err) == has_note
+    (tmp_path / "control").touch()  # the daemon runs
+    devices.note_sharing(config)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_slot_is_one_process_and_is_free_when_that_ends(tmp_path):

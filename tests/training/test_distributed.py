@@ -252,6 +252,6 @@ def test_only_the_first_node_writes(on_cpus, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_gpus_are_one(on_gpus, name):
     # Newton-Schulz runs in bfloat16, and a stack of another length may sum in another order. Then some weights round to
-    # another code, and gradients follow them: up to 5.5e-2 was measured in weights (fsdp, H200, torch 2.11). A sample of
-    # such weights may be another text.
+    # another code, and gradients follow them: up to 5.5e-2 was measured in weights (fsdp, H200, torch 2.11).
+    # A sample of such weights may be another text.
     compare(on_gpus, name, 1e-1, 5e-3, kinds=("state_dict",), same_text=False)

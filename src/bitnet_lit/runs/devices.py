@@ -3,16 +3,20 @@
 A process that runs jobs takes a slot: a file in the sweep's folder that it locks until it ends. Slot 0 has the first
 GPU, slot 1 the second, and so on; a job on two devices (`trainer.devices=2`) has two. The process sees only its GPUs
 (CUDA_VISIBLE_DEVICES), so every job trains on "cuda:0" as it would alone. On a CPU joblib divides the threads.
+
+Processes that share a GPU take turns: a time slice belongs to one of them. Where the daemon of NVIDIA's MPS
+(Multi-Process Service) runs, their kernels run at the same time.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.locks import lock
 
@@ -46,6 +50,26 @@ def parallel_jobs(accelerator: str, devices: Any) -> int:
     if not gpus:
         return _JOBS_ON_A_CPU
     return 1 if each is None else max(1, len(gpus) // each)
+
+
+def note_sharing(config: DictConfig) -> None:
+    """Print a line where the jobs of a sweep (launcher=joblib) will share a GPU by time slices.
+
+    Args:
+        config: of the sweep, with the keys of Hydra.
+    """
+    at_once = OmegaConf.select(config, "hydra.launcher.n_jobs")
+    accelerator, devices = (OmegaConf.select(config, f"trainer.{key}") for key in ("accelerator", "devices"))
+    if at_once in (None, 1) or accelerator in ("cpu", "mps") or not (gpus := visible_gpus()):
+        return
+    places = len(gpus) // (_devices_of_a_job(devices) or len(gpus))
+    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))  # the daemon's own default
+    if not 1 < at_once <= places and not (pipes / "control").exists():  # below 1 is one for each processor
+        print(
+            "note: jobs share a GPU by time slices; NVIDIA's MPS runs them at the same time, which is faster: "
+            "nvidia-cuda-mps-control -d",
+            file=sys.stderr,
+        )
 
 
 OmegaConf.register_new_resolver("bitnet.parallel_jobs", parallel_jobs, replace=True)

@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.errors import UserError
+from bitnet_lit.runs.devices import note_sharing
 from bitnet_lit.runs.folder import SWEEP_RECORD, is_taken
 from bitnet_lit.runs.job import Job
 from bitnet_lit.runs.job_folder import State, check_unchanged, job_folders, recorded_overrides, state
@@ -179,6 +180,7 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
         counts = Counter(one.state.value for one in planned)
         states = ", ".join(f"{counts[each.value]} {each.value}" for each in State if counts[each.value])
         print(f"sweep: {sweep_dir}: {len(planned)} jobs, {states}", file=sys.stderr)
+        note_sharing(config)
         sweep_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, sweep_dir / SWEEP_RECORD)
     SweepTable.jobs = [one.folder.relative_to(sweep_dir).as_posix() for one in planned if one.folder] or None

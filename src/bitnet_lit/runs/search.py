@@ -29,6 +29,7 @@ from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.extras import needs
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Record
+from bitnet_lit.runs.devices import note_sharing
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
 from bitnet_lit.runs.grid import check, check_launcher, place, preview
 from bitnet_lit.runs.job import Job
@@ -256,6 +257,7 @@ class Search:
             f"search: {self.sweep_dir}: {done} of {self.config.n_trials} trials done, {len(open_trials)} to go on with",
             file=sys.stderr,
         )
+        note_sharing(cast(DictConfig, self.sweeper.config))
         at_once = max(1, int(OmegaConf.select(cast(DictConfig, self.sweeper.config), "hydra.launcher.n_jobs") or 1))
         names: list[str] = []
         while left > 0 and stop_number(self.sweep_dir) is None and not gpu_errors.is_lost():

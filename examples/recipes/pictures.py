@@ -1,0 +1,130 @@
+"""The pictures of docs/recipes.md, made from results.jsonl: what each option changes, and the loss against the bytes.
+
+Points are means over seeds, and bars are their 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from plan import BASE, COMBINED, EQUAL_BYTES, NO_OPTIONS, TWINS, WIDE, Plan
+from results import Record, Results
+
+from bitnet_lit.atomic import atomic_file
+from bitnet_lit.extras import needs
+from bitnet_lit.reports.statistics import Estimate
+
+OPTIONS, BYTES = "recipes_options.png", "recipes_bytes.png"
+FARTHEST = 0.3  # nats: what changes more is written at the edge
+BITNET, DENSE = "#1f6feb", "#444444"
+NAMES = {
+    BASE: "b158",
+    WIDE: "b158, twice the width",
+    EQUAL_BYTES: "b158, as wide as its bytes allow",
+    COMBINED: "b158, options that helped",
+}
+
+
+def _bar(estimate: Estimate) -> float:
+    return estimate.half_width or 0.0
+
+
+def _losses(records: list[Record]) -> list[float]:
+    return [record["loss"] for record in records if record["loss"] is not None]
+
+
+class Pictures:
+    """Draws the pictures of a plan from what is there."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan, self.results = plan, results
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the pictures that have something to show, and return their paths.
+
+        Raises:
+            UserError: matplotlib is not installed.
+        """
+        drawn = {OPTIONS: self._options(), BYTES: self._bytes()}
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for name, figure in drawn.items():
+            if figure is not None:
+                content = io.BytesIO()
+                figure.savefig(content, format="png", dpi=110)
+                with atomic_file(folder / name) as temporary:
+                    temporary.write_bytes(content.getvalue())
+                paths.append(folder / name)
+        return paths
+
+    def _options(self) -> Any:
+        """Return each option's change of the loss of b158 in the recipe that was tried first, the best at the top."""
+        changes: list[tuple[Estimate, str]] = []
+        recipe = next((step.split()[1] for step in self.plan.settings["order"] if step.startswith("options ")), "")
+        for sweep in self.plan.sweeps:
+            if (sweep.recipe, sweep.quant) == (recipe, TWINS[0]) and sweep.what not in NO_OPTIONS:
+                change = self.results.change(sweep.name, f"{recipe}/{TWINS[0]}/{BASE}")
+                if change is not None:
+                    changes.append((change, sweep.what))
+        if not changes:
+            return None
+        changes.sort(key=lambda each: -each[0].mean)
+        figure, axes = _axes(8, 1.2 + 0.24 * len(changes))
+        edge = max(change.mean + _bar(change) for change, _ in changes if change.mean <= FARTHEST)
+        for place, (change, _) in enumerate(changes):
+            if change.mean > FARTHEST:
+                axes.text(
+                    edge, place, f"+{change.mean:.2f} \N{RIGHTWARDS ARROW}", ha="right", va="center", color=BITNET
+                )
+            else:
+                axes.errorbar(change.mean, place, xerr=_bar(change), fmt="o", color=BITNET, capsize=2, markersize=4)
+        axes.axvline(0, color=DENSE, linewidth=1)
+        axes.set_yticks(range(len(changes)), [name for _, name in changes])
+        axes.set_ylim(-0.8, len(changes) - 0.2)
+        axes.set_xlabel(f"change of the validation loss of b158, nats per token ({recipe}); left is better")
+        return figure
+
+    def _bytes(self) -> Any:
+        """Return the loss of every twin, width and combination against the megabytes of its weights."""
+        figure, axes = _axes(8, 4.5)
+        points = 0
+        markers = dict(zip(NAMES, "osD^", strict=True))
+        sweeps = {sweep.name: sweep for sweep in self.plan.sweeps}
+        labels: set[str] = set()
+        for sweep in sweeps.values():
+            records = self.results.of(sweep.name)
+            losses = _losses(records)
+            if sweep.what not in NAMES or not losses or not records[0].get("bytes"):
+                continue
+            is_dense = sweep.quant != TWINS[0]
+            label = "dense" if is_dense else NAMES[sweep.what]
+            color, estimate = DENSE if is_dense else BITNET, Estimate.of(losses)
+            shown = {"color": color, "fmt": markers[sweep.what], "capsize": 2, "markersize": 6}
+            name = None if label in labels else label
+            x = records[0]["bytes"] / 1e6
+            axes.errorbar(x, estimate.mean, yerr=_bar(estimate), label=name, **shown)
+            size = records[0].get("parameters") or 0
+            axes.annotate(f"{size / 1e6:.1f} M", (x, estimate.mean), (6, 5), textcoords="offset points", fontsize=8)
+            labels, points = labels | {label}, points + 1
+        if not points:
+            return None
+        axes.set_xscale("log")
+        ticks = [1, 2, 5, 10, 20, 50, 100]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("weights, MB (1.59 bits for a ternary weight, 16 for others)")
+        axes.set_ylabel("validation loss, nats per token")
+        axes.legend(frameon=False)
+        return figure
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    with needs("matplotlib", "pictures="):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
