@@ -2,7 +2,8 @@
 
 import pytest
 
-from bitnet_lit.cli import compose
+from bitnet_lit import __version__
+from bitnet_lit.cli import _divide, compose
 from bitnet_lit.did_you_mean import nearest_key
 from bitnet_lit.errors import UserError
 
@@ -49,6 +50,89 @@ def answer(override, command="train"):
 )
 def test_words_of_other_trainers_are_answered_with_ours(override, word):
     assert word in answer(override)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--quiet", "callbacks=quiet"),
+        ("-q", "callbacks=quiet"),
+        ("--verbose", "metrics.csv"),
+        ("--debug", "mode=smoke"),
+        ("--seed 3", ": seed=3"),
+        ("--lr 1e-3", ": optim.learning_rate=1e-3"),
+        ("--lr=1e-3", ": optim.learning_rate=1e-3"),
+        ("--epochs 3", ": trainer.max_epochs=3"),
+        ("--batch-size 8", ": data.batch_size=8"),
+        ("--device cuda", "trainer.accelerator=gpu, cpu or mps"),
+        ("--gpus 2", ": trainer.devices=2"),
+        ("--nodes 2", ": trainer.num_nodes=2"),
+        ("--data DIR", ": data.dir=DIR"),
+        ("--model NAME", ": model=NAME"),
+        ("--output DIR", ": hydra.run.dir=DIR"),
+        ("--out DIR", ": hydra.run.dir=DIR"),
+        ("--config c.yaml", "--config-dir <folder> experiment=<name>"),
+        ("-c c.yaml", "--config-dir <folder> experiment=<name>"),
+        ("--dry-run", "sweep.dry_run=true"),
+        ("--resume", ": resume=<value>"),
+        ("--resume seed=2", ": resume=<value>"),
+        ("--name mine", "hydra.run.dir=outputs/<name>"),
+        ("--no-compile", ": compile=false"),
+        ("--init-optimizer", ": init_optimizer=true"),
+        ("--max-tokens 9", ": trainer.max_tokens=9"),
+        ("--max_step 5", ": trainer.max_steps=5"),
+        ("--force", "never replaces another one"),
+        ("--json", "--help lists flags and keys"),
+        ("-Q", "--help lists flags and keys"),
+    ],
+)
+def test_flags_of_other_tools_are_answered_with_keys(typed, words):
+    with pytest.raises(UserError) as error:
+        _divide("train", typed.split())
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "words"),
+    [
+        ("infer", "--quiet", ": quiet=true"),
+        ("infer", "--model runs/a", ": checkpoint=runs/a"),
+        ("infer", "--max-tokens 30", ": max_new_tokens=30"),
+        ("evaluate", "--device cuda", "accelerator=cpu or gpu"),
+        ("evaluate", "--num-workers 2", "--help lists"),
+        ("export", "-o out.gguf", ": out=out.gguf"),
+        ("export", "--verbose", "a command says all that it does"),
+        ("prepare", "--input a.txt", ": source=a.txt"),
+        ("prepare", "--force", "no command asks"),
+        ("prepare", "--max-steps 5", "--help lists"),
+        ("report", "--logdir outputs", ": runs=outputs"),
+        ("plot", "--output-dir a", ": out=a"),
+        ("bench", "--quiet", "2>/dev/null"),
+    ],
+)
+def test_each_command_has_answers_of_its_own(command, typed, words):
+    with pytest.raises(UserError) as error:
+        _divide(command, typed.split())
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "command", "words"),
+    [
+        ("quiet=true", "train", "callbacks=quiet"),
+        ("output=x", "train", "did you mean 'hydra.run.dir'"),
+        ("model=x", "infer", "did you mean 'checkpoint'"),
+        ("device=cuda", "train", "trainer.accelerator"),
+    ],
+)
+def test_the_same_names_typed_as_keys_have_the_same_answers(override, command, words):
+    assert words in answer(override, command)
+
+
+def test_the_version_is_that_of_this_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        _divide("train", ["--version"])
+    assert capsys.readouterr().out == f"bitnet-lit {__version__}\n"
 
 
 def test_a_key_of_another_optimizer_is_answered_with_its_optimizer_and_the_experiment_that_sets_it():

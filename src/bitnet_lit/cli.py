@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, StringNode
 
+from bitnet_lit import __version__
 from bitnet_lit import config as schema
 from bitnet_lit.config import CustomNetwork
 from bitnet_lit.config.slots import TARGET
@@ -205,6 +206,9 @@ def _divide(command: str, arguments: Sequence[str]) -> tuple[list[str], list[str
     Raises:
         UserError: a flag does not exist or lacks its value.
     """
+    if "--version" in arguments:  # Hydra's parser would print its own
+        print(f"bitnet-lit {__version__}")
+        raise SystemExit(0)
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:

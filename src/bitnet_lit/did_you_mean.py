@@ -1,6 +1,6 @@
 """This module turns a wrong option of a command into a one-line error that says what to type.
 
-For a key that does not exist it tries these in order: what the key means in other trainers (`WORDS`, `ALIASES`), a key
+For a key that does not exist it tries these in order: what the key means in other trainers (`other_names.py`), a key
 that is spelled almost the same, and last the command that prints all keys. A wrong suggestion is worse than none, so a
 key is suggested only if it is very similar.
 """
@@ -18,144 +18,17 @@ from typing import Any
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.errors import UserError, nearest
+from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, SHORT, WORDS
 from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import is_run
 
 # Hydra raises a ValueError for an option of a group that is a number (model=15). A UserError is a ValueError too.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
-
-# Names of keys in other trainers (lightning-hydra-template, transformers, nanoGPT, llama2.c), with our names for them.
-ALIASES = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "epochs": "max_epochs",
-    "num_epochs": "max_epochs",
-    "num_train_epochs": "max_epochs",
-    "steps": "max_steps",
-    "max_iters": "max_steps",
-    "bs": "batch_size",
-    "train_batch_size": "batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "data_dir": "data.dir",
-    "dataset": "data.dir",
-    "seq_len": "sequence_length",
-    "max_seq_len": "max_position_embeddings",
-    "block_size": "max_position_embeddings",
-    "context_length": "max_position_embeddings",
-    "dim": "hidden_size",
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_layers": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "gpus": "trainer.devices",
-    "dtype": "precision",
-    "grad_clip": "gradient_clip_val",
-    "max_grad_norm": "gradient_clip_val",
-    "gradient_accumulation_steps": "accumulate_grad_batches",
-    "grad_accum": "accumulate_grad_batches",
-    "eval_interval": "val_check_interval",
-    "eval_steps": "val_check_interval",
-    "eval_iters": "limit_val_batches",
-    "warmup_iters": "warmup_steps",
-    "warmup": "warmup_steps",
-    "save_steps": "checkpoint_every_n_steps",
-    "logging_steps": "log_every_n_steps",
-    "optimizer": "optim",
-    "scheduler": "schedule",
-    "lr_scheduler": "schedule",
-    "datamodule": "data",
-    "resume_from_checkpoint": "resume",
-    "T": "temperature",
-    "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "num_return_sequences": "num_samples",
-    "ckpt": "checkpoint",
-}
-
-_SMOKE = "mode=smoke runs everything in seconds, mode=overfit learns one batch by heart, mode=profile traces"
-_NAME = "hydra.run.dir=outputs/<name> names a run and its folder"
-_CHECKPOINTS = (
-    "last.ckpt and best.ckpt are always written; callbacks.checkpoint_every_n_steps=<steps> writes more often"
-)
-_CHECKPOINT = "it is checkpoint=<run or model folder>"
-_EARLY = (
-    "it is callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping "
-    "callbacks.extra.early.monitor=val/loss"
-)
-_ENGINE = (
-    "evaluate has no engine=: a CPU scores text (data=<file>) in the native engine, all else PyTorch computes; "
-    "accelerator=cpu or gpu is the device"
-)
-_LENGTH = "trainer.max_steps=<steps> or trainer.max_epochs=<epochs> is the length of a run"
-_BAR = "callbacks.progress_bar=false leaves the bar out"
-# Keys and groups of other trainers that this package does not have, and what to use instead. An entry holds for a key
-# and for every key in the group of that name.
-WORDS = {
-    "train": {
-        "ckpt_path": "resume=<run folder> goes on with a run, init_from=<run folder> starts another from its weights",
-        "debug": _SMOKE,
-        "trainer.fast_dev_run": _SMOKE,
-        "trainer.overfit_batches": _SMOKE,
-        "trainer.limit_train_batches": "trainer.max_steps=<steps> ends a run, data.max_train_sequences=<n> trains on a "
-        "part of the corpus",
-        "trainer.limit_test_batches": "python -m bitnet_lit.evaluate measures the whole validation split",
-        "trainer.check_val_every_n_epoch": "trainer.val_check_interval=1.0 validates once an epoch",
-        "trainer.default_root_dir": "hydra.run.dir=<folder> is the run folder",
-        "trainer.min_epochs": _LENGTH,
-        "trainer.min_steps": _LENGTH,
-        "trainer.callbacks": "callbacks are callbacks.extra.<name>._target_=<class>",
-        "trainer.logger": "loggers are logger.extra.<name>._target_=<class>",
-        "trainer.enable_checkpointing": _CHECKPOINTS,
-        "trainer.enable_progress_bar": _BAR,
-        "trainer.num_sanity_val_steps": "mode=smoke tries a whole run in seconds",
-        "trainer.gradient_clip_algorithm": "gradients are clipped by their norm: trainer.gradient_clip_val=<norm>",
-        "trainer.use_distributed_sampler": "the order of the data does not depend on the number of devices",
-        "trainer.reload_dataloaders_every_n_epochs": "the data has no end, so it is opened once",
-        "trainer.barebones": "callbacks=quiet callbacks.throughput=false callbacks.ternary_health=false cost no time",
-        "paths.data_dir": "it is data.dir=<folder of shards>",
-        "paths": "the paths are data.dir=<folder of shards> and hydra.run.dir=<run folder>",
-        "task_name": _NAME,
-        "name": _NAME,
-        "tags": f"{_NAME}; logger.wandb_group=<name> groups runs",
-        "hparams_search": "a sweep is -m key=a,b,c, a search -m sweep=optuna_lr, or a file of your own: sweep=<name>",
-        "test": "python -m bitnet_lit.evaluate checkpoint=<run folder> measures the whole validation split",
-        "optimized_metric": "it is sweep.metric=val/best_loss",
-        "dry_run": "it is sweep.dry_run=true",
-        "extras": "--cfg job prints the config",
-        "callbacks.early_stopping": _EARLY,
-        "callbacks.model_checkpoint": _CHECKPOINTS,
-        "callbacks.rich_progress_bar": _BAR,
-        "callbacks.model_summary": "the plan is printed; trainer.extra.enable_model_summary=true adds Lightning's",
-        "logger.mlflow": "logger=mlflow gives logger.extra.mlflow.<key>",
-        "logger.comet": "it is logger.extra.comet._target_=lightning.pytorch.loggers.CometLogger",
-        "logger.neptune": "it is logger.extra.neptune._target_=lightning.pytorch.loggers.NeptuneLogger",
-        "optim.lr": "it is optim.learning_rate",
-    },
-    "evaluate": {
-        "ckpt_path": _CHECKPOINT,
-        "data.dir": "it is data_dir=<folder of shards>",
-        "engine": _ENGINE,
-        "device": _ENGINE,
-    },
-    "infer": {"ckpt_path": _CHECKPOINT},
-    "export": {"ckpt_path": _CHECKPOINT},
-}
-# The same for options of groups.
-OPTION_WORDS = {
-    "callbacks=early_stopping": _EARLY,
-    "callbacks=model_checkpoint": _CHECKPOINTS,
-    "callbacks=none": "callbacks=quiet prints nothing",
-    "logger=comet": WORDS["train"]["logger.comet"],
-    "logger=neptune": WORDS["train"]["logger.neptune"],
-    "logger=many_loggers": "it is logger=many",
-}
 
 
 LAUNCHERS = {
@@ -176,18 +49,21 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def _composed(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> DictConfig:
+    with hydra.initialize_config_dir(str(conf_dir), version_base="1.3"):
+        try:
+            return hydra.compose(command, list(groups))
+        except COMPOSITION_ERRORS:
+            return hydra.compose(command)
+
+
 def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list[str]:
     """Return every dotted key that a command accepts, and the name of every group.
 
     Args:
         groups: the options of groups that the user chose (`optim=muon`), because they can add keys.
     """
-    with hydra.initialize_config_dir(str(conf_dir), version_base="1.3"):
-        try:
-            cfg = hydra.compose(command, list(groups))
-        except COMPOSITION_ERRORS:
-            cfg = hydra.compose(command)
-    keys = dotted_keys(OmegaConf.to_container(cfg, resolve=False))
+    keys = dotted_keys(OmegaConf.to_container(_composed(command, conf_dir, groups), resolve=False))
     if command == "train":
         for option in sorted((conf_dir / "quant").glob("*.yaml")):  # the settings of every scheme
             keys += [f"quant.settings.{setting.name}" for setting in fields(SCHEMES.named(option.stem))]
@@ -196,19 +72,22 @@ def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list
     return list(dict.fromkeys(key for key in keys if key not in has_a_key_of_its_own))
 
 
-def nearest_key(key: str, known: Sequence[str]) -> str | None:
+def nearest_key(key: str, known: Sequence[str], least: float = 0.75) -> str | None:
     """Return the known key that `key` probably means, or None.
 
     `key` may be another trainer's name, be in another group, or be misspelled.
+
+    Args:
+        least: how alike two names must be, from 0 to 1. In a group that was typed they need not be that alike.
     """
     *path, leaf = key.replace("-", "_").split(".")
-    leaf = ALIASES.get(leaf, leaf)
-    if leaf in known:
-        return leaf
     parent = ".".join(path)
     leaves: dict[str, list[str]] = {}
     for name in known:
         leaves.setdefault(name.split(".")[-1], []).append(name)
+    leaf = leaf if leaf in leaves else ALIASES.get(leaf, leaf)
+    if leaf in known:
+        return leaf
 
     def found(near: str | None) -> str | None:
         if near is None:
@@ -219,7 +98,8 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
     if leaf in leaves:
         return found(leaf)
     siblings = [name.split(".")[-1] for name in known if name.rpartition(".")[0] == parent]
-    return found(nearest(leaf, siblings, 0.6)) or nearest(key, known, 0.85) or found(nearest(leaf, list(leaves), 0.75))
+    inside = nearest(leaf, siblings, 0.6 if parent else least)
+    return found(inside) or nearest(key, known, 0.85) or found(nearest(leaf, list(leaves), least))
 
 
 def words_for(command: str, key: str) -> str | None:
@@ -254,23 +134,42 @@ def key_for_words(command: str, overrides: Sequence[str]) -> str | None:
     return None if key is None else f"'{typed}' is no key=value: did you mean {_shown(key, typed)}?"
 
 
+_NO_FLAG = re.compile(
+    r"unrecognized arguments: (--?[a-zA-Z]\S*)( .*)?|ambiguous option: (--\S+) could match .*|argument --cfg/-(c): .*"
+)
+
+
 def key_for_flag(command: str, message: str, arguments: Sequence[str], conf_dir: Path) -> str | None:
-    """Return what to type in place of a flag that does not exist and has the name of a key, or None.
+    """Return what to type in place of a flag that does not exist: a key, or words of `other_names`; or None.
 
     Args:
         message: the parser's, which names the flag.
         arguments: the command line.
     """
-    if (found := re.fullmatch(r"unrecognized arguments: --([a-z]\S*)( .*)?", message)) is None:
+    if (found := _NO_FLAG.fullmatch(message)) is None:
         return None
-    name, sign, value = found[1].partition("=")
-    place = next((at for at, each in enumerate(arguments) if each.startswith(f"--{name}")), len(arguments))
+    typed = next(filter(None, (found[1], found[3], found[4])))
+    flag, sign, value = typed.lstrip("-").partition("=")
+    name = flag.replace("-", "_")
+    name = SHORT.get(name, name)
     if not sign:
+        place = next((at for at, each in enumerate(arguments) if each.lstrip("-") == flag), len(arguments))
         value = next(iter(arguments[place + 1 : place + 2]), "")
         if value.startswith("-") or _OVERRIDE_START.match(value):  # the next flag or key
             value = ""
-    if (key := nearest_key(name, known_keys(command, conf_dir))) is None:
+    known = known_keys(command, conf_dir)
+    off = name.removeprefix("no_")
+    if name != off and off in known:
+        return f"a key has no dashes: {off}=false"
+    key = KEYS.get(command, {}).get(name) or (name if name in known else None)
+    if key is None and (words := FLAGS[command].get(name) or WORDS.get(command, {}).get(name)):
+        return words
+    if key is None and len(name) > 1:
+        key = nearest_key(name, known, least=0.85)
+    if key is None:
         return None
+    if not value and isinstance(OmegaConf.select(_composed(command, conf_dir), key), bool):
+        value = "true"
     return f"a key has no dashes: {_shown(key, value) if value else f'{key}=<value>'}"
 
 
@@ -281,8 +180,10 @@ def _shown(key: str, value: str) -> str:
 
 def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
     """Return the error line for a key that does not exist."""
-    if words := words_for(command, key):
+    if words := words_for(command, key) or FLAGS.get(command, {}).get(key):
         return f"unknown key '{key}': {words}"
+    if (ours := KEYS.get(command, {}).get(key)) is not None:
+        return f"unknown key '{key}': did you mean '{ours}'?"
     if near := nearest_key(key, known):
         return f"unknown key '{key}': did you mean '{near}'?"
     if command == "train" and key.startswith("trainer.") and key.count(".") == 1:

@@ -32,7 +32,7 @@ def extra_flags(extra: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: Lightning has no such flag, the flag has a key of its own in `TrainerConfig`, or every run here
-            decides it (`WORDS` in did_you_mean.py).
+            decides it (`WORDS` in other_names.py).
     """
     known = list(inspect.signature(L.Trainer.__init__).parameters)[1:]
     own_keys = {field.name for field in fields(TrainerConfig)}
