@@ -178,11 +178,16 @@ def _shown(key: str, value: str) -> str:
     return f"{key}={value}" if re.fullmatch(r"[\w@%+:,./-]+", value) else f"{key}={shlex.quote(value)}"
 
 
-def unknown_key(command: str, key: str, known: Sequence[str]) -> str:
-    """Return the error line for a key that does not exist."""
+def unknown_key(command: str, key: str, known: Sequence[str], typed: Sequence[str] = ()) -> str:
+    """Return the error line for a key that does not exist.
+
+    Args:
+        typed: the overrides that the user typed. A key that has a value already is not what another tool's name means.
+    """
+    given = {override.lstrip("+").partition("=")[0] for override in typed}
     if words := words_for(command, key) or FLAGS.get(command, {}).get(key):
         return f"unknown key '{key}': {words}"
-    if (ours := KEYS.get(command, {}).get(key)) is not None:
+    if (ours := KEYS.get(command, {}).get(key)) is not None and ours not in given:
         return f"unknown key '{key}': did you mean '{ours}'?"
     if near := nearest_key(key, known):
         return f"unknown key '{key}': did you mean '{near}'?"
@@ -256,7 +261,7 @@ def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: 
             return f"{key} has no such entry: add one with +{key}.<name>=<value>"
         if command == "train" and (line := unfit_optim_key(key, overrides)):
             return line
-        return unknown_key(command, key, keys)
+        return unknown_key(command, key, keys, overrides)
     option = re.search(
         r"Could not find '([^']+?)/([^']*)' Available options in '[^']+': (.*?) Config search path", text
     )

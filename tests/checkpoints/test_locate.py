@@ -134,6 +134,8 @@ def test_what_is_no_model_says_what_to_give(runs, typed, says):
 
 def test_no_model_at_all_names_the_runs_that_have_begun(runs):
     shutil.rmtree("outputs/sweep")
+    Path("outputs/begun/.hydra").mkdir(exist_ok=True)
+    Path("outputs/begun/.hydra/config.yaml").write_text("seed: 1\nrun_dir: x\n")
     with pytest.raises(UserError, match=r"no trained model below .*runs without a model yet: outputs/begun\)"):
         find_model(None)
 

@@ -52,10 +52,16 @@ def test_a_run_is_labelled_by_a_value_a_groups_name_or_its_class(tmp_path):
         ("1,4.5,\r\n", {"out": "/dev/null/c.png"}, "out=/dev/null/c.png"),
         ("1,1e308,\r\n2,-1e308,\r\n", {}, "metric=val/loss: its values cannot be drawn"),
         ("1,4.5,\r\n", {"runs": ["nowhere"]}, "runs=nowhere: no such folder"),
+        ("1,4.5,\r\n", {"label": "optim.ep"}, "label=optim.ep: no run has this key"),
+        ("1,4.5,\r\n", {"runs": ["run/metrics.csv"]}, "runs=run/metrics.csv: a file: give runs=run$"),
+        ("1,4.5,\r\n", {"runs": ["notes.txt"]}, "runs=notes.txt: a file: give the folder of a run or of a sweep$"),
+        ("1,4.5,\r\n", {"out": ""}, "^out= is empty: give a path, or leave it out$"),
     ],
 )
-def test_one_line(tmp_path, rows, options, message):
+def test_one_line(tmp_path, rows, options, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(tmp_path / "run", rows)
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=message) as error:
         plot(tmp_path, **options)
     assert "\n" not in str(error.value)

@@ -50,7 +50,8 @@ def _models_below(folder: Path) -> Iterator[tuple[float, Path]]:
 def _newest() -> Path:
     models = list(_models_below(OUTPUTS))
     if not models:
-        runs = [path.parent for path in sorted(OUTPUTS.rglob(RUN_CONFIG_NAME)) if is_run(path.parent)]
+        folders = (path.parent for path in sorted(OUTPUTS.rglob(RUN_CONFIG_NAME)))
+        runs = [each for each in folders if is_run(each) and not each.name.startswith(".")]  # Hydra keeps its own there
         begun = f" (runs without a model yet: {', '.join(map(str, runs[-SHOWN_RUNS:]))})" if runs else ""
         raise UserError(
             f"no trained model below {OUTPUTS.absolute()}{begun}: train one (python -m bitnet_lit.train) or give "
@@ -123,7 +124,8 @@ def find_model(checkpoint: str | Path | None, key: str = "checkpoint") -> Path:
 
 def _find(checkpoint: str, key: str) -> Path:
     if not checkpoint:
-        raise UserError(f"{key}= is empty: give a run or model folder, or leave it out for the newest run")
+        newest = " for the newest run" if key == "checkpoint" else ""
+        raise UserError(f"{key}= is empty: give a run or model folder, or leave it out{newest}")
     path = Path(checkpoint)
     if not path.exists() and (checkpoint == "~" or checkpoint.startswith("~/")):
         path = path.expanduser()  # not every shell expands it after an =

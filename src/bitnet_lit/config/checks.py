@@ -111,6 +111,16 @@ def require_whole(key: str, value: object) -> None:
         raise UserError(f"{key}={value!r}: must be a whole number")
 
 
+def not_empty(key: str, path: str | None) -> None:
+    """Refuse an empty path, which a shell makes of a variable without a value: it would be the current folder.
+
+    Raises:
+        UserError: `path` is empty.
+    """
+    if path == "":
+        raise UserError(f"{key}= is empty: give a path, or leave it out")
+
+
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"{key}={value}: must be one of {', '.join(allowed)}")

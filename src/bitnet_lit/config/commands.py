@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitnet_lit.config.checks import SIZE, Checked, Range, one_of
+from bitnet_lit.config.checks import SIZE, Checked, Range, not_empty, one_of
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.errors import UserError
 
@@ -48,6 +48,7 @@ class PrepareConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        not_empty("out", self.out)
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(
                 f"tokenizer={self.tokenizer} and vocab_size={self.vocab_size}: give one, an existing tokenizer or the "
@@ -216,6 +217,9 @@ class PlotConfig:
     out: str = "outputs/curves.png"
     """The PNG file to write."""
 
+    def __post_init__(self) -> None:
+        not_empty("out", self.out)
+
 
 @dataclass
 class ReportConfig(Checked):
@@ -237,6 +241,10 @@ class ReportConfig(Checked):
     """The folder to write. null: the folder that `runs` names, or the one that all runs lie in."""
 
     RANGES: ClassVar[dict[str, Range]] = {"dense_bits": Range(1, 64)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        not_empty("out", self.out)
 
 
 @dataclass

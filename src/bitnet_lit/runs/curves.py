@@ -9,9 +9,9 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError, disk_errors, one_line
 from bitnet_lit.extras import needs
-from bitnet_lit.runs.config_keys import value_of
+from bitnet_lit.runs.config_keys import full_key, value_of
 from bitnet_lit.runs.folder import CSV_NAME
-from bitnet_lit.runs.history import Run, read_run, run_folders
+from bitnet_lit.runs.history import Run, no_runs, read_run, run_folders
 
 
 def _label(run: Run, key: str) -> str:
@@ -34,8 +34,8 @@ def plot_curves(config: PlotConfig) -> Path:
     """Draw a metric over optimizer steps, one line per run, and return the path of the picture.
 
     Raises:
-        UserError: there are no runs, none has the metric, `out` names no kind of picture, or matplotlib is not
-            installed.
+        UserError: there are no runs, none has the metric or the label's key, `out` names no kind of picture, or
+            matplotlib is not installed.
         DiskError: the disk is full.
     """
     with needs("matplotlib", "plot"):
@@ -45,14 +45,18 @@ def plot_curves(config: PlotConfig) -> Path:
     axes = figure.subplots()
     folders = [folder for folder in run_folders(config.runs) if (folder / CSV_NAME).is_file()]
     if not folders:
-        raise UserError(f"runs={config.runs}: no {CSV_NAME} below: give run folders, or a sweep's folder")
-    for run in map(read_run, folders):
+        raise no_runs(config.runs)
+    runs = list(map(read_run, folders))
+    key = config.label
+    if key != PlotConfig.label:  # a run of another project need not have a group `quant`
+        key = full_key("label", key, [run.config for run in runs])
+    for run in runs:
         curve = run.curve(config.metric)
         if not len(curve.steps):
             has = f"has {', '.join(sorted(run.curves))}" if run.curves else "has no rows"
             without.append(f"{run.folder / CSV_NAME}, which {has}")
             continue
-        label = _drawn(f"{_label(run, config.label)}: {curve.values[-1]:.3f}")
+        label = _drawn(f"{_label(run, key)}: {curve.values[-1]:.3f}")
         axes.plot(curve.steps, curve.values, marker=".", label=label)
     if not axes.lines:
         raise UserError(f"metric={config.metric}: not in {without[0]}: give a metric that is logged, or wait for it")

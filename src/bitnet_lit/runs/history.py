@@ -175,6 +175,15 @@ def run_folders(typed: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def no_runs(typed: Sequence[str]) -> UserError:
+    """Return the error of folders in which there are no runs."""
+    if (file := next((each for each in typed if os.path.isfile(each)), None)) is not None:
+        around = os.path.dirname(file) or "."
+        remedy = f"runs={around}" if CSV_NAME in os.listdir(around) else "the folder of a run or of a sweep"
+        return UserError(f"runs={file}: a file: give {remedy}")
+    return UserError(f"runs={','.join(typed)}: no {CSV_NAME} below: give run folders, or a sweep's folder")
+
+
 def _below(place: Path) -> Iterator[Path]:
     for name, folders, files in os.walk(place):
         folder = Path(name)
@@ -262,7 +271,7 @@ def read_runs(typed: Sequence[str], refuse: Callable[[UserError], None]) -> list
     """
     folders = run_folders(typed)
     if not folders:
-        raise UserError(f"runs={list(typed)}: no {CSV_NAME} below: give run folders, or a sweep's folder")
+        raise no_runs(typed)
     runs = []
     for folder in folders:
         try:

@@ -68,6 +68,8 @@ def test_links_are_followed_and_read_once(tmp_path):
             r"no .json, .jsonl, .txt, .parquet, .arrow files in it: hidden: 1 \(.x.txt\); not .json, .*, .arrow: 1",
         ),
         ("", "source is empty"),
+        ("https://host/a.txt", "source=https://host/a.txt: a URL, and text is read from files: download it first"),
+        ("shards", "source=shards: a folder of shards, and no text: train data.dir=shards reads shards"),
         ("a\0b", "no such file"),
         ("x" * 5000, "no such file"),
     ],
@@ -75,7 +77,8 @@ def test_links_are_followed_and_read_once(tmp_path):
 def test_nothing_to_read_is_one_line(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.txt")
-    for name in ("a.pdf", ".x.txt"):
+    (tmp_path / "shards").mkdir()
+    for name in ("a.pdf", ".x.txt", "shards/meta.json"):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=message) as error:
         find_text(source)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bitnet_lit.data.shard_folder import OWN_JSON_NAMES
+from bitnet_lit.data.shard_folder import META_NAME, OWN_JSON_NAMES
 from bitnet_lit.data.sources.open_text import compression_of
 from bitnet_lit.data.sources.tables import TABLES
 from bitnet_lit.errors import UserError
@@ -65,6 +65,9 @@ def kind_of(path: Path) -> str:
     return compression if compression and (inner in TABLES or inner not in SUFFIXES) else inner
 
 
+_SHARDS = {"source": "train data.dir", "data": "data_dir"}  # what takes a folder of shards, by the key of the text
+
+
 def find_text(source: str, built_in: Sequence[str] = (), key: str = "source") -> FoundText:
     """Find the text files that a path or a glob means.
 
@@ -94,12 +97,16 @@ def find_text(source: str, built_in: Sequence[str] = (), key: str = "source") ->
             else:
                 found.pass_over(match, "folders" if os.path.isdir(match) else "no files")
         if not candidates and not found.passed_over:
+            if "://" in source:
+                raise UserError(f"{key}={source}: a URL, and text is read from files: download it first")
             raise UserError(f"{key}={source}: no such file, folder or glob{also}")
     for candidate in candidates:
         if kind_of(candidate) not in SUFFIXES:  # in a folder they are passed over; here they were asked for
             raise UserError(f"{candidate}: cannot read '{candidate.suffix}' files: give {kinds}")
     _keep_each_once(candidates, found)
     if not found.files:
+        if os.path.isfile(path / META_NAME):
+            raise UserError(f"{key}={source}: a folder of shards, and no text: {_SHARDS[key]}={source} reads shards")
         passed_over = found.describe_passed_over()
         raise UserError(f"{key}={source}: no {kinds} files in it{': ' if passed_over else ''}{passed_over}")
     return found
