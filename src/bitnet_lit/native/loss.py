@@ -29,7 +29,10 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, d_gain, d_head = torch._foreach_mul(ctx.saved_tensors, grads[0])
+        gradients = ctx.saved_tensors
+        if grads[0] != 1:  # it is 1 where this loss itself is differentiated, and then a large copy is saved
+            gradients = torch._foreach_mul(gradients, grads[0])
+        d_x, d_gain, d_head = gradients
         return d_x, d_gain, None, d_head, None
 
 
