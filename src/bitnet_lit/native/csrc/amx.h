@@ -22,6 +22,8 @@ constexpr int AMX_SIZE = 128;  // rows and columns of a matrix from which on the
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
+
 constexpr int BLOCK_FLOATS = 32 * 32;
 constexpr int64_t REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
 
@@ -46,6 +48,9 @@ struct TileRegisters {
         if (has_amx()) _tile_release();
     }
 };
+
+// Makes the compiler write to memory what it holds in registers: GCC does not know that tile loads read memory.
+inline void before_tile_loads() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 // Rounded to bfloat16, in the upper half of each lane.
 inline __m512i upper_half(__m512 x) {
@@ -157,6 +162,7 @@ inline void transposed_panels_of_tiles(int m, int k, const uint16_t* tiles, uint
 
 // c (32, 32) = 32 rows of A, in tiles, @ a panel; k columns of A.
 inline void multiply_rounded(int k, const uint16_t* tiles, const uint16_t* panel, float* c, int64_t ldc) {
+    before_tile_loads();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -191,9 +197,10 @@ NOINLINE void multiply_tiles(int blocks, const uint16_t* a0, const uint16_t* a1,
         __builtin_prefetch(to + i * ldc, 1);
         __builtin_prefetch(to + i * ldc + 16, 1);
     }
+    if (accumulate && !is_whole)
+        for (int i = 0; i < rows; i++) std::copy(c + i * ldc, c + i * ldc + std::min(32, columns), buffer + i * 32);
+    before_tile_loads();
     if (accumulate) {
-        if (!is_whole)
-            for (int i = 0; i < rows; i++) std::copy(c + i * ldc, c + i * ldc + std::min(32, columns), buffer + i * 32);
         _tile_loadd(0, to, stride);
         _tile_loadd(1, to + 16, stride);
         if (TWO) _tile_loadd(2, (char*)to + 16 * stride, stride);
@@ -250,6 +257,7 @@ inline void multiply_split_panel(int m, int columns, int k, const uint16_t* a, c
 // The integer products of 32 rows of signed bytes and a panel of 32 columns, in which four neighbouring rows of
 // unsigned bytes are side by side. `blocks` of 64 bytes of a row each. to: (32, 32).
 inline void multiply_bytes(int blocks, const int8_t* a, int64_t row, const uint8_t* panel, int32_t* to) {
+    before_tile_loads();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
