@@ -180,3 +180,15 @@ def test_a_link_to_a_file_is_that_file(tmp_path):
     (tmp_path / "link").symlink_to("a")
     with open_regular(tmp_path / "link", "") as file:
         assert file.read() == b"x"
+
+
+def test_a_file_that_may_not_be_read_is_no_file_of_another_kind(tmp_path, monkeypatch):
+    """Root reads every file, so the system's refusal is a stand-in."""
+    (tmp_path / "a.json").touch()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("bitnet_lit.regular_file.os.open", refuse)
+    with pytest.raises(UserError, match=r"a.json: cannot be read \(Permission denied\): check its permissions$"):
+        open_regular(tmp_path / "a.json", "is this a model folder?")

@@ -43,6 +43,8 @@ def open_regular(path: Path | str, remedy: str) -> BinaryIO:
             os.close(descriptor)
             raise
         return open(descriptor, "rb")
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check its permissions") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
     except ValueError as error:  # the path holds a NUL character

@@ -71,3 +71,9 @@ def test_anothers_csv(tmp_path):
     (tmp_path / "metrics.csv").write_text("a;b\n1;2\n")
     with pytest.raises(UserError, match="its first column is not step"):
         plot(tmp_path)
+
+
+def test_a_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitnet_lit.runs.history.os.access", lambda *_: False)  # root reads every folder
+    with pytest.raises(UserError, match="runs=.*: cannot be read: check its permissions$"):
+        plot(tmp_path)

@@ -181,6 +181,8 @@ def no_runs(typed: Sequence[str]) -> UserError:
         around = os.path.dirname(file) or "."
         remedy = f"runs={around}" if CSV_NAME in os.listdir(around) else "the folder of a run or of a sweep"
         return UserError(f"runs={file}: a file: give {remedy}")
+    if closed := [each for each in typed if os.path.isdir(each) and not os.access(each, os.R_OK)]:
+        return UserError(f"runs={closed[0]}: cannot be read: check its permissions")
     return UserError(f"runs={','.join(typed)}: no {CSV_NAME} below: give run folders, or a sweep's folder")
 
 

@@ -24,7 +24,8 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8")
         header, *lines = list(csv.reader(io.StringIO(whole, newline=""), strict=True)) or [["step"]]
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        remedy = "check its permissions" if isinstance(error, PermissionError) else remedy
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}): {remedy}") from None
     if header[:1] != ["step"]:
