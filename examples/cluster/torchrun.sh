@@ -12,11 +12,27 @@
 # those of `python -m bitnet_lit.train`. A run that was stopped goes on when the same commands are given again: where the
 # run folder holds a checkpoint, of the other arguments only allow= is read. On another number of nodes or GPUs it goes
 # on with the same sequences in a step.
+#
+# A run that is complete is left as it is, and the status is 0. Where resume= is typed, all arguments are read: a longer
+# trainer.max_steps trains a complete run further.
 
 run=${1:?the first argument is the run folder}
 shift
 
-if [ -e "$run/checkpoints/last.ckpt" ]; then
+is_longer= # resume= is typed
+[[ " $* " == *" resume="* ]] && is_longer=1
+if [ -e "$run/metrics.json" ]; then # metrics.json is written when a run is complete
+    steps=$(sed -n 's/.*"steps": *\([0-9]*\).*/\1/p' "$run/metrics.json")
+    if [ ! "$is_longer" ] || [[ " $* " == *" trainer.max_steps=$steps "* ]]; then
+        echo "$run: complete at step $steps. To go on: bash torchrun.sh $run resume=$run trainer.max_steps=<more>" \
+            "schedule.total_steps=<more> (this stretches the learning rate's curve, and $steps keeps it)"
+        exit 0
+    fi
+fi
+
+if [ "$is_longer" ]; then
+    arguments=("$@")
+elif [ -e "$run/checkpoints/last.ckpt" ]; then
     arguments=("resume=$run")
     for argument in "$@"; do
         [[ $argument == allow=* ]] && arguments+=("$argument") # classes of one's own that the run's config names

@@ -153,6 +153,34 @@ def test_the_same_command_starts_a_run_and_goes_on_with_it(cluster):
     assert of_torchrun[of_torchrun.index("-m") :] == [*train, "resume=my run", "allow=[mine]", *both]
 
 
+@pytest.mark.parametrize(
+    ("script", "program", "environment"),
+    [("train.sbatch", "srun", {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1"}), ("torchrun.sh", "torchrun", {})],
+)
+def test_a_run_that_is_complete_is_left_as_it_is_until_it_is_made_longer(cluster, capfd, script, program, environment):
+    (cluster / "srun_ends").touch()
+    (cluster / "run" / "checkpoints").mkdir(parents=True)
+    (cluster / "run" / "checkpoints" / "last.ckpt").touch()
+    (cluster / "run" / "metrics.json").write_text(json.dumps({"warmup_steps": 3, "steps": 40, "tokens": 7}, indent=2))
+    longer = ["resume=run", "trainer.max_steps=60", "schedule.total_steps=60"]
+
+    assert start(cluster, script, "run", "trainer.max_steps=60", **environment).wait(30) == 0
+    said, warned = capfd.readouterr()
+    assert said.startswith("run: complete at step 40. To go on: ") and said.count("\n") == 1 and not warned
+    assert f"{script} run {' '.join(longer)}".replace("=60", "=<more>") in said
+    assert not (cluster / f"{program}.json").exists()
+
+    assert start(cluster, script, "run", *longer, **environment).wait(30) == 0
+    arguments = called(cluster, program)
+    assert arguments[arguments.index("bitnet_lit.train") + 1 :][:-2] == longer  # without the numbers of GPUs and nodes
+    (cluster / f"{program}.json").unlink()
+
+    (cluster / "run" / "metrics.json").write_text(json.dumps({"steps": 60}))  # and queued again
+    assert start(cluster, script, "run", *longer, **environment).wait(30) == 0
+    assert capfd.readouterr().out.startswith("run: complete at step 60. ")
+    assert not (cluster / f"{program}.json").exists()
+
+
 class Prepared(L.LightningDataModule):
     """Data that the first process prepares slowly, and that every process then reads."""
 
