@@ -105,7 +105,7 @@ def write_shard(text: TextShard, folder: Path, encoder: ShardEncoder) -> dict[st
             for together in _grouped(segment.stories(counts)):
                 file.write(encoder.many(together))
                 stories += sum(not isinstance(story, Continuation) for story in together)
-                text_bytes += sum(len(story.encode()) for story in together)
+                text_bytes += sum(len(story) if story.isascii() else len(story.encode()) for story in together)
         tokens = file.tell() // encoder.dtype.itemsize
         if not tokens:
             raise UserError(f"{text.segments[0]}: no text in it: take the file away, or give another source")

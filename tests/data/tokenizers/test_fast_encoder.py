@@ -145,6 +145,17 @@ def test_much_text_is_encoded_in_cpp_and_the_table_is_bounded(tokenizer, monkeyp
     assert in_cpp._native is not None and in_python._native is None
 
 
+def test_in_cpp_it_still_knows_the_words_that_it_met_in_python(tokenizer):
+    encoder = FastEncoder(tokenizer.processor, np.dtype(np.uint16), native_from=None)
+    text = "Once upon a time\nthere was  a word"
+    before = encoder.encode(text)
+    if not encoder.use_native():
+        pytest.skip("there is no compiler")
+    assert encoder._native is not None
+    encoder._native._encode_unit = None  # which encodes what is not known
+    assert encoder.encode(text) == before
+
+
 def test_without_a_compiler_it_goes_on_in_python(tokenizer, monkeypatch):
     def none(source):
         raise NoCompilerError("none")

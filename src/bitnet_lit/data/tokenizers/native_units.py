@@ -65,6 +65,12 @@ class NativeUnits:
         self._reference = ctypes.byref(self._state)
         weakref.finalize(self, library.units_free, self._table)
 
+    def add(self, unit: bytes, is_glued: bool, ids: bytes) -> None:
+        """Keep the bytes of the ids of a unit, which is in UTF-8."""
+        if self._count(self._table) >= self._limit:
+            self._library.units_clear(self._table)
+        self._library.units_add(self._table, unit + _PADDING, len(unit), is_glued, ids, len(ids))
+
     def encode(self, content: bytes, cuts_lines: bool, bos: bytes = b"") -> bytes:
         """Return the bytes of the ids of a text, which neither begins nor ends with a space.
 
@@ -89,7 +95,5 @@ class NativeUnits:
             ctypes.memmove(state.out + state.written, ids, len(ids))
             state.written += len(ids)
             if is_kept:
-                if self._count(self._table) >= self._limit:
-                    self._library.units_clear(self._table)
-                self._library.units_add(self._table, unit + _PADDING, len(unit), is_glued, ids, len(ids))
+                self.add(unit, is_glued, ids)
         return ctypes.string_at(self._buffer, state.written)
