@@ -124,6 +124,8 @@ def test_the_words_are_those_of_the_server():
     assert failure(imitation("ClientResponseError", status=500, message="Oops"), True).reason.endswith("500 Oops")
     assert failure(FINAL["s3 301"], True).reason == "the server answers 301 [Errno 5] x"
     assert failure(FINAL["s3 without credentials"], True).remedy.startswith("set up")
+    refused = imitation("ClientConnectorError", (OSError,), errno=errno.ECONNREFUSED)  # aiohttp's, with its own words
+    assert failure(raised_from(refused, PASSING["refused"]), True).reason == "the server refuses the connection"
     assert failure(imitation("Empty").__class__(), True).reason == "Empty"
 
 

@@ -181,7 +181,7 @@ def test_files_that_are_passed_over_are_named(folder, text, tmp_path):
     ("content", "options", "says"),
     [
         (None, {}, r"^data=.*my.txt: no such file, folder or glob$"),
-        (b"", {}, r"^data=.*my.txt: no .json, .jsonl, .txt.* files in it: empty: 1"),
+        (b"", {}, r"^data=.*my.txt: is empty"),
         (b" \n\n ", {}, r"^data=.*my.txt: holds no text but white space: give another file"),
         (b"ab\xffc", {}, r"my.txt: not UTF-8 at byte 2: convert it"),
         ("ab".encode("utf-16"), {}, r"my.txt: UTF-16, not UTF-8: convert it"),

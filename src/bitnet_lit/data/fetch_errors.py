@@ -94,6 +94,8 @@ def failure(error: BaseException, is_first: bool) -> Failure:
         reason = one_line(f"the server answers {status} {_text(message)}".strip(), 200)
         return Failure(reason, is_final=300 <= status < 500 and status not in _RETRIED_STATUS)
     reason = re.sub(r"^\[Errno -?\d+\] ", "", one_line(error, 200)) or type(error).__name__
+    if any(isinstance(each, OSError) and each.errno == errno.ECONNREFUSED for each in chain):
+        return Failure("the server refuses the connection")  # aiohttp's words have its own objects in them
     if any(isinstance(each, socket.gaierror) and each.errno in _UNKNOWN_HOST for each in chain):
         return Failure(reason, is_final=is_first, remedy="check the URL, and the network")
     if any(not _NOT_SET_UP.isdisjoint(_class_names(each)) for each in chain):

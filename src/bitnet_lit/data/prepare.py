@@ -61,6 +61,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         source = open_source(config)
         if source.passed_over:
             _say(f"source={config.source}: not read: {source.passed_over}")
+        if source.validation:
+            _say(f"source={config.source}: split {source.validation} is for validation (the first shard), not training")
         meta = read_meta(out, _ELSEWHERE)
         start = time.perf_counter()
         tokenizer = _folder_tokenizer(config, out, source, meta)

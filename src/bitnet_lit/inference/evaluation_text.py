@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_lit.config import EngineConfig, EvaluateConfig
-from bitnet_lit.data.sources.files import files_source
+from bitnet_lit.data.sources.files import text_source
 from bitnet_lit.data.sources.find_text import find_text
 from bitnet_lit.data.sources.source import Continuation, ReadCounts
 from bitnet_lit.data.tokenizers import Tokenizer
@@ -93,7 +93,7 @@ def documents(files: Sequence[str], column: str | None = None) -> Iterator[str]:
 
 
 def _stories(name: str, column: str | None) -> Iterator[str]:
-    source = files_source(name, column=column, key="data")
+    source = text_source(name, column, key="data")
     if source.passed_over:
         warnings.warn(f"data={name}: not read: {source.passed_over}", stacklevel=2)
     counts, number = ReadCounts(), 0

@@ -68,6 +68,7 @@ def test_links_are_followed_and_read_once(tmp_path):
             r"no .json, .jsonl, .txt, .parquet, .arrow files in it: hidden: 1 \(.x.txt\); not .json, .*, .arrow: 1",
         ),
         ("", "source is empty"),
+        ("empty.txt", "^source=empty.txt: is empty: give a file with text$"),
         ("https://host/a.txt", "source=https://host/a.txt: a URL, and text is read from files: download it first"),
         ("shards", "source=shards: a folder of shards, and no text: train data.dir=shards reads shards"),
         ("a\0b", "no such file"),
@@ -78,6 +79,7 @@ def test_nothing_to_read_is_one_line(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.txt")
     (tmp_path / "shards").mkdir()
+    (tmp_path / "empty.txt").touch()
     for name in ("a.pdf", ".x.txt", "shards/meta.json"):
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=message) as error:

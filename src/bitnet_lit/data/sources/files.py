@@ -3,6 +3,7 @@
 Each .json file is one shard, as in llama2.c, under the name of the file if it is llama2.c's (data00, data01, ...).
 Small .jsonl and .txt files and tables share a shard; large ones are cut between documents. Both kinds give shards of
 about SHARD_TEXT_BYTES. A compressed file can be read from its start only, and so goes to one shard as a whole.
+Where a data set brings a validation split, that is shard 0, of any size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bitnet_lit.data.sources.find_text import find_text, kind_of
 from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of
 from bitnet_lit.data.sources.read_text import FileSegment, file_segments
 from bitnet_lit.data.sources.source import Segment, Source, TextShard, numbered
+from bitnet_lit.data.sources.splits import divide, split_of
 from bitnet_lit.data.sources.tables import TABLES, table_segments
 from bitnet_lit.errors import UserError
 
@@ -23,23 +25,62 @@ SHARD_TEXT_BYTES = 64 * 2**20
 COMPRESSION_RATIO = 3  # of English text with gzip (about 2.7) and Zstandard (about 3)
 
 
-def files_source(source: str, built_in: Sequence[str] = (), column: str | None = None, key: str = "source") -> Source:
-    """Open a file, a folder or a glob.
+def text_source(source: str, column: str | None = None, key: str = "source") -> Source:
+    """Open a file, a folder or a glob, and read all of it, whatever its splits.
 
     Args:
-        built_in: the names of the built-in sources, which an error's line names too.
         column: the column of a table, or the key of a JSON record, that has the text. None: the usual ones.
         key: the option that gave `source`, which an error's line names.
     """
-    found = find_text(source, built_in, key)
-    identity = os.fsencode(os.path.abspath(source)).decode("utf-8", "backslashreplace")  # a path may be any bytes
-    if column is not None:
-        identity += f"#{column}"
-    return Source(identity, file_shards(found.files, column), found.files, found.describe_passed_over())
+    found = find_text(source, key=key)
+    return Source(
+        _identity(source, column), file_shards(found.files, column), found.files, found.describe_passed_over()
+    )
 
 
-def file_shards(files: Sequence[Path], column: str | None = None) -> list[TextShard]:
-    """Cut text files into shards (see the module)."""
+def files_source(source: str, built_in: Sequence[str] = (), column: str | None = None) -> Source:
+    """Open a file, a folder or a glob to train on. The validation split of a data set becomes shard 0.
+
+    Args:
+        built_in: the names of the built-in sources, which an error's line names too.
+        column: as for `text_source`.
+    """
+    found = find_text(source, built_in)
+    splits = divide(found.files)
+    for path in splits.left_out:
+        found.pass_over(path, f"split {split_of(path)}")
+    identity = _identity(source, column)
+    if splits.validation:
+        identity += "#splits"  # a folder of an earlier version, which trained on all of them, is not continued
+    return Source(
+        identity,
+        file_shards(splits.training, column, splits.validation),
+        [*splits.validation, *splits.training],
+        found.describe_passed_over(),
+        validation=", ".join(dict.fromkeys(map(split_of, splits.validation))),
+    )
+
+
+def _identity(source: str, column: str | None) -> str:
+    path = os.fsencode(os.path.abspath(source)).decode("utf-8", "backslashreplace")  # a path may be any bytes
+    return path if column is None else f"{path}#{column}"
+
+
+def file_shards(files: Sequence[Path], column: str | None = None, validation: Sequence[Path] = ()) -> list[TextShard]:
+    """Cut text files into shards (see the module).
+
+    Args:
+        validation: files of a validation split. Their text is the first shard.
+    """
+    groups = _groups(files, column)
+    held_out = [segment for group in _groups(validation, column) for segment in group]
+    if held_out:
+        return numbered([held_out, *groups])
+    return _with_llama2c_names(files, groups) or numbered(groups)
+
+
+def _groups(files: Sequence[Path], column: str | None) -> list[list[Segment]]:
+    """Return the segments of each shard."""
     groups: list[list[Segment]] = []
     open_bytes = SHARD_TEXT_BYTES  # of the group that small files still join; full: the next one begins
     for path in files:
@@ -53,7 +94,7 @@ def file_shards(files: Sequence[Path], column: str | None = None) -> list[TextSh
                 open_bytes = 0
             groups[-1].append(segment)
             open_bytes += segment.size * (COMPRESSION_RATIO if compression_of(path) else 1)
-    return _with_llama2c_names(files, groups) or numbered(groups)
+    return groups
 
 
 def _segments(path: Path, column: str | None) -> Sequence[Segment]:

@@ -105,6 +105,8 @@ def find_text(source: str, built_in: Sequence[str] = (), key: str = "source") ->
             raise UserError(f"{candidate}: cannot read '{candidate.suffix}' files: give {kinds}")
     _keep_each_once(candidates, found)
     if not found.files:
+        if candidates == [path]:
+            raise UserError(f"{key}={source}: is empty: give a file with text")
         if os.path.isfile(path / META_NAME):
             raise UserError(f"{key}={source}: a folder of shards, and no text: {_SHARDS[key]}={source} reads shards")
         passed_over = found.describe_passed_over()

@@ -96,6 +96,7 @@ class Source:
         files: the files that are read.
         passed_over: what of a folder or glob is not read, and why, for the user.
         vocab_size: the number of entries of a tokenizer trained on it, unless the user gives one.
+        validation: the split of a data set that is the first shard, for the user; empty where there is none.
     """
 
     identity: str
@@ -103,6 +104,7 @@ class Source:
     files: Sequence[Path] = field(default=())
     passed_over: str = ""
     vocab_size: int = 4096
+    validation: str = ""
 
 
 def numbered(groups: Sequence[Sequence[Segment]]) -> list[TextShard]:

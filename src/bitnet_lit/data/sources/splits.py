@@ -1,0 +1,70 @@
+"""`divide` keeps the validation and test splits of a data set out of the training text.
+
+A data set of the Hugging Face hub comes in splits. Names say which split a file belongs to:
+
+    train-00000-of-00002.parquet      a clone of a repository; also validation.jsonl, test.txt
+    test/data-00000-of-00001.arrow    a folder of `DatasetDict.save_to_disk`, with dataset_dict.json beside test/
+
+The hub has several words for a split, and so has this module:
+https://huggingface.co/docs/hub/datasets-file-names-and-splits. A split of any other name is for training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_TRAINING = ("train", "training")
+_VALIDATION = ("validation", "valid", "val", "dev")
+_TEST = ("test", "testing", "eval", "evaluation")
+_PART = re.compile(r"(?:.*-)?(\w+)-\d{5}-of-\d{5}(-.*)?")
+_DICT_NAME = "dataset_dict.json"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Holds the files of a source by their use, each list in the order of the source.
+
+    Attributes:
+        training: files to train on.
+        validation: files of the split that becomes the validation shard; none where the source has no such split.
+        left_out: files that are not read: those of the test split, where there is a validation split as well.
+    """
+
+    training: list[Path]
+    validation: list[Path]
+    left_out: list[Path]
+
+
+def divide(files: Sequence[Path]) -> Splits:
+    """Divide files by the splits that their names say.
+
+    The test split is the validation split of a data set that has no other. Where no name says that a file is for
+    training, the user has chosen the files (`source=<folder>/test`), and all of them are for training.
+    """
+    names = {path: split_of(path) for path in files}
+    uses = {path: _use(name) for path, name in names.items()}
+    validation = [path for path in files if uses[path] is _VALIDATION]
+    test = [path for path in files if uses[path] is _TEST]
+    training = [path for path in files if uses[path] is _TRAINING]
+    if not any(names[path] for path in training):
+        return Splits(list(files), [], [])
+    return Splits(training, validation, test) if validation else Splits(training, test, [])
+
+
+def split_of(path: Path) -> str:
+    """Return the name of a file's split, such as train or test_sft; an empty text where its name says none."""
+    if (path.parent.parent / _DICT_NAME).is_file():
+        return path.parent.name
+    name = path.name.split(".")[0]
+    if part := _PART.fullmatch(name):
+        return part[1]
+    return name if name.lower() in (*_TRAINING, *_VALIDATION, *_TEST) else ""
+
+
+def _use(split: str) -> tuple[str, ...]:
+    """Return the words for the use of a split: its first word says it (test_sft is a test split)."""
+    word = split.lower().split("_")[0]
+    return next((words for words in (_VALIDATION, _TEST) if word in words), _TRAINING)

@@ -1,0 +1,106 @@
+"""The splits of a data set: validation text becomes the first shard, and test text is not trained on."""
+
+import json
+
+import pytest
+
+from bitnet_lit.config import PrepareConfig
+from bitnet_lit.data.prepare import prepare
+from bitnet_lit.data.sources.files import files_source, text_source
+from bitnet_lit.data.sources.splits import divide, split_of
+from bitnet_lit.data.tokenizers import open_tokenizer
+from tests.data.sources.test_files import stories_of
+
+
+def write(folder, *names):
+    """Write a file of text under each name; its story is its name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("test_sft-00000-of-00001-0123456789abcdef.parquet", "test_sft"),  # with the hash of older repositories
+        ("stories-validation-00000-of-00001.arrow", "validation"),  # as the cache of `datasets` has it
+        ("Val.jsonl.zst", "Val"),
+        ("dev.txt", "dev"),
+        ("test-of-patience.txt", ""),
+        ("test_results.txt", ""),
+        ("data-00000-of-00001.arrow", "data"),
+        ("latest.txt", ""),
+    ],
+)
+def test_the_split_of_a_name(tmp_path, name, split):
+    assert split_of(tmp_path / name) == split
+
+
+@pytest.mark.parametrize(
+    ("names", "validation", "left_out"),
+    [
+        (["train-00000-of-00001.jsonl", "validation-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"], "v", "t"),
+        (["train.jsonl", "test.jsonl"], "t", ""),
+        (["train.jsonl", "notes.jsonl", "dev.jsonl"], "d", ""),
+        (["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"], "t", ""),
+        (["train.jsonl", "unsupervised-00000-of-00001.jsonl"], "", ""),
+        (["notes.jsonl", "test.jsonl"], "", ""),  # nothing says that a file is for training: the user chose them
+        (["test-00000-of-00001.jsonl"], "", ""),
+    ],
+)
+def test_which_files_are_trained_on(tmp_path, names, validation, left_out):
+    paths = [tmp_path / name for name in sorted(names)]
+    found = divide(paths)
+    one_of = {"v": "validation", "d": "dev", "t": "test"}
+    expected = [
+        [path for path in paths if first and path.name.startswith(one_of[first])] for first in (validation, left_out)
+    ]
+    assert [found.validation, found.left_out] == expected
+    assert found.training == [path for path in paths if path not in [*expected[0], *expected[1]]]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder as `DatasetDict.save_to_disk` writes it, with train, validation and test."""
+    pa = pytest.importorskip("pyarrow")
+    folder = tmp_path / "saved"
+    for split in ("train", "validation", "test"):
+        (folder / split).mkdir(parents=True)
+        table = pa.table({"text": [f"{split} {number}" for number in range(3)]})
+        with pa.ipc.new_stream(str(folder / split / "data-00000-of-00001.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        (folder / split / "state.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "validation", "test"]}')
+    return folder
+
+
+def test_a_saved_dataset_dict(saved):
+    source = files_source(str(saved))
+    first, second = source.shards
+    assert stories_of([first]) == ["validation 0", "validation 1", "validation 2"]
+    assert stories_of([second]) == ["train 0", "train 1", "train 2"]
+    assert source.validation == "validation"
+    assert source.passed_over.endswith("split test: 1 (data-00000-of-00001.arrow)")
+    assert stories_of(files_source(str(saved / "test")).shards) == ["test 0", "test 1", "test 2"]
+    assert len(stories_of(text_source(str(saved), key="data").shards)) == 9  # evaluate measures what it is given
+
+
+def test_prepare_says_what_the_splits_are_for(tmp_path, capsys):
+    source, tokenizer = tmp_path / "clone", tmp_path / "tok"
+    write(source, "data/train.jsonl", "data/test.jsonl", "data/validation.jsonl")
+    prepare(PrepareConfig(source="demo", num_stories=50, vocab_size=400, num_workers=1, out=str(tokenizer)))
+    capsys.readouterr()
+    out = tmp_path / "out"
+    options = {"source": str(source), "out": str(out), "tokenizer": str(tokenizer), "num_workers": 1}
+    assert prepare(PrepareConfig(**options))["files"] == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        f"source={source}: not read: split test: 1 (test.jsonl)",
+        f"source={source}: split validation is for validation (the first shard), not training",
+    ]
+    meta = json.loads((out / "meta.json").read_text())
+    encode = open_tokenizer(tokenizer).encode
+    assert [entry["tokens"] for entry in meta["shards"].values()] == [
+        len(encode(f"data/{name}.jsonl")) for name in ("validation", "train")
+    ]
