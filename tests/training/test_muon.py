@@ -1,6 +1,7 @@
 """Muon against torch.optim.Muon, on stacks, on replicas and on shards."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ KINDS = [{}, OPTIONS[2]]
 
 
 def _on_a_rank(rank, folder):
-    """One of two processes that train replicas, and rows of the same matrices."""
+    """One of two processes that train replicas, and rows of the same matrices. They call no deprecated collective."""
+    warnings.filterwarnings("error", category=FutureWarning, message=r"`torch\.distributed\.")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 

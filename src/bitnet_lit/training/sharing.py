@@ -126,9 +126,11 @@ class Replicas(Exchange):
         each = -(-len(matrices) // self.world_size)
         first = each * dist.get_rank()
         done = work(_stack(matrices[first : first + each], (each, *self.shape), matrices[0].device)).contiguous()
+        # torch 2.13 has a new name for all_gather_into_tensor, and warns where the old one is called.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gathered = done.new_empty(self.world_size * each, *self.shape)
         return _when(
-            dist.all_gather_into_tensor(gathered, done, async_op=done.is_cuda),  # gloo must keep an order
+            all_gather(gathered, done, async_op=done.is_cuda),  # gloo must keep an order
             lambda: list(gathered[: len(matrices)].unbind()),
         )
 
