@@ -88,14 +88,12 @@ def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
         with pytest.raises(UserError) as refused:
             objective.start(*SEARCH, other)
         assert str(refused.value) == (
-            f"s/study.db: its study searches {was}, and this one would search {now}: give another hydra.sweep.dir"
+            f"s/study.db: its study has {was}, and this search has {now}: give another hydra.sweep.dir"
         )
     assert objective.start(*SEARCH) == 0
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 's' / STUDY_NAME}")
     study.set_user_attr("keys", None)  # of an earlier version
-    with pytest.raises(
-        UserError, match=r"its study searches optim.*metric=val/best_loss.*would search optim.*val/loss"
-    ):
+    with pytest.raises(UserError, match=r"its study has optim.*metric=val/best_loss.*this search has optim.*val/loss"):
         objective.start(*SEARCH, "sweep.metric=val/loss")
 
 

@@ -98,7 +98,7 @@ def _open_study(
             replaced.
 
     Raises:
-        UserError: the study searches something else, or cannot be read.
+        UserError: the study is that of another search, or cannot be read.
     """
     import optuna
 
@@ -130,7 +130,7 @@ def _open_study(
     if known not in (None, space):
         recorded = study.user_attrs.get(_KEYS)
         was, now = (known, space) if recorded is None else _differences(recorded, keys)
-        raise UserError(f"{path}: its study searches {was}, and this one would search {now}: {remedy}")
+        raise UserError(f"{path}: its study has {was}, and this search has {now}: {remedy}")
     study.sampler = _sampler(config, len(study.get_trials(deepcopy=False)))
     return study
 
