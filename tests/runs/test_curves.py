@@ -41,6 +41,28 @@ def test_a_run_is_labelled_by_a_value_a_groups_name_or_its_class(tmp_path):
     assert labels == ["seed=3", "quant=b1", "optim=torch.optim.SGD", "optim.eps=None"]
 
 
+def test_runs_of_one_label_have_one_colour_and_the_keys_that_differ(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    for quant, seed in (("b158", 1), ("b158", 2), ("none", 1)):
+        run(tmp_path / f"{quant}_{seed}", config=f"quant:\n  name: {quant}\nseed: {seed}\n")
+    copy = run(tmp_path / "none_copy", config="quant:\n  name: none\nseed: 1\n")
+    run(tmp_path / "only", config="quant:\n  name: b1\nseed: 3\n")
+    run(tmp_path / "empty", rows="", config="quant:\n  name: b1\nseed: 4\n")
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: figures.append(self) or save(self, *args, **options)
+    )
+    plot(tmp_path)
+    (axes,) = figures[0].axes
+    lines = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in axes.lines}
+    first, second, alone = (lines[f"quant={name}: 4.500"] for name in ("b158 seed=1", "b158 seed=2", "b1"))
+    dense = [lines[f"quant=none ({folder}): 4.500"] for folder in (tmp_path / "none_1", copy)]
+    assert len(lines) == 5 and first[0] == second[0] and dense[0][0] == dense[1][0]
+    assert len({first[0], dense[0][0], alone[0]}) == 3
+    assert first[1] != second[1] and dense[0][1] != dense[1][1]
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [

@@ -213,7 +213,7 @@ class PlotConfig:
     metric: str = "val/loss"
     """The column of metrics.csv to plot."""
     label: str = "quant"
-    """The config group (quant, model, optim) or the key (seed) that names each run in the legend."""
+    """The config group (quant, model, optim) or the key (seed) that colours stand for, and that the legend names."""
     out: str = "outputs/curves.png"
     """The PNG file to write."""
 

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError, disk_errors, one_line
 from bitnet_lit.extras import needs
-from bitnet_lit.runs.config_keys import full_key, value_of
+from bitnet_lit.runs.config_keys import full_key, telling_keys, value_of
 from bitnet_lit.runs.folder import CSV_NAME
 from bitnet_lit.runs.history import Run, no_runs, read_run, run_folders
 
 
 def _label(run: Run, key: str) -> str:
-    """Return the legend's text for a run: a value of its config, or the folder's name where it has no config.
+    """Return the text that a run's colour stands for: a value of its config, or the folder's name without a config.
 
     Args:
         key: the key of that value in the config, such as "optim.learning_rate". A group stands for its name, or for the
             class of the user's own that it names.
     """
     return f"{key}={value_of(run.config, key, absent='None')}" if run.config else run.folder.name
+
+
+def _by_label(runs: Iterable[Run], key: str) -> dict[str, dict[str, Run]]:
+    """Return the runs by their label, and those of one label by the legend's text.
+
+    That text names the keys in which the runs of a label differ, such as "quant=b158 seed=1". Where no key tells two of
+    them apart, as in a copy, it has the folder.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_label(run, key), []).append(run)
+    named: dict[str, dict[str, Run]] = {}
+    for label, group in groups.items():
+        keys = telling_keys([run.config for run in group], over=[key])
+        texts = [" ".join([label, *(f"{other}={value_of(run.config, other)}" for other in keys)]) for run in group]
+        named[label] = {
+            text if texts.count(text) == 1 else f"{text} ({run.folder})": run
+            for text, run in zip(texts, group, strict=True)
+        }
+    return named
 
 
 def _drawn(text: str) -> str:
@@ -32,6 +54,8 @@ def _drawn(text: str) -> str:
 
 def plot_curves(config: PlotConfig) -> Path:
     """Draw a metric over optimizer steps, one line per run, and return the path of the picture.
+
+    Runs with one value of the label's key have one colour, and lines of several kinds.
 
     Raises:
         UserError: there are no runs, none has the metric or the label's key, `out` names no kind of picture, or
@@ -51,13 +75,15 @@ def plot_curves(config: PlotConfig) -> Path:
     if key != PlotConfig.label:  # a run of another project need not have a group `quant`
         key = full_key("label", key, [run.config for run in runs])
     for run in runs:
-        curve = run.curve(config.metric)
-        if not len(curve.steps):
+        if not len(run.curve(config.metric).steps):
             has = f"has {', '.join(sorted(run.curves))}" if run.curves else "has no rows"
             without.append(f"{run.folder / CSV_NAME}, which {has}")
-            continue
-        label = _drawn(f"{_label(run, key)}: {curve.values[-1]:.3f}")
-        axes.plot(curve.steps, curve.values, marker=".", label=label)
+    drawn = [run for run in runs if len(run.curve(config.metric).steps)]
+    for number, group in enumerate(_by_label(drawn, key).values()):
+        for (text, run), line in zip(group.items(), cycle(("-", "--", ":", "-.")), strict=False):
+            curve = run.curve(config.metric)
+            label = _drawn(f"{text}: {curve.values[-1]:.3f}")
+            axes.plot(curve.steps, curve.values, marker=".", color=f"C{number}", linestyle=line, label=label)
     if not axes.lines:
         raise UserError(f"metric={config.metric}: not in {without[0]}: give a metric that is logged, or wait for it")
     for place in without:
