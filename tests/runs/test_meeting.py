@@ -109,7 +109,7 @@ def test_no_process_goes_on_where_one_has_failed(launched, failing):
 
 def test_a_process_that_never_comes_is_named(launched, monkeypatch):
     monkeypatch.setattr(meeting, "_CONNECTION", timedelta(seconds=1))
-    said = "^the start: process 1 of the run has not come in 0:00:01: start all of them$"
+    said = "^the start: process 1 of the run has not come within 0:00:01: start all of them$"
     with pytest.raises(UserError, match=said), all_or_none(0, 3, "the start"):
         pass
 

@@ -171,9 +171,9 @@ def test_init_from_starts_where_the_other_run_ended(tmp_path, shards):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_layer(tmp_path, shards, monkeypatch):
-    from bitnet_lit.model.layers import MLP
+    from bitnet_lit.model.layers import DecoderLayer
 
-    forward = MLP.forward
+    forward = DecoderLayer.forward
     calls = []
 
     def poisoned(self, *arguments):
@@ -181,7 +181,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_layer(tmp_path, sh
         y = forward(self, *arguments)
         return y * float("nan") if self.training and len(calls) > 24 else y
 
-    monkeypatch.setattr(MLP, "forward", poisoned)
+    monkeypatch.setattr(DecoderLayer, "forward", poisoned)
     with pytest.raises(TrainingStopped, match=r"step \d+: the (output|gradient) of \S+ is not finite.*last checkpoint"):
         run(tmp_path, shards, "trainer.max_steps=40", "trainer.val_check_interval=2")
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
