@@ -13,6 +13,7 @@ from plan import BASE, COMBINED, EQUAL_BYTES, NO_OPTIONS, TWINS, WIDE, Plan
 from results import Record, Results
 
 from bitnet_lit.atomic import atomic_file
+from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
 from bitnet_lit.reports.statistics import Estimate
 
@@ -45,18 +46,19 @@ class Pictures:
         """Write the pictures that have something to show, and return their paths.
 
         Raises:
-            UserError: matplotlib is not installed.
+            UserError: matplotlib is not installed, or the folder cannot be written.
         """
         drawn = {OPTIONS: self._options(), BYTES: self._bytes()}
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, figure in drawn.items():
-            if figure is not None:
+        paths = [folder / name for name, figure in drawn.items() if figure is not None]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in paths:
                 content = io.BytesIO()
-                figure.savefig(content, format="png", dpi=110)
-                with atomic_file(folder / name) as temporary:
+                drawn[path.name].savefig(content, format="png", dpi=110)
+                with atomic_file(path) as temporary:
                     temporary.write_bytes(content.getvalue())
-                paths.append(folder / name)
+        except OSError as error:
+            raise UserError(f"pictures={folder}: cannot be written ({error.strerror}): give another folder") from None
         return paths
 
     def _options(self) -> Any:

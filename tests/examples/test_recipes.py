@@ -22,7 +22,7 @@ from bitnet_lit.runs.search import distribution
 from tests.support import REPOSITORY
 
 RECIPES = REPOSITORY / "examples" / "recipes"
-MODULES = ("plan", "results", "teachers", "pool", "tables", "study")
+MODULES = ("plan", "results", "teachers", "pictures", "pool", "tables", "study")
 STAND_IN = [sys.executable, "-S", str(REPOSITORY / "tests" / "examples" / "stand_in_for_train.py")]
 SMALL = ["gpus=0", "trials=3", "jobs_per_gpu=2", "space={optim.learning_rate: 'interval(1e-2, 1e-1)'}"]
 TWINS = "order=[search gutenberg_5m, seeds gutenberg_5m]"
@@ -254,6 +254,17 @@ def test_runs_too_short_for_a_speed_leave_out_the_same_time(study, capsys, monke
     assert study("order=[search gutenberg_5m, same_time gutenberg_5m]", "seeds=[1]") == 1
     assert "gutenberg_5m/b158/same_time: the runs for the speed logged no tokens/s" in capsys.readouterr().err
     assert "tokens/s" not in (tmp_path / "tables.md").read_text()
+
+
+def test_the_pictures_show_what_is_there(study, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    order = "order=[search gutenberg_5m, seeds gutenberg_5m, options gutenberg_5m b158]"
+    options = "options={wsd: {overrides: [schedule=wsd], twins: [b158]}}"
+    assert study(order, options, "seeds=[1,2]", f"pictures={tmp_path / 'new'}") == 0
+    assert (tmp_path / "new" / "recipes_options.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "a_file").write_text("")
+    assert study(order, options, "seeds=[1,2]", f"pictures={tmp_path / 'a_file'}") == 2
+    assert "a_file: cannot be written (File exists): give another folder" in capsys.readouterr().err
 
 
 def test_the_options_that_helped_are_combined(study, modules, tmp_path):

@@ -73,7 +73,7 @@ _EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 
 @dataclass(eq=False)
 class Run:
-    """What a run left in its folder.
+    """Run holds what a run left in its folder.
 
     Attributes:
         config: its config.yaml as plain data; empty where there is none.

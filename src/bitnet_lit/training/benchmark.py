@@ -82,7 +82,7 @@ SHAPES = (
 
 
 class Speed(NamedTuple):
-    """What a round measured of one program."""
+    """Speed holds the figures of one program in one round of the benchmark."""
 
     tokens_per_s: float
     peak_gib: float

@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run tell each other, and how they share work on whole matrices.
+"""The ranks of a distributed run share the work on whole matrices, and exchange what it needs and gives.
 
 Each rank works on some of the matrices. Under DDP every rank has every matrix. A rank takes its share, and afterwards
 all ranks gather all results. Under FSDP2 a rank has some rows of every matrix. It sends the rows of each matrix to the
