@@ -23,8 +23,8 @@ BITNET, DENSE = "#1f6feb", "#444444"
 NAMES = {
     BASE: "b158",
     WIDE: "b158, twice the width",
-    EQUAL_BYTES: "b158, as wide as its bytes allow",
-    COMBINED: "b158, options that helped",
+    EQUAL_BYTES: "b158, wider, at equal bytes",
+    COMBINED: "b158, with the options that helped",
 }
 
 
@@ -89,12 +89,16 @@ class Pictures:
         return figure
 
     def _bytes(self) -> Any:
-        """Return the loss of every twin, width and combination against the megabytes of its weights."""
+        """Return the loss of every twin, width and combination against the megabytes of its weights.
+
+        A line joins the sizes of a twin on one text, so that the twins can be compared at equal bytes.
+        """
         figure, axes = _axes(8, 4.5)
         points = 0
         markers = dict(zip(NAMES, "osD^", strict=True))
         sweeps = {sweep.name: sweep for sweep in self.plan.sweeps}
         labels: set[str] = set()
+        sizes: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for sweep in sweeps.values():
             records = self.results.of(sweep.name)
             losses = _losses(records)
@@ -107,11 +111,16 @@ class Pictures:
             name = None if label in labels else label
             x = records[0]["bytes"] / 1e6
             axes.errorbar(x, estimate.mean, yerr=_bar(estimate), label=name, **shown)
+            if sweep.what == BASE:
+                text = sweep.recipe.partition("_")[0]
+                sizes.setdefault((text, color), []).append((x, estimate.mean))
             size = records[0].get("parameters") or 0
-            axes.annotate(f"{size / 1e6:.1f} M", (x, estimate.mean), (6, 5), textcoords="offset points", fontsize=8)
+            axes.annotate(f"{size / 1e6:.1f} M", (x, estimate.mean), (6, 5), textcoords="offset points", fontsize=9)
             labels, points = labels | {label}, points + 1
         if not points:
             return None
+        for (_, color), places in sizes.items():
+            axes.plot(*zip(*sorted(places), strict=True), color=color, linewidth=1, alpha=0.5)
         axes.set_xscale("log")
         ticks = [1, 2, 5, 10, 20, 50, 100]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
