@@ -20,6 +20,7 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.training.checkpoint_file import read_checkpoint
+from bitnet_lit.training.data import OwnData
 from bitnet_lit.training.resume import resume_config, save_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, Killed, kill_at
@@ -121,6 +122,31 @@ class Wrong(Squares):
         }.get(what, self.rows)
 
 
+class NoValidation(Squares):
+    """Its validation split is empty. Whether it says so depends on the kind of its loader."""
+
+    batches = 0  # of training, that were taken
+
+    def __init__(self, batch_size, sequence_length, says_length):
+        super().__init__(batch_size, sequence_length)
+        self.says_length = says_length
+
+    def train_dataloader(self):
+        for ids in super().train_dataloader():
+            NoValidation.batches += 1
+            yield ids
+
+    def val_dataloader(self):
+        return DataLoader(self.rows[:0], batch_size=self.batch_size) if self.says_length else iter(())
+
+
+class NoText(Squares):
+    """Its loaders give nothing, and do not say so beforehand."""
+
+    def train_dataloader(self):
+        return iter(())
+
+
 class FakeTrainer:
     def __init__(self, rank=0, world_size=1):
         self.global_rank, self.world_size, self.global_step, self.should_stop = rank, world_size, 0, False
@@ -211,6 +237,22 @@ def test_a_module_that_does_not_fit_is_one_line(tmp_path, what, message):
     with pytest.raises(UserError, match=message) as error:
         train(compose("train", [f"run_dir={tmp_path}/run", *options]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_an_empty_validation_split_is_one_line(tmp_path, says_length, monkeypatch):
+    """Where the loader says that it is empty, it is refused before the first step."""
+    monkeypatch.setattr(NoValidation, "batches", 0)
+    options = [*TINY_RUN, *QUICK, f"data._target_={HERE}.NoValidation", f"data.says_length={says_length}"]
+    with pytest.raises(UserError, match="val_dataloader gives no sequence: is the text for validation shorter"):
+        train(compose("train", [f"run_dir={tmp_path}/run", *options]))
+    assert (NoValidation.batches == 0) == says_length
+
+
+def test_no_sequence_to_measure_norms_on_is_one_line():
+    data = OwnData(CustomData(f"{HERE}.NoText", batch_size=4), 8, seed=1)
+    with pytest.raises(UserError, match="train_dataloader gives no batch"):
+        data.rows(8, 8)
 
 
 def test_arguments_of_a_module_of_the_users_own_stay_as_they_were_typed(tmp_path):

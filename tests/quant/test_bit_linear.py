@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bitnet_lit.config import QuantConfig
-from bitnet_lit.quant import BitLinear
+from bitnet_lit.quant import BitLinear, PackedBitLinear
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.bit_linear import bit_linear_reference, set_strength
 from bitnet_lit.quant.schemes import B1, B158, B158Group, B158Row
@@ -71,6 +71,28 @@ def test_bfloat16_autocast_keeps_codes_exact():
     assert layer.weight.grad.dtype == torch.float32
     # The accumulator and the scaled result each round once to bfloat16's 8 bits: 2 * 2**-9 relative.
     torch.testing.assert_close(y.float(), layer(x), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("quant", [B158(), B158Row(), B158Group(group_size=64), B1()], ids=str)
+@pytest.mark.parametrize("kind", ["trained", "packed"])
+@pytest.mark.parametrize("under_autocast", [True, False], ids=["autocast", "half"])
+def test_float16_holds_sums_of_codes_beyond_its_largest_number(quant, kind, under_autocast):
+    """A sum of 1024 codes of 127 is 130048, and float16 ends at 65504; the output itself is about 20."""
+    torch.manual_seed(0)
+    layer = BitLinear(1024, 8, quant=quant)
+    with torch.no_grad():
+        layer.weight.copy_(0.02 + 0.001 * torch.rand(8, 1024))  # codes of one sign
+        if isinstance(quant, B1):
+            layer.weight[4:] *= 0.1
+        x = 0.9 + 0.1 * torch.rand(3, 1024)
+        expected = layer(x)
+    module = PackedBitLinear.from_bit_linear(layer) if kind == "packed" else layer
+    if not under_autocast:
+        module, x = module.half(), x.half()
+    with torch.autocast("cpu", torch.float16, enabled=under_autocast):
+        y = module(x)
+    # Weights, activations, the sum and the output are rounded to float16's 11 bits.
+    torch.testing.assert_close(y.float(), expected, rtol=2**-8, atol=0)
 
 
 def test_warm_up_strength_is_shared_and_ends():

@@ -207,6 +207,7 @@ def test_mistakes_are_one_line(objective, monkeypatch):
         ("optim.learning_rate=1e-2", "a search needs values to choose from"),
         ("sweep.direction=down", "sweep.direction=down: must be one of minimize, maximize"),
         ("sweep.n_trials=0", "sweep.n_trials=0: must be"),
+        ("sweep.metric=val/accuracy", "sweep.metric=val/accuracy: more of it is better: take sweep.direction=maximize"),
     ]:
         with pytest.raises(UserError, match=words):
             objective.start(*SEARCH, wrong)

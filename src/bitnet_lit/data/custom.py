@@ -37,6 +37,7 @@ from bitnet_lit.runs.meeting import first_alone
 
 _MIX = 0x9E3779B97F4A7C15  # an odd multiplier spreads small numbers over 64 bits (splitmix64, Steele 2014)
 NO_BATCH = "data: train_dataloader gives no batch: is the text shorter than a batch of sequences?"
+NO_VALIDATION = "data: val_dataloader gives no sequence: is the text for validation shorter than a sequence?"
 _KEPT_STATES = 64  # a trainer reads ahead by less
 
 
@@ -176,15 +177,19 @@ class _Validation(IterableDataset):
         loader = module.own.val_dataloader()
         limit = None if module.trainer.should_stop else module.validation_limit(loader, world_size)
         group: list[Tensor] = []
+        rows = 0
         for number, ids in enumerate(loader):
             if limit is not None and number >= limit * world_size:
                 break
             group.append(checked(ids, module.sequence_length, module.own.vocab_size))
+            rows += len(ids)
             if len(group) == world_size:
                 yield group[rank], len(group[rank]), 0
                 group = []
         if group:
             yield (group[rank], len(group[rank]), 0) if rank < len(group) else (group[0][:1], 0, 0)
+        if not rows:
+            raise UserError(NO_VALIDATION)
 
 
 class CustomDataModule(L.LightningDataModule):
@@ -223,8 +228,14 @@ class CustomDataModule(L.LightningDataModule):
         return int(self.resumed["batches"])
 
     def setup(self, stage: str) -> None:
-        """Give the user's module its trainer; `open_custom` has called its `setup`."""
+        """Give the user's module its trainer; `open_custom` has called its `setup`.
+
+        Raises:
+            UserError: it says that its validation split has no batch.
+        """
         self.own.trainer = self.trainer
+        if length_of(self.own.val_dataloader()) == 0:
+            raise UserError(NO_VALIDATION)
 
     def train_dataloader(self) -> DataLoader:
         """Return batches without end, from the first one on that was not consumed: int64 (B, T + 1)."""

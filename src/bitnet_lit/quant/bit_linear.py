@@ -27,9 +27,9 @@ plain `weight` parameter in the optimizer's precision: state dicts, tied weights
 Two things differ from the paper. The layer has no norm of its own: the network puts one before every projection. And
 the scales are applied after the product rather than before it, which gives the same value up to float rounding.
 
-Under autocast both operands of the product are cast to autocast's dtype. bfloat16 holds every integer up to 256, so
-codes stay exact and only the output is rounded. Scales per group are part of an operand, so each of them is rounded
-too, by at most 1/512 of its value.
+Under autocast both operands of the product are cast to autocast's dtype. bfloat16 holds every integer up to 256, and
+float16 up to 2048, so codes stay exact and only the output is rounded. Scales per group are part of an operand, so each
+of them is rounded too, by at most 1/512 of its value.
 """
 
 from __future__ import annotations
@@ -117,6 +117,21 @@ def factors(codes: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes * spread_scale(weight_scale, codes.shape[1]), weight_scale.new_ones(())
 
 
+def scaled_product(x_codes: Tensor, x_scale: Tensor, matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (x_codes @ matrix.T) * (x_scale * factor), float32 (B..., O). `matrix` and `factor` come from `factors`.
+
+    float16 ends at 65504, and 516 codes of 127 add up to more. There the codes are divided by 128, and their scale is
+    multiplied by it. Both are exact, and rows of 65504 ternary codes fit.
+
+    Args:
+        x_codes, x_scale: as `ActivationRule.quantize` returns them.
+        dtype: of the product's operands.
+    """
+    if dtype == torch.float16:
+        x_codes, x_scale = x_codes / 128, x_scale * 128
+    return F.linear(x_codes.to(dtype), matrix.to(dtype)) * (x_scale * factor)
+
+
 def input_gradient(grad_y: Tensor, matrix: Tensor, factor: Tensor) -> Tensor:
     """Return the gradient of the input, (B..., O) -> (B..., I), for the two results of `factors`.
 
@@ -166,9 +181,7 @@ class BitLinearFunction(torch.autograd.Function):
         x_codes, x_scale = activations.quantize(x)
         ctx.save_for_backward(x_codes.to(torch.int8), x_scale, weight_codes.to(torch.int8), weight_scale)
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        matrix, factor = factors(weight_codes, weight_scale)
-        accumulator = F.linear(x_codes.to(dtype), matrix.to(dtype))
-        return in_dtype(accumulator * (x_scale * factor), dtype)
+        return in_dtype(scaled_product(x_codes, x_scale, *factors(weight_codes, weight_scale), dtype), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:

@@ -18,12 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet_lit.errors import UserError
 from bitnet_lit.quant.activations import ActivationRule
-from bitnet_lit.quant.bit_linear import BitLinear, factors, in_dtype, input_gradient
+from bitnet_lit.quant.bit_linear import BitLinear, factors, in_dtype, input_gradient, scaled_product
+from bitnet_lit.quant.kernels.interface import compute_dtype
 from bitnet_lit.quant.scheme import Scheme
 
 CODES_PER_BYTE = 4
@@ -84,7 +84,7 @@ class PackedProductFunction(torch.autograd.Function):
 
 def _packed_product(x: Tensor, matrix: Tensor, factor: Tensor, activations: ActivationRule) -> Tensor:
     x_codes, x_scale = activations.quantize(x)
-    return in_dtype(F.linear(x_codes, matrix) * (x_scale * factor), x.dtype)
+    return in_dtype(scaled_product(x_codes, x_scale, matrix, factor, compute_dtype(x_codes)), x.dtype)
 
 
 class PackedBitLinear(nn.Module):

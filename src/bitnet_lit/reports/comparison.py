@@ -19,8 +19,8 @@ from bitnet_lit.reports.statistics import Estimate
 from bitnet_lit.reports.weight_sizes import WeightSizes, is_dense, weight_sizes
 from bitnet_lit.runs.config_keys import natural, value_of
 from bitnet_lit.runs.history import DONE, FAILED, Run
+from bitnet_lit.runs.metric_names import larger_is_better
 
-LARGER_IS_BETTER = ("val/accuracy", "perf/tokens_per_s", "perf/mfu")
 _NO_GAP = Gap()
 _DENSE = Gap(why_not="it is the dense model")
 
@@ -169,7 +169,7 @@ def compare(runs: Sequence[Run], by: list[str], over: list[str], metric: str, de
             quantized = [run for run in row.counted if run not in dense]  # a dense run would be its own twin
             row.at_equal_tokens = gap_at_equal_tokens(quantized, list(dense), [*by, *over], metric)
             row.at_equal_bytes = gap_at_equal_bytes(quantized, row.sizes, dense, over, metric)
-    sign = -1 if metric in LARGER_IS_BETTER else 1
+    sign = -1 if larger_is_better(metric) else 1
     finished = {sign * row.loss.mean: row for row in comparison.rows if row.loss is not None and row.is_finished}
     if len(finished) > 1:
         finished[min(finished)].is_best = True

@@ -1,5 +1,7 @@
 """These are the figures that a run writes to metrics.json by itself, so that a search knows them before its first run.
 
+Of most of them less is better, as of a loss. `larger_is_better` names the others.
+
 A callback of the user's own may log others. They are kept if their names begin as `KEPT` says.
 """
 
@@ -40,16 +42,24 @@ def metric_names(corpora: Iterable[str] = ()) -> list[str]:
     return [*_VALIDATION, *(f"{name}_{corpus}" for corpus in corpora for name in _VALIDATION), *_OTHERS]
 
 
-def check_metric(metric: str, corpora: Collection[str], has_callbacks: bool) -> None:
-    """Refuse a `sweep.metric` that no job will have.
+def larger_is_better(metric: str) -> bool:
+    """Return whether more of a figure is better, as of a speed or an accuracy (of a corpus: `val/accuracy_<name>`)."""
+    return metric.startswith("val/accuracy") or metric in ("perf/tokens_per_s", "perf/mfu")
+
+
+def check_metric(metric: str, direction: str, corpora: Collection[str], has_callbacks: bool) -> None:
+    """Refuse a `sweep.metric` that no job will have, or a `sweep.direction` that searches the worst of it.
 
     Args:
+        direction: minimize or maximize.
         corpora: the names of `data.mix`.
         has_callbacks: whether callbacks of the user's own may log it.
 
     Raises:
-        UserError: no run writes such a figure.
+        UserError: no run writes such a figure, or more of it is better and it would be minimized.
     """
+    if direction == "minimize" and larger_is_better(metric):
+        raise UserError(f"sweep.metric={metric}: more of it is better: take sweep.direction=maximize")
     names = metric_names(corpora)
     if metric in names or (has_callbacks and metric.startswith(KEPT)):
         return

@@ -192,13 +192,14 @@ class Search:
             The jobs, and the config of each or the error that it has.
 
         Raises:
-            UserError: every config is wrong, or no run writes `sweep.metric`.
+            UserError: every config is wrong, or `check_metric` refuses `sweep.metric`.
         """
         planned = [self._place(params) for params in batch]
         configs = check(self.sweeper, self.job, planned, self.sweep_dir)
         for config in configs:
             if not isinstance(config, UserError):
-                check_metric(self.config.metric, getattr(config.data, "mix", None) or (), bool(config.callbacks.extra))
+                mix, has_callbacks = getattr(config.data, "mix", None) or (), bool(config.callbacks.extra)
+                check_metric(self.config.metric, self.config.direction, mix, has_callbacks)
         return planned, configs
 
     def _example(self, number: int) -> Mapping[str, Any]:

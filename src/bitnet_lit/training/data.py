@@ -158,7 +158,9 @@ class OwnData:
     def rows(self, count: int, sequence_length: int) -> Tensor:
         """See `RunData`. The sequences are those of the first batch."""
         self._check_length(sequence_length)
-        return checked(next(iter(self.own.train_dataloader())), sequence_length, self.vocab_size)[:count]
+        for ids in self.own.train_dataloader():
+            return checked(ids, sequence_length, self.vocab_size)[:count]
+        raise UserError(NO_BATCH)
 
     def identity(self) -> dict[str, Any]:
         """See `RunData`. The facts are the class and its arguments."""
