@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from bitnet_lit import cli, entry_point
+from bitnet_lit import cli
 from bitnet_lit.cli import SCHEMAS, compose, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
@@ -229,18 +229,6 @@ def test_a_rank_that_lightning_starts_has_the_run_folder_of_the_first():
     last = as_typed(TrainConfig, cli._from_lightning(typed))[1]
     value = OverridesParser.create().parse_override(last).value()
     assert OmegaConf.to_container(OmegaConf.create({"a": value}), resolve=True) == {"a": name}
-
-
-def test_ctrl_c_that_hydra_turns_into_another_exception(monkeypatch):
-    def interrupted(*arguments, **keywords):
-        entry_point.interruptions.append(2)
-        raise UnboundLocalError("cannot access local variable 'f'")
-
-    monkeypatch.setattr(entry_point, "interruptions", [])
-    monkeypatch.setattr(cli, "interruptions", entry_point.interruptions)
-    monkeypatch.setattr(cli.hydra, "main", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cli.run("infer", print, [])
 
 
 def test_a_sweep_says_the_quoting_that_works():

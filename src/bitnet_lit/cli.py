@@ -29,7 +29,6 @@ from bitnet_lit.config import CustomNetwork
 from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, key_for_flag, key_for_words, words_for
-from bitnet_lit.entry_point import interruptions
 from bitnet_lit.errors import MESSAGES, UserError, disk_errors
 from bitnet_lit.instantiate import locate, takes
 from bitnet_lit.overrides import as_typed, quoted
@@ -283,8 +282,6 @@ def run(
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=command)(job)()
     except Exception as error:  # from Hydra and the sweeper: what the task raises is in `job.failures`
-        if interruptions:
-            raise KeyboardInterrupt from None
         if isinstance(error, MESSAGES) and not isinstance(error, ProcessDied):
             raise
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors

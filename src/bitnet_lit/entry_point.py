@@ -15,15 +15,14 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bitnet_lit import gpu_errors
 from bitnet_lit.errors import MESSAGES, is_out_of_memory, one_line
 
 STDIN, STDOUT, STDERR = 0, 1, 2
-interruptions: list[int] = []
-"""Numbers of the signals received. They are kept because a library may replace the KeyboardInterrupt."""
+_interruptions: list[int] = []  # numbers of the signals received; a library may replace the KeyboardInterrupt
 
 
 def _prepare_streams() -> None:
@@ -58,13 +57,35 @@ def _hear_signals() -> None:
                 os.write(STDERR, f"error: {_what_ended_it(number)}\n".encode())
                 os._exit(128 + number)
             frame = frame.f_back
-        interruptions.append(number)
+        _interruptions.append(number)
         raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def interruption(error: BaseException) -> int | None:
+    """Return the number of the signal that an exception comes from; None where it comes from none.
+
+    After a signal any exception counts. A `finally` of Python's, Hydra's or OmegaConf's code that the KeyboardInterrupt
+    meets before its variables are set raises an UnboundLocalError in its place.
+    """
+    if _interruptions:
+        return _interruptions[-1]
+    return signal.SIGINT if isinstance(error, KeyboardInterrupt) else None
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the block, and not the command."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if interruption(error) != signal.SIGINT:
+            raise
+        _interruptions.clear()
 
 
 def _what_ended_it(number: int) -> str:
@@ -89,6 +110,27 @@ def _fail(error: object, status: int) -> int:
     return status
 
 
+def _status_of_error(error: BaseException) -> int:
+    """Print in one line why the work failed, and return the exit status. What shows a bug of ours is raised again."""
+    if isinstance(error, MESSAGES):
+        return _fail(error, error.status)
+    if gpu_errors.is_gpu_error(error) and not gpu_errors.wants_traceback():
+        gpu_errors.note(error)
+        return _fail(f"{gpu_errors.without_boilerplate(error)}: CUDA_LAUNCH_BLOCKING=1 shows where", 1)
+    if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+        what = gpu_errors.without_boilerplate(error)
+        return _fail(f"out of memory ({what}): take a smaller batch, context or model", 1)
+    if isinstance(error, OSError):
+        # Discard what is still buffered: Python would fail again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+        if isinstance(error, BrokenPipeError):
+            return 0  # the reader has what it wanted (evaluate | head)
+        # An error of a file has its name. Outside of `disk_errors`, an error without a name comes from printing.
+        name = "the output cannot be written" if error.filename is None else error.filename
+        return _fail(f"{name}: {error.strerror or error}", 1)
+    raise error
+
+
 def _status_of(work: Callable[[], object]) -> int:
     """Do the work, and print a failure in one line.
 
@@ -102,27 +144,9 @@ def _status_of(work: Callable[[], object]) -> int:
         except SystemExit as end:  # Hydra's flags, and the end of a sweep
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush()
-    except MESSAGES as error:
-        return _fail(error, error.status)
-    except (MemoryError, RuntimeError) as error:
-        if gpu_errors.is_gpu_error(error) and not gpu_errors.wants_traceback():
-            gpu_errors.note(error)
-            return _fail(f"{gpu_errors.without_boilerplate(error)}: CUDA_LAUNCH_BLOCKING=1 shows where", 1)
-        if not is_out_of_memory(error):
-            raise
-        what = gpu_errors.without_boilerplate(error)
-        return _fail(f"out of memory ({what}): take a smaller batch, context or model", 1)
-    except OSError as error:
-        # Discard what is still buffered: Python would fail again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
-        if isinstance(error, BrokenPipeError):
-            return 0  # the reader has what it wanted (evaluate | head)
-        # An error of a file has its name. Outside of `disk_errors`, an error without a name comes from printing.
-        name = "the output cannot be written" if error.filename is None else error.filename
-        return _fail(f"{name}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        number = interruptions[-1] if interruptions else signal.SIGINT
-        return _fail(_what_ended_it(number), 128 + number)
+    except (Exception, KeyboardInterrupt) as error:
+        number = interruption(error)
+        return _status_of_error(error) if number is None else _fail(_what_ended_it(number), 128 + number)
     return status
 
 

@@ -1,13 +1,16 @@
 """What infer writes to stdout: prompts from a file or typed, samples of one prompt, in order and separated."""
 
 import io
+import os
 import re
+import signal
 import tracemalloc
 import warnings
 
 import pytest
 
 import bitnet_lit
+from bitnet_lit import entry_point
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
@@ -86,6 +89,69 @@ def test_typed_prompts_have_as_many_samples_as_others(folder, capsys, monkeypatc
     assert texts[:2] == told_before and [text[:3] for text in texts[2:]] == ["Tom", "Tom"]
     with pytest.raises(UserError, match="interactive=true and prompts=x: give one"):
         compose("infer", ["interactive=true", "prompts=x"])
+
+
+class Keyboard(io.StringIO):
+    """Stdin of a chat: each line is typed, or is the name of a signal that arrives while the chat waits for a line."""
+
+    def readline(self, size: int | None = -1, /) -> str:
+        line = super().readline()
+        if line.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[line.strip()])
+        return line
+
+
+@pytest.fixture
+def chat(folder, monkeypatch):
+    """Chats, with signals while texts are made; returns the exit status and the texts."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(entry_point, "_interruptions", [])
+    entry_point._hear_signals()
+    stream_batch = Generator.stream_batch
+
+    def stream(self, prompts, *arguments, **keywords):
+        if prompts[0].startswith("SIG"):
+            name, _, replaced = prompts[0].partition(" ")
+            try:
+                os.kill(os.getpid(), signal.Signals[name])
+            finally:
+                if replaced:
+                    raise UnboundLocalError("a finally of a library")
+        return stream_batch(self, prompts, *arguments, **keywords)
+
+    monkeypatch.setattr(Generator, "stream_batch", stream)
+
+    def run(stdin):
+        monkeypatch.setattr("sys.stdin", stdin)
+        texts = []
+        config = compose("infer", [*OPTIONS, f"checkpoint={folder}/model", "interactive=true"])
+        return entry_point._status_of(lambda: texts.extend(infer(config))), texts
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_ends_a_text_of_a_chat_and_the_next_is_whole(chat):
+    status, texts = chat(io.StringIO("SIGINT\nSIGINT replaced\nTom\n"))
+    (text,) = texts
+    assert status == 0 and text.startswith("Tom")
+
+
+def test_an_error_after_ctrl_c_is_said(chat, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"SIGINT\ncaf\xe9\n"), encoding="utf-8")
+    assert chat(stdin)[0] == 2
+    assert "a typed prompt: no text in utf-8" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_chat_while_a_text_is_made(chat, capsys):
+    assert chat(io.StringIO("SIGTERM\nTom\n"))[0] == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "error: ended by SIGTERM\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_signal_at_the_prompt_ends_a_chat(chat, number, status):
+    assert chat(Keyboard(f"{number.name}\nTom\n")) == (status, [])
 
 
 def test_why_pytorch_runs_a_model_is_one_line(tmp_path, capsys, tokenizer):

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from bitnet_lit.config import InferConfig
+from bitnet_lit.entry_point import ended_by_ctrl_c
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.language_model import LanguageModel
 
@@ -85,12 +86,12 @@ def _typed_prompts() -> Iterator[str]:
     """
     mark = "\ufeff"  # the byte order mark that some programs put before a text in UTF-8
     while True:
-        try:
-            prompt = input("> " if sys.stdin.isatty() else "").removeprefix(mark)
-        except (EOFError, KeyboardInterrupt):
-            return
-        except UnicodeDecodeError as error:
-            raise UserError(f"a typed prompt: no text in {error.encoding}: set PYTHONIOENCODING=utf-8") from None
+        prompt = ""
+        with ended_by_ctrl_c(), contextlib.suppress(EOFError):
+            try:
+                prompt = input("> " if sys.stdin.isatty() else "").removeprefix(mark)
+            except UnicodeDecodeError as error:
+                raise UserError(f"a typed prompt: no text in {error.encoding}: set PYTHONIOENCODING=utf-8") from None
         if not prompt:
             return
         mark = ""
@@ -138,6 +139,6 @@ def infer(config: InferConfig) -> list[str]:
             return _print_texts(model, config, prompts, fancy)
         texts = []
         for prompt in _typed_prompts():
-            with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends this text only
+            with ended_by_ctrl_c():  # this text only
                 texts += _print_texts(model, config, [prompt], fancy)
         return texts
