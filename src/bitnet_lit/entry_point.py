@@ -16,7 +16,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from bitnet_lit import gpu_errors
 from bitnet_lit.errors import MESSAGES, is_out_of_memory, one_line
@@ -44,11 +44,17 @@ def _prepare_streams() -> None:
             output.reconfigure(errors="replace")
 
 
+def interrupt(number: int) -> NoReturn:
+    """End the command because of a signal: called by a signal's handler."""
+    _interruptions.append(number)
+    raise KeyboardInterrupt
+
+
 def _hear_signals() -> None:
     """Let Ctrl-C and SIGTERM raise KeyboardInterrupt, unless the parent process ignores them."""
     process = os.getpid()
 
-    def interrupt(number: int, frame: types.FrameType | None) -> None:
+    def handle(number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != process:  # a forked child ends as if there were no handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -57,13 +63,12 @@ def _hear_signals() -> None:
                 os.write(STDERR, f"error: {_what_ended_it(number)}\n".encode())
                 os._exit(128 + number)
             frame = frame.f_back
-        _interruptions.append(number)
-        raise KeyboardInterrupt
+        interrupt(number)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, handle)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGTERM, handle)
 
 
 def interruption(error: BaseException) -> int | None:

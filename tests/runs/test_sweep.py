@@ -129,14 +129,24 @@ def test_a_job_that_was_stopped_has_not_failed(tmp_path, line):
     assert state(tmp_path) is State.FAILED
 
 
-def test_a_signal_before_the_first_step_of_a_job_ends_the_sweep(tmp_path):
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_signal_before_the_first_step_of_a_job_ends_the_sweep(tmp_path, capsys, is_replaced):
+    def work():
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        finally:
+            if is_replaced:
+                raise UnboundLocalError("a finally of a library")
+
     handlers = sweep.StopHandlers(tmp_path)
     handlers.install()
     try:
-        result = sweep.run_job(lambda: signal.raise_signal(signal.SIGUSR1), tmp_path / "0", tmp_path, True)
+        result = sweep.run_job(work, tmp_path / "0", tmp_path, True)
     finally:
         handlers.remove()
     assert result == float("inf") and sweep.stop_number(tmp_path) == signal.SIGUSR1
+    assert capsys.readouterr().err == f"sweep: {tmp_path}/0: SIGUSR1 before the first step: no step was done\n"
+    assert state(tmp_path / "0") is State.NEW
 
 
 @pytest.mark.parametrize("by_itself", [False, True])

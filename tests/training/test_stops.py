@@ -1,5 +1,6 @@
 """What ends a run early: signals, time, divergence, data that is gone, a process of the run that dies."""
 
+import contextlib
 import json
 import os
 import re
@@ -94,6 +95,30 @@ def test_a_signal_that_comes_too_late_still_ends_what_started_the_run(tmp_path, 
     with pytest.raises(TrainingStopped, match=r"SIGTERM: .* is complete") as stopped:
         train(config(tmp_path / "run", shards))
     assert stopped.value.status == 128 + signal.SIGTERM and (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+def test_a_stop_counts_whatever_a_library_makes_of_it(is_running):
+    """Before the first step the first signal stops the run at once, afterwards the second does."""
+    with (
+        pytest.raises(TrainingStopped, match="SIGTERM (before|for the second time)") as stopped,
+        StopSignals() as signals,
+    ):
+        signals.is_running = is_running
+        if is_running:
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise UnboundLocalError("a finally of a library")
+    assert stopped.value.status == 128 + signal.SIGTERM
+
+
+def test_a_stop_that_a_library_has_caught_is_not_lost():
+    with StopSignals() as signals:
+        with contextlib.suppress(Exception):
+            signal.raise_signal(signal.SIGTERM)
+        assert signals.number == signal.SIGTERM  # the run ends with it at its first step
 
 
 def test_what_the_caller_ignores_stays_ignored():

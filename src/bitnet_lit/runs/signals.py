@@ -43,6 +43,9 @@ def handling(handler: Callable[[int, types.FrameType | None], None]) -> Iterator
 class StopSignals:
     """Records the signals that arrive inside its `with` block.
 
+    A handler stops the run at once by raising a TrainingStopped wherever the run is. The block ends with it also where
+    a library has raised another exception in its place. Where a library has caught it, the run ends at its first step.
+
     Attributes:
         number: the signal that arrived; None before.
         is_running: whether the run does optimizer steps, so that it must finish one before it stops.
@@ -54,20 +57,24 @@ class StopSignals:
         self.is_running = False
         self.how_to_go_on: Callable[[], str] = lambda: "give the same command again"
         self._handling = contextlib.ExitStack()
+        self._stopped: TrainingStopped | None = None
 
     def __enter__(self) -> StopSignals:
         self._handling.enter_context(handling(self._request))
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._handling.close()
+        if self._stopped is not None and isinstance(error, Exception) and error is not self._stopped:
+            raise self._stopped from None
 
     def _request(self, number: int, frame: types.FrameType | None) -> None:
-        name, status = signal.Signals(number).name, 128 + number
+        name, is_second, self.number = signal.Signals(number).name, self.number is not None, number
         if not self.is_running:
-            raise TrainingStopped(
-                f"{name} before the first step: no step was done, give the same command again", status
-            )
-        if self.number is not None:
-            raise TrainingStopped(f"{name} for the second time: stopped at once; {self.how_to_go_on()}", status)
-        self.number = number
+            what = f"{name} before the first step: no step was done, give the same command again"
+        elif is_second:
+            what = f"{name} for the second time: stopped at once; {self.how_to_go_on()}"
+        else:
+            return
+        self._stopped = TrainingStopped(what, 128 + number)
+        raise self._stopped

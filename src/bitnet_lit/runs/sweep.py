@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit import gpu_errors
+from bitnet_lit.entry_point import interrupt
 from bitnet_lit.errors import MESSAGES, TrainingStopped, is_out_of_memory, without_class_name
 from bitnet_lit.runs.folder import ERROR_NAME, is_taken
 from bitnet_lit.runs.ranks import rank
@@ -53,6 +54,7 @@ class StopHandlers:
     """Handles signals in the process that the sweep was started in, whenever no job of that process handles them."""
 
     in_job = False  # whether a job runs in this process; signals come here until the job sets its own handlers
+    stopped: TrainingStopped | None = None  # what a signal raised in it; a library may raise another in its place
 
     def __init__(self, sweep_dir: Path) -> None:
         self.sweep_dir = sweep_dir
@@ -66,11 +68,12 @@ class StopHandlers:
 
     def _request(self, number: int, frame: types.FrameType | None) -> None:
         if stop_number(self.sweep_dir) is not None:
-            raise KeyboardInterrupt  # the second signal stops the sweep at once
+            interrupt(number)  # the second signal stops the sweep at once
         request_stop(self.sweep_dir, number)
         if StopHandlers.in_job:
             name = signal.Signals(number).name
-            raise TrainingStopped(f"{name} before the first step: no step was done", 128 + number)
+            StopHandlers.stopped = TrainingStopped(f"{name} before the first step: no step was done", 128 + number)
+            raise StopHandlers.stopped
 
 
 @contextlib.contextmanager
@@ -136,7 +139,8 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
         StopHandlers.in_job = True
         with contextlib.nullcontext() if is_main_process else _signalled_by(sweep_dir):
             return work()
-    except Exception as error:
+    except Exception as raised:
+        error = StopHandlers.stopped or raised
         is_stopped = isinstance(error, TrainingStopped) and error.status > 128
         if isinstance(error, TrainingStopped) and is_stopped:
             if "SUBMITIT_EXECUTOR" in os.environ:  # the signal is for this job alone
@@ -164,4 +168,4 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
                 (folder / ERROR_NAME).write_text(line + "\n", encoding="utf-8")
         return float("inf")
     finally:
-        StopHandlers.in_job = False
+        StopHandlers.in_job, StopHandlers.stopped = False, None
