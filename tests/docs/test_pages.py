@@ -96,6 +96,14 @@ def test_commands_and_flags_of_a_block_exist(block):
                     assert (REPOSITORY / word.partition("::")[0]).exists(), f"{block}: {word}"
 
 
+def test_the_readme_leads_to_every_page():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in REPOSITORY.glob("docs/*.md") if f"](docs/{path.name})" not in text]
+    pictures = {path.name for path in REPOSITORY.glob("docs/*.png")}
+    shown = {Path(name).name for page in PAGES for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", prose(page))}
+    assert shown == pictures
+
+
 def test_the_readme_is_short_and_draws_the_tree():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
