@@ -148,6 +148,35 @@ def test_somebody_elses_shards_are_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data00.bin"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "mine/data00.bin"])
+@pytest.mark.parametrize("source", ["demo", "tinystories", "elsewhere/a.txt"])
+def test_shards_are_not_written_among_other_files(tmp_path, monkeypatch, source, name):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "out" / name, tmp_path / "elsewhere" / "a.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text("Once upon a time.")
+    before = sorted((tmp_path / "out").rglob("*"))
+    found = name.partition("/")[0]
+    said = f"^out=out: holds {found}, which prepare did not write: .* shards alone, such as out=out/shards$"
+    with pytest.raises(UserError, match=said):  # tinystories is not downloaded first
+        prepare(PrepareConfig(source=source, out="out", num_stories=50, vocab_size=400, num_workers=1))
+    assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_shards_may_lie_beside_their_text(tmp_path, tokenizer, is_link):
+    out = tmp_path / "out"
+    text_folder(tmp_path / "text" if is_link else out / "text", count=2)
+    out.mkdir(exist_ok=True)
+    if is_link:
+        (out / "text").symlink_to(tmp_path / "text")
+    (out / "notes.png").write_bytes(b"x")
+    config = PrepareConfig(source=str(out / "text"), out=str(out), tokenizer=str(tokenizer.path), num_workers=1)
+    assert prepare(config)["shards"] == 2
+    (out / "later.png").write_bytes(b"x")
+    assert prepare(config)["shards"] == 2  # the same call again
+
+
 @pytest.mark.parametrize("content", ["[]", "[1]"])
 def test_a_foreign_meta_is_refused(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)

@@ -54,6 +54,19 @@ def test_the_folder_to_write(tmp_path, monkeypatch):
         report(ReportConfig(runs=["two"], out="/dev/null/x"))
 
 
+@pytest.mark.parametrize("name", ["report.csv", "report.md", "report.html"])
+def test_a_report_of_the_users_own_is_not_replaced(tmp_path, capsys, name):
+    make_run(tmp_path / "runs" / "a")
+    config = ReportConfig(runs=[str(tmp_path / "runs")], out=str(tmp_path))
+    (tmp_path / name).write_text("# Report of last year\n")
+    with pytest.raises(UserError, match=f"{name}: is there already, and no report wrote it: choose another out="):
+        report(config)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [name] and not capsys.readouterr().out
+    (tmp_path / name).unlink()
+    report(config)
+    report(config)  # its own are replaced
+
+
 def test_without_plotly_there_is_no_page_and_one_line_says_so(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "a")
     monkeypatch.setitem(report_files.sys.modules, "plotly", None)

@@ -142,6 +142,20 @@ def test_one_process_at_a_time(sweep, tmp_path):
     assert sweep.start(*ONE, "hydra.sweep.dir=mine") == 0
 
 
+def test_a_table_that_no_sweep_wrote_is_not_replaced(sweep, tmp_path):
+    (tmp_path / "mine").mkdir()
+    table = tmp_path / "mine" / "sweep.csv"
+    table.write_text("lr,loss\n1,2\n")
+    line = [*ONE, "hydra.sweep.dir=mine"]
+    with pytest.raises(UserError, match=r"sweep.csv: is there already, and no sweep wrote it: give another folder"):
+        sweep.start(*line)
+    assert not sweep.ran and table.read_text() == "lr,loss\n1,2\n"
+    table.unlink()
+    assert sweep.start(*line) == 0
+    assert sweep.start(*line) == 0  # its own is replaced
+    assert table.read_text().startswith("job,")
+
+
 def test_a_job_of_another_process_is_left_alone(sweep, tmp_path, capsys):
     assert sweep.start(*PAIR, "hydra.sweep.dir=mine") == 0
     job = tmp_path / "mine" / "quant=b158"

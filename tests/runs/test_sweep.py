@@ -35,8 +35,12 @@ def job_folder(folder, overrides, metrics=None, error=None):
         (folder / "error.txt").write_text(error, encoding="utf-8", errors="surrogateescape")
 
 
-def end_of(folder):
+def start_in(folder):
     SweepTable().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+
+
+def end_of(folder):
+    start_in(folder)
     return SweepTable.end()
 
 
@@ -56,8 +60,9 @@ def test_reasons_are_text_whatever_signs_they_have(tmp_path, capsys):
 
 def test_a_table_that_cannot_be_written_is_no_success(tmp_path, capsys):
     job_folder(tmp_path / "0", ["seed=1"], {"val/loss": 1.5})
+    start_in(tmp_path)
     (tmp_path / "sweep.csv").mkdir()  # a full disk gives an OSError too
-    assert end_of(tmp_path) == 1
+    assert SweepTable.end() == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("error: the table of ") and "1.5000" in printed.out  # shown, where it is not kept
 

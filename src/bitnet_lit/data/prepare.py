@@ -25,6 +25,7 @@ from bitnet_lit.data.shard_cache import file_sha256
 from bitnet_lit.data.shard_folder import (
     META_NAME,
     META_VERSION,
+    check_alone,
     dtype_for,
     find_shards,
     read_meta,
@@ -191,6 +192,7 @@ def _check_folder(out: Path, source: Source, meta: dict[str, Any], origin: dict[
     if not meta:
         if foreign := find_shards(out):
             raise UserError(f"out={out}: {foreign[0].name} lies there without a {META_NAME} of ours: {_ELSEWHERE}")
+        check_alone(out, source.files)
         return
     if "shards" not in meta:
         raise UserError(f"out={out}: its {META_NAME} is not one that prepare wrote: {_ELSEWHERE}")

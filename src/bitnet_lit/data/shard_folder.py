@@ -32,13 +32,14 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitnet_lit.atomic import atomic_file
-from bitnet_lit.data.tokenizers import find_tokenizer
+from bitnet_lit.data.tokenizers import FILE_NAMES, find_tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import parse_json
@@ -93,6 +94,31 @@ def find_shards(folder: Path) -> list[Path]:
         OSError: the folder cannot be listed.
     """
     return sorted(path for path in folder.iterdir() if path.suffix == ".bin" and not path.name.startswith("."))
+
+
+def check_alone(folder: Path, text: Iterable[Path]) -> None:
+    """Refuse to begin a folder of shards among other files: it is copied, moved and deleted as a whole.
+
+    A tokenizer and hidden files may lie there before. Where the text lies in the folder, as in llama2.c's, everything
+    may.
+
+    Args:
+        text: the files that shards are made of.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    if (folder / META_NAME).exists():
+        return
+    foreign = [name for name in sorted(os.listdir(folder)) if not name.startswith(".") and name not in FILE_NAMES]
+    inside = tuple(os.path.join(place, "") for place in (os.path.abspath(folder), os.path.realpath(folder)))
+    if foreign and not any(
+        os.path.abspath(path).startswith(inside) or os.path.realpath(path).startswith(inside) for path in text
+    ):
+        raise UserError(
+            f"out={folder}: holds {foreign[0]}, which prepare did not write: give a folder for the shards alone, such "
+            f"as out={folder / 'shards'}"
+        )
 
 
 def find_shard_tokenizer(folder: Path) -> Path | None:

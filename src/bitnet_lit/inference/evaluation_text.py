@@ -42,8 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_lit.config import EngineConfig, EvaluateConfig
-from bitnet_lit.data.sources.files import text_source
-from bitnet_lit.data.sources.find_text import find_text
+from bitnet_lit.data.sources.files import find_text_of_one_split, text_source
 from bitnet_lit.data.sources.source import Continuation, ReadCounts
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.write_shards import ShardEncoder
@@ -57,14 +56,14 @@ BATCHES_AT_ONCE = 8
 
 
 def check_files(files: Sequence[str]) -> None:
-    """Refuse files that are not there, before a model is opened.
+    """Refuse files that are not there, or of several splits of a data set, before a model is opened.
 
     Raises:
-        UserError: a file is missing, or is no text file by its name; one line.
+        UserError: a file is missing, or is no text file by its name; or there are several splits; one line.
     """
     for name in files:
         if name != STDIN:
-            find_text(name, key="data")
+            find_text_of_one_split(name, "data")
 
 
 def documents(files: Sequence[str], column: str | None = None) -> Iterator[str]:
@@ -93,7 +92,7 @@ def documents(files: Sequence[str], column: str | None = None) -> Iterator[str]:
 
 
 def _stories(name: str, column: str | None) -> Iterator[str]:
-    source = text_source(name, column, key="data")
+    source = text_source(name, column, "data")
     if source.passed_over:
         warnings.warn(f"data={name}: not read: {source.passed_over}", stacklevel=2)
     counts, number = ReadCounts(), 0

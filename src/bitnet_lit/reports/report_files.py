@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from bitnet_lit.config import ReportConfig
 from bitnet_lit.config.network import import_schemes
 from bitnet_lit.errors import UserError, disk_errors
 from bitnet_lit.extras import needs
+from bitnet_lit.regular_file import open_regular
 from bitnet_lit.reports.comparison import Comparison, compare
 from bitnet_lit.reports.page import as_page
 from bitnet_lit.reports.tables import as_csv, as_markdown, print_table
@@ -19,6 +21,13 @@ from bitnet_lit.runs.config_keys import dividing_keys, full_key, telling_keys
 from bitnet_lit.runs.history import Run, read_record, read_runs
 
 CSV_REPORT, MARKDOWN_REPORT, PAGE_REPORT = "report.csv", "report.md", "report.html"
+# How each file begins, in every version.
+_STARTS = {
+    CSV_REPORT: re.compile(rb".*gap_at_equal_tokens", re.DOTALL),
+    MARKDOWN_REPORT: re.compile(rb"# Report of [^\n]*\n\n\|"),
+    PAGE_REPORT: re.compile(rb"<!doctype html>.*<title>Report of ", re.DOTALL),
+}
+_START_BYTES = 2**16
 
 
 def _split(typed: list[str]) -> list[str]:
@@ -83,17 +92,32 @@ def make_comparison(config: ReportConfig) -> Comparison:
     return comparison
 
 
+def _check_out(folder: Path) -> None:
+    """Refuse to replace a file that no report wrote: the user names the folder, and not the files in it.
+
+    Raises:
+        UserError: such a file lies there.
+    """
+    for name, start in _STARTS.items():
+        path, remedy = folder / name, "choose another out=, or move it away"
+        if os.path.lexists(path):
+            with open_regular(path, remedy) as file:
+                if not start.match(file.read(_START_BYTES)):
+                    raise UserError(f"{path}: is there already, and no report wrote it: {remedy}")
+
+
 def report(config: ReportConfig) -> Comparison:
     """Compare the runs of `config`, print the table, and write the files of the report.
 
     Without the package plotly there is no report.html, and a line says so.
 
     Raises:
-        UserError: as `make_comparison`, or `out` cannot be written.
+        UserError: as `make_comparison`, or `out` cannot be written or has a file of this name that no report wrote.
         DiskError: the disk is full.
     """
     comparison = make_comparison(config)
     folder = _folder(config, comparison.runs)
+    _check_out(folder)
     title = f"Report of {folder.absolute().name}"
     texts = {CSV_REPORT: as_csv(comparison), MARKDOWN_REPORT: as_markdown(comparison, title)}
     print_table(comparison)

@@ -162,7 +162,7 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
     """
     assert sweeper.config is not None and sweeper.hydra_context is not None and sweeper.launcher is not None
     config = sweeper.config
-    SweepTable.check_lock()
+    SweepTable.check_folder()
     SweepTable.flags = job.flags
     sweep_dir = Path(config.hydra.sweep.dir)
     params = sweeper.params or {}

@@ -365,7 +365,7 @@ def search(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> None:
             "a search under torchrun or srun: each rank would choose values of its own: start it as one process "
             "(trainer=ddp starts the other ranks of a job)"
         )
-    SweepTable.check_lock()
+    SweepTable.check_folder()
     SweepTable.flags = job.flags
     params = sweeper.params or {}
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from bitnet_lit.errors import UserError, one_line, without_class_name
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
+from bitnet_lit.regular_file import open_regular
 from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.devices import SLOTS_NAME
 from bitnet_lit.runs.folder import METRICS_NAME, RECORD, is_run, is_running, locked
@@ -97,6 +99,19 @@ def _write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def _check_table(path: Path) -> None:
+    """Refuse to replace a sweep.csv that no sweep wrote.
+
+    Raises:
+        UserError: such a file lies there.
+    """
+    remedy = "give another folder (hydra.sweep.dir=...), or move it away"
+    if os.path.lexists(path):
+        with open_regular(path, remedy) as file:
+            if file.readline(1000).split(b",")[0].strip() != b"job":
+                raise UserError(f"{path}: is there already, and no sweep wrote it: {remedy}")
+
+
 def _shown(cell: Any) -> str:
     if not isinstance(cell, float):
         return without_class_name(str(cell))
@@ -146,6 +161,7 @@ class SweepTable(Callback):
             SweepTable._is_new = not sweep_dir.exists()
             sweep_dir.mkdir(parents=True, exist_ok=True)
             SweepTable._lock.enter_context(locked(sweep_dir, "another process runs a sweep"))
+            _check_table(sweep_dir / TABLE_NAME)
         except UserError as error:  # Hydra would turn it into a warning: the sweeper raises it
             SweepTable._refused = error
             return
@@ -162,11 +178,11 @@ class SweepTable(Callback):
             sys.exit(status)
 
     @classmethod
-    def check_lock(cls) -> None:
-        """Refuse to run a sweep that another process runs.
+    def check_folder(cls) -> None:
+        """Refuse to run a sweep whose folder it cannot have.
 
         Raises:
-            UserError: another process holds the lock on the sweep's folder.
+            UserError: another process holds the lock on the folder, or a file that no sweep wrote has the table's name.
         """
         if cls._refused is not None:
             raise cls._refused

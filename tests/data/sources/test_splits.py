@@ -1,6 +1,7 @@
 """The splits of a data set: validation text becomes the first shard, and test text is not trained on."""
 
 import json
+import shlex
 
 import pytest
 
@@ -9,6 +10,8 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.sources.files import files_source, text_source
 from bitnet_lit.data.sources.splits import divide, split_of
 from bitnet_lit.data.tokenizers import open_tokenizer
+from bitnet_lit.errors import UserError
+from bitnet_lit.inference.evaluation_text import check_files
 from tests.data.sources.test_files import stories_of
 
 
@@ -83,7 +86,70 @@ def test_a_saved_dataset_dict(saved):
     assert source.validation == "validation"
     assert source.passed_over.endswith("split test: 1 (data-00000-of-00001.arrow)")
     assert stories_of(files_source(str(saved / "test")).shards) == ["test 0", "test 1", "test 2"]
-    assert len(stories_of(text_source(str(saved), key="data").shards)) == 9  # evaluate measures what it is given
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "remedy"),
+    [
+        (["train/a.jsonl", "validation/a.jsonl"], None, None),  # nothing says that these are splits
+        (["train.jsonl", "dev.jsonl", "a.jsonl"], "dev, train", "dev.jsonl"),
+        (["test.jsonl", "validation.jsonl"], "test, validation", "test.jsonl"),
+        (
+            [*(f"test-0000{number}-of-00002.jsonl" for number in (0, 1)), "train-00000-of-00001.jsonl"],
+            "test, train",
+            "test-*",
+        ),
+        (["train.jsonl", "unsupervised-00000-of-00001.jsonl"], None, None),
+        (["a.jsonl", "test.jsonl"], None, None),
+    ],
+)
+def test_text_to_measure_is_of_one_split(tmp_path, monkeypatch, names, splits, remedy):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "my set", *names)
+    if splits is None:
+        assert len(stories_of(text_source("my set", None, "data").shards)) == len(names)
+        return
+    with pytest.raises(UserError) as error:
+        text_source("my set", None, "data")
+    said, _, place = str(error.value).partition(": give one of them, such as data=")
+    assert said == f"data=my set: holds the splits {splits}"
+    (place,) = shlex.split(place)
+    assert place == f"my set/{remedy}"
+    assert stories_of(text_source(place, None, "data").shards)
+
+
+def test_evaluate_asks_for_a_split_of_a_saved_dataset_dict(saved):
+    said = f"^data={saved}: holds the splits test, train, validation: give one of them, such as data={saved}/test$"
+    with pytest.raises(UserError, match=said):
+        check_files([str(saved)])
+    check_files([str(saved / "train"), str(saved / "test")])  # who types several splits means them
+    assert stories_of(text_source(str(saved / "test"), None, "data").shards) == ["test 0", "test 1", "test 2"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_split_without_rows_is_none(tmp_path, capsys, kind):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for split, rows in (("train", 3), ("validation", 0), ("test", 2)):
+        table = pa.table({"text": pa.array([f"{split} {number}" for number in range(rows)], pa.string())})
+        path = tmp_path / "clone" / f"{split}-00000-of-00001.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        if kind == "parquet":
+            parquet.write_table(table, path)
+        else:
+            with pa.ipc.new_stream(str(path), table.schema) as writer:
+                writer.write_table(table)
+    source = files_source(str(tmp_path / "clone"))
+    assert source.validation == "test" and list(map(stories_of, [[each] for each in source.shards])) == [
+        ["test 0", "test 1"],
+        ["train 0", "train 1", "train 2"],
+    ]
+    assert source.passed_over == f"without rows: 1 (validation-00000-of-00001.{kind})"
+    for path in (tmp_path / "clone").glob("t*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no .* files in it: without rows: 1 \(validation"):
+        files_source(str(tmp_path / "clone"))
+    with pytest.raises(UserError, match=rf"validation-00000-of-00001.{kind}: is empty: give a file with text"):
+        files_source(str(tmp_path / "clone" / f"validation-00000-of-00001.{kind}"))
 
 
 def test_prepare_says_what_the_splits_are_for(tmp_path, capsys):

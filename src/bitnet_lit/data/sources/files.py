@@ -13,11 +13,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitnet_lit.data.sources.find_text import find_text, kind_of
+from bitnet_lit.data.sources.find_text import FoundText, find_text, kind_of
 from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of
 from bitnet_lit.data.sources.read_text import FileSegment, file_segments
 from bitnet_lit.data.sources.source import Segment, Source, TextShard, numbered
-from bitnet_lit.data.sources.splits import divide, split_of
+from bitnet_lit.data.sources.splits import check_one_use, divide, split_of
 from bitnet_lit.data.sources.tables import TABLES, table_segments
 from bitnet_lit.errors import UserError
 
@@ -25,14 +25,28 @@ SHARD_TEXT_BYTES = 64 * 2**20
 COMPRESSION_RATIO = 3  # of English text with gzip (about 2.7) and Zstandard (about 3)
 
 
-def text_source(source: str, column: str | None = None, key: str = "source") -> Source:
-    """Open a file, a folder or a glob, and read all of it, whatever its splits.
+def find_text_of_one_split(source: str, key: str) -> FoundText:
+    """Find the text files that a path or a glob means, and make sure that they are of one split of a data set.
+
+    Args:
+        key: the option that gave `source`, which an error's line names.
+
+    Raises:
+        UserError: there is no text, or there are several splits; one line.
+    """
+    found = find_text(source, key=key)
+    check_one_use(found.files, f"{key}={source}")
+    return found
+
+
+def text_source(source: str, column: str | None, key: str) -> Source:
+    """Open a file, a folder or a glob whose text is all measured.
 
     Args:
         column: the column of a table, or the key of a JSON record, that has the text. None: the usual ones.
         key: the option that gave `source`, which an error's line names.
     """
-    found = find_text(source, key=key)
+    found = find_text_of_one_split(source, key)
     return Source(
         _identity(source, column), file_shards(found.files, column), found.files, found.describe_passed_over()
     )

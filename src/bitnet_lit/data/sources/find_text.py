@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bitnet_lit.data.shard_folder import META_NAME, OWN_JSON_NAMES
 from bitnet_lit.data.sources.open_text import compression_of
-from bitnet_lit.data.sources.tables import TABLES
+from bitnet_lit.data.sources.tables import TABLES, has_rows
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
 
@@ -151,7 +151,7 @@ def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
 
 
 def _keep_each_once(candidates: list[Path], found: FoundText) -> None:
-    """Fill `found.files` with the candidates: sorted, without empty files, and with one name of each file."""
+    """Fill `found.files` with the candidates: sorted, none without content, and with one name of each file."""
     seen: set[tuple[int, int]] = set()
     for path in sorted(candidates, key=lambda path: (path.is_symlink(), path)):
         try:
@@ -163,6 +163,8 @@ def _keep_each_once(candidates: list[Path], found: FoundText) -> None:
             found.pass_over(path, "empty")
         elif status.st_ino and identity in seen:  # some network mounts number no files
             found.pass_over(path, "second names of a file")
+        elif kind_of(path) in TABLES and not has_rows(path):  # as the hub has them for an empty split
+            found.pass_over(path, "without rows")
         else:
             seen.add(identity)
             found.files.append(path)

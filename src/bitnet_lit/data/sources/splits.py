@@ -1,6 +1,6 @@
-"""`divide` keeps the validation and test splits of a data set out of the training text.
+"""A data set of the Hugging Face hub comes in splits. Those held out are not trained on, and a loss is of one of them.
 
-A data set of the Hugging Face hub comes in splits. Names say which split a file belongs to:
+Names say which split a file belongs to:
 
     train-00000-of-00002.parquet      a clone of a repository; also validation.jsonl, test.txt
     test/data-00000-of-00001.arrow    a folder of `DatasetDict.save_to_disk`, with dataset_dict.json beside test/
@@ -11,10 +11,14 @@ https://huggingface.co/docs/hub/datasets-file-names-and-splits. A split of any o
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from bitnet_lit.errors import UserError
 
 _TRAINING = ("train", "training")
 _VALIDATION = ("validation", "valid", "val", "dev")
@@ -68,3 +72,33 @@ def _use(split: str) -> tuple[str, ...]:
     """Return the words for the use of a split: its first word says it (test_sft is a test split)."""
     word = split.lower().split("_")[0]
     return next((words for words in (_VALIDATION, _TEST) if word in words), _TRAINING)
+
+
+def check_one_use(files: Sequence[Path], typed: str) -> None:
+    """Refuse files of splits that have different uses: a loss over training and test text together says nothing.
+
+    Args:
+        files: what `typed` means.
+        typed: key=value as the user gave it.
+
+    Raises:
+        UserError: the files belong to several splits; the line says how to give one.
+    """
+    splits: dict[str, list[Path]] = {}
+    for path in files:
+        if name := split_of(path):
+            splits.setdefault(name, []).append(path)
+    if len({_use(name) for name in splits}) > 1:
+        held_out = [name for name in splits if _use(name) is not _TRAINING]
+        raise UserError(
+            f"{typed}: holds the splits {', '.join(splits)}: give one of them, such as "
+            f"{typed.partition('=')[0]}={shlex.quote(_place(splits[held_out[0]], files))}"
+        )
+
+
+def _place(split: Sequence[Path], files: Sequence[Path]) -> str:
+    """Return a folder, a file or a glob that means files of one split, and no others of `files`."""
+    folder = os.path.commonpath([path.parent for path in split])
+    if not any(path.is_relative_to(folder) for path in files if path not in split):
+        return folder
+    return str(split[0]) if len(split) == 1 else re.sub(r"\d{5}-of-\d{5}.*", "*", str(split[0]))

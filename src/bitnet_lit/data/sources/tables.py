@@ -141,6 +141,24 @@ def table_segments(path: Path, column: str | None, every: int) -> list[TableSegm
     return segments
 
 
+def has_rows(path: Path) -> bool:
+    """Return whether a table has rows. A damaged one counts as if it had: the error is for whoever reads it."""
+    pyarrow = _pyarrow(path)
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(path) as file:
+                return bool(file.metadata.num_rows)
+        with pyarrow.memory_map(str(path)) as source:
+            reader = _open_arrow(source, pyarrow)
+            if hasattr(reader, "num_record_batches"):
+                return any(reader.get_batch(at).num_rows for at in range(reader.num_record_batches))
+            return any(batch.num_rows for batch in reader)
+    except (pyarrow.ArrowException, OSError):
+        return True
+
+
 def _column(path: Path, schema: Any, column: str | None, pyarrow: Any) -> str:
     """Return the name of the column with the text; refuse a table that has none."""
     types = {field.name: field.type for field in schema}

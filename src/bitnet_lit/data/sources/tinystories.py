@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from bitnet_lit.atomic import atomic_folder
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.exclusive_folder import exclusive_folder
+from bitnet_lit.data.shard_folder import check_alone
 from bitnet_lit.data.sources.download import CHUNK_BYTES, download
 from bitnet_lit.data.sources.files import file_shards
 from bitnet_lit.data.sources.source import Source
@@ -22,12 +23,16 @@ from bitnet_lit.errors import UserError
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 
+_TEXT = "TinyStories_all_data"  # llama2.c's name of the folder with the text; the archive's name begins with it
+
 
 def tinystories_source(config: PrepareConfig) -> Source:
     """Open the text in `download_dir`, or in the folder to write where that is not given; download what is missing."""
     folder = Path(config.download_dir or config.folder)
     # The folder to write is locked already. Calls that write different folders may share the downloads.
     is_out = os.path.realpath(folder) == os.path.realpath(config.folder)
+    if is_out:
+        check_alone(folder, folder.glob(f"{_TEXT}*"))  # before anything is downloaded
     with contextlib.nullcontext() if is_out else exclusive_folder(folder, "download_dir"):
         files = fetch_tinystories(folder)
         return Source("tinystories", file_shards(files), files)
@@ -39,9 +44,9 @@ def fetch_tinystories(folder: Path, url: str = URL) -> list[Path]:
     Raises:
         UserError: the download or the archive fails, or there are no .json files; one line.
     """
-    text = folder / "TinyStories_all_data"
+    text = folder / _TEXT
     if not text.is_dir():
-        archive = folder / "TinyStories_all_data.tar.gz"
+        archive = folder / f"{_TEXT}.tar.gz"
         if not archive.exists():
             download(url, archive)
         unpack(archive, text)

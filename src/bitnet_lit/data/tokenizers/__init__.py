@@ -11,6 +11,7 @@ from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
 
 __all__ = [
+    "FILE_NAMES",
     "TextEncoder",
     "Tokenizer",
     "find_tokenizer",
@@ -20,6 +21,8 @@ __all__ = [
 ]
 
 _KINDS = (SentencePieceTokenizer, JsonTokenizer)  # where a folder holds files of both, the first kind counts
+FILE_NAMES = tuple(name for kind in _KINDS for name in kind.file_names)
+"""The names of the files of all kinds."""
 
 
 def open_tokenizer(path: Path | str) -> Tokenizer:
