@@ -90,6 +90,20 @@ def test_the_packed_engine_computes_the_models_logits_exactly():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_engine_computes_in_the_dtype_of_the_model(dtype, pack):
+    model = tiny_model("b158").to(dtype)
+    engine = TorchEngine(model, pack)
+    cache = engine.new_cache()
+    engine.forward([[1, 2, 3]], [cache])
+    found = torch.from_numpy(engine.forward([[4]], [cache])[0])
+    with torch.no_grad():
+        expected = model(torch.tensor([[1, 2, 3, 4]]))[0, -1].float()
+    # A packed layer rounds its output, and a latent one its sum as well, so that codes of activations change.
+    assert (found - expected).abs().mean() < 0.1 * expected.std()
+
+
 def test_an_engine_on_a_model_in_training_leaves_it_in_training(tokenizer):
     model = tiny_model("b158", dropout=0.5).train()
     engine = TorchEngine(model, pack=False)

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bitnet_lit.cli import compose
 from bitnet_lit.config import GenerationConfig, QuantConfig, TrainConfig
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
 from bitnet_lit.inference.generator import Generator
 from bitnet_lit.training.callbacks import samples
 from bitnet_lit.training.callbacks.samples import SampleStories
 from bitnet_lit.training.module import BitNetModule
-from tests.support import tiny_model
+from bitnet_lit.training.run import train
+from tests.support import TINY_RUN, tiny_model
 
 PROMPTS = ["Once upon a time", "Lily"]
 
@@ -38,6 +40,13 @@ def test_stories_are_greedy_whole_and_leave_the_model_in_training(tmp_path, toke
     assert written == "".join(f"--- step 7\n{story}\n\n" for story in stories)
     assert len(stories[0]) > 200 and printed.startswith("step 7: Once upon a time")
     assert printed.count("\n") == stories[0].count("\n") + 1  # the console breaks no line
+
+
+def test_a_run_with_weights_in_bfloat16_writes_stories(tmp_path, shards):
+    """PyTorch generates them here: the native engine has no transforms of inputs."""
+    options = ["trainer.precision=bf16-true", "quant=bitnet_v2", "callbacks.progress_bar=false"]
+    train(compose("train", [f"run_dir={tmp_path}", f"data.dir={shards}", *TINY_RUN, *options]))
+    assert "--- step 8\nOnce upon a time" in (tmp_path / "samples.txt").read_text()
 
 
 @pytest.mark.parametrize("quant", ["b158", "none"])

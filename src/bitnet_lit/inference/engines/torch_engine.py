@@ -31,7 +31,7 @@ class TorchEngine:
 
     def __init__(self, model: CausalLM, pack: bool = True) -> None:
         self.name = "PyTorch"
-        self.device = model.model.embed_tokens.weight.device
+        self.device, self.dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
         if pack:
             model = copy.deepcopy(model)
             pack_linears(model)
@@ -48,7 +48,7 @@ class TorchEngine:
 
     def new_cache(self) -> KVCache:
         """Return an empty cache."""
-        return KVCache(self.model.config, 1, self.max_length, self.device)
+        return KVCache(self.model.config, 1, self.max_length, self.device, self.dtype)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[Sequence[int]], caches: Sequence[KVCache]) -> NDArray[np.float32]:
