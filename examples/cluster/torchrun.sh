@@ -19,11 +19,26 @@
 run=${1:?the first argument is the run folder}
 shift
 
+figure() { # of metrics.json, which is written when a run is complete
+    sed -n 's/.*"'"$1"'": *\([0-9]*\).*/\1/p' "$run/metrics.json"
+}
+
 is_longer= # resume= is typed
 [[ " $* " == *" resume="* ]] && is_longer=1
-if [ -e "$run/metrics.json" ]; then # metrics.json is written when a run is complete
-    steps=$(sed -n 's/.*"steps": *\([0-9]*\).*/\1/p' "$run/metrics.json")
-    if [ ! "$is_longer" ] || [[ " $* " == *" trainer.max_steps=$steps "* ]]; then
+if [ -e "$run/metrics.json" ]; then
+    steps=$(figure steps)
+    is_reached= # the length that is typed, as 60, 60_000 or 6e4
+    for argument in "$@"; do
+        case $argument in
+            trainer.max_steps=*) reached=$steps ;;
+            trainer.max_tokens=*) reached=$(figure tokens) ;;
+            *) continue ;;
+        esac
+        length=${argument#*=}
+        length=${length//_/}
+        [[ $length =~ ^[0-9.]+(e\+?[0-9]+)?$ && $(LC_ALL=C printf %.0f "$length") -le $reached ]] && is_reached=1
+    done
+    if [ ! "$is_longer" ] || [ "$is_reached" ]; then
         echo "$run: complete at step $steps. To go on: bash torchrun.sh $run resume=$run trainer.max_steps=<more>" \
             "schedule.total_steps=<more> (this stretches the learning rate's curve, and $steps keeps it)"
         exit 0

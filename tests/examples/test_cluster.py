@@ -181,6 +181,34 @@ def test_a_run_that_is_complete_is_left_as_it_is_until_it_is_made_longer(cluster
     assert not (cluster / f"{program}.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "is_longer"),
+    [
+        ("trainer.max_steps=60", False),
+        ("trainer.max_steps=6e1", False),
+        ("trainer.max_steps=0_060", False),
+        ("trainer.max_steps=59", False),
+        ("trainer.max_steps=61", True),
+        ("trainer.max_steps=600", True),
+        ("trainer.max_steps=6.1e+1", True),
+        ("trainer.max_tokens=61_000", False),  # of 1,024 tokens a step: the last step has a few more
+        ("trainer.max_tokens=6.2e4", True),
+        ("trainer.max_tokens=null", True),  # train says what it thinks of these
+        ("trainer.max_epochs=3", True),
+    ],
+)
+def test_a_length_is_compared_as_a_number(cluster, capfd, typed, is_longer):
+    (cluster / "srun_ends").touch()
+    (cluster / "run").mkdir()
+    (cluster / "run" / "metrics.json").write_text(json.dumps({"tokens": 61440, "steps": 60, "perf/tokens_per_s": 7}))
+    sizes = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    for script, program in (("train.sbatch", "srun"), ("torchrun.sh", "torchrun")):
+        assert start(cluster, script, "run", "resume=run", typed, **sizes).wait(30) == 0
+        said, warned = capfd.readouterr()
+        assert (cluster / f"{program}.json").exists() == is_longer and not warned
+        assert said.startswith("run: complete at step 60. ") != is_longer
+
+
 class Prepared(L.LightningDataModule):
     """Data that the first process prepares slowly, and that every process then reads."""
 
