@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from bitnet_lit.errors import UserError
+from bitnet_lit.training import run as training_run
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from tests.forked import call_command
 from tests.support import REPOSITORY, TINY_RUN, fork_server
@@ -259,6 +261,39 @@ def ranks(arguments, environments, stops):
     statuses = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
     assert len(statuses) == 1, statuses
     sys.exit(statuses.pop())
+
+
+def ranks_of_which_one_fails(arguments, environments, name):
+    """Run the command once with each environment. A part of the start fails in the last one."""
+    children = []
+    for number, environment in enumerate(environments):
+        child = os.fork()
+        if child == 0:
+            os.environ |= environment
+            if number == len(environments) - 1:
+
+                def refuse(*_, **__):
+                    raise UserError(f"no {name} on this machine")
+
+                setattr(training_run, name, refuse)
+            try:
+                call_command("train", arguments)
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            os._exit(status)
+        children.append(child)
+    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["import_classes", "open_data", "build_loggers", "describe"])
+def test_where_one_process_cannot_begin_all_of_them_end(tmp_path, shards, name):
+    arguments = [*TINY_RUN, f"data.dir={shards}", "hydra.run.dir=run", "trainer.num_nodes=2", "trainer.devices=1"]
+    given = slurm_tasks(2, 1, free_port())
+    result = fork_server().run(ranks_of_which_one_fails, arguments, given, name, cwd=tmp_path, seconds=100)
+    other = f"error: the start of {tmp_path / 'run'} has failed in process 1 of the run, which says why"
+    assert sorted(result.output.splitlines()) == sorted(["[2, 2]", f"error: no {name} on this machine", other])
 
 
 def slurm_tasks(nodes, tasks, port):

@@ -164,10 +164,10 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     config = with_data_named(config)
     run_dir, is_owner = Path(config.run_dir), rank() == 0
     rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # Lightning does not read NODE_RANK until fit
-    import_classes(config)
     check_launcher(config.trainer, world_size(config.trainer))
     start, identity = None, {}
     with all_or_none(rank(), config.trainer.num_nodes, f"the start of {run_dir}"):
+        import_classes(config)
         if config.resume is not None:
             if is_owner:
                 holding.enter_context(locked(run_dir))
@@ -199,36 +199,36 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         if is_owner:
             identity = identity or run_identity(config, data.identity(), tokenizer, length, sha256)
             _take_folder(config, run_dir, start, holding)
-    csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
-    precision = resolved_precision(config.trainer)
-    checkpoints = Checkpoints(
-        run_dir / CHECKPOINTS,
-        config.callbacks.checkpoint_every_n_steps,
-        plan.steps,
-        max_time,
-        signals,
-        csv_logger,
-        StepLog(),
-        identity,
-        precision,
-        config.trainer.limit_val_batches is not None,
-        config.callbacks.extra,
-    )
-    facts = {"sequence_length": length, "seed": config.seed, "recipe": recipe(config, plan)}
-    trainer = build_trainer(
-        config,
-        plan,
-        run_dir,
-        callbacks=build_callbacks(config, plan, run_dir, tokenizer, facts, checkpoints),
-        logger=build_loggers(config, run_dir, csv_logger, start.step if start else 0),
-    )
-    dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
-    is_compiled = compiles(config, trainer.strategy.root_device)
-    kernels = describe(model, trainer.strategy.root_device, dtype, joint_layers(model), is_compiled)
-    if is_compiled:
-        compile_networks(*([model] if distillation is None else [model, distillation.teacher]))
-        if distillation is not None:
-            distillation.compile()
+        csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
+        precision = resolved_precision(config.trainer)
+        checkpoints = Checkpoints(
+            run_dir / CHECKPOINTS,
+            config.callbacks.checkpoint_every_n_steps,
+            plan.steps,
+            max_time,
+            signals,
+            csv_logger,
+            StepLog(),
+            identity,
+            precision,
+            config.trainer.limit_val_batches is not None,
+            config.callbacks.extra,
+        )
+        facts = {"sequence_length": length, "seed": config.seed, "recipe": recipe(config, plan)}
+        trainer = build_trainer(
+            config,
+            plan,
+            run_dir,
+            callbacks=build_callbacks(config, plan, run_dir, tokenizer, facts, checkpoints),
+            logger=build_loggers(config, run_dir, csv_logger, start.step if start else 0),
+        )
+        dtype = torch.bfloat16 if trainer.precision.startswith("bf16") else torch.float32
+        is_compiled = compiles(config, trainer.strategy.root_device)
+        kernels = describe(model, trainer.strategy.root_device, dtype, joint_layers(model), is_compiled)
+        if is_compiled:
+            compile_networks(*([model] if distillation is None else [model, distillation.teacher]))
+            if distillation is not None:
+                distillation.compile()
     if trainer.is_global_zero:
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {precision}"
         rows = {"run": run_dir, "data": data.described(plan.tokens, length), "device": device}
