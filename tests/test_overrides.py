@@ -298,6 +298,15 @@ def test_a_folder_without_a_key_is_what_the_command_takes(monkeypatch, tmp_path)
     for command, word in (("train", "fast"), ("export", "nowhere"), ("bench", "cpu")):
         with pytest.raises(UserError, match=f"'{word}' is no key=value$"):
             cli.run(command, print, [word])
+    for command, flag, word, meant in (
+        ("infer", "-m", "a.gguf", "checkpoint=a.gguf"),  # not a sweep
+        ("infer", "-s", "7", "seed=7"),  # not the start of -sc
+        ("evaluate", "-m", "run", "checkpoint=run"),
+    ):
+        with pytest.raises(UserError, match=f"a key has no dashes: {meant}$"):
+            cli.run(command, print, [flag, word, "top_k=3"])
+    with pytest.raises(UserError, match="'1.1' is no key=value$"):
+        cli.run("infer", print, ["-r", "1.1"])  # a penalty in llama.cpp, and no prompt
     with pytest.raises(UserError, match="--resume: a key has no dashes: resume=outputs/demo$"):
         cli.run("train", print, ["--resume", "outputs/demo", "seed=1"])
     with pytest.raises(UserError, match="unknown key 'engine': evaluate has no engine=: .* accelerator=cpu or gpu"):

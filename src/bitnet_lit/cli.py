@@ -216,6 +216,8 @@ def _divide(command: str, arguments: Sequence[str]) -> tuple[list[str], list[str
 
     parser.error = refuse  # type: ignore[method-assign]
     known = parser.parse_intermixed_args(list(arguments))
+    if known.package is not None and known.cfg is None:  # Hydra reads it beside --cfg alone
+        refuse(f"unrecognized arguments: -p {known.package}")
     if known.experimental_rerun is not None:
         raise UserError("--experimental-rerun: it unpickles a file, which can run any code: give the overrides again")
     _import_from(known.config_dir)
@@ -262,7 +264,7 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     register_schemas()
     flags, overrides, sweep = _divide(command, arguments)
-    if words := key_for_words(command, overrides):
+    if words := key_for_words(command, overrides, arguments):
         raise UserError(words)
     spelled = as_typed(SCHEMAS[command], _from_lightning(overrides), sweep)
     spelled = _with_custom([*(defaults(spelled, sweep) if defaults else []), *spelled])

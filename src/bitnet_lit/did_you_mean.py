@@ -117,16 +117,24 @@ _LONE_TEXT = {"infer": "prompt", "prepare": "source", "evaluate": "data", "repor
 _LONE_FOLDER = {"train": "data.dir", "infer": "checkpoint", "evaluate": "checkpoint", "export": "checkpoint"}
 
 
-def key_for_words(command: str, overrides: Sequence[str]) -> str | None:
+def key_for_words(command: str, overrides: Sequence[str], arguments: Sequence[str]) -> str | None:
     """Return the error line for words without a key at the start of a command, with the key that they need, or None.
 
     Words behind a key=value are another mistake: most likely a part of that value, which needs quotes.
+
+    Args:
+        overrides: what is no flag of the command line.
+        arguments: the command line. Hydra has some flags of one letter that mean other things in other tools: -m, -r.
     """
     words = list(itertools.takewhile(lambda each: each and "=" not in each and each[0] not in "~+-", overrides))
     if not words:
         return None
+    place = arguments.index(words[0])
+    before = arguments[place - 1] if place else ""
+    if before.startswith("-") and (key := KEYS.get(command, {}).get(before.lstrip("-"))):
+        return f"a key has no dashes: {_shown(key, words[0])}"
     typed = " ".join(words)
-    key = _LONE_TEXT.get(command)
+    key = None if before.startswith("-") else _LONE_TEXT.get(command)
     if os.path.isdir(typed):
         key = _LONE_FOLDER.get(command, key)
         if command == "train" and is_run(Path(typed)):
@@ -135,7 +143,8 @@ def key_for_words(command: str, overrides: Sequence[str]) -> str | None:
 
 
 _NO_FLAG = re.compile(
-    r"unrecognized arguments: (--?[a-zA-Z]\S*)( .*)?|ambiguous option: (--\S+) could match .*|argument --cfg/-(c): .*"
+    r"unrecognized arguments: (--?[a-zA-Z]\S*)( .*)?|ambiguous option: (--\S+) could match .*"
+    r"|argument --\w+/-([ci]): .*"
 )
 
 
@@ -151,7 +160,8 @@ def key_for_flag(command: str, message: str, arguments: Sequence[str], conf_dir:
     typed = next(filter(None, (found[1], found[3], found[4])))
     flag, sign, value = typed.lstrip("-").partition("=")
     name = flag.replace("-", "_")
-    name = SHORT.get(name, name)
+    if name not in FLAGS[command]:
+        name = SHORT.get(name, name)
     if not sign:
         place = next((at for at, each in enumerate(arguments) if each.lstrip("-") == flag), len(arguments))
         value = next(iter(arguments[place + 1 : place + 2]), "")

@@ -105,7 +105,7 @@ WORDS = {
         "paths.data_dir": "it is data.dir=<folder of shards>",
         "paths": "the paths are data.dir=<folder of shards> and hydra.run.dir=<run folder>",
         "task_name": _NAME,
-        "name": _NAME,
+        **dict.fromkeys(("name", "run_name"), _NAME),
         "tags": f"{_NAME}; logger.wandb_group=<name> groups runs",
         "hparams_search": "a sweep is -m key=a,b,c, a search -m sweep=optuna_lr, or a file of your own: sweep=<name>",
         "test": "python -m bitnet_lit.evaluate checkpoint=<run folder> measures the whole validation split",
@@ -145,10 +145,15 @@ _MODEL = dict.fromkeys(("model", "model_path", "model_name_or_path", "m"), "chec
 _OUT = ("output", "output_dir", "out_dir", "save_dir", "o")
 _RUNS = dict.fromkeys(("input", "i", "data", "logdir"), "runs")
 KEYS = {
-    "train": dict.fromkeys(("out", *_OUT), "hydra.run.dir") | {"data": "data.dir", "data_path": "data.dir"},
+    "train": dict.fromkeys(("out", *_OUT), "hydra.run.dir")
+    | dict.fromkeys(("data", "data_path"), "data.dir")
+    | dict.fromkeys(("scheme", "quantize", "quantization"), "quant"),
     "prepare": dict.fromkeys(_OUT, "out") | dict.fromkeys(("input", "i", "data", "data_dir", "dataset"), "source"),
-    "evaluate": _MODEL,
-    "infer": _MODEL | {"text": "prompt", "n": "max_new_tokens", "t": "threads"},
+    "evaluate": _MODEL | dict.fromkeys(("file", "files", "text", "input", "i", "f"), "data"),
+    "infer": _MODEL  # letters as in llama.cpp
+    | dict.fromkeys(("text", "p", "i"), "prompt")
+    | dict.fromkeys(("n", "predict", "n_predict"), "max_new_tokens")
+    | {"t": "threads", "temp": "temperature", "s": "seed"},
     "export": _MODEL | dict.fromkeys(_OUT, "out") | {"f": "format", "outtype": "type"},
     "report": _RUNS | dict.fromkeys(_OUT, "out"),
     "plot": _RUNS | dict.fromkeys(_OUT, "out"),
@@ -167,12 +172,21 @@ _OF_ALL = {
 }
 # Flags of other tools that are no key here, by the command, and what to type instead.
 FLAGS = {
-    **dict.fromkeys(("prepare", "evaluate", "infer", "export", "report", "plot", "bench"), _OF_ALL),
+    **dict.fromkeys(("prepare", "evaluate", "export", "report", "plot", "bench"), _OF_ALL),
+    "infer": _OF_ALL
+    | dict.fromkeys(("c", "ctx_size"), "the context is the model's own; max_new_tokens=<number> limits the text"),
     "train": {
         **dict.fromkeys(_VERBOSE, "a run prints its plan and its losses; metrics.csv in its folder has all figures"),
         **dict.fromkeys(_FORCE, "a run never replaces another one: give a new folder, hydra.run.dir=<folder>"),
         **dict.fromkeys(("cpu", "gpu", "cuda", "mps"), "it is trainer.accelerator=gpu, cpu or mps"),
         **dict.fromkeys(("bf16", "fp16", "amp"), "it is trainer.precision=bf16-mixed"),
+        "fp32": "it is trainer.precision=32-true",
+        **dict.fromkeys(
+            ("temperature", "temp", "top_k", "top_p"),
+            "python -m bitnet_lit.infer has temperature=, top_k= and top_p=; a teacher's is distill.temperature=",
+        ),
+        "format": "python -m bitnet_lit.export format=<format> writes it from a run; export.targets=[<format>] checks "
+        "before a run that it can",
         **dict.fromkeys(("checkpoint", "ckpt"), WORDS["train"]["ckpt_path"]),
         "quiet": "callbacks=quiet leaves out the progress bar and the sample texts",
         "device": "trainer.accelerator=gpu, cpu or mps is the device, trainer.devices=<number> how many of it",
