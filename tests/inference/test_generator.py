@@ -104,6 +104,16 @@ def test_an_engine_computes_in_the_dtype_of_the_model(dtype, pack):
     assert (found - expected).abs().mean() < 0.1 * expected.std()
 
 
+@pytest.mark.parametrize("quant", ["b158", "b158_row"])
+def test_pytorch_runs_a_model_whose_rows_fill_no_bytes(quant):
+    model = tiny_model(quant, intermediate_size=66, head_dim=6, num_key_value_heads=1)
+    engine = TorchEngine(model)
+    with torch.no_grad():
+        expected = model(torch.tensor([[1, 2, 3]]))[0, -1]
+    found = torch.from_numpy(engine.forward([[1, 2, 3]], [engine.new_cache()])[0])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_engine_on_a_model_in_training_leaves_it_in_training(tokenizer):
     model = tiny_model("b158", dropout=0.5).train()
     engine = TorchEngine(model, pack=False)

@@ -445,9 +445,15 @@ def test_a_forward_of_its_own_stays_and_hooks_come_along():
     assert seen == [BitLinear]
 
 
-def test_rows_that_fill_no_bytes_are_refused_by_name_before_anything_is_packed():
-    network = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 10))
-    convert_linears(network, "b158")
-    with pytest.raises(UserError, match=r"^1: 10 rows .* multiple of 4: .*skip=\['1'\]"):
-        pack_linears(network)
-    assert names_of(BitLinear, network) == ["0", "1"]
+@pytest.mark.parametrize("quant", ["b158", "b1", "b158_row", "sherry"])
+def test_codes_of_rows_that_fill_no_bytes_take_a_byte_each(quant):
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 10)), torch.randn(3, 16)
+    convert_linears(network, quant)
+    before = evaluate(network, lambda m: m(x))
+    assert pack_linears(network) == ["0", "1"]
+    assert torch.equal(evaluate(network, lambda m: m(x)), before)
+    assert [(layer.weight.dtype, *layer.weight.shape) for layer in network] == [
+        (torch.uint8, 4, 16),
+        (torch.int8, 10, 16),
+    ]

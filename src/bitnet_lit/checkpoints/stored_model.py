@@ -330,7 +330,7 @@ class StoredModel:
         """Return a quantized weight as `PackedBitLinear` keeps it; packed codes of the file are not unpacked.
 
         Returns:
-            codes: uint8 (O / 4, I) for ternary schemes, otherwise int8 (O, I); quant/packing.py explains the layout.
+            codes: uint8 (O / 4, I) or int8 (O, I), as `packing.stored_codes` returns them.
             scale: float32, in the shape of the scheme's granularity.
 
         Raises:

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from bitnet_lit.errors import UserError, nearest
 from bitnet_lit.quant.bit_linear import BitLinear, scheme_of
-from bitnet_lit.quant.packing import CODES_PER_BYTE, PackedBitLinear
+from bitnet_lit.quant.packing import PackedBitLinear
 from bitnet_lit.quant.scheme import Scheme, is_skipped
 
 if TYPE_CHECKING:
@@ -194,16 +194,11 @@ def pack_linears(module: nn.Module) -> list[str]:
         The names of the replaced layers, in definition order.
 
     Raises:
-        UserError: an adapter is merged into the weights of a quantized layer or computes from them, or out_features of
-            a ternary layer is not a multiple of 4. Nothing has been changed then.
+        UserError: an adapter is merged into the weights of a quantized layer, or computes from them. Nothing has been
+            changed then.
     """
     for name, layer in module.named_modules():
         _check_adapter(name, layer)
-        if _packs(layer) and layer.scheme.is_ternary and layer.out_features % CODES_PER_BYTE:
-            raise UserError(
-                f"{name}: {layer.out_features} rows cannot be packed, out_features must be a multiple of "
-                f"{CODES_PER_BYTE}: leave it dense with skip=[{name!r}] when converting"
-            )
 
     def swap(name: str, layer: nn.Module) -> nn.Module | None:
         return PackedBitLinear.from_bit_linear(layer) if _packs(layer) else None

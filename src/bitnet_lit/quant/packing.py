@@ -7,7 +7,7 @@ r + 3*O/4 in its bit pairs, lowest bits first. A pair stores code + 1::
     bits   7 6         5 4         3 2       1 0
     row    r+3*O/4     r+2*O/4     r+O/4     r
 
-A scheme with other codes than -1, 0 and +1 stores one code in a byte, int8 (O, I).
+Where 4 does not divide O, or a scheme has other codes than -1, 0 and +1, each code takes a byte: int8 (O, I).
 
 Packing takes the codes and the scale that training used. It never computes a scale from rounded weights: their mean
 magnitude is smaller than the scale, by the share of zeros.
@@ -56,12 +56,9 @@ def are_packed_codes(packed: Tensor) -> bool:
 
 
 def stored_codes(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Return codes (O, I) as they are stored: uint8 (O / 4, I) for a ternary or binary scheme, otherwise int8 (O, I).
-
-    Raises:
-        UserError: O is not a multiple of 4, for a ternary or binary scheme.
-    """
-    return pack_codes(codes) if scheme.is_ternary else codes.to(torch.int8)
+    """Return codes (O, I) as a layer stores them: uint8 (O / 4, I) where four fill a byte, otherwise int8 (O, I)."""
+    fills_bytes = scheme.is_ternary and len(codes) % CODES_PER_BYTE == 0
+    return pack_codes(codes) if fills_bytes else codes.to(torch.int8)
 
 
 class PackedProductFunction(torch.autograd.Function):
@@ -113,7 +110,7 @@ class PackedBitLinear(nn.Module):
         weight_scale = weight_scale.detach().float()
         self.register_buffer("weight_scale", weight_scale if weight_scale.ndim == 2 else weight_scale.reshape(1))
         self.register_buffer("bias", None if bias is None else bias.detach())
-        codes = unpack_codes(weight) if scheme.is_ternary else weight
+        codes = unpack_codes(weight) if weight.dtype == torch.uint8 else weight
         self.out_features, self.in_features = codes.shape
         # Unpacked once, in the dtype of the product: unpacking for every token would cost more than the product.
         matrix, factor = factors(codes.float(), self.weight_scale)
