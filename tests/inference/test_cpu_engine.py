@@ -269,6 +269,23 @@ def test_the_likeliest_token_is_exact(tmp_path):
     assert float((int4 - exact).gather(-1, best).abs().mean() / exact.std()) < 0.01
 
 
+@needs_compiler
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_the_likeliest_token_is_exact_where_a_row_without_a_token_is_likelier(tmp_path, tokenizer, head):
+    """Rows beyond the tokenizer's pieces are never drawn, so they do not decide which logits are computed exactly."""
+    pieces = tokenizer.vocab_size
+    model = tiny_model(vocab_size=pieces + 40, tie_word_embeddings=False, sub_norm=False)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(model.lm_head.weight.shape, generator=generator)
+    model.lm_head.weight.data = torch.randn(1, noise.shape[1], generator=generator) + 0.003 * noise
+    model.lm_head.weight.data[pieces:] *= 3
+    save_model_folder(tmp_path, model, QuantConfig(), tokenizer)
+    ids = torch.randint(0, pieces, (4, 40), generator=generator)
+    exact, rounded = (step_all(NativeModel(open_stored(tmp_path), each, threads=2), ids) for each in ("float", head))
+    assert (exact.argmax(-1) >= pieces).any() and (exact.argmax(-1) < pieces).any()
+    assert torch.equal(exact[..., :pieces].argmax(-1), rounded[..., :pieces].argmax(-1))
+
+
 CUT_WHILE_IT_RUNS = """
 import os, sys
 import bitnet_lit

@@ -215,6 +215,11 @@ class StoredModel:
                 )
 
     @property
+    def pieces(self) -> int:
+        """How many rows of the vocabulary have a token, the first ones. A padded vocabulary has rows beyond them."""
+        return self.config.vocabulary if self.tokenizer is None else self.tokenizer.vocab_size
+
+    @property
     def packed(self) -> bool:
         """Whether the projections are stored as codes; such a model runs but cannot be trained."""
         return any(self.holds_codes(name) for name in self.quantized)

@@ -108,7 +108,7 @@ void head(int vocab, int inputs, int tokens) {
     std::vector<PanelBounds> bounds(tokens);
     for (int g = 0; g < head_panels_of(vocab); g++) {
         const int count = std::min(HEAD_PANEL_ROWS, vocab - g * HEAD_PANEL_ROWS);
-        head_logits<BITS>(codes.data() + g * head_panel_bytes<BITS>(inputs), rows[g], count, in.data(), tokens,
+        head_logits<BITS>(codes.data() + g * head_panel_bytes<BITS>(inputs), rows[g], count, count, in.data(), tokens,
                           quads_of(inputs), &logits[g * HEAD_PANEL_ROWS], vocab, bounds.data(), 1);
         for (int t = 0; t < tokens; t++)
             for (int r = 0; r < count; r++) {
@@ -490,26 +490,27 @@ int main() {
     for (int type : {CACHE_FLOAT, CACHE_HALF, CACHE_INT8})
         for (int dense : {0, 1})
             for (int head_bits : {4, 8, 32})
-                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits,
+                steps({48, 2, 3, type == CACHE_HALF ? 3 : 1, 18, 100, 77, 30, 77, type == CACHE_FLOAT, dense, head_bits,
                        type, 1, 1e-5f, 1e4f},
                       23);
     // So many rows and tokens that tokens are divided rather than rows, evenly (two threads) or not.
-    steps({48, 2, 3, 3, 18, 300, 77, 40, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 33);
+    steps({48, 2, 3, 3, 18, 300, 77, 40, 77, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 33);
     for (int head_bits : {4, 8, 32})
-        unwanted_rows({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, head_bits, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
+        unwanted_rows({48, 2, 3, 1, 18, 100, 77, 30, 77, 0, 0, head_bits, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
     for (int head_bits : {4, 8}) {
-        const Shape shape{48, 2, 3, 1, 18, 100, 77, 30, 0, 0, head_bits, CACHE_HALF, 1, 1e-5f, 1e4f};
+        const Shape shape{48, 2, 3, 1, 18, 100, 77, 30, 77, 0, 0, head_bits, CACHE_HALF, 1, 1e-5f, 1e4f};
         row_tables<float>(shape, 23), row_tables<bfloat16>(shape, 23);
     }
-    callers({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
-    callers({48, 2, 3, 3, 18, 300, 77, 40, 0, 0, 4, CACHE_INT8, 1, 1e-5f, 1e4f}, 33);
+    callers({48, 2, 3, 1, 18, 100, 77, 30, 77, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
+    callers({48, 2, 3, 3, 18, 300, 77, 40, 77, 0, 0, 4, CACHE_INT8, 1, 1e-5f, 1e4f}, 33);
 #if !defined(__SANITIZE_THREAD__) && !defined(EMULATED)  // neither follows a child that starts threads
-    forks({48, 2, 3, 1, 18, 100, 77, 30, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
+    forks({48, 2, 3, 1, 18, 100, 77, 30, 77, 0, 0, 8, CACHE_HALF, 1, 1e-5f, 1e4f}, 23);
 #endif
     for (int type : {CACHE_FLOAT, CACHE_HALF, CACHE_INT8})
         for (int dense : {0, 1})
             for (int head_bits : {4, 8, 32})
-                damaged({48, 2, 3, 1, 18, 100, 77, 30, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f});
+                damaged(
+                    {48, 2, 3, 1, 18, 100, 77, 30, 77, type == CACHE_FLOAT, dense, head_bits, type, 1, 1e-5f, 1e4f});
     damaged_head<4>(50, 70), damaged_head<8>(50, 70);
     pools();
     std::printf("%s: %d failures\n", SIMD_NAME, failures);

@@ -76,6 +76,7 @@ class NativeModel:
             head_dim=config.head_size,
             ffn=config.intermediate_size,
             vocab=config.vocab_size,
+            pieces=stored.pieces,
             context=config.max_position_embeddings,
             relu2=config.hidden_act == "relu2",
             dense=not stored.quant.scheme.quantizes,

@@ -44,7 +44,7 @@ class Shape(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int32) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context")),
-        *((name, c_int32) for name in ("relu2", "dense", "head_bits", "cache_type", "threads")),
+        *((name, c_int32) for name in ("pieces", "relu2", "dense", "head_bits", "cache_type", "threads")),
         ("eps", c_float),
         ("rope_theta", c_float),
     )

@@ -138,9 +138,7 @@ class Network:
             return DenseHead(rows.bfloat16(), norm, self.config.rms_norm_eps)
         if kind == "float":
             return DenseHead(rows.float(), norm, self.config.rms_norm_eps)
-        tokenizer = self._stored.tokenizer
-        pieces = self.config.vocabulary if tokenizer is None else tokenizer.vocab_size
-        return Int8Head.from_rows(rows, norm, self.config.rms_norm_eps, pieces)
+        return Int8Head.from_rows(rows, norm, self.config.rms_norm_eps, self._stored.pieces)
 
     def _run(self, tokens: Tensor, attention: Any) -> Tensor:
         """Return the hidden states, float32 (M, D), of tokens int64 (M,)."""

@@ -2,9 +2,9 @@
 // for the tokens that matter.
 //
 // 1. Every row gets a logit from the integers, and a margin: six standard deviations of its error.
-// 2. Any row that could be the likeliest, logit + margin >= the largest of all logit - margin, is computed again from
-// the
-//    float weights. So greedy decoding chooses the token that a float head would choose.
+// 2. Any row that could be the likeliest token, logit + margin >= the largest logit - margin of all tokens, is computed
+//    again from the float weights. So greedy decoding chooses the token that a float head would choose. Rows without a
+//    token are never drawn, and so none of them sets the bound, however large its logit.
 // 3. With 4 bits the best rows besides, about a twelfth of the vocabulary, are computed again from int8. What keeps the
 //    coarse logit is unlikely.
 #pragma once
@@ -61,9 +61,10 @@ class LmHead {
             for (int chunk; (chunk = next_chunk()) >= 0;) {
                 const int from = chunk * HEAD_CHUNK, to = std::min(s.vocab, from + HEAD_CHUNK);
                 for (int p = from / HEAD_PANEL_ROWS; p < head_panels_of(to); p++) {
+                    const int first = p * HEAD_PANEL_ROWS;
                     head_logits<BITS>(w.head_codes + p * head_panel_bytes<BITS>(s.hidden), w.head_panels[p],
-                                      std::min(HEAD_PANEL_ROWS, to - p * HEAD_PANEL_ROWS), inputs.data(), count, quads,
-                                      out + p * HEAD_PANEL_ROWS, s.vocab, &bounds[p], panels);
+                                      std::min(HEAD_PANEL_ROWS, to - first), s.pieces - first, inputs.data(), count,
+                                      quads, out + first, s.vocab, &bounds[p], panels);
                     for (int i = 0; i < count; i++) {
                         float& mine = lower[size_t(thread) * lower_stride + i];
                         mine = std::max(mine, bounds[size_t(i) * panels + p].lower);

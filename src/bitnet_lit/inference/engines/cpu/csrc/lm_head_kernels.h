@@ -94,14 +94,14 @@ constexpr int HEAD_TILE_TOKENS = simd::WIDTH == 64 ? 4 : 2;
 
 struct PanelBounds {     // of one token's logits in a panel
     float best;          // the largest
-    float upper, lower;  // the largest logit with its margin added, and with its margin subtracted
+    float upper, lower;  // the largest logit with its margin added; of a token, with its margin subtracted
 };
 
 // Logits of the first `count` rows of a panel for all tokens, to logits[token * stride + row], and bounds[token *
-// bounds_stride].
+// bounds_stride]. The rows from `pieces` on, which may lie outside of the panel, have no token.
 template <int BITS>
-inline void head_logits(const uint8_t* w, const HeadPanel& panel, int count, const HeadInput* x, int tokens, int quads,
-                        float* logits, size_t stride, PanelBounds* bounds, size_t bounds_stride) {
+inline void head_logits(const uint8_t* w, const HeadPanel& panel, int count, int pieces, const HeadInput* x, int tokens,
+                        int quads, float* logits, size_t stride, PanelBounds* bounds, size_t bounds_stride) {
     for (int t = 0; t < tokens; t += HEAD_TILE_TOKENS) {
         uint32_t products[HEAD_TILE_TOKENS * HEAD_PANEL_ROWS];
         const int now = std::min(HEAD_TILE_TOKENS, tokens - t);
@@ -120,7 +120,7 @@ inline void head_logits(const uint8_t* w, const HeadPanel& panel, int count, con
             for (int r = 0; r < HEAD_PANEL_ROWS; r++) {
                 best = std::max(best, values[r]);
                 upper = std::max(upper, values[r] + in.margin * panel.scale[r]);
-                lower = std::max(lower, values[r] - in.margin * panel.scale[r]);
+                lower = std::max(lower, r < pieces ? values[r] - in.margin * panel.scale[r] : -INFINITY);
             }
             std::memcpy(logits + (t + i) * stride, values, size_t(count) * sizeof(float));
             bounds[(t + i) * bounds_stride] = {best, upper, lower};

@@ -16,6 +16,7 @@ extern "C" {
 
 struct Shape {
     int32_t hidden, layers, heads, kv_heads, head_dim, ffn, vocab, context;  // numbers of elements
+    int32_t pieces;      // rows of the vocabulary that have a token: the first ones. A padded vocabulary has more
     int32_t relu2;       // the activation function is the square of ReLU; otherwise SiLU
     int32_t dense;       // projections are float matrices; otherwise they are ternary
     int32_t head_bits;   // of the output head: 4, 8, or 32 for float
