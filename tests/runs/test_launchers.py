@@ -159,6 +159,18 @@ def test_the_cause_is_the_reason_of_the_job_that_failed_just_before(tmp_path, to
         launch(Launcher(), jobs, tmp_path, 0)
 
 
+def test_a_kill_is_not_put_down_to_a_gpu_error(tmp_path, capsys):
+    class Launcher:
+        def launch(self, overrides, initial_job_idx):
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "error.txt").write_text(f"RuntimeError: {GPU_ERROR}\n")
+            raise BrokenProcessPool("The exit codes of the workers are {SIGKILL(-9), SIGTERM(-15)}")
+
+    with pytest.raises(ProcessDied, match="killed, most likely for memory: take fewer"):
+        launch(Launcher(), [Planned([name], tmp_path / name, State.NEW) for name in "ab"], tmp_path, 0)
+    assert "GPU error" not in capsys.readouterr().err
+
+
 def test_a_signal_to_a_job_of_slurm_is_for_that_job_alone(tmp_path, monkeypatch):
     """It has saved. Then submitit's handler, which was there before the run's, queues the job again and ends it."""
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")

@@ -55,17 +55,24 @@ class ProcessDied(TrainingStopped):
     """Reports that a process of a sweep died and told no reason, so that joblib ended the others too."""
 
 
+def _signals(error: BrokenProcessPool) -> set[str]:
+    """Return the names of the signals that ended processes of a pool, without that by which joblib ends the others."""
+    return {*re.findall(r"SIG[A-Z]+", str(error))} - {"SIGTERM"}
+
+
+def _was_killed(error: BrokenProcessPool) -> bool:
+    """Return whether the system killed a process. One that ends of an error of its own has another status."""
+    return _signals(error) == {"SIGKILL"}
+
+
 def why_it_died(error: BrokenProcessPool, reason: str | None = None) -> ProcessDied:
     """Return the error that says why a process of a sweep died.
 
     Args:
         reason: of a job that failed just before; None where no job told one.
     """
-    signals = {*re.findall(r"SIG[A-Z]+", str(error))} - {"SIGTERM"}
-    if signals == {"SIGKILL"}:  # by the system: a process that ends of an error of its own has another status
-        reason = None
-    signals.discard("SIGKILL")
-    if reason is not None:
+    signals = _signals(error) - {"SIGKILL"}
+    if reason is not None and not _was_killed(error):
         return ProcessDied(f"a process of the sweep died, most likely of the error of {reason}")
     if signals:
         return ProcessDied(f"a process of the sweep was ended by {', '.join(sorted(signals))}: its last lines say more")
@@ -115,6 +122,8 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
         new = [(told, job) for job, was, told in zip(waiting, before, after, strict=True) if told and told != was]
         failed = sorted(new, key=lambda one: one[0])  # the first one first
         by_gpu = [job for told, job in failed if names_gpu_error(told[1])]
+        if broken is not None and _was_killed(broken):
+            by_gpu = []  # an error of the GPU may be hours old
         if by_gpu:
             _end_processes()
         left = [
