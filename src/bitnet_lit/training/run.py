@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import signal
 import sys
@@ -166,7 +167,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # Lightning does not read NODE_RANK until fit
     check_launcher(config.trainer, world_size(config.trainer))
     start, identity = None, {}
-    with all_or_none(rank(), config.trainer.num_nodes, f"the start of {run_dir}"):
+    in_all = functools.partial(all_or_none, rank(), config.trainer.num_nodes, f"the start of {run_dir}")
+    with in_all():
         import_classes(config)
         if config.resume is not None:
             if is_owner:
@@ -196,6 +198,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         module = BitNetModule(model, config, plan, tokenizer, moments, distillation)
         # As a trial, so that a class of the user's own that fails is reported before the folder is taken.
         build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)
+    with in_all():  # nothing is written before the run can begin in every process
         if is_owner:
             identity = identity or run_identity(config, data.identity(), tokenizer, length, sha256)
             _take_folder(config, run_dir, start, holding)
