@@ -18,7 +18,7 @@ def test_several_gpus_are_so_many_times_as_fast(tmp_path, shards, monkeypatch, c
     for name, answer in gpus.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(preview, "device_memory_bytes", lambda trainer: 2**36)
-    monkeypatch.setattr(preview, "product_speed", lambda device: 1e9)
+    monkeypatch.setattr(preview, "measured_peak_flops", lambda device, dtype: 1e9)
     typed = [item for item in TINY_RUN if not item.startswith("trainer.accelerator")]
     configs = {
         devices: compose(

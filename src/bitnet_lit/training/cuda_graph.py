@@ -33,6 +33,7 @@ from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.errors import one_line
 from bitnet_lit.quant.kernels.choose import are_unobserved
 from bitnet_lit.training.plan import Plan, memory_estimate_bytes
+from bitnet_lit.training.sharing import world_size
 
 FIRST_STEPS = 3
 """Batches that are trained on before the pass is recorded."""
@@ -61,7 +62,7 @@ def records_graph(config: TrainConfig, plan: Plan, device: torch.device) -> bool
 
 def agreed(flag: bool, device: torch.device) -> bool:
     """Return whether a flag is true on every rank. Every rank must call this function; it waits for the others."""
-    if _num_ranks() == 1:
+    if world_size() == 1:
         return flag
     lowest = torch.tensor(int(flag), device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
@@ -141,7 +142,7 @@ class GraphedStep:
             if self._memory is not None:
                 self._memory.zero_()
         self._graph.replay()
-        if is_last and _num_ranks() > 1:
+        if is_last and world_size() > 1:
             dist.all_reduce(self._memory, op=dist.ReduceOp.AVG)
         return self._loss
 
@@ -151,7 +152,7 @@ class GraphedStep:
         for parameter in parameters:
             parameter.grad = None  # those of the step before would lie beside the new ones
         gradients: list[Tensor | None] = [None] * len(parameters)
-        if self._num_batches > 1 or _num_ranks() > 1:
+        if self._num_batches > 1 or world_size() > 1:
             self._memory, gradients = _together(parameters)
         graph = torch.cuda.CUDAGraph()
         # Autocast's cache of weights in bfloat16 must not outlive the recording.
@@ -166,10 +167,6 @@ class GraphedStep:
         pairs = zip(parameters, (alias.grad for alias in aliases), strict=True)
         self._gradients = [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
         return graph
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _has_hooks(model: nn.Module) -> bool:

@@ -85,7 +85,7 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], resume: str, has_
     saved = {_TEACHER: None, **saved}  # no run had one before there was this key
     # A key that the checkpoint lacks was added by a later version, unless it is a shard: then the data has changed.
     saved = saved if has_hashed else saved | {_TEACHER: now[_TEACHER]}
-    compared = [*saved, *(key for key in now if key not in saved and key.startswith("the shard"))]
+    compared = [*saved, *(key for key in now if key not in saved and key.startswith(SHARD))]
     changed = [key for key in compared if saved.get(key) != now.get(key)]
     if not changed:
         return

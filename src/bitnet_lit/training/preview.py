@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.runs.folder import METRICS_NAME
 from bitnet_lit.runs.job_folder import State, told
 from bitnet_lit.terminal import wide_console
+from bitnet_lit.training.callbacks.throughput import measured_peak_flops
 from bitnet_lit.training.data import DEMO_DIR, open_data, sequence_length, with_data_named
 from bitnet_lit.training.distillation import teacher_of
 from bitnet_lit.training.identity import run_identity
@@ -106,19 +106,6 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
     time_limit(config.trainer.max_time)
     build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)
     return Outlook(plan, 0 if start is None else min(start.step, plan.steps), memory_estimate_bytes(config, plan))
-
-
-def product_speed(device: str) -> float:
-    """Return the FLOPs in a second of a matrix product: float32 on a CPU, bfloat16 on a GPU."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product = a @ a
-        product[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
 
 
 def _gpus(trainer: TrainerConfig) -> int:
@@ -201,8 +188,9 @@ def _print(
     speeds = _speeds([(folder, config, outlook) for _, folder, state, config, outlook in whole if state is State.DONE])
     source = "the jobs that are done"
     if not speeds and whole:
-        device = "cuda" if uses_cuda(whole[0][3].trainer) else "cpu"
-        speeds, source = {"": TYPICAL_SHARE * product_speed(device)}, "the speed of a matrix product here; rough"
+        device, dtype = ("cuda", torch.bfloat16) if uses_cuda(whole[0][3].trainer) else ("cpu", torch.float32)
+        speeds = {"": TYPICAL_SHARE * measured_peak_flops(torch.device(device), dtype)}
+        source = "the speed of a matrix product here; rough"
     rows: list[tuple[str, ...]] = []
     seconds_in_all, tokens_in_all = 0.0, 0
     for (name, folder, state, config), outlook in zip(jobs, checked, strict=True):
