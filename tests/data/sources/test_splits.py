@@ -2,13 +2,14 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.sources.files import files_source, text_source
-from bitnet_lit.data.sources.splits import divide, split_of
+from bitnet_lit.data.sources.splits import divide, split_names
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation_text import check_files
@@ -37,7 +38,21 @@ def write(folder, *names):
     ],
 )
 def test_the_split_of_a_name(tmp_path, name, split):
-    assert split_of(tmp_path / name) == split
+    assert split_names([tmp_path / name]) == {tmp_path / name: split}
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train/a.txt", "test/a.txt"], ["train", "test"]),
+        (["en/Train/a.txt", "en/dev/validation.txt", "de/test/a.txt"], ["Train", "validation", ""]),
+        (["test/a.txt", "a/b.txt"], ["", ""]),  # who has a folder of this name alone need not mean a split
+        (["train/data-00000-of-00001.txt", "test/data-00000-of-00001.txt"], ["train", "test"]),
+        (["train/a.txt", "train/test.txt"], ["", "test"]),
+    ],
+)
+def test_the_split_of_a_folder(names, splits):
+    assert list(split_names([Path(name) for name in names]).values()) == splits
 
 
 @pytest.mark.parametrize(
@@ -48,6 +63,7 @@ def test_the_split_of_a_name(tmp_path, name, split):
         (["train.jsonl", "notes.jsonl", "dev.jsonl"], "d", ""),
         (["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"], "t", ""),
         (["train.jsonl", "unsupervised-00000-of-00001.jsonl"], "", ""),
+        (["train/a.jsonl", "validation/a.jsonl"], "v", ""),
         (["notes.jsonl", "test.jsonl"], "", ""),  # nothing says that a file is for training: the user chose them
         (["test-00000-of-00001.jsonl"], "", ""),
     ],
@@ -57,7 +73,8 @@ def test_which_files_are_trained_on(tmp_path, names, validation, left_out):
     found = divide(paths)
     one_of = {"v": "validation", "d": "dev", "t": "test"}
     expected = [
-        [path for path in paths if first and path.name.startswith(one_of[first])] for first in (validation, left_out)
+        [path for path in paths if first and path.relative_to(tmp_path).as_posix().startswith(one_of[first])]
+        for first in (validation, left_out)
     ]
     assert [found.validation, found.left_out] == expected
     assert found.training == [path for path in paths if path not in [*expected[0], *expected[1]]]
@@ -91,7 +108,8 @@ def test_a_saved_dataset_dict(saved):
 @pytest.mark.parametrize(
     ("names", "splits", "remedy"),
     [
-        (["train/a.jsonl", "validation/a.jsonl"], None, None),  # nothing says that these are splits
+        (["train/a.jsonl", "validation/a.jsonl"], "train, validation", "validation"),
+        (["validation/a.jsonl", "a.jsonl"], None, None),
         (["train.jsonl", "dev.jsonl", "a.jsonl"], "dev, train", "dev.jsonl"),
         (["test.jsonl", "validation.jsonl"], "test, validation", "test.jsonl"),
         (

@@ -17,7 +17,7 @@ from bitnet_lit.data.sources.find_text import FoundText, find_text, kind_of
 from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of
 from bitnet_lit.data.sources.read_text import FileSegment, file_segments
 from bitnet_lit.data.sources.source import Segment, Source, TextShard, numbered
-from bitnet_lit.data.sources.splits import check_one_use, divide, split_of
+from bitnet_lit.data.sources.splits import check_one_use, divide
 from bitnet_lit.data.sources.tables import TABLES, table_segments
 from bitnet_lit.errors import UserError
 
@@ -62,7 +62,7 @@ def files_source(source: str, built_in: Sequence[str] = (), column: str | None =
     found = find_text(source, built_in)
     splits = divide(found.files)
     for path in splits.left_out:
-        found.pass_over(path, f"split {split_of(path)}")
+        found.pass_over(path, f"split {splits.names[path]}")
     identity = _identity(source, column)
     if splits.validation:
         identity += "#splits"  # a folder of an earlier version, which trained on all of them, is not continued
@@ -71,7 +71,7 @@ def files_source(source: str, built_in: Sequence[str] = (), column: str | None =
         file_shards(splits.training, column, splits.validation),
         [*splits.validation, *splits.training],
         found.describe_passed_over(),
-        validation=", ".join(dict.fromkeys(map(split_of, splits.validation))),
+        validation=", ".join(dict.fromkeys(splits.names[path] for path in splits.validation)),
     )
 
 

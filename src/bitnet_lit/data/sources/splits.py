@@ -3,6 +3,7 @@
 Names say which split a file belongs to:
 
     train-00000-of-00002.parquet      a clone of a repository; also validation.jsonl, test.txt
+    test/a.jsonl                      the same, with a folder for another split, such as train/, beside test/
     test/data-00000-of-00001.arrow    a folder of `DatasetDict.save_to_disk`, with dataset_dict.json beside test/
 
 The hub has several words for a split, and so has this module:
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +37,13 @@ class Splits:
         training: files to train on.
         validation: files of the split that becomes the validation shard; none where the source has no such split.
         left_out: files that are not read: those of the test split, where there is a validation split as well.
+        names: the name of each file's split; an empty text where it has none.
     """
 
     training: list[Path]
     validation: list[Path]
     left_out: list[Path]
+    names: dict[Path, str]
 
 
 def divide(files: Sequence[Path]) -> Splits:
@@ -48,24 +52,39 @@ def divide(files: Sequence[Path]) -> Splits:
     The test split is the validation split of a data set that has no other. Where no name says that a file is for
     training, the user has chosen the files (`source=<folder>/test`), and all of them are for training.
     """
-    names = {path: split_of(path) for path in files}
+    names = split_names(files)
     uses = {path: _use(name) for path, name in names.items()}
     validation = [path for path in files if uses[path] is _VALIDATION]
     test = [path for path in files if uses[path] is _TEST]
     training = [path for path in files if uses[path] is _TRAINING]
     if not any(names[path] for path in training):
-        return Splits(list(files), [], [])
-    return Splits(training, validation, test) if validation else Splits(training, test, [])
+        return Splits(list(files), [], [], names)
+    return Splits(training, validation, test, names) if validation else Splits(training, test, [], names)
 
 
-def split_of(path: Path) -> str:
-    """Return the name of a file's split, such as train or test_sft; an empty text where its name says none."""
+def split_names(files: Sequence[Path]) -> dict[Path, str]:
+    """Return the name of each file's split, such as train or test_sft; an empty text where no name says one."""
+    of_splits = {path.parent for path in files if _is_word(path.parent.name)}
+    beside = Counter(folder.parent for folder in of_splits)
+    names = {path: _own_split(path) for path in files}
+    for path, own in names.items():
+        if path.parent in of_splits and beside[path.parent.parent] > 1 and not _is_word(own.split("_")[0]):
+            names[path] = path.parent.name
+    return names
+
+
+def _own_split(path: Path) -> str:
+    """Return the name of the split that a file's own name says, or the folder of a saved `DatasetDict`."""
     if (path.parent.parent / _DICT_NAME).is_file():
         return path.parent.name
     name = path.name.split(".")[0]
     if part := _PART.fullmatch(name):
         return part[1]
-    return name if name.lower() in (*_TRAINING, *_VALIDATION, *_TEST) else ""
+    return name if _is_word(name) else ""
+
+
+def _is_word(name: str) -> bool:
+    return name.lower() in (*_TRAINING, *_VALIDATION, *_TEST)
 
 
 def _use(split: str) -> tuple[str, ...]:
@@ -85,8 +104,8 @@ def check_one_use(files: Sequence[Path], typed: str) -> None:
         UserError: the files belong to several splits; the line says how to give one.
     """
     splits: dict[str, list[Path]] = {}
-    for path in files:
-        if name := split_of(path):
+    for path, name in split_names(files).items():
+        if name:
             splits.setdefault(name, []).append(path)
     if len({_use(name) for name in splits}) > 1:
         held_out = [name for name in splits if _use(name) is not _TRAINING]
