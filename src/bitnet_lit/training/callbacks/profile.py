@@ -14,7 +14,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 
 class Profile(Callback):
-    """Traces `steps` batches of rank 0 after the first three, and writes profile/trace.json and profile/table.txt."""
+    """Traces optimizer steps of rank 0, and writes profile/trace.json and profile/table.txt.
+
+    Args:
+        steps: how many are traced, after the first three.
+    """
 
     def __init__(self, run_dir: Path, steps: int) -> None:
         self.folder = run_dir / "profile"
@@ -50,7 +54,7 @@ class Profile(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._profiler is not None:
+        if self._profiler is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._profiler.step()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
