@@ -17,6 +17,7 @@ from bitnet_lit.checkpoints.locate import find_model
 from bitnet_lit.checkpoints.pretrained import from_pretrained
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
+from tests.data.test_custom import ByteTokenizer
 from tests.support import tiny_model
 
 
@@ -52,6 +53,18 @@ def test_tied_weights_are_saved_once_and_names_are_transformers(folder):
         "model.safetensors",
         "tokenizer.model",
     ]
+
+
+@pytest.mark.parametrize(
+    ("eos_id", "eos_token_id", "ends"), [(-1, None, [256]), (0, 0, [0, 256]), (256, 256, [256])], ids=str
+)
+def test_a_tokenizer_without_eos_names_none(tmp_path, eos_id, eos_token_id, ends):
+    """`transformers` goes on behind the end of a text where one of the ids is -1."""
+    tokenizer = ByteTokenizer()
+    tokenizer.eos_id = eos_id
+    save_model_folder(tmp_path, tiny_model(vocab_size=257), QuantConfig(), tokenizer)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == eos_token_id
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 256, "eos_token_id": ends}
 
 
 def break_config(folder, **changes):

@@ -195,6 +195,17 @@ def test_a_loss_that_is_larger_is_not_better_but_an_accuracy_is(tmp_path, metric
     assert rows["b158"].is_best and not rows["none"].is_best
 
 
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [((2.0, 2.0, 2.5), ["b1", "b158"]), ((2.5, 2.0, 2.0), ["b158", "none"]), ((2.0, 2.0, 2.0), [])],
+)
+def test_rows_of_equal_losses_are_equally_good(tmp_path, losses, best):
+    for quant, loss in zip(("b1", "b158", "none"), losses, strict=True):
+        make_run(tmp_path / quant, quant=quant, final=loss)
+    rows, _ = compared(tmp_path, by=["quant"])
+    assert [name for name, row in rows.items() if row.is_best] == best
+
+
 @pytest.mark.parametrize("version", ["first_version", "second_version"])
 def test_runs_of_earlier_versions(version):
     rows, _ = compared(REPOSITORY / "tests" / version / "run", by=["quant", "model"])

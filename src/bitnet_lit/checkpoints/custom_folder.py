@@ -65,7 +65,7 @@ def save_custom_folder(
     state: dict[str, Tensor],
 ) -> None:
     """Write the model folder, replacing an older one in one step; files that the user has put there stay."""
-    ends = None if tokenizer is None else [tokenizer.eos_id, tokenizer.bos_id]
+    ends = None if tokenizer is None else tokenizer.end_ids
     described = {
         "model_type": "bitnet_lit",
         "architectures": [config.name],

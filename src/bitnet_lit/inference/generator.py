@@ -64,7 +64,7 @@ class _Text:
     def __init__(self, ids: list[int], prompt_ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.ids = ids
         self.reason = ""
-        self._ends = (tokenizer.eos_id, tokenizer.bos_id)
+        self._ends = tokenizer.end_ids
         self._decoder, self._stops = tokenizer.stream_decoder(prompt_ids), StopFilter(stop)
 
     def take(self, token: int) -> str:

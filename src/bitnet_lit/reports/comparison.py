@@ -169,10 +169,10 @@ def compare(runs: Sequence[Run], by: list[str], over: list[str], metric: str, de
             quantized = [run for run in row.counted if run not in dense]  # a dense run would be its own twin
             row.at_equal_tokens = gap_at_equal_tokens(quantized, list(dense), [*by, *over], metric)
             row.at_equal_bytes = gap_at_equal_bytes(quantized, row.sizes, dense, over, metric)
-    sign = -1 if larger_is_better(metric) else 1
-    finished = {sign * row.loss.mean: row for row in comparison.rows if row.loss is not None and row.is_finished}
-    if len(finished) > 1:
-        finished[min(finished)].is_best = True
+    means = {row.loss.mean for row in comparison.rows if row.loss is not None and row.is_finished}
+    best = max(means, default=None) if larger_is_better(metric) else min(means, default=None)
+    for row in comparison.rows:
+        row.is_best = len(means) > 1 and row.is_finished and row.loss is not None and row.loss.mean == best
     comparison.notes = _notes(comparison)
     return comparison
 

@@ -85,7 +85,7 @@ def describe(
         "use_cache": True,
         "dtype": dtype,
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
-        "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
+        "eos_token_id": None if tokenizer is None or tokenizer.eos_id < 0 else tokenizer.eos_id,
         "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
         "bitnet_lit": {
             "format_version": FORMAT_VERSION,

@@ -36,8 +36,7 @@ def write_folder(
     """
     generation = {"bos_token_id": described["bos_token_id"], "eos_token_id": described["eos_token_id"]}
     if tokenizer is not None:
-        # llama2.c's shards separate stories by BOS alone, so BOS ends a text as EOS does.
-        generation["eos_token_id"] = [tokenizer.eos_id, tokenizer.bos_id]
+        generation["eos_token_id"] = tokenizer.end_ids
         tokenizer.copy_to(folder)
     write_safetensors(folder / WEIGHTS_NAME, tensors, metadata)
     (folder / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -62,6 +62,11 @@ class Tokenizer(ABC):
         """Name the tokenizer in an error's line: its file, or else its class."""
         return str(self.path or type(self).__name__)
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end a text: EOS where there is one, and BOS, which alone separates the stories in shards."""
+        return [token for token in dict.fromkeys((self.eos_id, self.bos_id)) if token >= 0]
+
     @abstractmethod
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Return the token ids of a text, with BOS in front unless `bos` is False."""
