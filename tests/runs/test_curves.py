@@ -63,6 +63,17 @@ def test_runs_of_one_label_have_one_colour_and_the_keys_that_differ(tmp_path, mo
     assert first[1] != second[1] and dense[0][1] != dense[1][1]
 
 
+def test_a_file_that_is_no_picture_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "a")
+    (tmp_path / "Makefile").write_text("all:\n")
+    with pytest.raises(UserError, match=r"^out=Makefile: is there already, and is no picture: .* out=Makefile.png$"):
+        plot_curves(PlotConfig(runs=["a"], out="Makefile"))
+    assert (tmp_path / "Makefile").read_text() == "all:\n"
+    for _ in range(2):
+        assert plot_curves(PlotConfig(runs=["a"], out="curves")).read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
