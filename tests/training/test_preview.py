@@ -7,6 +7,7 @@ import torch
 
 from bitnet_lit.cli import compose
 from bitnet_lit.runs.job_folder import State
+from bitnet_lit.terminal import time_span
 from bitnet_lit.training import preview
 from tests.support import TINY_RUN
 
@@ -36,7 +37,7 @@ def test_several_gpus_are_so_many_times_as_fast(tmp_path, shards, monkeypatch, c
         jobs, seconds = [], flops / (preview.TYPICAL_SHARE * 1e9)
     preview.preview([*jobs, *((str(n), tmp_path / str(n), State.NEW, config) for n, config in configs.items())])
     shown = capsys.readouterr().out
-    assert f"about {preview._span(2 * seconds)} of training one after the other" in shown and "note" not in shown
+    assert f"about {time_span(2 * seconds)} of training one after the other" in shown and "note" not in shown
     (tmp_path / "error.txt").write_text("UserError: no data\n")
     preview.preview([("failed", tmp_path, State.FAILED, configs[1])])
     shown = capsys.readouterr().out

@@ -47,9 +47,14 @@ class ValidationOrder(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for corpus, total in enumerate(self.num_batches):
-            limit = max(1, int(self.limit * total)) if isinstance(self.limit, float) else self.limit
-            count = total if self.trainer.should_stop else min(total, limit or total)
+            count = total if self.trainer.should_stop else limited(total, self.limit)
             yield from ((corpus, batch) for batch in range(count))
+
+
+def limited(num_batches: int, limit: int | float | None) -> int:
+    """Return how many of a corpus's batches a validation takes before the end of the run (see `ValidationOrder`)."""
+    wanted = max(1, int(limit * num_batches)) if isinstance(limit, float) else limit
+    return min(num_batches, wanted or num_batches)
 
 
 class BitNetDataModule(L.LightningDataModule):
@@ -85,6 +90,12 @@ class BitNetDataModule(L.LightningDataModule):
         self.train_split, self.order = corpora.train(sequence_length, seed)
         self.validation_splits = corpora.validation(sequence_length)
         self.resumed = {"consumed_samples": 0, "step": 0}
+
+    def num_validation_sequences(self, world_size: int) -> int:
+        """Return how many sequences a validation takes before the end of the run, on all ranks together."""
+        size = self.config.batch_size * world_size
+        counts = [split.num_sequences for split in self.validation_splits]
+        return sum(min(count, size * limited(-(-count // size), self.limit_val_batches)) for count in counts)
 
     def _loader(self, dataset: Dataset, sampler: Sampler[Any], num_workers: int, **options: Any) -> DataLoader:
         return BatchLoader(

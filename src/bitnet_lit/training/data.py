@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -61,7 +60,9 @@ class RunData(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return the facts about the data that must not change when the run is resumed (see `identity.py`)."""
 
-    def datamodule(self, config: TrainConfig, sequence_length: int, samples_per_step: int) -> L.LightningDataModule:
+    def datamodule(
+        self, config: TrainConfig, sequence_length: int, samples_per_step: int
+    ) -> BitNetDataModule | CustomDataModule:
         """Return the LightningDataModule for the Trainer.
 
         Args:

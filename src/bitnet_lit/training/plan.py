@@ -288,8 +288,28 @@ def _teacher_share(plan: Plan) -> float:
     return 1 - plan.accounting.training_flops_per_token / plan.flops_per_token
 
 
-def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
-    """Print a table of the run on the terminal. `facts` are the first rows: run folder, data, device."""
+def _validation_row(plan: Plan, tokens: int | None) -> str:
+    """Return when the run validates and on how many tokens, and the remedy where validations outweigh the training."""
+    row = f"every {plan.validation_steps:,} steps"
+    if tokens is not None:
+        row += f", on {tokens:,} tokens"
+        # A token of a validation needs the forward pass alone, a third of the work of a token in training.
+        shares = tokens / 3 / (plan.validation_steps * plan.tokens_per_step)
+        if shares >= 1.5:
+            row += (
+                f", about {shares:,.0f} times the work of the steps between: trainer.limit_val_batches=<batches> or a "
+                "larger trainer.val_check_interval=<steps> shortens the run"
+            )
+    return row + (", of the quantized network in every phase" if plan.quantization_step else "")
+
+
+def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any], validation_tokens: int | None = None) -> None:
+    """Print a table of the run on the terminal.
+
+    Args:
+        facts: the first rows: run folder, data, device.
+        validation_tokens: tokens of a validation before the end of the run; None where the data does not say.
+    """
     count = plan.accounting
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows: dict[str, Any] = {
@@ -304,8 +324,7 @@ def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
         + ("" if plan.epochs is None else f", {plan.epochs:.2f} epochs of {plan.train_sequences:,} sequences"),
         "optimizer": f"{config.optim.name}, peak {config.optim.learning_rate:g}, {config.schedule.name} over "
         f"{plan.schedule_steps:,} steps, {plan.warmup_steps:,} of them warm-up",
-        "validation": f"every {plan.validation_steps:,} steps"
-        + (", of the quantized network in every phase" if plan.quantization_step else ""),
+        "validation": _validation_row(plan, validation_tokens),
         "compute": f"{plan.flops_per_token * plan.tokens / 1e12:,.1f} TFLOP"
         + ("" if plan.teacher is None else f", {_teacher_share(plan):.0%} of them in the teacher's forward pass"),
         "memory": f"about {memory_estimate_bytes(config, plan) / 2**30:.2f} GiB a device",

@@ -33,7 +33,7 @@ from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.runs.folder import METRICS_NAME
 from bitnet_lit.runs.job_folder import State, told
-from bitnet_lit.terminal import wide_console
+from bitnet_lit.terminal import time_span, wide_console
 from bitnet_lit.training.callbacks.throughput import measured_peak_flops
 from bitnet_lit.training.data import DEMO_DIR, open_data, sequence_length, with_data_named
 from bitnet_lit.training.distillation import teacher_of
@@ -131,14 +131,6 @@ def _speeds(jobs: Sequence[tuple[Path, TrainConfig, Outlook]]) -> dict[str, floa
     return {name: statistics.median(speeds) for name, speeds in found.items()}
 
 
-def _span(seconds: float) -> str:
-    """Return a length of time as text with two digits that count: 45 s, 3 min, 2.5 h."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def _size(memory: float) -> str:
     return f"{memory / 2**30:,.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:,.0f} MiB"
 
@@ -216,7 +208,7 @@ def _print(
                 f"{left:,}",
                 f"{plan.accounting.parameters:,}",
                 _size(outlook.memory),
-                "" if is_done else _span(seconds),
+                "" if is_done else time_span(seconds),
                 one_line("; ".join(notes)),
             )
         )
@@ -229,6 +221,6 @@ def _print(
     states = ", ".join(f"{counts[state.value]} {state.value}" for state in State if counts[state.value])
     line = f"dry run: {len(jobs)} job{'s' * (len(jobs) > 1)} ({states}); {tokens_in_all:,} tokens left"
     if whole:
-        line += f", about {_span(seconds_in_all)} of training one after the other (from {source}); start-up, "
+        line += f", about {time_span(seconds_in_all)} of training one after the other (from {source}); start-up, "
         line += "validation and export come on top"
     output.print(f"{line}. Nothing was trained or written.")

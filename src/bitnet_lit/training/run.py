@@ -243,7 +243,8 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
             rows["from"] = f"{config.init_from}, {'with' if moments else 'without'} its optimizer's state"
         if kernels is not None:
             rows["kernels"] = kernels
-        print_plan(config, plan, rows)
+        sequences = datamodule.num_validation_sequences(trainer.world_size)
+        print_plan(config, plan, rows, None if sequences is None else sequences * length)
     with in_one_line(lambda: checkpoints.folder.parent, trainer.world_size, trainer.global_rank):
         try:
             with left_as_found(trainer), tf32(config.trainer):

@@ -1,4 +1,4 @@
-"""The progress bar shows the step, the loss, the learning rate, tokens/s and the time left.
+"""The progress bar shows the step, the loss, the learning rate, tokens/s and the time left, validations included.
 
 Where stderr is not a terminal, such as in a log file, or where jobs of a sweep share it, plain lines are printed
 instead.
@@ -11,9 +11,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from bitnet_lit.terminal import console, is_shared
+from bitnet_lit.terminal import console, is_shared, time_span
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.plan import Plan
 
@@ -34,6 +34,8 @@ class RichBar(ProgressBar):
         self._clock = (0, 0.0)  # step and time of the last speed reading
         self._tokens_per_s = 0.0
         self._validation_loss: float | None = None
+        self._validation_began = 0.0
+        self._validation_seconds = 0.0  # of the last validation
 
     def disable(self) -> None:
         self._enabled = False
@@ -46,15 +48,14 @@ class RichBar(ProgressBar):
         if not self._enabled or not trainer.is_global_zero or not self._console.is_terminal or is_shared():
             return
         self._progress = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
             console=self._console,
         )
         self._progress.start()
-        self._task = self._progress.add_task("train", total=self.plan.steps, figures="")
+        self._task = self._progress.add_task("training", total=self.plan.steps, figures="")
         self._progress.update(self._task, completed=trainer.global_step)
 
     def on_train_batch_end(
@@ -63,18 +64,30 @@ class RichBar(ProgressBar):
         step = trainer.global_step
         if not self._enabled or not trainer.is_global_zero or step == self._clock[0]:
             return
+        self._show(completed=step)
         if step % trainer.log_every_n_steps and step != self.plan.steps:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()
         self._tokens_per_s = (step - self._clock[0]) * self.plan.tokens_per_step / (now - self._clock[1])
         self._clock = (step, now)
         figures = self._figures(trainer)
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step, figures=figures)
+        if self._progress is not None:
+            self._show(figures=figures)
         elif now - self._last_line > LINE_SECONDS or step == self.plan.steps:
             self._last_line = now
-            left = (self.plan.steps - step) * self.plan.tokens_per_step / self._tokens_per_s
-            self._console.print(f"step {step}/{self.plan.steps} {figures} {left:.0f} s left")
+            self._console.print(f"step {step}/{self.plan.steps} {figures}")
+
+    def _show(self, **fields: Any) -> None:
+        """Change what the bar shows; where there is none, do nothing."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, **fields)
+
+    def _seconds_left(self, step: int) -> float:
+        """Estimate the time of the steps and validations after `step`."""
+        plan = self.plan
+        validations = -(-plan.steps // plan.validation_steps) - step // plan.validation_steps
+        steps_seconds = (plan.steps - step) * plan.tokens_per_step / self._tokens_per_s
+        return steps_seconds + validations * self._validation_seconds
 
     def _figures(self, trainer: L.Trainer) -> str:
         # The loss is that of the last logged step, because reading the newest would wait for the device.
@@ -85,11 +98,18 @@ class RichBar(ProgressBar):
             parts.append(f"val {self._validation_loss:.3f}")
         parts.append(f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2e}")
         parts.append(f"{self._tokens_per_s:,.0f} tokens/s")
+        parts.append(f"{time_span(self._seconds_left(trainer.global_step))} left")
         return "  ".join(parts)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation_began = time.perf_counter()
+        self._show(description="validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_loss = float(trainer.callback_metrics["val/loss"])
         self._clock = (trainer.global_step, time.perf_counter())
+        self._validation_seconds = self._clock[1] - self._validation_began
+        self._show(description="training")
 
     def _stop(self) -> None:
         if self._progress is not None:

@@ -1,0 +1,55 @@
+"""What the progress bar says while a run trains and validates, in a terminal and in a log file."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+
+from bitnet_lit.config import DataConfig, ModelConfig, MuonConfig, ScheduleConfig, TrainConfig, TrainerConfig
+from bitnet_lit.terminal import PlainConsole
+from bitnet_lit.training.callbacks import progress
+from bitnet_lit.training.callbacks.step_log import StepLog
+from bitnet_lit.training.plan import make_plan
+
+
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
+def test_the_time_left_counts_validations_and_the_bar_says_that_it_validates(monkeypatch, is_terminal):
+    """20 steps of a second each, and a validation of 300 seconds after every fifth step."""
+    shown, now = io.StringIO(), 0.0
+    terminal = PlainConsole(file=shown, force_terminal=is_terminal, width=120)
+    monkeypatch.setattr(progress, "console", lambda stderr: terminal)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now))
+    config = TrainConfig(
+        model=ModelConfig(vocab_size=512),
+        data=DataConfig(batch_size=8),
+        optim=MuonConfig(),
+        schedule=ScheduleConfig(),
+        trainer=TrainerConfig(accelerator="cpu", max_steps=20, val_check_interval=5),
+    )
+    bar = progress.RichBar(make_plan(config, 64, 1000), StepLog())
+    trainer = SimpleNamespace(
+        global_step=0,
+        is_global_zero=True,
+        log_every_n_steps=10,
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
+        callback_metrics={"val/loss": 2.0},
+    )
+
+    def lines():
+        if is_terminal:
+            bar._progress.refresh()
+        return shown.getvalue()
+
+    bar.on_train_start(trainer, None)
+    for step in range(1, 11):
+        trainer.global_step, now = step, now + 1
+        bar.on_train_batch_end(trainer, None, None, None, step)
+        if is_terminal:
+            assert f"{step}/20" in lines()  # each step, not each tenth
+        if step == 5:
+            bar.on_validation_start(trainer, None)
+            assert ("validating" in lines()) is is_terminal
+            now += 300
+            bar.on_validation_end(trainer, None)
+    assert "val 2.000" in lines() and "10 min left" in lines()  # ten steps, two validations
+    bar.on_train_end(trainer, None)
