@@ -266,7 +266,7 @@ def test_newton_schulz(shape):
     if min(shape[1:]) < 128:  # float32; each iteration multiplies differences by up to 3.4
         assert_close(mine, exact, atol=5e-6, rtol=0)
         return
-    # With AMX the iterations round to bfloat16 (csrc/amx.h), as torch.optim.Muon does. Both are about equally far away.
+    # The iterations may round to bfloat16 (csrc/rounded.h), as torch.optim.Muon does. Both are about equally far away.
     theirs = torch.stack([torch.optim._muon._zeropower_via_newtonschulz(matrix, *options) for matrix in matrices])
     assert float((mine - exact).norm()) < 2 * float((theirs - exact).norm())
 

@@ -1,6 +1,6 @@
-"""The C++ for training as other processors run it: with AVX2, and with no vector instructions beyond SSE2.
+"""The C++ for training as other processors run it: with AVX-512 and bfloat16 but no AMX, with AVX2, and with SSE2.
 
-Both are compiled here and take the place of the functions for this processor, in tests of every function.
+Each is compiled here and takes the place of the functions for this processor, in tests of every function.
 """
 
 import ctypes
@@ -15,8 +15,13 @@ if platform.machine() != "x86_64":
     pytest.skip("the instruction sets are those of x86", allow_module_level=True)
 
 
-@pytest.fixture(params=["haswell", "x86-64"], scope="module")
+NEEDS = {"cooperlake": "avx512_bf16", "haswell": "avx2", "x86-64": "sse2"}  # the flag of /proc/cpuinfo
+
+
+@pytest.fixture(params=NEEDS, scope="module")
 def processor(request, tmp_path_factory):
+    if NEEDS[request.param] not in build._processor().split():
+        pytest.skip(f"this processor has no {NEEDS[request.param]}")
     path = tmp_path_factory.mktemp(request.param) / "training.so"
     flags = [flag for flag in build.FLAGS if flag not in ("-march=native", "-O3")]
     # Without the last flag GCC gives the two libraries of this process their static tables in common.
@@ -57,6 +62,7 @@ def test_next_token_loss(processor):
 def test_newton_schulz(processor):
     kernels.test_newton_schulz((2, 150, 40))
     kernels.test_newton_schulz((2, 16, 100))
+    kernels.test_newton_schulz((1, 256, 128))
     kernels.test_muons_whole_step(True)
 
 

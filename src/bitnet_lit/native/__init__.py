@@ -12,7 +12,8 @@ the matrix products: in copies, in rounding, in waiting. These functions do the 
 Each is tested against the plain PyTorch code that it stands for, gradients included. Integers of quantized products are
 equal; floats differ by their rounding. A result is the same for any number of threads. csrc/ has the C++: start with
 matmul.h. On Intel processors with AMX, float products of matrices from 128 x 128 on are computed from bfloat16 parts
-with an error below 2^-16 (amx.h).
+with an error below 2^-16 (amx.h). Newton-Schulz iterations round to bfloat16 there, and on other processors that
+multiply such numbers (rounded.h).
 
 `build.py` compiles, also for the engine in inference/.
 """

@@ -7,7 +7,8 @@ applies the odd polynomial a x + b x^3 + c x^5 to the singular values, which bri
 
 The products are what Muon costs. A matrix (M, N), M <= N, takes 4 M^2 N + 2 M^3 FLOPs an iteration. So this class
 orthogonalizes all matrices of one shape as a stack, in bfloat16, and shares the matrices among the ranks of a
-distributed run (`sharing.py`). A CPU takes the matrices one by one, in float32, or in bfloat16 on a matrix unit (AMX).
+distributed run (`sharing.py`). A CPU takes the matrices one by one, in bfloat16 if it multiplies such numbers (AVX-512
+BF16, AMX) and in float32 otherwise.
 """
 
 from __future__ import annotations

@@ -118,50 +118,8 @@ inline void split_columns(const float* from, int64_t row, int count, uint16_t* t
     for (int i = 0; i < LANES; i++) _mm512_store_ps(to + 512 + i * 32, (__m512)low[i]);
 }
 
-// Tiles of A (m x k), 16 rows and 32 columns each, rounded to bfloat16 and not split: for products that need no more. m
-// and k are multiples of 32, here and in the next three functions.
-inline void round_rows(int m, int k, const float* a, uint16_t* tiles) {
-    for (int i = 0; i < m; i += 16)
-        for (int p = 0; p < k; p += 32)
-            for (int r = 0; r < 16; r++, tiles += 32) {
-                const float* const at = a + int64_t(i + r) * k + p;
-                const __m512 x = _mm512_loadu_ps(at), y = _mm512_loadu_ps(at + 16);
-                _mm512_store_si512(tiles, (__m512i)_mm512_cvtne2ps_pbh(y, x));
-            }
-}
-
-// Panels of B = A from its tiles. Those of 32 columns follow each other: of each 32 rows, two halves of 16 columns, in
-// which two neighbouring rows are side by side.
-inline void panels_of_tiles(int m, int k, const uint16_t* tiles, uint16_t* panels) {
-    alignas(64) static constexpr uint16_t LEFT[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i left = _mm512_load_si512(LEFT), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
-    for (int i = 0; i < m; i += 16)
-        for (int p = 0; p < k; p += 32)
-            for (int pair = 0; pair < 8; pair++, tiles += 64) {
-                const __m512i x = _mm512_load_si512(tiles), y = _mm512_load_si512(tiles + 32);
-                uint16_t* const to = panels + int64_t(p) * m + i / 32 * 1024 + (i % 32 / 2 + pair) * 32;
-                _mm512_store_si512(to, _mm512_permutex2var_epi16(x, left, y));
-                _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(x, right, y));
-            }
-}
-
-// The same for the transpose of A.
-inline void transposed_panels_of_tiles(int m, int k, const uint16_t* tiles, uint16_t* panels) {
-    for (int i = 0; i < m; i += 16)
-        for (int p = 0; p < k; p += 32, tiles += 512) {
-            uint16_t* const to = panels + int64_t(i / 32) * 32 * k + p * 32 + i % 32 / 16 * 512;
-            FloatVec rows[LANES];
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) rows[r] = (FloatVec)_mm512_load_ps(tiles + r * 32);
-            transpose_vecs<LANES / 2>(rows);
-#pragma GCC unroll 16
-            for (int r = 0; r < LANES; r++) _mm512_store_ps(to + r * 32, (__m512)rows[r]);
-        }
-}
-
-// c (32, 32) = 32 rows of A, in tiles, @ a panel; k columns of A.
-inline void multiply_rounded(int k, const uint16_t* tiles, const uint16_t* panel, float* c, int64_t ldc) {
+// `multiply_rounded` of rounded.h.
+inline void multiply_rounded_tiles(int k, const uint16_t* tiles, const uint16_t* panel, float* c, int64_t ldc) {
     before_tile_loads();
     _tile_zero(0);
     _tile_zero(1);
@@ -285,10 +243,7 @@ struct TileRegisters {};
 inline void split_block(float*) {}
 inline void store_split(FloatVec, FloatVec, uint16_t*) {}
 inline void split_columns(const float*, int64_t, int, uint16_t*, const float* = nullptr) {}
-inline void round_rows(int, int, const float*, uint16_t*) {}
-inline void panels_of_tiles(int, int, const uint16_t*, uint16_t*) {}
-inline void transposed_panels_of_tiles(int, int, const uint16_t*, uint16_t*) {}
-inline void multiply_rounded(int, const uint16_t*, const uint16_t*, float*, int64_t) {}
+inline void multiply_rounded_tiles(int, const uint16_t*, const uint16_t*, float*, int64_t) {}
 inline void multiply_bytes(int, const int8_t*, int64_t, const uint8_t*, int32_t*) {}
 template <bool, bool = false>
 inline void multiply_tiles(int, const uint16_t*, const uint16_t*, const float*, float*, int64_t, int, int, bool) {}

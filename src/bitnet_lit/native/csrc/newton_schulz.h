@@ -1,5 +1,5 @@
 // Newton-Schulz iterations of Muon: training/muon.py's `orthogonalize`, for many matrices at once. They are in float32,
-// or on the matrix unit in bfloat16.
+// or in bfloat16 where the processor multiplies bfloat16 numbers (rounded.h).
 //
 //     x = x / |x|;  repeat: g = x @ x.T;  x = a x + (b g + c g @ g) @ x
 //
@@ -9,6 +9,7 @@
 
 #include "matmul.h"
 #include "parallel.h"
+#include "rounded.h"
 #include "rows.h"
 
 struct Iterations {
@@ -81,7 +82,7 @@ inline float* iterate(const Iterations& job, int m, int n, float* x, float* next
     return x;
 }
 
-// The same on the matrix unit, for multiples of 32. Factors are rounded to bfloat16, as in torch.optim.Muon and on a
+// The same for multiples of 32. Factors are rounded to bfloat16, as in torch.optim.Muon and on a
 // GPU, because the iterations need no more. Each matrix is rounded once: its tiles become its panels too.
 inline void iterate_rounded(const Iterations& job, int m, int n, float* x) {
     float *const g = scratch(2, int64_t(m) * m), *const square = scratch(3, int64_t(m) * m);
@@ -124,7 +125,7 @@ inline void orthogonalize(const Iterations& job, int rows, int columns, const fl
     else std::copy(input, input + size, x);
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) x[i] *= inverse;
-    if (has_amx() && m % 32 == 0 && n % 32 == 0 && m >= AMX_SIZE) iterate_rounded(job, m, n, x);
+    if (HAS_BFLOAT16 && m % 32 == 0 && n % 32 == 0 && m >= AMX_SIZE) iterate_rounded(job, m, n, x);
     else x = iterate(job, m, n, x, scratch(1, size));
     if (is_tall) transpose(m, n, x, n, output, m);
     else std::copy(x, x + size, output);
