@@ -76,5 +76,5 @@ def time_span(seconds: float) -> str:
     """Return a length of time as text with two digits that count: 45 s, 3 min, 2.5 h."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
+            return f"{seconds / size:.2g} {unit}" if seconds < 99.5 * size else f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.0f} s"

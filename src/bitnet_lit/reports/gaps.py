@@ -19,6 +19,7 @@ import numpy as np
 
 from bitnet_lit.reports.measures import at_equal_tokens
 from bitnet_lit.reports.statistics import Estimate, interpolate
+from bitnet_lit.reports.units import megabytes
 from bitnet_lit.reports.weight_sizes import WeightSizes
 from bitnet_lit.runs.config_keys import value_of
 from bitnet_lit.runs.history import Run
@@ -137,11 +138,3 @@ def gap_at_equal_bytes(
     if measured.is_interpolated:
         note += f", at {measured.tokens:,.0f} tokens"
     return Gap(Estimate.of(differences), tokens=measured.tokens, notes=(note,))
-
-
-def megabytes(num_bytes: float) -> str:
-    """Return bytes as text in kB, MB or GB of 1000."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes / 1e3:.3g} kB"

@@ -9,8 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from bitnet_lit.reports.comparison import Comparison, Row
-from bitnet_lit.reports.gaps import Gap, megabytes
+from bitnet_lit.reports.gaps import Gap
 from bitnet_lit.reports.statistics import Estimate
+from bitnet_lit.reports.units import amount, duration, megabytes
 from bitnet_lit.runs.config_keys import ABSENT
 from bitnet_lit.terminal import wide_console
 
@@ -21,26 +22,6 @@ def with_interval(estimate: Estimate | None, signed: bool = False) -> str:
         return ABSENT
     mean = f"{estimate.mean:+.4f}" if signed else f"{estimate.mean:.4f}"
     return mean if estimate.half_width is None else f"{mean} ± {estimate.half_width:.4f}"
-
-
-def amount(number: float | None) -> str:
-    """Return a count with k, M or G."""
-    if number is None:
-        return ABSENT
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float | None) -> str:
-    """Return a length of time in seconds, minutes or hours."""
-    if seconds is None:
-        return ABSENT
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def short_keys(keys: list[str]) -> list[str]:
