@@ -206,6 +206,27 @@ def test_rows_of_equal_losses_are_equally_good(tmp_path, losses, best):
     assert [name for name, row in rows.items() if row.is_best] == best
 
 
+def test_runs_whose_values_look_alike_are_not_one_run(tmp_path):
+    """A search draws numbers of many digits. The same holds for long lists that differ in the middle."""
+    layers = [f"model.layers.{layer}.mlp.down_proj" for layer in range(20)]
+    differing = [
+        *({"optim": {"name": "muon", "learning_rate": rate}} for rate in (0.0123456789, 0.0123456781)),
+        *({"distill": {"layers": [*layers, middle, *layers]}} for middle in ("lm_head", "model.norm")),
+    ]
+    for number, changes in enumerate(differing):
+        make_run(tmp_path / str(number), **changes)
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert rows["b158"].loss.count == len(differing) and not any("same config" in note for note in notes)
+
+
+def test_rows_are_in_the_order_of_numbers(tmp_path):
+    rates = [1e-05, 0.0001, 0.005, 0.01, 0.02, 0.1, 2.0, 10.0]
+    for number, rate in enumerate(reversed(rates)):
+        make_run(tmp_path / str(number), optim={"name": "muon", "learning_rate": rate})
+    rows, _ = compared(tmp_path, by=["learning_rate"])
+    assert list(map(float, rows)) == rates
+
+
 @pytest.mark.parametrize("version", ["first_version", "second_version"])
 def test_runs_of_earlier_versions(version):
     rows, _ = compared(REPOSITORY / "tests" / version / "run", by=["quant", "model"])

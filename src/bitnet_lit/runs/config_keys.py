@@ -15,6 +15,7 @@ from bitnet_lit.errors import UserError, nearest, one_line
 ABSENT = "-"
 """A table shows this where a config does not have a key."""
 
+_NUMBER = re.compile(r"((?:^-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 _FIRST = ("model", "quant", "optim", "schedule", "data")
 _WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger", "callbacks", "export", "sweep")
 """Keys and groups that do not change what a run learns."""
@@ -78,14 +79,24 @@ def learned_from(config: dict[str, Any], *without: str) -> dict[str, str]:
     """
     left_out = {*_WITHOUT_EFFECT, *without}
     return {
-        key: shown(value)
+        key: _exact(value)
         for key, value in flat(config).items()
         if key not in left_out and key.partition(".")[0] not in left_out
     }
 
 
+def _exact(value: Any) -> str:
+    """Return a value as text that no other value has; 1 and 1.0 are one value."""
+    if isinstance(value, float):
+        return shown(value) if float(shown(value)) == value else repr(value)
+    return shown(value) if isinstance(value, bool) else str(value)
+
+
 def shown(value: Any) -> str:
-    """Return a value as text. A group stands for its name, or for the class of the user's own that it names."""
+    """Return a value as text, a float with six digits and a long text without its middle.
+
+    A group stands for its name, or for the class of the user's own that it names.
+    """
     if isinstance(value, dict):
         value = value.get("name", value.get("_target_"))
     if isinstance(value, bool):
@@ -152,6 +163,7 @@ def dividing_keys(candidates: Iterable[str], configs: Sequence[dict[str, Any]], 
     return taken
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts 2 before 10."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+def natural(name: str) -> list[tuple[float, str]]:
+    """Return a sort key that puts 2 before 10, and 1e-05 before 0.002 before 0.01."""
+    parts = _NUMBER.split(name)  # every second one is a number
+    return [(float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts)]
