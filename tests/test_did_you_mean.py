@@ -125,6 +125,7 @@ def test_flags_of_other_tools_are_answered_with_keys(typed, words):
         ("report", "--logdir outputs", ": runs=outputs"),
         ("plot", "--output-dir a", ": out=a"),
         ("bench", "--quiet", "2>/dev/null"),
+        ("infer", "--num-beams 4", "no beam search: temperature=0"),
     ],
 )
 def test_each_command_has_answers_of_its_own(command, typed, words):
@@ -140,6 +141,9 @@ def test_each_command_has_answers_of_its_own(command, typed, words):
         ("output=x", "train", "did you mean 'hydra.run.dir'"),
         ("model=x", "infer", "did you mean 'checkpoint'"),
         ("device=cuda", "train", "trainer.accelerator"),
+        ("do_sample=false", "infer", "temperature=0 takes the likeliest token"),
+        ("vocab=300", "prepare", "did you mean 'vocab_size'"),
+        ("sweep=x", "report", "did you mean 'runs'"),
     ],
 )
 def test_the_same_names_typed_as_keys_have_the_same_answers(override, command, words):
@@ -181,6 +185,12 @@ def test_what_is_like_nothing_is_sent_to_the_list(override, command):
         ("model=xl", "unknown model=xl: must be one of 1.3b, 110m"),
         ("optim=adam", "unknown optim=adam: did you mean 'adamw'? (adamw, custom, muon)"),
         ("schedule=onecycle", "unknown schedule=onecycle: must be one of cosine, custom, two_stage, wsd"),
+        ("data=data/mine", "unknown data=data/mine: did you mean data.dir=data/mine?"),
+        ("data=/my data", "unknown data=/my data: did you mean data.dir='/my data'?"),
+        ("data=src", "unknown data=src: did you mean data.dir=src?"),  # a folder that is there
+        ("model=outputs/mine", "unknown model=outputs/mine: did you mean init_from=outputs/mine?"),
+        ("quant=1.58", "unknown quant=1.58: did you mean 'b158'?"),
+        ("model=15", "unknown model=15: did you mean '15m'?"),
     ],
 )
 def test_options_are_guessed_only_when_near_and_no_schema_is_one(override, words):

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.errors import UserError, nearest
-from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, SHORT, WORDS
+from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, PATH_KEYS, SHORT, WORDS
 from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import is_run
 
@@ -235,9 +235,23 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
         return f"launcher={name[9:]}: needs the package {package}: pip install 'bitnet-lit[sweep]'"
     if words := OPTION_WORDS.get(f"{group}={name}"):
         return f"unknown {group}={name}: {words}"
-    if near := nearest(name, available, 0.6):
+    near = nearest(name, available, 0.6)
+    if (key := PATH_KEYS.get(group)) and ("/" in name or (near is None and os.path.exists(name))):
+        return f"unknown {group}={name}: did you mean {_shown(key, name)}?"
+    if near:
         return f"unknown {group}={name}: did you mean '{near}'? ({', '.join(available)})"
     return f"unknown {group}={name}: must be one of {', '.join(available)}"
+
+
+def _no_option_name(command: str, overrides: Sequence[str], conf_dir: Path) -> str:
+    """Return the error line for an option of a group that Hydra reads as a number or a dictionary, as in quant=1.58."""
+    for override in overrides:
+        group, _, names = override.lstrip("+").partition("=")
+        options = sorted(path.stem for path in (conf_dir / group).glob("*.yaml")) if group else []
+        for name in names.split(","):  # those of a sweep
+            if options and name not in options and not name[:1].isalpha():
+                return unknown_option(group, name, options)
+    return f"a group needs the name of an option (python -m bitnet_lit.{command} --help lists them)"
 
 
 def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:
@@ -285,7 +299,7 @@ def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: 
     if "Could not override ''" in text:
         return "a value without a key: give key=value"
     if "Config group override must be" in text:
-        return f"a group needs the name of an option (python -m bitnet_lit.{command} --help lists them)"
+        return _no_option_name(command, overrides, conf_dir)
     if directory := re.search(r"Additional config directory '(.*?)' not found", text):
         return f"--config-dir {directory.group(1)}: no such folder"
     merging = re.search(r"Error merging override (\S+)", text)

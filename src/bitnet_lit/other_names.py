@@ -127,7 +127,11 @@ WORDS = {
         "engine": _ENGINE,
         "device": _ENGINE,
     },
-    "infer": {"ckpt_path": _CHECKPOINT},
+    "infer": {
+        "ckpt_path": _CHECKPOINT,
+        "do_sample": "temperature=0 takes the likeliest token, and a larger temperature draws one",
+        "num_beams": "there is no beam search: temperature=0 takes the likeliest token",
+    },
     "export": {"ckpt_path": _CHECKPOINT},
 }
 # The same for options of groups.
@@ -139,16 +143,20 @@ OPTION_WORDS = {
     "logger=neptune": WORDS["train"]["logger.neptune"],
     "logger=many_loggers": "it is logger=many",
 }
+PATH_KEYS = {"data": "data.dir", "model": "init_from"}
+"""Groups for which a path is typed (train data=data/mine) -> the key that takes the path."""
 
 # Keys and flags for which another tool's name says another key here, by the command.
 _MODEL = dict.fromkeys(("model", "model_path", "model_name_or_path", "m"), "checkpoint")
 _OUT = ("output", "output_dir", "out_dir", "save_dir", "o")
-_RUNS = dict.fromkeys(("input", "i", "data", "logdir"), "runs")
+_RUNS = dict.fromkeys(("input", "i", "data", "logdir", "sweep", "run"), "runs")
 KEYS = {
     "train": dict.fromkeys(("out", *_OUT), "hydra.run.dir")
     | dict.fromkeys(("data", "data_path"), "data.dir")
     | dict.fromkeys(("scheme", "quantize", "quantization"), "quant"),
-    "prepare": dict.fromkeys(_OUT, "out") | dict.fromkeys(("input", "i", "data", "data_dir", "dataset"), "source"),
+    "prepare": dict.fromkeys(_OUT, "out")
+    | dict.fromkeys(("input", "i", "data", "data_dir", "dataset"), "source")
+    | {"vocab": "vocab_size"},
     "evaluate": _MODEL | dict.fromkeys(("file", "files", "text", "input", "i", "f"), "data"),
     "infer": _MODEL  # letters as in llama.cpp
     | dict.fromkeys(("text", "p", "i"), "prompt")

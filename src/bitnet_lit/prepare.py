@@ -11,9 +11,14 @@ if TYPE_CHECKING:
 
 
 def _prepare(config: PrepareConfig) -> None:
+    import shlex
+
     from bitnet_lit.data.prepare import prepare
+    from bitnet_lit.terminal import console
 
     prepare(config)
+    command = shlex.join(["python", "-m", "bitnet_lit.train", f"data.dir={config.folder}"])
+    console(stderr=True).print(f"next: {command}")
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def test_again_does_nothing_and_says_so_and_a_lost_shard_is_written_again(tmp_pa
     [first] = capsys.readouterr().err.splitlines()
     prepare(demo(tmp_path))
     [second] = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"{tmp_path}: 2 shards, 100 stories, ") and first.endswith(" MB/s")
+    assert first.startswith(f"{tmp_path}: 2 shards, 100 documents, ") and first.endswith(" MB/s")
     assert second == first[: first.index(" bytes a token, ")] + " bytes a token, complete already"
     assert before == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
     (tmp_path / "data00.bin").unlink()
@@ -324,8 +324,8 @@ def test_the_sums_of_what_was_read_and_written_are_printed(tmp_path, tokenizer, 
     assert (summary["files"], summary["documents"], summary["stories"], summary["empty"]) == (2, 4, 3, 1)
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == f"source={source}: not read: not .json, .jsonl, .txt, .parquet, .arrow: 1 ([b]c.pdf)"
-    assert second == f"source={source}: read 2 files, 4 documents, 51 bytes; 1 documents without text"
-    assert third.startswith(f"{tmp_path}/out: 1 shards, 3 stories, ")
+    assert second == f"source={source}: read 2 files, 4 documents, 51 bytes; 1 document without text"
+    assert third.startswith(f"{tmp_path}/out: 1 shard, 3 documents, ")
 
 
 def test_files_of_one_name_are_both_encoded(tmp_path, tokenizer):

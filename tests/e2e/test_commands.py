@@ -27,7 +27,9 @@ def trained(tmp_path_factory, shards):
 
 
 def test_prepare_train_evaluate_infer(tmp_path):
-    start_command("prepare", "source=demo", "num_stories=200", "vocab_size=400", "out=data/demo", cwd=tmp_path)
+    options = ["source=demo", "num_stories=200", "vocab_size=400"]
+    prepared = start_command("prepare", *options, "out=data/demo", cwd=tmp_path)
+    assert prepared.stderr.endswith("\nnext: python -m bitnet_lit.train data.dir=data/demo\n")
     result = start_command("train", *TINY_RUN, cwd=tmp_path)  # data/demo is the default
     assert "parameters" in result.stderr and "tokens in all" not in result.stdout
     evaluated = start_command("evaluate", cwd=tmp_path).stdout

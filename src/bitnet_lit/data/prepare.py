@@ -246,18 +246,23 @@ def _sums(entries: dict[str, dict[str, int]]) -> dict[str, Any]:
 
 def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any], was_complete: bool) -> None:
     if summary["files"]:
-        read = f"read {summary['files']:,} files, {summary['documents']:,} documents, {summary['bytes_in']:,} bytes"
+        read = f"read {_counted(summary['files'], 'file')}, {_counted(summary['documents'], 'document')}, "
+        read += f"{summary['bytes_in']:,} bytes"
         if summary["empty"]:
-            read += f"; {summary['empty']:,} documents without text"
+            read += f"; {_counted(summary['empty'], 'document')} without text"
         if summary["carriage_returns"]:
-            read += f"; {summary['carriage_returns']:,} stories of .json with carriage returns, kept as llama2.c does"
+            read += f"; {summary['carriage_returns']:,} documents of .json with carriage returns, kept as llama2.c does"
         _say(f"source={config.source}: {read}")
     speed = f"{summary['seconds']:.1f} s, {summary['megabytes_per_s']:.1f} MB/s"
     _say(
-        f"{config.folder}: {summary['shards']} shards, {summary['stories']:,} stories, {summary['tokens']:,} tokens of "
-        f"{summary['vocab_size']:,}, {summary['bytes_per_token']:.3f} bytes a token, "
-        + ("complete already" if was_complete else speed)
+        f"{config.folder}: {_counted(summary['shards'], 'shard')}, {_counted(summary['stories'], 'document')}, "
+        f"{_counted(summary['tokens'], 'token')}, vocabulary {summary['vocab_size']:,}, "
+        f"{summary['bytes_per_token']:.3f} bytes a token, " + ("complete already" if was_complete else speed)
     )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _say(line: str) -> None:

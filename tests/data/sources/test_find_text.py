@@ -87,6 +87,11 @@ def test_nothing_to_read_is_one_line(tmp_path, monkeypatch, source, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_name_like_that_of_a_built_in_source_is_answered_with_it():
+    with pytest.raises(UserError, match=r"^source=tinystory: no such .*: did you mean source=tinystories\?$"):
+        find_text("tinystory", ["demo", "tinystories"])
+
+
 def test_a_folder_that_cannot_be_listed_ends_the_call(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "sub").mkdir()

@@ -66,7 +66,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
 def _refusal(message: str, vocab_size: int) -> UserError:
     """Return what to tell the user when SentencePiece refuses to train, from its own message."""
     if most := re.search(r"value <= (\d+)", message):
-        return UserError(f"vocab_size={vocab_size} is too large for this text: it supports at most {most.group(1)}")
+        return UserError(
+            f"vocab_size={vocab_size} is too large for this text: it supports at most {most.group(1)}: give "
+            f"vocab_size={most.group(1)}, or more text"
+        )
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
             f"vocab_size={vocab_size} is too small for this text: bytes, control tokens and its characters take "
