@@ -15,3 +15,10 @@ def test_a_model_that_infer_does_not_open_has_no_command(tmp_path):
     (tmp_path / "model" / SentencePieceTokenizer.file_names[0]).touch()
     assert _last_lines(tmp_path, METRICS, is_own=False) == with_model  # a network of the user's own
     assert "next" in _last_lines(tmp_path, METRICS, is_own=True)
+
+
+def test_the_command_allows_a_scheme_of_the_users_own(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / SentencePieceTokenizer.file_names[0]).touch()
+    lines = _last_lines(tmp_path, METRICS, is_own=True, schemes=["mine.Threshold"])
+    assert lines["next"].endswith(" 'prompt=Once upon a time' 'schemes=[mine.Threshold]'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,26 @@ def write_result(config: TrainConfig, plan: Plan, trainer: L.Trainer, checkpoint
         "seed": config.seed,
         "run_dir": str(config.run_dir),
     }
-    _write(Path(config.run_dir), metrics, isinstance(config.model, ModelConfig))
+    schemes = config.schemes if config.quant._target_ is None else [config.quant._target_]
+    _write(Path(config.run_dir), metrics, isinstance(config.model, ModelConfig), schemes)
     return metrics
 
 
 @rank_zero_only
-def _write(run_dir: Path, metrics: dict[str, Any], is_own: bool) -> None:
+def _write(run_dir: Path, metrics: dict[str, Any], is_own: bool, schemes: Sequence[str]) -> None:
     with atomic_file(run_dir / METRICS_NAME) as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    for name, text in _last_lines(run_dir, metrics, is_own).items():
+    for name, text in _last_lines(run_dir, metrics, is_own, schemes).items():
         console(stderr=True).print(f"{name:<11} {text}", markup=False, highlight=False)
 
 
-def _last_lines(run_dir: Path, metrics: dict[str, Any], is_own: bool) -> dict[str, str]:
-    """Return the lines by their names. `infer` opens models with this package's network and a tokenizer."""
+def _last_lines(run_dir: Path, metrics: dict[str, Any], is_own: bool, schemes: Sequence[str] = ()) -> dict[str, str]:
+    """Return the lines by their names. `infer` opens models with this package's network and a tokenizer.
+
+    Args:
+        is_own: whether the network is this package's.
+        schemes: classes of the user's own that `infer` must be allowed to import.
+    """
     loss, best, bits = metrics["val/loss"], metrics["val/best_loss"], metrics.get("val/bits_per_byte")
     done = f"step {metrics['steps']:,}, val/loss {loss:.4f}"
     done += "" if bits is None else f", {bits:.4f} bits per byte"
@@ -55,5 +62,5 @@ def _last_lines(run_dir: Path, metrics: dict[str, Any], is_own: bool) -> dict[st
         lines["model"] = str(model)
     if is_own and find_tokenizer(model) is not None:
         command = ["python", "-m", "bitnet_lit.infer", f"checkpoint={run_dir}", "prompt=Once upon a time"]
-        lines["next"] = shlex.join(command)
+        lines["next"] = shlex.join([*command, *([f"schemes=[{','.join(schemes)}]"] if schemes else [])])
     return lines
