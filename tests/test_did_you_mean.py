@@ -143,6 +143,8 @@ def test_each_command_has_answers_of_its_own(command, typed, words):
         ("device=cuda", "train", "trainer.accelerator"),
         ("do_sample=false", "infer", "temperature=0 takes the likeliest token"),
         ("vocab=300", "prepare", "did you mean 'vocab_size'"),
+        ("callbacks.mine._target_=a.B", "train", "did you mean 'callbacks.extra.mine._target_'"),
+        ("logger.mine.save_dir=x", "train", "did you mean 'logger.extra.mine.save_dir'"),
         ("sweep=x", "report", "did you mean 'runs'"),
     ],
 )

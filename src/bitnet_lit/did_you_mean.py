@@ -199,6 +199,8 @@ def unknown_key(command: str, key: str, known: Sequence[str], typed: Sequence[st
         return f"unknown key '{key}': {words}"
     if (ours := KEYS.get(command, {}).get(key)) is not None and ours not in given:
         return f"unknown key '{key}': did you mean '{ours}'?"
+    if command == "train" and (own := re.fullmatch(r"(callbacks|logger)\.(\w+\.\w+)", key)):  # as in a Hydra template
+        return f"unknown key '{key}': did you mean '{own[1]}.extra.{own[2]}'?"
     if near := nearest_key(key, known):
         return f"unknown key '{key}': did you mean '{near}'?"
     if command == "train" and key.startswith("trainer.") and key.count(".") == 1:
