@@ -191,6 +191,9 @@ def test_what_is_like_nothing_is_sent_to_the_list(override, command):
         ("data=/my data", "unknown data=/my data: did you mean data.dir='/my data'?"),
         ("data=src", "unknown data=src: did you mean data.dir=src?"),  # a folder that is there
         ("model=outputs/mine", "unknown model=outputs/mine: did you mean init_from=outputs/mine?"),
+        ("quant=my_project.Threshold", "a class of your own is quant._target_=my_project.Threshold"),
+        ("optim=torch.optim.SGD", "a class of your own is optim._target_=torch.optim.SGD"),
+        ("callbacks=mine.Early", "a class of your own is callbacks.extra.mine._target_=mine.Early"),
         ("quant=1.58", "unknown quant=1.58: did you mean 'b158'?"),
         ("model=15", "unknown model=15: did you mean '15m'?"),
     ],

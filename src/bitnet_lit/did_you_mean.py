@@ -231,12 +231,20 @@ def unfit_optim_key(key: str, overrides: Sequence[str]) -> str | None:
     return None
 
 
+# Where a group takes a class of the user's own.
+_OWN_CLASS = {group: group for group in ("model", "data", "optim", "schedule", "quant")} | {
+    group: f"{group}.extra.mine" for group in ("callbacks", "logger")
+}
+
+
 def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
     """Return the error line for an option that a group does not have."""
     if group == "hydra" and name.startswith("launcher/") and (package := LAUNCHERS.get(name[9:])):
         return f"launcher={name[9:]}: needs the package {package}: pip install 'bitnet-lit[sweep]'"
     if words := OPTION_WORDS.get(f"{group}={name}"):
         return f"unknown {group}={name}: {words}"
+    if (place := _OWN_CLASS.get(group)) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name):
+        return f"unknown {group}={name}: a class of your own is {place}._target_={name}"
     near = nearest(name, available, 0.6)
     if (key := PATH_KEYS.get(group)) and ("/" in name or (near is None and os.path.exists(name))):
         return f"unknown {group}={name}: did you mean {_shown(key, name)}?"
