@@ -30,6 +30,9 @@ from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.tokenizers import Tokenizer, open_tokenizer
 
+# A script that runs the tests in the background lets them ignore Ctrl-C, which the tests of signals send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 # Composing a config makes many small objects, and collections among all that was imported took a quarter of its time.
 gc.freeze()
