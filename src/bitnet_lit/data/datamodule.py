@@ -33,9 +33,7 @@ class Starts(Sampler[int]):
 
 
 class ValidationOrder(Sampler[tuple[int, int]]):
-    """Yields the numbers of a validation's batches: all of them at the end of the run, else some of each corpus.
-
-    These are spread evenly over a corpus, because its first batches may be of one document.
+    """Yields the numbers of a validation's batches: all of them at the end of the run, else the first of each corpus.
 
     It has no length, so that the trainer iterates over it each time instead of counting once.
 
@@ -50,7 +48,7 @@ class ValidationOrder(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for corpus, total in enumerate(self.num_batches):
             count = total if self.trainer.should_stop else limited(total, self.limit)
-            yield from ((corpus, number * total // count) for number in range(count))
+            yield from ((corpus, batch) for batch in range(count))
 
 
 def limited(num_batches: int, limit: int | float | None) -> int:
