@@ -3,9 +3,15 @@
 import pytest
 
 from bitnet_lit import __version__
-from bitnet_lit.cli import _divide, compose
+from bitnet_lit.cli import _divide, compose, register_schemas
 from bitnet_lit.did_you_mean import nearest_key
 from bitnet_lit.errors import UserError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def schemas():
+    """As a command does before it reads its flags."""
+    register_schemas()
 
 
 def answer(override, command="train"):
