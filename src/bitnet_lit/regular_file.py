@@ -8,6 +8,7 @@ opened, and once more afterwards, because another file may have taken its place 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -57,6 +58,23 @@ def _check_kind(path: Path | str, status: os.stat_result, remedy: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise UserError(f"{path}: cannot be read (it is {kind}, not a file): {remedy}")
+
+
+def check_replaceable(path: Path, start: re.Pattern[bytes], why: str, remedy: str, key: str = "") -> None:
+    """Refuse to replace a file that this package did not write.
+
+    Args:
+        start: how the files begin that this package writes, in their first 64 KiB.
+        why: the middle of the error message, such as "no report wrote it".
+        key: what the message has before the path, such as "out=".
+
+    Raises:
+        UserError: something lies there that is not ours; or it cannot be read.
+    """
+    if os.path.lexists(path):
+        with open_regular(path, remedy) as file:
+            if not start.match(file.read(2**16)):
+                raise UserError(f"{key}{path}: is there already, and {why}: {remedy}")
 
 
 def read_regular(path: Path | str, remedy: str, max_bytes: int) -> bytes:

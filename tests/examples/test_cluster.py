@@ -236,6 +236,24 @@ class Prepared(L.LightningDataModule):
     val_dataloader = train_dataloader
 
 
+def statuses_of(arguments, environments, prepare=lambda number: None):
+    """Run the command once with each environment, at the same time, each behind `prepare(its number)`."""
+    children = []
+    for number, environment in enumerate(environments):
+        child = os.fork()
+        if child == 0:
+            os.environ |= environment
+            prepare(number)
+            try:
+                call_command("train", arguments)
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def ranks(arguments, environments, stops):
     """Run the command once with each environment, at the same time. Where `stops`, USR1 reaches one rank at step 3."""
     original = Checkpoints.on_train_batch_end
@@ -246,44 +264,22 @@ def ranks(arguments, environments, stops):
         original(self, trainer, *others)
 
     Checkpoints.on_train_batch_end = on_train_batch_end
-    children = []
-    for environment in environments:
-        child = os.fork()
-        if child == 0:
-            os.environ |= environment
-            try:
-                call_command("train", arguments)
-                status = 0
-            except SystemExit as end:
-                status = end.code
-            os._exit(status)
-        children.append(child)
-    statuses = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    statuses = {*statuses_of(arguments, environments)}
     assert len(statuses) == 1, statuses
     sys.exit(statuses.pop())
 
 
 def ranks_of_which_one_fails(arguments, environments, name):
     """Run the command once with each environment. A part of the start fails in the last one."""
-    children = []
-    for number, environment in enumerate(environments):
-        child = os.fork()
-        if child == 0:
-            os.environ |= environment
-            if number == len(environments) - 1:
 
-                def refuse(*_, **__):
-                    raise UserError(f"no {name} on this machine")
+    def refuse(*_, **__):
+        raise UserError(f"no {name} on this machine")
 
-                setattr(training_run, name, refuse)
-            try:
-                call_command("train", arguments)
-                status = 0
-            except SystemExit as end:
-                status = end.code
-            os._exit(status)
-        children.append(child)
-    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    def prepare(number):
+        if number == len(environments) - 1:
+            setattr(training_run, name, refuse)
+
+    print(statuses_of(arguments, environments, prepare))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from bitnet_lit.config import ReportConfig
 from bitnet_lit.config.network import import_schemes
 from bitnet_lit.errors import UserError, disk_errors
 from bitnet_lit.extras import needs
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.regular_file import check_replaceable
 from bitnet_lit.reports.comparison import Comparison, compare
 from bitnet_lit.reports.page import as_page
 from bitnet_lit.reports.tables import as_csv, as_markdown, print_table
@@ -27,7 +27,6 @@ _STARTS = {
     MARKDOWN_REPORT: re.compile(rb"# Report of [^\n]*\n\n\|"),
     PAGE_REPORT: re.compile(rb"<!doctype html>.*<title>Report of ", re.DOTALL),
 }
-_START_BYTES = 2**16
 
 
 def _split(typed: list[str]) -> list[str]:
@@ -99,11 +98,7 @@ def _check_out(folder: Path) -> None:
         UserError: such a file lies there.
     """
     for name, start in _STARTS.items():
-        path, remedy = folder / name, "choose another out=, or move it away"
-        if os.path.lexists(path):
-            with open_regular(path, remedy) as file:
-                if not start.match(file.read(_START_BYTES)):
-                    raise UserError(f"{path}: is there already, and no report wrote it: {remedy}")
+        check_replaceable(folder / name, start, "no report wrote it", "choose another out=, or move it away")
 
 
 def report(config: ReportConfig) -> Comparison:

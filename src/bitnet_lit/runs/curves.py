@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import sys
 from collections.abc import Iterable
 from itertools import cycle
@@ -12,12 +12,12 @@ from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError, disk_errors, one_line
 from bitnet_lit.extras import needs
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.regular_file import check_replaceable
 from bitnet_lit.runs.config_keys import full_key, telling_keys, value_of
 from bitnet_lit.runs.folder import CSV_NAME
 from bitnet_lit.runs.history import Run, no_runs, read_run, run_folders
 
-_PNG = b"\x89PNG\r\n\x1a\n"  # how each begins
+_PNG = re.compile(rb"\x89PNG\r\n\x1a\n")  # how each begins
 
 
 def _label(run: Run, key: str) -> str:
@@ -100,11 +100,9 @@ def plot_curves(config: PlotConfig) -> Path:
     kind = out.suffix.removeprefix(".").lower() or "png"
     if kind not in (kinds := figure.canvas.get_supported_filetypes()):
         raise UserError(f"out={config.out}: no kind of picture is called .{kind}: take one of {', '.join(kinds)}")
-    if not out.suffix and os.path.lexists(out):  # a Makefile, perhaps
+    if not out.suffix:  # a Makefile, perhaps
         remedy = f"choose another out=, such as out={config.out}.png"
-        with open_regular(out, remedy) as file:
-            if file.read(len(_PNG)) != _PNG:
-                raise UserError(f"out={config.out}: is there already, and is no picture: {remedy}")
+        check_replaceable(out, _PNG, "is no picture", remedy, key="out=")
     with disk_errors(f"out={config.out}", refused="choose another out="):
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as temporary:

@@ -121,9 +121,8 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
         now, after = time.time_ns(), [_told(job) for job in waiting]
         new = [(told, job) for job, was, told in zip(waiting, before, after, strict=True) if told and told != was]
         failed = sorted(new, key=lambda one: one[0])  # the first one first
-        by_gpu = [job for told, job in failed if names_gpu_error(told[1])]
-        if broken is not None and _was_killed(broken):
-            by_gpu = []  # an error of the GPU may be hours old
+        is_killed = broken is not None and _was_killed(broken)  # then an error of the GPU may be hours old
+        by_gpu = [job for told, job in failed if names_gpu_error(told[1]) and not is_killed]
         if by_gpu:
             _end_processes()
         left = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from bitnet_lit.errors import UserError, one_line, without_class_name
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.overrides import readable
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.regular_file import check_replaceable
 from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.devices import SLOTS_NAME
 from bitnet_lit.runs.folder import METRICS_NAME, RECORD, is_run, is_running, locked
@@ -35,6 +35,7 @@ from bitnet_lit.runs.sweep import REFUSED_NAME, RUNS_ELSEWHERE, STOP_NAME, StopH
 from bitnet_lit.terminal import wide_console
 
 TABLE_NAME = "sweep.csv"
+_TABLE_START = re.compile(rb"job\s*(,|\n|\Z)")
 FIGURES = {
     "val/loss": "val loss",
     "val/bits_per_byte": "bits/byte",
@@ -99,19 +100,6 @@ def _write_table(sweep_dir: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _check_table(path: Path) -> None:
-    """Refuse to replace a sweep.csv that no sweep wrote.
-
-    Raises:
-        UserError: such a file lies there.
-    """
-    remedy = "give another folder (hydra.sweep.dir=...), or move it away"
-    if os.path.lexists(path):
-        with open_regular(path, remedy) as file:
-            if file.readline(1000).split(b",")[0].strip() != b"job":
-                raise UserError(f"{path}: is there already, and no sweep wrote it: {remedy}")
-
-
 def _shown(cell: Any) -> str:
     if not isinstance(cell, float):
         return without_class_name(str(cell))
@@ -161,7 +149,8 @@ class SweepTable(Callback):
             SweepTable._is_new = not sweep_dir.exists()
             sweep_dir.mkdir(parents=True, exist_ok=True)
             SweepTable._lock.enter_context(locked(sweep_dir, "another process runs a sweep"))
-            _check_table(sweep_dir / TABLE_NAME)
+            remedy = "give another folder (hydra.sweep.dir=...), or move it away"
+            check_replaceable(sweep_dir / TABLE_NAME, _TABLE_START, "no sweep wrote it", remedy)
         except UserError as error:  # Hydra would turn it into a warning: the sweeper raises it
             SweepTable._refused = error
             return
