@@ -12,7 +12,7 @@ import pytest
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
-from bitnet_lit.runs.folder import claim, clean, find_run, is_running, is_taken, locked
+from bitnet_lit.runs.folder import check_free, clean, find_run, is_running, is_taken, locked
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
@@ -69,7 +69,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path, result):
     (tmp_path / result).parent.mkdir(exist_ok=True)
     (tmp_path / result).write_text("a result")
     with pytest.raises(UserError, match=f"holds a run already .*resume={tmp_path}"):
-        claim(tmp_path, True)
+        check_free(tmp_path, True)
     assert (tmp_path / result).read_text() == "a result"
 
 
@@ -80,9 +80,10 @@ def test_what_a_run_without_a_checkpoint_left_makes_room(tmp_path):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1").write_text("x")
     with pytest.raises(UserError, match="holds a run already"):
-        claim(tmp_path, False)  # no locks: it may be alive
-    claim(tmp_path, True)
-    assert {path.name for path in tmp_path.iterdir()} == {"notes.md", "tensorboard"}
+        check_free(tmp_path, False)  # no locks: it may be alive
+    replaced = [path.relative_to(tmp_path).as_posix() for path in check_free(tmp_path, True)]
+    events = "tensorboard/events.out.tfevents.1"
+    assert replaced == ["metrics.csv", "ternary_health.csv", "samples.txt", events, "config.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -101,21 +102,16 @@ def test_files_that_no_run_wrote_stay(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine\n")
     with pytest.raises(UserError, match=f"has a {name.removesuffix('/x')} that no run wrote"):
-        claim(tmp_path, True)
+        check_free(tmp_path, True)
     assert (tmp_path / name).read_text() == "mine\n"
 
 
-def test_a_kill_while_a_dead_run_makes_room_leaves_the_rest_to_the_next(tmp_path, monkeypatch):
+def test_a_kill_while_a_dead_run_makes_room_leaves_the_rest_to_the_next(tmp_path):
     for name in ("metrics.csv", "samples.txt", "ternary_health.csv"):
         (tmp_path / name).write_text("x")
     (tmp_path / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
-    unlink = Path.unlink
     for _ in range(4):
-        monkeypatch.setattr(Path, "unlink", lambda path, **options: (unlink(path, **options), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
-            claim(tmp_path, True)
-    monkeypatch.undo()
-    claim(tmp_path, True)
+        check_free(tmp_path, True)[0].unlink()
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +145,7 @@ def test_a_folder_is_taken_by_results_and_by_who_trains_there(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert not is_taken(tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
-    assert not is_taken(tmp_path)  # it died before its first checkpoint: `claim` takes it too
+    assert not is_taken(tmp_path)  # it died before its first checkpoint: `check_free` takes it too
     with locked(tmp_path):
         assert is_taken(tmp_path)
     (tmp_path / "checkpoints" / "last.ckpt").write_text("x")

@@ -17,7 +17,7 @@ from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import DiskError, TrainingStopped, UserError
 from bitnet_lit.overrides import as_typed
 from bitnet_lit.runs import sweep
-from bitnet_lit.runs.folder import claim
+from bitnet_lit.runs.folder import check_free
 from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.own_folder import make_own, record_name
 from bitnet_lit.runs.sweep_table import SweepTable, read_jobs
@@ -234,7 +234,7 @@ def test_a_sweep_that_was_stopped_says_how_each_job_goes_on(tmp_path, capsys, mo
         f"hydra.run.dir={tmp_path / '2'}",
     ]
     assert " run_dir=/x " in commands[1]  # quoted only where a shell needs it
-    claim(tmp_path / "2", True)  # and its folder is free
+    check_free(tmp_path / "2", True)  # and its folder is free
     assert len(words) == 2
 
 

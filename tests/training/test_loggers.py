@@ -8,7 +8,7 @@ import pytest
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
 from bitnet_lit.instantiate import locate
-from bitnet_lit.training.loggers import CsvLogger, build_loggers
+from bitnet_lit.training.loggers import CsvLogger, build_loggers, log_hyperparams
 from bitnet_lit.training.trackio_logger import TrackioLogger
 
 
@@ -65,7 +65,10 @@ def test_tensorboard_gets_the_config(tmp_path):
 
     config = compose("train", ["logger=tensorboard", "optim.learning_rate=0.125", f"run_dir={tmp_path}"])
     for resume_step in (0, 5):  # a resumed run has written it already
-        tensorboard = build_loggers(config, tmp_path, CsvLogger(tmp_path), resume_step)[-1]
+        loggers = build_loggers(config, tmp_path, CsvLogger(tmp_path), resume_step)
+        if not resume_step:
+            log_hyperparams(loggers, config)
+        tensorboard = loggers[-1]
         tensorboard.log_metrics({"val/loss": 2.0}, step=resume_step)
         tensorboard.finalize("success")
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

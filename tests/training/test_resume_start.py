@@ -93,6 +93,45 @@ def test_a_damaged_last_checkpoint_of_a_complete_run_is_made_again_from_the_best
         train(resume_config(str(run)))
 
 
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+WRONG = [
+    ("+logger.extra.mine._target_=lightning.pytorch.loggers.CSVLogger", "logger.extra.mine"),  # without its save_dir
+    ("+callbacks.extra.mine._target_=lightning.pytorch.callbacks.EarlyStopping", "callbacks.extra.mine"),
+    ("+trainer.extra.strateg=ddp", "trainer.extra.strateg"),
+]
+
+
+@pytest.mark.parametrize(("override", "named"), WRONG, ids=[named for _, named in WRONG])
+def test_a_resume_that_is_refused_changes_no_file(run, override, named):
+    """Neither the figures of the run nor the rows and the checkpoint behind the one that it would go on from."""
+    before = content(run)
+    with pytest.raises(UserError, match=named):
+        train(resume_config(str(run / "checkpoints" / "best.ckpt"), [*LONGER, override.lstrip("+")]))
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(("override", "named"), WRONG, ids=[named for _, named in WRONG])
+def test_a_new_run_that_is_refused_changes_no_file(run, made, override, named):
+    """The run there has no checkpoint yet, and the next new run replaces what it wrote."""
+    shutil.rmtree(run / "checkpoints")
+    for name in ("model", "model_last"):
+        shutil.rmtree(run / name)
+    (run / "metrics.json").unlink()
+    before = content(run)
+    start = [
+        "train",
+        [f"run_dir={run}", f"data.dir={made}/data", *TINY_RUN, "trainer.max_steps=1", "logger=tensorboard"],
+    ]
+    with pytest.raises(UserError, match=named):
+        train(compose(start[0], [*start[1], override]))
+    assert content(run) == before
+    assert train(compose(*start))["steps"] == 1
+    assert len((run / "metrics.csv").read_text().splitlines()) < 5 and list((run / "tensorboard").iterdir())
+
+
 def test_what_the_best_model_was_is_exported_again(run):
     expected = {path.name: path.read_bytes() for path in (run / "model").iterdir()}
     shutil.rmtree(run / "model")

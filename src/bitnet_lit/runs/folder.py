@@ -155,12 +155,16 @@ def locked(folder: Path, what: str = "another process is training") -> Iterator[
         os.close(descriptor)
 
 
-def claim(folder: Path, is_locked: bool) -> None:
-    """Make a folder free for a new run, or refuse it. This process must have called `locked` for it.
+def check_free(folder: Path, is_locked: bool) -> list[Path]:
+    """Make sure that a new run may take a folder. This process must have called `locked` for it.
 
     Args:
         is_locked: whether this process really holds the lock. Without it, a run that has no checkpoint yet may still be
             alive.
+
+    Returns:
+        The files that a run without a checkpoint left there, and config.yaml. The new run removes them in this order:
+        config.yaml shows that a run wrote the others, so it is the last one.
 
     Raises:
         UserError: the folder holds a run, or a file that no run wrote and that a run would overwrite.
@@ -178,9 +182,7 @@ def claim(folder: Path, is_locked: bool) -> None:
             f"run_dir={folder}: has a {foreign[0]} that no run wrote, and a run would write its own in its place: give "
             "a folder of its own (hydra.run.dir=...)"
         )
-    for path in begun:
-        path.unlink()
-    config.unlink(missing_ok=True)  # last, because it shows that a run wrote the other files
+    return [*begun, config]
 
 
 def clean(folder: Path) -> None:

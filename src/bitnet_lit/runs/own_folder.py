@@ -2,9 +2,8 @@
 
 The default name of a run's folder is the second at which it began, and two runs may begin in the same second. Then the
 first run takes that folder, and the second takes another (`12-00-00-1`). The default name of a sweep's folder comes
-from its overrides, so that the same sweep goes on in it. If a folder that was typed belongs to another
-run, Hydra's record is not written into it (`record_name`), and the run is refused later (`folder.claim`) unless it is a
-resume.
+from its overrides, so that the same sweep goes on in it. If a folder that was typed belongs to another run, Hydra's
+record is not written into it (`record_name`), and the run is refused later (`folder.check_free`) unless it is a resume.
 
 Where torchrun or srun started every rank, only rank 0 takes a folder. The others write nothing, but Hydra needs a
 folder for each process. They get a temporary one, which is removed when they end.

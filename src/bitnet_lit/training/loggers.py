@@ -11,6 +11,7 @@ import netrc
 import os
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -47,7 +48,6 @@ class CsvLogger(Logger):
             for row in read_metrics(self.path)[:num_rows]:
                 if int(row["step"]) <= resume_step:
                     self._add(row)
-            self.save()  # without the rows that were written after the checkpoint
 
     name = "csv"
     version = 0
@@ -131,9 +131,8 @@ def _wandb_id(run_dir: Path) -> str | None:
     return found[-1] if found else None
 
 
-@rank_zero_only
-def _log_hyperparams(logger: Logger, config: TrainConfig) -> None:
-    """Write the config for TensorBoard's page HPARAMS, with val/loss as the metric that it compares.
+def log_hyperparams(loggers: Sequence[Logger], config: TrainConfig) -> None:
+    """Write the config for the page HPARAMS of `logger=tensorboard`, with val/loss as the metric that it compares.
 
     TensorBoardLogger's own method would write a first value of the metric, which no step has measured.
     """
@@ -141,7 +140,8 @@ def _log_hyperparams(logger: Logger, config: TrainConfig) -> None:
 
     values = {key: value for key, value in flat(as_values(config)).items() if value is not None}
     plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
-    writer = logger.experiment._get_file_writer()  # type: ignore[attr-defined]
+    tensorboard = next(logger for logger in loggers if isinstance(logger, TensorBoardLogger))  # later ones are extra
+    writer = tensorboard.experiment._get_file_writer()
     for summary in hparams(plain, {"val/loss": 0.0}):  # the number is not written
         writer.add_summary(summary)
 
@@ -159,8 +159,6 @@ def build_loggers(config: TrainConfig, run_dir: Path, csv_logger: CsvLogger, res
     if config.logger.tensorboard:
         with needs("tensorboard", "logger=tensorboard"):
             loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resume_step or None))
-        if not resume_step:
-            _log_hyperparams(loggers[-1], config)
     if config.logger.wandb:
         # If the user has set WANDB_MODE, it decides. WandbLogger's own `offline` would set a mode that newer versions
         # of wandb read as online.

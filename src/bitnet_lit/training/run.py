@@ -28,7 +28,7 @@ from bitnet_lit.instantiate import locate, named_classes
 from bitnet_lit.model.custom import count
 from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant.kernels.choose import describe
-from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, claim, clean, locked
+from bitnet_lit.runs.folder import CHECKPOINTS, LAST, METRICS_NAME, check_free, clean, locked
 from bitnet_lit.runs.meeting import all_or_none
 from bitnet_lit.runs.ranks import is_first_of_node, rank
 from bitnet_lit.runs.signals import StopSignals
@@ -43,7 +43,7 @@ from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
 from bitnet_lit.training.launcher import check_launcher
-from bitnet_lit.training.loggers import CsvLogger, build_loggers
+from bitnet_lit.training.loggers import CsvLogger, build_loggers, log_hyperparams
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit, world_size
@@ -53,6 +53,8 @@ from bitnet_lit.training.resume import Start, read_start, save_config
 from bitnet_lit.training.schedule import build_schedule
 from bitnet_lit.training.started_ranks import left_as_found
 from bitnet_lit.training.trainer import build_trainer
+
+_ELSEWHERE = "give another folder (hydra.run.dir=...)"
 
 
 def keep_freed_memory() -> None:
@@ -166,9 +168,9 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
     run_dir, is_owner = Path(config.run_dir), rank() == 0
     rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # Lightning does not read NODE_RANK until fit
     check_launcher(config.trainer, world_size(config.trainer))
-    start, identity = None, {}
+    start, identity, replaced = None, {}, []
     in_all = functools.partial(all_or_none, rank(), config.trainer.num_nodes, f"the start of {run_dir}")
-    with in_all():
+    with in_all():  # what may be refused; no file of an earlier run changes here
         import_classes(config)
         if config.resume is not None:
             if is_owner:
@@ -198,10 +200,9 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         module = BitNetModule(model, config, plan, tokenizer, moments, distillation)
         # As a trial, so that a class of the user's own that fails is reported before the folder is taken.
         build_schedule(build_optimizer(model, config.optim), config.schedule, plan.warmup_steps, plan.schedule_steps)
-    with in_all():  # nothing is written before the run can begin in every process
-        if is_owner:
-            identity = identity or run_identity(config, data.identity(), tokenizer, length, sha256)
-            _take_folder(config, run_dir, start, holding)
+        if is_owner and start is None:
+            identity = run_identity(config, data.identity(), tokenizer, length, sha256)
+            replaced = _lock_new_folder(run_dir, holding)
         csv_logger = CsvLogger(run_dir, start.step if start else 0, start.state.get("csv_rows") if start else None)
         precision = resolved_precision(config.trainer)
         checkpoints = Checkpoints(
@@ -232,6 +233,13 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
             compile_networks(*([model] if distillation is None else [model, distillation.teacher]))
             if distillation is not None:
                 distillation.compile()
+    with in_all():  # the run can begin in every process
+        if is_owner:
+            _take_folder(config, run_dir, start, replaced)
+            if start is not None:
+                csv_logger.save()  # without the rows that were written after the checkpoint
+            elif config.logger.tensorboard:
+                log_hyperparams(trainer.loggers, config)
     if trainer.is_global_zero:
         device = f"{trainer.num_devices} x {trainer.strategy.root_device}, {precision}"
         rows = {"run": run_dir, "data": data.described(plan.tokens, length), "device": device}
@@ -258,18 +266,31 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         return write_result(config, plan, trainer, checkpoints)
 
 
-def _take_folder(config: TrainConfig, run_dir: Path, start: Start | None, holding: contextlib.ExitStack) -> None:
-    """Take the run folder for this run: remove what killed processes left in it, and write config.yaml.
+def _lock_new_folder(run_dir: Path, holding: contextlib.ExitStack) -> list[Path]:
+    """Lock the folder of a new run, and return the files in it that the run replaces.
+
+    Args:
+        holding: keeps the lock until the run ends.
+
+    Raises:
+        UserError: the folder belongs to another run, or cannot be made.
+    """
+    with disk_errors(f"run_dir={run_dir}", refused=_ELSEWHERE):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return check_free(run_dir, holding.enter_context(locked(run_dir)))
+
+
+def _take_folder(config: TrainConfig, run_dir: Path, start: Start | None, replaced: list[Path]) -> None:
+    """Take the locked run folder for this run: remove what killed processes left in it, and write config.yaml.
 
     Args:
         start: the checkpoint of a resumed run; None for a new run.
-        holding: keeps the lock on a new run's folder until the run ends.
+        replaced: the files of an earlier run that a new run replaces.
     """
-    with disk_errors(f"run_dir={run_dir}", refused="give another folder (hydra.run.dir=...)"):
-        if start is None:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            claim(run_dir, holding.enter_context(locked(run_dir)))
-        else:
+    with disk_errors(f"run_dir={run_dir}", refused=_ELSEWHERE):
+        for path in replaced:
+            path.unlink(missing_ok=True)
+        if start is not None:
             if start.path.name != LAST:
                 link_checkpoint(start.path, run_dir / CHECKPOINTS / LAST)
             (run_dir / METRICS_NAME).unlink(missing_ok=True)  # the run is not complete (any more)
