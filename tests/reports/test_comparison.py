@@ -217,6 +217,19 @@ def test_runs_whose_values_look_alike_are_not_one_run(tmp_path):
         make_run(tmp_path / str(number), **changes)
     rows, notes = compared(tmp_path, by=["quant"])
     assert rows["b158"].loss.count == len(differing) and not any("same config" in note for note in notes)
+    rows, _ = compared(tmp_path, by=["learning_rate"])  # the others have 0.02
+    assert {name: row.loss.count for name, row in rows.items()} == {"0.0123456781": 1, "0.0123456789": 1, "0.02": 2}
+    rows, _ = compared(tmp_path, by=["distill.layers"])
+    assert [row.loss.count for row in rows.values()] == [2, 1, 1]
+
+
+def test_a_row_shows_six_digits_where_they_tell_it_from_the_others(tmp_path):
+    layers = [f"model.layers.{layer}.mlp.down_proj" for layer in range(20)]
+    for number, rate in enumerate((0.0123456789, 0.0123466781, 1e-05)):
+        make_run(tmp_path / str(number), optim={"name": "muon", "learning_rate": rate}, skipped=layers)
+    rows, _ = compared(tmp_path, by=["learning_rate", "skipped"])
+    assert [name.split()[0] for name in rows] == ["1e-05", "0.0123457", "0.0123467"]
+    assert max(map(len, rows)) < 220
 
 
 def test_rows_are_in_the_order_of_numbers(tmp_path):

@@ -41,6 +41,14 @@ def test_a_run_is_labelled_by_a_value_a_groups_name_or_its_class(tmp_path):
     assert labels == ["seed=3", "quant=b1", "optim=torch.optim.SGD", "optim.eps=None"]
 
 
+def test_values_that_agree_in_six_digits_are_two_labels(tmp_path):
+    runs = [
+        read_run(run(tmp_path / name, config=f"seed: 1\noptim:\n  learning_rate: 0.012345678{name}\n")) for name in "12"
+    ]
+    labels = [f"optim.learning_rate=0.012345678{name}" for name in "12"]
+    assert list(curves._by_label(runs, "optim.learning_rate")) == labels
+
+
 def test_runs_of_one_label_have_one_colour_and_the_keys_that_differ(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -17,7 +17,7 @@ from bitnet_lit.reports.gaps import Gap, gap_at_equal_bytes, gap_at_equal_tokens
 from bitnet_lit.reports.measures import at_equal_tokens, final
 from bitnet_lit.reports.statistics import Estimate
 from bitnet_lit.reports.weight_sizes import WeightSizes, is_dense, weight_sizes
-from bitnet_lit.runs.config_keys import natural, value_of
+from bitnet_lit.runs.config_keys import natural, shown_apart, value_of
 from bitnet_lit.runs.history import DONE, FAILED, Run
 from bitnet_lit.runs.metric_names import larger_is_better
 
@@ -154,8 +154,9 @@ def compare(runs: Sequence[Run], by: list[str], over: list[str], metric: str, de
         groups[tuple(value_of(run.config, key) for key in by)].append(run)
     in_order = sorted(groups, key=lambda values: [natural(value) for value in values])
     comparison = Comparison([], by, over, metric, dense_bits)
+    shown = [shown_apart(column) for column in zip(*in_order, strict=True)]
     for values in in_order:
-        row = Row(dict(zip(by, values, strict=True)))
+        row = Row({key: texts[value] for key, texts, value in zip(by, shown, values, strict=True)})
         _choose(row, groups[values], over, metric)
         if row.counted:
             _measure(row, comparison)

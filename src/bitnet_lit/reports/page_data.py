@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bitnet_lit.errors import one_line
 from bitnet_lit.reports.comparison import Comparison, Row
 from bitnet_lit.reports.gaps import Gap
 from bitnet_lit.reports.health import read_matrices
@@ -118,7 +119,7 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
         on_their_way = [run for run, _ in row.left_out if run.state == UNFINISHED]
         for run in row.counted or on_their_way:
             label = ", ".join(f"{key} {value_of(run.config, key)}" for key in comparison.over) or run.folder.name
-            runs.append(_run(run, index, label, comparison))
+            runs.append(_run(run, index, one_line(label, 200), comparison))
         if row in quantized:
             num_matrices = 210  # a model of 30 layers
             most_steps = max(8, min(60, _MOST_CELLS // (len(quantized) * num_matrices * 3)))

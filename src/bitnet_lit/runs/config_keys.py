@@ -7,6 +7,7 @@ another version, so a key may be absent, and `ABSENT` stands for its value then.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from bitnet_lit.errors import UserError, nearest, one_line
 ABSENT = "-"
 """A table shows this where a config does not have a key."""
 
+_FRACTION = re.compile(r"-?\d+\.\d+(e[+-]?\d+)?", re.ASCII)
+_WHOLE = 10_000  # characters: a list of every layer has fewer
 _NUMBER = re.compile(r"((?:^-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 _FIRST = ("model", "quant", "optim", "schedule", "data")
 _WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger", "callbacks", "export", "sweep")
@@ -88,28 +91,36 @@ def learned_from(config: dict[str, Any], *without: str) -> dict[str, str]:
 def _exact(value: Any) -> str:
     """Return a value as text that no other value has; 1 and 1.0 are one value."""
     if isinstance(value, float):
-        return shown(value) if float(shown(value)) == value else repr(value)
-    return shown(value) if isinstance(value, bool) else str(value)
-
-
-def shown(value: Any) -> str:
-    """Return a value as text, a float with six digits and a long text without its middle.
-
-    A group stands for its name, or for the class of the user's own that it names.
-    """
-    if isinstance(value, dict):
-        value = value.get("name", value.get("_target_"))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else one_line(value, 200)
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def value_of(config: dict[str, Any], key: str, absent: str = ABSENT) -> str:
-    """Return the value of a key or a group as text; `absent` where the config does not have it."""
+    """Return the value of a key or a group as text that no other value has; `absent` where the config lacks the key.
+
+    A group stands for its name, or for the class of the user's own that it names.
+    """
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    return absent if value is None else shown(value)
+    if isinstance(value, dict):
+        value = value.get("name", value.get("_target_"))
+    return absent if value is None else _exact(value)
+
+
+def shown_apart(values: Iterable[str]) -> dict[str, str]:
+    """Return each value as a table shows it: a fraction with six digits, and a long text without its middle.
+
+    Values that would look alike are shown whole.
+    """
+    short = {value: _short(value) for value in dict.fromkeys(values)}
+    looks = Counter(short.values())
+    return {value: text if looks[text] == 1 else one_line(value, _WHOLE) for value, text in short.items()}
+
+
+def _short(value: str) -> str:
+    is_rounded = _FRACTION.fullmatch(value) is not None and float(f"{float(value):g}") != float(value)
+    return f"{float(value):g}" if is_rounded else one_line(value, 200)
 
 
 def full_key(option: str, typed: str, configs: Iterable[dict[str, Any]]) -> str:

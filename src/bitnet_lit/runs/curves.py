@@ -42,7 +42,8 @@ def _by_label(runs: Iterable[Run], key: str) -> dict[str, dict[str, Run]]:
     named: dict[str, dict[str, Run]] = {}
     for label, group in groups.items():
         keys = telling_keys([run.config for run in group], over=[key])
-        texts = [" ".join([label, *(f"{other}={value_of(run.config, other)}" for other in keys)]) for run in group]
+        values = [" ".join([label, *(f"{other}={value_of(run.config, other)}" for other in keys)]) for run in group]
+        texts = [one_line(text, 200) for text in values]
         named[label] = {
             text if texts.count(text) == 1 else f"{text} ({run.folder})": run
             for text, run in zip(texts, group, strict=True)
