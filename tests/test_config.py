@@ -1,6 +1,6 @@
 """The schema and what users hear of it: every file in conf composes, every mistake is one line with a remedy."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +159,9 @@ def plain(value):
 
 
 def test_the_bits_of_activations_are_those_of_the_scheme_unless_typed():
-    assert QuantConfig(name="bitnet_v2").activation_bits == 4 and QuantConfig(name="b158").activation_bits == 8
+    assert QuantConfig(name="bitnet_v2").bits == 4 and QuantConfig(name="b158").bits == 8
     assert QuantConfig(name="bitnet_v2", activation_bits=8).scheme.activation_bits == 8
-    assert compose("train", ["run_dir=x", "quant.name=bitnet_v2"]).quant.activation_bits == 4
+    assert compose("train", ["run_dir=x", "quant.name=bitnet_v2"]).quant.scheme.activation_bits == 4
+    assert replace(QuantConfig(), name="bitnet_v2").scheme.activation_bits == 4
+    assert replace(QuantConfig(name="bitnet_v2"), name="b158").scheme.activation_bits == 8
+    assert replace(QuantConfig(activation_bits=6), name="bitnet_v2").scheme.activation_bits == 6

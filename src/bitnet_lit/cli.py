@@ -74,7 +74,6 @@ def open_groups(cls: type) -> DictConfig:
     """Return a command's schema, in which the groups that accept a user's own class take any key."""
     node: DictConfig = OmegaConf.structured(cls)
     if issubclass(cls, schema.TrainConfig):
-        node.quant = OmegaConf.structured(schema.QuantConfig)  # an object has the bits of b158 filled in already
         for group in GROUPS.keys() & node.keys():
             node[group] = {}
             OmegaConf.set_struct(node[group], False)

@@ -207,12 +207,15 @@ class QuantConfig(Checked):
         super().__post_init__()
         if self._target_ is not None:
             self.name = SCHEMES.imported(self._target_, f"quant._target_={self._target_}").name
-        if self.activation_bits is None:
-            self.activation_bits = activation_bits_of(self.name)
         self.describe()  # makes the scheme, which checks its settings
         one_of("quant.lambda_warmup_shape", self.lambda_warmup_shape, ("linear", "cosine", "exponential"))
         one_of("quant.kernel", self.kernel, KERNELS)
         one_of("quant.grad", self.grad, ("auto", "fp8", "fp8_all", "bf16"))
+
+    @property
+    def bits(self) -> int:
+        """`activation_bits`, or those of the scheme where it is None."""
+        return activation_bits_of(self.name) if self.activation_bits is None else self.activation_bits
 
     @property
     def scheme(self) -> Scheme:
@@ -223,10 +226,10 @@ class QuantConfig(Checked):
         """
         cls, settings = SCHEMES.named(self.name), dict(self.settings)
         has = {setting.name for setting in fields(cls)}
-        for key, default in (("weight_scale", "absmean"), ("activation_bits", 8)):
+        for key, value, default in (("weight_scale", self.weight_scale, "absmean"), ("activation_bits", self.bits, 8)):
             if key in settings:
                 raise UserError(f"quant.settings.{key}={settings[key]}: has a key of its own: set quant.{key}")
-            value = getattr(self, key)  # a scheme without this setting accepts the default, and refuses other values
+            # A scheme without this setting accepts the default, and refuses other values.
             if key in has or (value != default and key not in cls.ignores):
                 settings[key] = value
         return with_settings(cls, settings, f"quant={cls.name}")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -190,8 +191,13 @@ def sequence_length(config: TrainConfig) -> int:
     return length
 
 
-def with_data_named(config: TrainConfig) -> TrainConfig:
-    """Return the config with the folder of the demo corpus where it names no data, so that config.yaml names it."""
+def filled_in(config: TrainConfig) -> TrainConfig:
+    """Return the config with two defaults filled in, so that config.yaml names them.
+
+    They are the folder of the demo corpus, where it names no data, and the bits of the scheme's activations.
+    """
+    config, quant = copy(config), copy(config.quant)  # not `replace`, which would import the class of the scheme
+    quant.activation_bits, config.quant = quant.bits, quant
     if isinstance(config.data, DataConfig) and config.data.dir is None and not config.data.mix:
         return replace(config, data=replace(config.data, dir=str(DEMO_DIR)))
     return config

@@ -35,7 +35,7 @@ from bitnet_lit.runs.folder import METRICS_NAME
 from bitnet_lit.runs.job_folder import State, told
 from bitnet_lit.terminal import time_span, wide_console
 from bitnet_lit.training.callbacks.throughput import measured_peak_flops
-from bitnet_lit.training.data import DEMO_DIR, open_data, sequence_length, with_data_named
+from bitnet_lit.training.data import DEMO_DIR, filled_in, open_data, sequence_length
 from bitnet_lit.training.distillation import teacher_of
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import build_network, fill_in_sizes
@@ -86,7 +86,7 @@ def check_run(config: TrainConfig, demo_dir: Path = DEMO_DIR) -> Outlook:
         UserError: the run would be refused.
     """
     import_classes(config)
-    config = with_data_named(config)
+    config = filled_in(config)
     if isinstance(config.data, DataConfig) and _uses_demo(config):
         config = replace(config, data=replace(config.data, dir=str(demo_dir)))
     check_launcher(config.trainer, world_size(config.trainer))
@@ -147,7 +147,7 @@ def preview(jobs: Sequence[tuple[str, Path, State, TrainConfig | UserError]]) ->
     """
     with tempfile.TemporaryDirectory(prefix="bitnet-lit-demo-") as temporary:
         demo_dir = DEMO_DIR
-        uses_demo = any(isinstance(config, TrainConfig) and _uses_demo(with_data_named(config)) for *_, config in jobs)
+        uses_demo = any(isinstance(config, TrainConfig) and _uses_demo(filled_in(config)) for *_, config in jobs)
         if uses_demo and not is_complete(DEMO_DIR):  # the run makes it, and a dry run writes nothing
             demo_dir = Path(temporary) / "demo"
             prepare(PrepareConfig(source="demo", out=str(demo_dir)))

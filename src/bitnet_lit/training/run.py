@@ -37,7 +37,7 @@ from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.checkpoint_file import link_checkpoint
 from bitnet_lit.training.compile import compile_networks, compiles
-from bitnet_lit.training.data import RunData, open_data, sequence_length, with_data_named
+from bitnet_lit.training.data import RunData, filled_in, open_data, sequence_length
 from bitnet_lit.training.distillation import Distillation, Teacher, teacher_of
 from bitnet_lit.training.failures import in_one_line
 from bitnet_lit.training.identity import run_identity
@@ -164,7 +164,7 @@ def import_classes(config: TrainConfig) -> None:
 
 
 def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitStack) -> dict[str, Any]:
-    config = with_data_named(config)
+    config = filled_in(config)
     run_dir, is_owner = Path(config.run_dir), rank() == 0
     rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # Lightning does not read NODE_RANK until fit
     check_launcher(config.trainer, world_size(config.trainer))
