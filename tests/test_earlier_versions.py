@@ -18,7 +18,7 @@ from bitnet_lit.config import EvaluateConfig, QuantConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.quant.schemes import B158
-from bitnet_lit.runs.folder import MODEL_LAST
+from bitnet_lit.runs.folder import MODEL
 from bitnet_lit.runs.metrics_csv import read_metrics
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
@@ -52,7 +52,7 @@ def test_its_run_goes_on(tmp_path):
     config = resume_config(str(tmp_path / "run"), overrides)
     assert config.quant == QuantConfig(activation_bits=8, weight_scale="absmedian", lambda_warmup_steps=2)
     assert train(config)["steps"] == 6
-    saved = json.loads((tmp_path / "run" / MODEL_LAST / "config.json").read_text())["bitnet_lit"]["quant"]
+    saved = json.loads((tmp_path / "run" / MODEL / "config.json").read_text())["bitnet_lit"]["quant"]
     assert saved == {"name": "b158", "weight_scale": "absmedian", "activation_bits": 8, "skip": ["lm_head"]}
 
 

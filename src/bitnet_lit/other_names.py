@@ -109,7 +109,7 @@ WORDS = {
         "tags": f"{_NAME}; logger.wandb_group=<name> groups runs",
         "hparams_search": "a sweep is -m key=a,b,c, a search -m sweep=optuna_lr, or a file of your own: sweep=<name>",
         "test": "python -m bitnet_lit.evaluate checkpoint=<run folder> measures the whole validation split",
-        "optimized_metric": "it is sweep.metric=val/best_loss",
+        "optimized_metric": "it is sweep.metric=val/loss",
         "dry_run": "it is sweep.dry_run=true",
         "extras": "--cfg job prints the config",
         "callbacks.early_stopping": _EARLY,

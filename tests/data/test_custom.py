@@ -190,12 +190,13 @@ def test_validation_takes_a_part_inside_the_run_and_all_at_its_end():
     for world_size, parts in ((1, [[4, 4, 1]]), (2, [[4, 1], [4, 0]])):
         for rank, sizes in enumerate(parts):
             whole = module(rank=rank, world_size=world_size)
-            assert [valid for _, valid, _ in whole.val_dataloader()] == sizes
+            assert [valid for _, valid, *_ in whole.val_dataloader()] == sizes
             part = module(rank=rank, world_size=world_size, limit=1)
-            assert [valid for _, valid, _ in part.val_dataloader()] == sizes[:1]
+            assert [(valid, in_part) for _, valid, _, in_part in part.val_dataloader()] == [(sizes[0], True)]
             part.trainer.should_stop = True
-            assert [valid for _, valid, _ in part.val_dataloader()] == sizes
-    assert [valid for _, valid, _ in module(limit=0.7).val_dataloader()] == [4, 4]
+            marked = [(size, number == 0) for number, size in enumerate(sizes)]
+            assert [(valid, in_part) for _, valid, _, in_part in part.val_dataloader()] == marked
+    assert [valid for _, valid, *_ in module(limit=0.7).val_dataloader()] == [4, 4]
 
 
 @pytest.mark.parametrize("cls", ["Squares", "Counting"])
@@ -247,6 +248,14 @@ def test_an_empty_validation_split_is_one_line(tmp_path, says_length, monkeypatc
     with pytest.raises(UserError, match="val_dataloader gives no sequence: is the text for validation shorter"):
         train(compose("train", [f"run_dir={tmp_path}/run", *options]))
     assert (NoValidation.batches == 0) == says_length
+
+
+def test_a_share_of_a_loader_without_length_is_refused_before_the_first_step(tmp_path):
+    options = [*TINY_RUN, *QUICK, f"data._target_={HERE}.NoValidation", "data.says_length=false"]
+    options += ["trainer.limit_val_batches=0.5"]
+    with pytest.raises(UserError, match=r"limit_val_batches=0.5: is a share, and val_dataloader does not say how many"):
+        train(compose("train", [f"run_dir={tmp_path}/run", *options]))
+    assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
 def test_no_sequence_to_measure_norms_on_is_one_line():

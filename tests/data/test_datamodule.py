@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from bitnet_lit.config import DataConfig
 from bitnet_lit.data.batches import ValidationBatches
 from bitnet_lit.data.corpora import open_corpora
-from bitnet_lit.data.datamodule import BitNetDataModule
+from bitnet_lit.data.datamodule import BitNetDataModule, ValidationOrder
 from bitnet_lit.data.shards import open_shards
 
 
@@ -59,10 +60,32 @@ def test_validation_covers_every_sequence_once_over_ranks(shards):
         )
         loader = list(module.val_dataloader())
         assert len(loader) == -(-split.num_sequences // 15)  # the same for every rank
-        seen += [ids[:valid] for ids, valid, _ in loader]
+        seen += [ids[:valid] for ids, valid, *_ in loader]
         module.trainer.should_stop = False
-        assert len(list(module.val_dataloader())) == 2  # inside the run: the limit
+        part = list(module.val_dataloader())  # inside the run: the limit, and the same batches are marked at the end
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(part, (each for each in loader if each[3]), strict=True))
+        assert len(part) == 2 and torch.equal(part[1][0], loader[len(loader) // 2][0])
     assert sum(len(ids) for ids in seen) == split.num_sequences
+
+
+@pytest.mark.parametrize(
+    ("limit", "parts"),
+    [
+        (4, [[0, 2, 5, 7], [0, 1, 2]]),  # of 10 batches and of 3
+        (0.5, [[0, 2, 4, 6, 8], [0]]),
+        (0.01, [[0], [0]]),
+        (100, [list(range(10)), list(range(3))]),
+        (None, [list(range(10)), list(range(3))]),
+    ],
+)
+def test_each_validation_takes_the_same_part_spread_over_each_corpus(limit, parts):
+    trainer = SimpleNamespace(should_stop=False)
+    order = ValidationOrder([10, 3], limit, trainer)
+    expected = [(corpus, batch) for corpus, part in enumerate(parts) for batch in part]
+    assert list(order) == [(*batch, True) for batch in expected]
+    trainer.should_stop = True  # at the end of the run
+    every = [(corpus, batch) for corpus, total in enumerate((10, 3)) for batch in range(total)]
+    assert list(order) == [(*batch, batch in expected) for batch in every]
 
 
 def test_a_padded_validation_has_one_shape_and_the_same_sequences(shards):
@@ -71,7 +94,7 @@ def test_a_padded_validation_has_one_shape_and_the_same_sequences(shards):
     for rank in range(3):
         plain, padded = (ValidationBatches([split], 7, rank, 3, is_padded) for is_padded in (False, True))
         for number in range(plain.num_batches()[0]):
-            (ids, valid, _), (more, also_valid, _) = plain[0, number], padded[0, number]
+            (ids, valid, *_), (more, also_valid, *_) = plain[0, number, True], padded[0, number, True]
             assert also_valid == valid and torch.equal(more[:valid], ids[:valid]) and more.shape == (7, 17)
             counted.append(valid)
     assert sum(counted) == split.num_sequences and min(counted) < 7

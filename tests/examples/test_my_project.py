@@ -59,7 +59,7 @@ def test_a_run_with_everything_of_ones_own_is_killed_goes_on_and_is_evaluated(pr
         "evaluate", "checkpoint=run", "schemes=[my_project.Threshold]", "allow=[my_project]", cwd=project
     )
     printed = dict(line.split(None, 1) for line in evaluated.stdout.splitlines())
-    assert float(printed["loss"]) == pytest.approx(figures["val/best_loss"], rel=1e-3)
+    assert float(printed["loss"]) == pytest.approx(figures["val/loss"], rel=1e-3)
     named = ["formats=[my_format.Npy]", "schemes=[my_project.Threshold]"]
     run_command("export", "checkpoint=run", "format=npy", "out=arrays", *named, cwd=project)
     assert (project / "arrays" / "model.norm.weight.npy").is_file()
@@ -74,7 +74,7 @@ def test_a_network_of_ones_own_is_trained_and_evaluated(project):
     evaluated = run_command("evaluate", "checkpoint=mixer", *named, cwd=project).stdout
     figures = json.loads((project / "mixer" / "metrics.json").read_text())
     printed = dict(line.split(None, 1) for line in evaluated.splitlines())
-    assert float(printed["loss"]) == pytest.approx(figures["val/best_loss"], rel=1e-3)
+    assert float(printed["loss"]) == pytest.approx(figures["val/loss"], rel=1e-3)
 
 
 def test_classes_are_found_beside_the_config_dir(project, tmp_path):

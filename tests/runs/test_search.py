@@ -24,7 +24,7 @@ class Objective(StandIn):
     def __init__(self):
         super().__init__()
         self.dies_in = self.diverges_in = self.fails_in = None
-        self.best_loss_is = {}
+        self.loss_is = {}
 
     def __call__(self, config):
         rate, number = config.optim.learning_rate, len(self.ran)
@@ -41,7 +41,7 @@ class Objective(StandIn):
             raise OSError("the disk is gone")
         loss = abs(math.log(rate / 0.02))
         (folder / "metrics.json").write_text(
-            json.dumps({"val/loss": loss + 1, "val/best_loss": self.best_loss_is.get(number, loss)})
+            json.dumps({"val/loss": self.loss_is.get(number, loss), "val/best_loss": loss + 1})
         )
         return loss
 
@@ -72,7 +72,7 @@ def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
     assert all(trial.value == abs(math.log(trial.params["optim.learning_rate"] / 0.02)) for trial in found)
     assert objective.start(*SEARCH) == 0 and not objective.ran  # all trials are done
     out = capsys.readouterr().out
-    assert f"best of 4 trials: val/best_loss={min(trial.value for trial in found):.4f}" in out
+    assert f"best of 4 trials: val/loss={min(trial.value for trial in found):.4f}" in out
     assert objective.start(*SEARCH, "sweep.n_trials=5") == 0 and len(objective.ran) == 1
     for other, was, now in [  # what is the same in both searches is not told
         (
@@ -82,7 +82,7 @@ def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
         ),
         ("quant=b158,none", "(no quant)", "quant=b158,none"),
         ("seed=2", "(no seed)", "seed=2"),
-        ("sweep.metric=val/loss", "metric=val/best_loss", "metric=val/loss"),
+        ("sweep.metric=val/best_loss", "metric=val/loss", "metric=val/best_loss"),
         ("sweep.direction=maximize", "direction=minimize", "direction=maximize"),
     ]:
         with pytest.raises(UserError) as refused:
@@ -93,8 +93,8 @@ def test_a_search_that_was_killed_goes_on(objective, tmp_path, capsys):
     assert objective.start(*SEARCH) == 0
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 's' / STUDY_NAME}")
     study.set_user_attr("keys", None)  # of an earlier version
-    with pytest.raises(UserError, match=r"its study has optim.*metric=val/best_loss.*this search has optim.*val/loss"):
-        objective.start(*SEARCH, "sweep.metric=val/loss")
+    with pytest.raises(UserError, match=r"its study has optim.*metric=val/loss.*this search has optim.*val/best_loss"):
+        objective.start(*SEARCH, "sweep.metric=val/best_loss")
 
 
 def test_values_that_failed_wait_once_in_the_queue(objective, tmp_path):
@@ -134,7 +134,7 @@ def test_a_search_in_which_one_run_diverged_has_succeeded(objective):
 def test_values_to_choose_from(objective, tmp_path):
     """Names, whole numbers and ranges; the figure and its direction are chosen too."""
     space = ["quant=b158,none", "seed=int(interval(1,5))", "data.batch_size=range(4,13,4)"]
-    more = ["sweep.n_trials=5", "sweep.metric=val/loss", "sweep.direction=maximize", "sweep.sampler=random"]
+    more = ["sweep.n_trials=5", "sweep.metric=val/best_loss", "sweep.direction=maximize", "sweep.sampler=random"]
     assert objective.start(*SEARCH, *space, *more, "optim.learning_rate=1e-2") == 0
     found = trials(tmp_path)
     assert {trial.params["quant"] for trial in found} <= {"b158", "none"}
@@ -169,7 +169,7 @@ def test_a_typing_error_in_the_metric_is_found_before_the_first_trial(objective,
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf, -math.inf])
 def test_a_figure_that_is_no_number_is_a_bad_result(objective, tmp_path, figure):
-    objective.best_loss_is = {0: figure}
+    objective.loss_is = {0: figure}
     assert objective.start(*SEARCH, "sweep.n_trials=2") == 0
     assert [math.isinf(trial.value) and trial.value > 0 for trial in trials(tmp_path)] == [True, False]
 

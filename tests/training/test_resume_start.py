@@ -1,5 +1,6 @@
 """What a run goes on from: its config as plain data, a whole checkpoint, the same data and the same network."""
 
+import csv
 import json
 import shutil
 from dataclasses import asdict
@@ -50,6 +51,13 @@ def run(made, tmp_path):
 
 
 LONGER = ["trainer.max_steps=5", "schedule.total_steps=5"]
+
+
+def validation_losses(run):
+    """Return the logged val/loss of each step that has one."""
+    with (run / "metrics.csv").open() as file:
+        losses = {int(row["step"]): row["val/loss"] for row in csv.DictReader(file) if row["val/loss"]}
+    return {step: pytest.approx(float(loss), rel=1e-8) for step, loss in losses.items()}  # 9 digits
 
 
 def flip(path):
@@ -139,7 +147,8 @@ def test_what_the_best_model_was_is_exported_again(run):
     (run / "metrics.json").unlink()
     metrics = train(resume_config(str(run)))
     assert {path.name: path.read_bytes() for path in (run / "model").iterdir()} == expected
-    assert (run / "model_last" / "model.safetensors").exists() and metrics["val/loss"] > metrics["val/best_loss"]
+    assert (run / "model_last" / "model.safetensors").exists()
+    assert metrics["val/best_loss"] == validation_losses(run)[2]
     with pytest.raises(UserError, match="complete at step 4"):
         train(resume_config(str(run)))
 
@@ -391,10 +400,36 @@ def test_a_run_that_lost_its_best_model_takes_the_last_one(run, capsys):
     (run / "model_last" / "notes.md").write_text("mine")
     metrics = train(resume_config(str(run)))
     assert "the best model, of step 2, is lost" in capsys.readouterr().err
-    assert metrics["val/best_loss"] == metrics["val/loss"] and metrics["steps"] == 4
+    assert metrics["val/best_loss"] == validation_losses(run)[4] and metrics["steps"] == 4
     assert read_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 4
     assert (run / "model" / "model.safetensors").is_file()
     assert [path.name for path in (run / "model_last").iterdir()] == ["notes.md"]
+
+
+@pytest.mark.parametrize("limit", ["1", "null"])
+def test_another_part_of_the_split_chooses_the_best_model_anew(run, capsys, limit):
+    """Step 2 was the best, over other batches."""
+    metrics = train(resume_config(str(run), [*LONGER, f"trainer.limit_val_batches={limit}"]))
+    taken = {"1": "1 batch of 4 sequences", "null": "the whole split"}[limit]
+    assert f"note: validations take {taken} from here on: " in capsys.readouterr().err
+    assert metrics["val/best_loss"] == validation_losses(run)[5]
+    assert read_checkpoint(run / "checkpoints" / "best.ckpt")["global_step"] == 5 and not (run / "model_last").exists()
+
+
+def test_the_same_part_of_the_split_keeps_the_best_model(run, capsys):
+    metrics = train(resume_config(str(run), LONGER))
+    assert "validations take" not in capsys.readouterr().err
+    assert metrics["val/best_loss"] == validation_losses(run)[2]
+
+
+def test_a_model_folder_says_on_which_part_its_loss_was_measured(run):
+    best, last = (
+        json.loads((run / name / "config.json").read_text())["bitnet_lit"]["info"] for name in ("model", "model_last")
+    )
+    assert best["step"] == 2 and best["recipe"]["validated on"] == "2 batches of 4 sequences"
+    assert best["metrics"]["val/loss"] == validation_losses(run)[2]
+    assert last["step"] == 4 and "validated on" not in last["recipe"]
+    assert last["metrics"]["val/loss"] == json.loads((run / "metrics.json").read_text())["val/loss"]
 
 
 def test_a_resumed_run_holds_no_old_checkpoint(run):

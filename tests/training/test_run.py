@@ -53,14 +53,35 @@ def test_a_run_leaves_everything_and_evaluate_gives_its_last_value(tmp_path, sha
         # the same sums over the same sequences; batches of 4 there, of 32 here
         assert evaluated[name] == pytest.approx(saved[f"val/{name}"], rel=1e-5)
     # Eight steps of a rate that only falls: the last model is the best one.
-    assert metrics["val/loss"] == metrics["val/best_loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
+    assert metrics["val/loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
     logged = rows(tmp_path)
+    assert metrics["val/best_loss"] == pytest.approx(float(logged[-1]["val/loss"]), rel=1e-8)  # 9 digits
+    assert metrics["val/best_loss"] != pytest.approx(metrics["val/loss"], rel=1e-4)  # over another part of the split
     assert [int(row["step"]) for row in logged if row["train/loss"]] == list(range(1, 9))
     assert sum(bool(row["val/loss"]) for row in logged) == 2
     for column in ("train/grad_norm", "train/learning_rate", "perf/tokens_per_s", "perf/mfu", "ternary/zero"):
         assert any(row[column] for row in logged), column
     health = (tmp_path / "run" / "ternary_health.csv").read_text().splitlines()
     assert len(health) == 1 + 2 * 14
+
+
+def test_the_best_model_is_chosen_by_losses_over_the_same_batches(tmp_path, shards):
+    """The weights do not move, so no step is better than another. Losses over a part and over all batches differ."""
+    still = ["optim.learning_rate=1e-12", "optim.adamw_learning_rate=1e-12", "trainer.limit_val_batches=1"]
+    metrics = run(tmp_path, shards, *still, "trainer.val_check_interval=2")
+    *before, last = [float(row["val/loss"]) for row in rows(tmp_path) if row["val/loss"]]
+    assert len(before) == 3 and before == pytest.approx([last] * 3, rel=1e-6)
+    assert metrics["val/best_loss"] == pytest.approx(min(*before, last), rel=1e-8)
+    whole = evaluate(EvaluateConfig(checkpoint=str(tmp_path / "run"), accelerator="cpu"))["loss"]
+    assert metrics["val/loss"] == pytest.approx(whole, rel=1e-5)
+    assert metrics["val/loss"] != pytest.approx(last, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", ["null", "100000", "1.0"])
+def test_a_part_that_is_the_whole_split_changes_no_figure(tmp_path, shards, limit):
+    metrics = run(tmp_path, shards, f"trainer.limit_val_batches={limit}")
+    assert metrics["val/loss"] == metrics["val/best_loss"]
+    assert metrics["val/loss"] == pytest.approx(float(rows(tmp_path)[-1]["val/loss"]), rel=1e-8)
 
 
 def test_the_loss_falls_and_one_batch_is_learned_by_heart(tmp_path, shards):

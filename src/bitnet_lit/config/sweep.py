@@ -18,8 +18,9 @@ class SweepConfig(Checked):
     and estimated time. Nothing is trained and nothing is written. It works for a single run too."""
     n_trials: int = 20
     """sweep=optuna_*: trials in all, those of earlier starts included."""
-    metric: str = "val/best_loss"
-    """sweep=optuna_*: the figure to optimize, from metrics.json: val/best_loss, val/loss, val/accuracy, ..."""
+    metric: str = "val/loss"
+    """sweep=optuna_*: the figure to optimize, from metrics.json: val/loss (of the last step, over the whole validation
+    split), val/best_loss, val/accuracy, ..."""
     direction: str = "minimize"
     """sweep=optuna_*: minimize or maximize."""
     sampler: str = "tpe"
@@ -33,6 +34,6 @@ class SweepConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.metric:
-            raise UserError("sweep.metric= is empty: give a figure of metrics.json, such as val/best_loss")
+            raise UserError("sweep.metric= is empty: give a figure of metrics.json, such as val/loss")
         one_of("sweep.direction", self.direction, ("minimize", "maximize"))
         one_of("sweep.sampler", self.sampler, ("tpe", "random"))

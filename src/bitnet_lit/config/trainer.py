@@ -47,9 +47,10 @@ class TrainerConfig(Checked):
     val_check_interval: int | float | None = None
     """Optimizer steps between validations, or as a float (0.5, 1.0) a share of an epoch. null: twenty validations in a
     run. (Lightning itself counts batches; they are converted.)"""
-    limit_val_batches: int | float | None = None
-    """Batches of a validation, or as a float (0.5) a share of them. null: all. The last validation of a run always uses
-    all."""
+    limit_val_batches: int | float | None = 16
+    """Batches of each device that a validation takes, spread evenly over the split, or as a float (0.5) a share of all.
+    null: all. Losses on them choose the best model. The last validation of a run takes the other batches too, and
+    metrics.json has its figures on all."""
     accumulate_grad_batches: int = 1
     """Forward passes per optimizer step."""
     gradient_clip_val: float = 1.0

@@ -68,20 +68,24 @@ class ValidationBatches(Dataset):
         """Return how many batches each corpus has."""
         return [-(-split.num_sequences // (self.batch_size * self.world_size)) for split in self.splits]
 
-    def __getitem__(self, number: tuple[int, int]) -> tuple[Tensor, int, int]:
-        """Return a batch by the numbers of its corpus and of the batch there.
+    def __getitem__(self, number: tuple[int, int, bool]) -> tuple[Tensor, int, int, bool]:
+        """Return a batch.
+
+        Args:
+            number: its corpus, its number there, and whether it is of the part that every validation takes.
 
         Returns:
-            Token ids, int64 (B', T + 1), how many of the rows count, and the corpus. Batches have B rows, the last one
-            fewer unless it is padded. A rank that has no sequence left gets rows that do not count.
+            Token ids, int64 (B', T + 1), how many of the rows count, the corpus, and whether it is of that part.
+            Batches have B rows, the last one fewer unless it is padded. A rank that has no sequence left gets rows
+            that do not count.
         """
-        corpus, batch = number
+        corpus, batch, in_part = number
         split = self.splits[corpus]
         start = (batch * self.world_size + self.rank) * self.batch_size
         num_valid = max(0, min(start + self.batch_size, split.num_sequences) - start)
         indices = np.zeros(self.batch_size if self.is_padded else max(1, num_valid), dtype=np.int64)
         indices[:num_valid] = np.arange(start, start + num_valid)
-        return torch.from_numpy(split.gather(indices)), num_valid, corpus
+        return torch.from_numpy(split.gather(indices)), num_valid, corpus, in_part
 
 
 class ErrorsAsItems(Dataset):

@@ -165,29 +165,33 @@ class _Train(IterableDataset):
 
 
 class _Validation(IterableDataset):
-    """Yields batches and how many of their rows count; all processes get the same number of batches."""
+    """Yields batches as `ValidationBatches` does; all processes get the same number of batches.
+
+    The part that every validation takes are the first batches, because a loader is read in order.
+    """
 
     def __init__(self, module: CustomDataModule) -> None:
         self.module = module
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int, bool]]:
         module = self.module
         assert module.trainer is not None
-        rank, world_size = module.trainer.global_rank, module.trainer.world_size
+        rank, world_size, takes_all = module.trainer.global_rank, module.trainer.world_size, module.trainer.should_stop
         loader = module.own.val_dataloader()
-        limit = None if module.trainer.should_stop else module.validation_limit(loader, world_size)
+        limit = module.validation_limit(loader, world_size)
         group: list[Tensor] = []
-        rows = 0
+        rows, in_part = 0, True
         for number, ids in enumerate(loader):
-            if limit is not None and number >= limit * world_size:
+            in_part = limit is None or number < limit * world_size
+            if not in_part and not takes_all:
                 break
             group.append(checked(ids, module.sequence_length, module.own.vocab_size))
             rows += len(ids)
             if len(group) == world_size:
-                yield group[rank], len(group[rank]), 0
+                yield group[rank], len(group[rank]), 0, in_part
                 group = []
         if group:
-            yield (group[rank], len(group[rank]), 0) if rank < len(group) else (group[0][:1], 0, 0)
+            yield (group[rank], len(group[rank]), 0, in_part) if rank < len(group) else (group[0][:1], 0, 0, in_part)
         if not rows:
             raise UserError(NO_VALIDATION)
 
@@ -199,8 +203,7 @@ class CustomDataModule(L.LightningDataModule):
         own: the module that `open_custom` returned.
         sequence_length: T, the tokens that a sequence predicts.
         samples_per_step: sequences that all ranks together consume in an optimizer step.
-        limit_val_batches: batches of a validation before the end of the run, or, as a float, a share of them. None:
-            all.
+        limit_val_batches: batches that every validation takes, or, as a float, a share of them. None: all.
         seed: decides the order of the batches.
     """
 
@@ -234,18 +237,21 @@ class CustomDataModule(L.LightningDataModule):
         """Give the user's module its trainer; `open_custom` has called its `setup`.
 
         Raises:
-            UserError: it says that its validation split has no batch.
+            UserError: it says that its validation split has no batch, or does not say of how many a share is wanted.
         """
         self.own.trainer = self.trainer
-        if length_of(self.own.val_dataloader()) == 0:
+        loader = self.own.val_dataloader()
+        if length_of(loader) == 0:
             raise UserError(NO_VALIDATION)
+        assert self.trainer is not None
+        self.validation_limit(loader, self.trainer.world_size)
 
     def train_dataloader(self) -> DataLoader:
         """Return batches without end, from the first one on that was not consumed: int64 (B, T + 1)."""
         return self._loader(_Train(self))
 
     def val_dataloader(self) -> DataLoader:
-        """Return batches of the validation split, int64 (B, T + 1), how many rows count, and 0 (one corpus)."""
+        """Return batches of the validation split (see `ValidationBatches`)."""
         return self._loader(_Validation(self))
 
     def _loader(self, batches: IterableDataset) -> DataLoader:
@@ -255,7 +261,7 @@ class CustomDataModule(L.LightningDataModule):
         return DataLoader(batches, batch_size=None, pin_memory=self.trainer.strategy.root_device.type == "cuda")
 
     def validation_limit(self, loader: Any, world_size: int) -> int | None:
-        """Return how many batches this process takes in a validation before the end of the run; None: all.
+        """Return how many batches this process takes in every validation; None: all.
 
         Raises:
             UserError: the limit is a share, and the loader does not say its length.

@@ -32,10 +32,12 @@ class Starts(Sampler[int]):
             start += self.stride
 
 
-class ValidationOrder(Sampler[tuple[int, int]]):
-    """Yields the numbers of a validation's batches: all of them at the end of the run, else the first of each corpus.
+class ValidationOrder(Sampler[tuple[int, int, bool]]):
+    """Yields the batches of a validation: corpus, number, and whether it is of the part that every validation takes.
 
-    It has no length, so that the trainer iterates over it each time instead of counting once.
+    The part of each corpus is spread evenly over it, because its first batches may be of one document. The validation
+    at the end of the run takes all batches. There is no length, so that the trainer iterates each time instead of
+    counting once.
 
     Args:
         num_batches: of each corpus.
@@ -45,14 +47,16 @@ class ValidationOrder(Sampler[tuple[int, int]]):
     def __init__(self, num_batches: list[int], limit: int | float | None, trainer: L.Trainer) -> None:
         self.num_batches, self.limit, self.trainer = num_batches, limit, trainer
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, bool]]:
         for corpus, total in enumerate(self.num_batches):
-            count = total if self.trainer.should_stop else limited(total, self.limit)
-            yield from ((corpus, batch) for batch in range(count))
+            count = limited(total, self.limit)
+            part = {number * total // count for number in range(count)}
+            batches = range(total) if self.trainer.should_stop else sorted(part)
+            yield from ((corpus, batch, batch in part) for batch in batches)
 
 
 def limited(num_batches: int, limit: int | float | None) -> int:
-    """Return how many of a corpus's batches a validation takes before the end of the run (see `ValidationOrder`)."""
+    """Return how many of a corpus's batches every validation takes (see `ValidationOrder`)."""
     wanted = max(1, int(limit * num_batches)) if isinstance(limit, float) else limit
     return min(num_batches, wanted or num_batches)
 
@@ -64,8 +68,7 @@ class BitNetDataModule(L.LightningDataModule):
         corpora: the opened folders.
         sequence_length: T, the tokens that a sequence predicts.
         samples_per_step: sequences that all ranks together consume in an optimizer step.
-        limit_val_batches: batches of a validation before the end of the run, or, as a float, a share of them. None:
-            all.
+        limit_val_batches: batches that every validation takes, or, as a float, a share of them. None: all.
         seed: decides the order of the samples.
 
     Attributes:
@@ -92,7 +95,7 @@ class BitNetDataModule(L.LightningDataModule):
         self.resumed = {"consumed_samples": 0, "step": 0}
 
     def num_validation_sequences(self, world_size: int) -> int:
-        """Return how many sequences a validation takes before the end of the run, on all ranks together."""
+        """Return how many sequences every validation takes, on all ranks together."""
         size = self.config.batch_size * world_size
         counts = [split.num_sequences for split in self.validation_splits]
         return sum(min(count, size * limited(-(-count // size), self.limit_val_batches)) for count in counts)

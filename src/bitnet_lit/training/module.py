@@ -42,9 +42,10 @@ _MIX = 0x9E3779B97F4A7C15
 class BitNetModule(L.LightningModule):
     """Trains a network that maps token ids to logits.
 
-    A training batch is int64 (B, T + 1). A validation batch is a tuple: int64 (B, T + 1), the number of valid rows, and
-    the number of the corpus in `data.mix`. Of several corpora, val/loss is the mean by their weights, and
-    val/loss_<name> is that of one.
+    A training batch is int64 (B, T + 1). A validation batch is a tuple: int64 (B, T + 1), the number of valid rows, the
+    number of the corpus in `data.mix`, and whether it is of the part of the split that every validation takes. Figures
+    over that part are logged, so that those of all steps can be compared. Of several corpora, val/loss is the mean by
+    their weights, and val/loss_<name> is that of one.
 
     Args:
         model: takes int64 ids (B, T) and returns logits (B, T, V).
@@ -55,6 +56,7 @@ class BitNetModule(L.LightningModule):
     Attributes:
         step_figures: what the last optimizer step measured, by the name of the metric. Callbacks add theirs, and
             `StepLog` logs them.
+        whole_figures: figures of the last validation over the whole split; empty where it took no more than the part.
         divergence: whether a step was not finite.
     """
 
@@ -74,7 +76,9 @@ class BitNetModule(L.LightningModule):
         self.plan = plan
         self.tokenizer = tokenizer
         self._shares: dict[str, float] = getattr(config.data, "shares", {})  # of the corpora of data.mix, by name
-        self.validation_sums: list[LossSums] = []  # of each corpus
+        self._part_sums: list[LossSums] = []  # of each corpus, over the part that every validation takes
+        self._rest_sums: list[LossSums] = []  # over the other batches
+        self.whole_figures: dict[str, float] = {}
         self.step_figures: dict[str, Figure] = {}
         self.distillation = distillation
         self._loss_of = partial(batch_loss if distillation is None else distillation, model)
@@ -255,22 +259,29 @@ class BitNetModule(L.LightningModule):
         self.divergence.check(self.model, self._loss_of)
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums = [LossSums() for _ in self._shares or [""]]
+        self._part_sums, self._rest_sums = ([LossSums() for _ in self._shares or [""]] for _ in range(2))
 
-    def validation_step(self, batch: tuple[Tensor, int, int], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, int, int, bool], batch_idx: int) -> None:
         """Add the valid rows of a batch to the sums. The other rows only give every rank the same number of batches."""
-        ids, num_valid, corpus = batch
+        ids, num_valid, corpus, in_part = batch
         losses, hits = token_losses(self.model, ids)
         num_tokens = num_valid * (ids.shape[1] - 1)
-        self.validation_sums[corpus].add(losses[:num_tokens], hits[:num_tokens], ids[:num_valid], self.tokenizer)
+        sums = self._part_sums if in_part else self._rest_sums
+        sums[corpus].add(losses[:num_tokens], hits[:num_tokens], ids[:num_valid], self.tokenizer)
 
     def on_validation_epoch_end(self) -> None:
+        sums = torch.stack([each.as_tensor() for each in self._part_sums + self._rest_sums])
         if self.trainer.world_size > 1:
-            sums = torch.stack([each.as_tensor() for each in self.validation_sums]).to(self.device)
-            reduced = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            self.validation_sums = [LossSums.from_tensor(row) for row in reduced]
-        figures = weighted(self.validation_sums, list(self._shares.values())).metrics()
-        for corpus, each in zip(self._shares, self.validation_sums, strict=False):
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+        part, rest = sums.chunk(2)
+        for name, value in self._validation_figures(part).items():
+            self.log(name, value, rank_zero_only=False)
+        self.whole_figures = self._validation_figures(part + rest) if rest.any() else {}
+
+    def _validation_figures(self, rows: Tensor) -> dict[str, float]:
+        """Return the figures of a validation from the four sums of each corpus, (corpora, 4), by their logged names."""
+        sums = [LossSums.from_tensor(row) for row in rows]
+        figures = weighted(sums, list(self._shares.values())).metrics()
+        for corpus, each in zip(self._shares, sums, strict=False):
             figures |= {f"{name}_{corpus}": value for name, value in each.metrics().items()}
-        for name, value in figures.items():
-            self.log(f"val/{name}", value, rank_zero_only=False)
+        return {f"val/{name}": value for name, value in figures.items()}

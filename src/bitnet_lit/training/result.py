@@ -34,29 +34,33 @@ def write_result(config: TrainConfig, plan: Plan, trainer: L.Trainer, checkpoint
         "run_dir": str(config.run_dir),
     }
     schemes = config.schemes if config.quant._target_ is None else [config.quant._target_]
-    _write(Path(config.run_dir), metrics, isinstance(config.model, ModelConfig), schemes)
+    _write(Path(config.run_dir), metrics, checkpoints.best_step, isinstance(config.model, ModelConfig), schemes)
     return metrics
 
 
 @rank_zero_only
-def _write(run_dir: Path, metrics: dict[str, Any], is_own: bool, schemes: Sequence[str]) -> None:
+def _write(run_dir: Path, metrics: dict[str, Any], best_step: int | None, is_own: bool, schemes: Sequence[str]) -> None:
     with atomic_file(run_dir / METRICS_NAME) as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    for name, text in _last_lines(run_dir, metrics, is_own, schemes).items():
+    for name, text in _last_lines(run_dir, metrics, best_step, is_own, schemes).items():
         console(stderr=True).print(f"{name:<11} {text}", markup=False, highlight=False)
 
 
-def _last_lines(run_dir: Path, metrics: dict[str, Any], is_own: bool, schemes: Sequence[str] = ()) -> dict[str, str]:
+def _last_lines(
+    run_dir: Path, metrics: dict[str, Any], best_step: int | None, is_own: bool, schemes: Sequence[str] = ()
+) -> dict[str, str]:
     """Return the lines by their names. `infer` opens models with this package's network and a tokenizer.
 
     Args:
+        best_step: the optimizer step of the model in model/.
         is_own: whether the network is this package's.
         schemes: classes of the user's own that `infer` must be allowed to import.
     """
-    loss, best, bits = metrics["val/loss"], metrics["val/best_loss"], metrics.get("val/bits_per_byte")
-    done = f"step {metrics['steps']:,}, val/loss {loss:.4f}"
+    bits = metrics.get("val/bits_per_byte")
+    done = f"step {metrics['steps']:,}, val/loss {metrics['val/loss']:.4f}"
     done += "" if bits is None else f", {bits:.4f} bits per byte"
-    lines = {"done": done + (f"; the least loss before was {best:.4f}" if best < loss else "")}
+    is_best = best_step in (None, metrics["steps"])
+    lines = {"done": done + ("" if is_best else f"; the best model is that of step {best_step:,}")}
     model = run_dir / MODEL
     if model.is_dir():
         lines["model"] = str(model)

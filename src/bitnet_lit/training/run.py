@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
+from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig, TrainerConfig
 from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import TrainingStopped, disk_errors
 from bitnet_lit.exports.targets import check_targets
@@ -102,6 +102,15 @@ def recipe(config: TrainConfig, plan: Plan) -> dict[str, str]:
     }
 
 
+def validation_part(trainer: TrainerConfig, plan: Plan) -> str | None:
+    """Describe the part of the validation split that every validation takes; None where it is the whole split."""
+    if (limit := trainer.limit_val_batches) is None:
+        return None
+    size = plan.samples_per_step // trainer.accumulate_grad_batches
+    share = f"{limit} of the batches" if isinstance(limit, float) else f"{limit} batch{'es' * (limit > 1)}"
+    return f"{share} of {size} sequences"
+
+
 def planned(config: TrainConfig, data: RunData, model: nn.Module, start: Start | None, teacher: Teacher | None) -> Plan:
     """Return the plan of a run, and make sure that its teacher and the checkpoint that it goes on from fit it.
 
@@ -131,7 +140,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Returns:
         The figures at the end of the run: val/loss and the other val/ metrics over the whole validation split,
-        val/best_loss, train/loss, steps, tokens, parameters, run_dir. Losses are in nats per token.
+        val/best_loss (the least val/loss in metrics.csv), train/loss, steps, tokens, parameters, run_dir. Losses are in
+        nats per token.
 
     Raises:
         UserError: the config or the data cannot be trained on, or the data cannot be read any more.
@@ -215,7 +225,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
             StepLog(),
             identity,
             precision,
-            config.trainer.limit_val_batches is not None,
+            validation_part(config.trainer, plan),
             config.callbacks.extra,
         )
         facts = {"sequence_length": length, "seed": config.seed, "recipe": recipe(config, plan)}

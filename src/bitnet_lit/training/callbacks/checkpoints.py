@@ -5,7 +5,8 @@ Before a checkpoint is written, all rows and samples up to its step are on the d
 in three steps: it drops what was written after the checkpoint, makes the files that are still missing, and trains on.
 
 A run ends at its last step, when its time is up, or when a callback of the user's own sets `trainer.should_stop`, as
-EarlyStopping does. The last validation always covers the whole validation split.
+EarlyStopping does. The last validation always covers the whole validation split. The best step is found by losses over
+the part of the split that every validation takes, the last one included.
 
 A checkpoint is written after each validation, every `every_n_steps` optimizer steps, and when the run must stop because
 of a signal or because its data cannot be read any more. If a validation was due at that step and has not run yet, the
@@ -56,14 +57,14 @@ class Checkpoints(Callback):
         step_log: writes the rows of steps. What waits in it is written before a validation and before a checkpoint.
         identity: the identity of the run, which each checkpoint holds (see `identity.py`).
         precision: the precision of the run, which each checkpoint holds, so that a resume can say that it changes.
-        validates_part: whether validations before the last one cover only a part of the validation split.
+        part: describes the part of the validation split that every validation takes; None: it is the whole split.
         others: `callbacks.extra` of the config. A run that one of these callbacks ended goes on only if they changed.
 
     Attributes:
-        best_loss: lowest val/loss so far, in nats per token; inf before the first validation.
+        best_loss: lowest logged val/loss so far, in nats per token; inf before the first validation.
         best_step: the optimizer step of `best_loss`; None before the first validation.
         improved: whether the last validation was the best so far.
-        figures: metrics of the last validation and of the last optimizer step.
+        figures: metrics of the last validation (over the whole split, if it covered it) and of the last optimizer step.
         sequences_per_step: sequences of an optimizer step, which each checkpoint holds (see `elastic.py`).
     """
 
@@ -78,7 +79,7 @@ class Checkpoints(Callback):
         step_log: StepLog,
         identity: dict[str, Any],
         precision: str,
-        validates_part: bool,
+        part: str | None,
         others: dict[str, Any],
     ) -> None:
         self.folder, self.every_n_steps, self.steps, self.max_time = folder, every_n_steps, steps, max_time
@@ -86,11 +87,13 @@ class Checkpoints(Callback):
         self.best_loss, self.improved = math.inf, False
         self.best_step: int | None = None
         self.figures: dict[str, float] = {}
+        self.validated_loss = math.inf  # the logged val/loss of `validated_step`
         self.validated_step: int | None = None
         self.saved_step: int | None = None
         self.precision = precision
         self.sequences_per_step: int | None = None
-        self.validates_part, self.others = validates_part, others
+        self.part, self.others = part, others
+        self._best_part = part  # in which `best_loss` was measured
         self._validated_all = False
         self._stopped_by: dict[str, Any] | None = None  # `others`, if one of them has ended the run
         self._ends, self._stops_behind_step = False, False
@@ -119,6 +122,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero and self.best_step is not None:
             self._restore_best(trainer.global_step)
         self.best_loss, self.best_step = trainer.strategy.broadcast((self.best_loss, self.best_step))
+        self._forget_best_of_another_part(trainer)
         if self._owes_whole_validation(trainer) or (
             self.validated_step != trainer.global_step and self._validates(trainer)
         ):
@@ -183,9 +187,19 @@ class Checkpoints(Callback):
             print(line, file=sys.stderr)
             self.best_loss, self.best_step = math.inf, None
             if self.validated_step == step:
-                self.best_loss, self.best_step = self.figures["val/loss"], step
+                self.best_loss, self.best_step = self.validated_loss, step
         if self.best_step == step:
             link_checkpoint(self.folder / LAST, self.folder / BEST)
+
+    def _forget_best_of_another_part(self, trainer: L.Trainer) -> None:
+        """Count the best from the next validation on, if it takes another part of the split than those before."""
+        if self._best_part == self.part or (trainer.should_stop and not self._owes_whole_validation(trainer)):
+            return
+        if trainer.is_global_zero and self.best_step is not None:
+            taken = self.part or "the whole split"
+            line = f"note: validations take {taken} from here on: losses over another part cannot be compared"
+            print(f"{line} with theirs, so the best model is chosen anew", file=sys.stderr)
+        self.best_loss, self.best_step, self._best_part = math.inf, None, self.part
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -240,12 +254,14 @@ class Checkpoints(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step_log.settle(trainer, is_end=trainer.should_stop)
-        self._validated_all = trainer.should_stop or not self.validates_part  # the same rule as in `ValidationOrder`
+        self._validated_all = trainer.should_stop or self.part is None  # the same rule as in `ValidationOrder`
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = float(trainer.callback_metrics["val/loss"])
-        if not math.isfinite(loss):
-            raise Diverged(f"step {trainer.global_step}: the validation loss is {loss}: lower optim.learning_rate")
+        assert isinstance(pl_module, BitNetModule)
+        loss = self.validated_loss = float(trainer.callback_metrics["val/loss"])
+        for each in (loss, pl_module.whole_figures.get("val/loss", loss)):
+            if not math.isfinite(each):
+                raise Diverged(f"step {trainer.global_step}: the validation loss is {each}: lower optim.learning_rate")
         self.improved = loss < self.best_loss
         if self.improved:
             self.best_loss, self.best_step = loss, trainer.global_step
@@ -256,8 +272,9 @@ class Checkpoints(Callback):
             link_checkpoint(self.folder / LAST, self.folder / BEST)
 
     def _note_figures(self, trainer: L.Trainer) -> None:
-        metrics = trainer.callback_metrics
-        self.figures |= {name: float(metrics[name]) for name in metrics if name.startswith(KEPT)}
+        metrics, module = trainer.callback_metrics, trainer.lightning_module
+        assert isinstance(module, BitNetModule)
+        self.figures |= {name: float(metrics[name]) for name in metrics if name.startswith(KEPT)} | module.whole_figures
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the state of the last optimizer step when the data cannot be read any more."""
@@ -286,7 +303,9 @@ class Checkpoints(Callback):
         return {
             "best_loss": self.best_loss,
             "best_step": self.best_step,
+            "best_part": self._best_part,
             "validated_step": self.validated_step,
+            "validated_loss": self.validated_loss,
             "validated_all": self._validated_all,
             "stopped_by": self._stopped_by,
             "figures": self.figures,
@@ -301,7 +320,9 @@ class Checkpoints(Callback):
         self.best_loss = state.get("best_loss", math.inf)
         self.best_step = state.get("best_step")
         self.figures = state.get("figures", {})
+        self._best_part = state.get("best_part")  # earlier versions compared the whole split, or its first batches
         self.validated_step = state.get("validated_step")
+        self.validated_loss = state.get("validated_loss", self.figures.get("val/loss", math.inf))
         self._validated_all = state.get("validated_all", True)  # in earlier versions no callback could end a run
         self._stopped_by = state.get("stopped_by")
         self._was_restored = True

@@ -73,9 +73,11 @@ class ExportModelFolder(Callback):
         assert isinstance(pl_module, BitNetModule)
         content = read_checkpoint(self.run_dir / CHECKPOINTS / checkpoint)
         state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
-        figures = content["callbacks"]["Checkpoints"].get("figures", {})
-        metrics = {name: value for name, value in figures.items() if name.startswith("val/")}
+        saved = content["callbacks"]["Checkpoints"]
+        metrics = {name: value for name, value in saved.get("figures", {}).items() if name.startswith("val/")}
         info = {**self.facts, "step": content["global_step"], "metrics": metrics}
+        if not saved.get("validated_all", True):
+            info["recipe"] = {**info["recipe"], "validated on": saved.get("best_part") or "a part of the split"}
         if content.get(QUANTIZED_SINCE, 0) is None:
             info["warning"] = (
                 f"trained in full precision only: these are the weights of step {content['global_step']}, and the run "
