@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.errors import UserError, nearest
-from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, PATH_KEYS, SHORT, WORDS
+from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, PATH_KEYS, SPELLINGS, WORDS
 from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import is_run
 
@@ -161,7 +161,7 @@ def key_for_flag(command: str, message: str, arguments: Sequence[str], conf_dir:
     flag, sign, value = typed.lstrip("-").partition("=")
     name = flag.replace("-", "_")
     if name not in FLAGS[command]:
-        name = SHORT.get(name, name)
+        name = SPELLINGS.get(name, name)
     if not sign:
         place = next((at for at, each in enumerate(arguments) if each.lstrip("-") == flag), len(arguments))
         value = next(iter(arguments[place + 1 : place + 2]), "")

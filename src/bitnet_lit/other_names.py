@@ -204,5 +204,11 @@ FLAGS = {
         **_VERSION,
     },
 }
-SHORT = {"q": "quiet", "v": "verbose", "c": "config", "y": "yes", "d": "debug"}
-"""Flags of one letter that most tools share."""
+SPELLINGS = {
+    **dict.fromkeys(("q", "silent"), "quiet"),
+    **dict.fromkeys(("v", "vv", "loglevel"), "verbose"),
+    "c": "config",
+    "y": "yes",
+    "d": "debug",
+}
+"""Other spellings of flags, such as the letters that most tools share."""

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import shlex
 
 import gguf
 import numpy as np
@@ -26,6 +27,7 @@ from tests.exports.exporting import (
     random_model,
     saved_model,
 )
+from tests.support import run_command
 
 HEADS = 4
 
@@ -256,6 +258,27 @@ def test_norms_of_queries_and_keys_go_to_llama_cpps_qwen3_graph(
     written = gguf.quants.dequantize(q_proj.data, q_proj.tensor_type)
     expected = stored.dequantized("model.layers.0.self_attn.q_proj.weight").numpy()
     assert np.abs(written - expected).max() <= 2**-11 * np.abs(expected).max()  # fp16
+
+
+@pytest.mark.parametrize("format", ["latent", "packed", "llama2c", "gguf"])
+def test_the_last_line_says_how_to_run_it(tmp_path, tokenizer, monkeypatch, capsys, format):
+    leave_out_other_tools(monkeypatch)
+    sub_norm = format != "llama2c"
+    saved_model(tmp_path / "a model", QuantConfig(), tokenizer, sub_norm=sub_norm)
+    export_to(tmp_path / "an export", tmp_path / "a model", format=format)
+    *_, last = capsys.readouterr().err.splitlines()
+    words = shlex.split(last.removeprefix("next: "))
+    if format == "gguf":
+        assert words == ["llama-cli", "-m", str(tmp_path / "an export"), "-p", "Once upon a time"]
+        return
+    assert words[:3] == ["python", "-m", "bitnet_lit.infer"]
+    assert run_command("infer", *words[3:], "max_new_tokens=4", cwd=tmp_path).stdout.startswith("Once upon a time")
+
+
+def test_a_model_without_a_tokenizer_writes_no_text(tmp_path, monkeypatch, capsys):
+    leave_out_other_tools(monkeypatch)
+    export_to(tmp_path / "out", saved_model(tmp_path / "model", QuantConfig(), None), format="packed")
+    assert "next:" not in capsys.readouterr().err
 
 
 REFUSED = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 from glob import escape
 from typing import Any
@@ -138,4 +139,6 @@ def export(config: ExportConfig) -> dict[str, Any]:
         print(f"note: {remark}", file=sys.stderr)
     if config.share is not None:
         print(f"shared: {share(config.share, stored, report, format)}")
+    if stored.tokenizer is not None and (command := format.next_command(out, config.schemes)):
+        console(stderr=True).print(f"next: {shlex.join(command)}")
     return report

@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from bitnet_lit.atomic import atomic_file
+from bitnet_lit.checkpoints.formats.format import infer_command
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.data.tokenizers import find_tokenizer
 from bitnet_lit.runs.folder import METRICS_NAME, MODEL
@@ -65,6 +66,5 @@ def _last_lines(
     if model.is_dir():
         lines["model"] = str(model)
     if is_own and find_tokenizer(model) is not None:
-        command = ["python", "-m", "bitnet_lit.infer", f"checkpoint={run_dir}", "prompt=Once upon a time"]
-        lines["next"] = shlex.join([*command, *([f"schemes=[{','.join(schemes)}]"] if schemes else [])])
+        lines["next"] = shlex.join(infer_command(run_dir, schemes))
     return lines

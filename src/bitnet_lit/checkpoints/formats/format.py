@@ -25,7 +25,7 @@ This module does not import torch, because the command line checks the format's 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -200,6 +200,14 @@ class Format(ABC):
         """Return what the user must know about the export; None where there is nothing to say."""
         return None
 
+    def next_command(self, out: Path, schemes: Sequence[str]) -> list[str]:
+        """Return the words of a command that runs an export, to print; none where this project does not know one.
+
+        Args:
+            schemes: classes of the user's own that the export needed.
+        """
+        return []
+
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
         """Yield a block of Markdown for each way to run an export, for the model card.
 
@@ -212,6 +220,16 @@ class Format(ABC):
             f'```sh\npython -m bitnet_lit.infer checkpoint={checkpoint} prompt="Once upon a time"\n```\n\n'
             f'```python\nimport bitnet_lit\n\nprint(bitnet_lit.load("{checkpoint}").generate("Once upon a time"))\n```'
         )
+
+
+def infer_command(checkpoint: Path, schemes: Sequence[str]) -> list[str]:
+    """Return the words of the command that generates text with a model of this project.
+
+    Args:
+        schemes: classes of the user's own that `infer` must be allowed to import.
+    """
+    command = ["python", "-m", "bitnet_lit.infer", f"checkpoint={checkpoint}", "prompt=Once upon a time"]
+    return [*command, *([f"schemes=[{','.join(schemes)}]"] if schemes else [])]
 
 
 def scheme_problems(quant: QuantConfig) -> list[str]:

@@ -12,7 +12,7 @@ other converters silently store them in 4 bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,6 +243,10 @@ class Gguf(Format):
         """Return whether the file begins with "GGUF" or is empty."""
         with path.open("rb") as file:
             return file.read(len(MAGIC)) in (MAGIC, b"")
+
+    def next_command(self, out: Path, schemes: Sequence[str]) -> list[str]:
+        """Return the command of llama.cpp."""
+        return ["llama-cli", "-m", str(out), "-p", "Once upon a time"]
 
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
         """Yield the command for llama.cpp; this project does not run GGUF files."""

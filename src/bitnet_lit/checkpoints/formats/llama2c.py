@@ -12,7 +12,7 @@ In run.c, BOS is piece 1, EOS is piece 2, and byte b is piece b + 3.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.checkpoints.formats.format import FLOAT_ERRORS, FORMATS, Format, WrittenTensor, scheme_problems
+from bitnet_lit.checkpoints.formats.format import (
+    FLOAT_ERRORS,
+    FORMATS,
+    Format,
+    WrittenTensor,
+    infer_command,
+    scheme_problems,
+)
 from bitnet_lit.checkpoints.formats.llama_tokenizer import llama_tokenizer_problem
 from bitnet_lit.checkpoints.formats.rotary_order import deinterleave, interleave
 from bitnet_lit.checkpoints.safetensors_reader import read_into
@@ -288,6 +295,10 @@ class Llama2c(Format):
         """Say why there is no tokenizer.bin; return None where there is one."""
         problem = self.tokenizer_problem(stored.tokenizer)
         return problem and f"no {TOKENIZER_NAME} was written ({problem}): run.c needs one for this model"
+
+    def next_command(self, out: Path, schemes: Sequence[str]) -> list[str]:
+        """Return the command of this project, because run.c must be compiled first."""
+        return infer_command(out / MODEL_NAME, schemes)
 
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
         """Yield how to run the export with run.c and with this project."""

@@ -32,14 +32,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from bitnet_lit.checkpoints.config_json import FORMAT_VERSION, check_config, our_shape, read_raw_config
 from bitnet_lit.checkpoints.file_names import CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME, folder_tokenizer
-from bitnet_lit.checkpoints.formats.format import Format, Tool
+from bitnet_lit.checkpoints.formats.format import Format, Tool, infer_command
 from bitnet_lit.checkpoints.formats.huggingface import OTHER, TRANSFORMERS, network_type, transformers_runs
 from bitnet_lit.checkpoints.safetensors_reader import SafetensorsReader, safetensors_files
 from bitnet_lit.checkpoints.stored_model import StoredModel
@@ -249,6 +249,10 @@ class ModelFolder(Format):
     def earlier_names(cls, folder: Path) -> set[str]:
         """Return the names in the folder that this project wrote."""
         return written_names(folder)
+
+    def next_command(self, out: Path, schemes: Sequence[str]) -> list[str]:
+        """Return the command of this project."""
+        return infer_command(out, schemes)
 
     def how_to_run(self, repository: str, runs_there: bool) -> Iterator[str]:
         """Yield how to run the export with `transformers`, where it computes the model, and with this project."""
