@@ -288,11 +288,12 @@ def _teacher_share(plan: Plan) -> float:
     return 1 - plan.accounting.training_flops_per_token / plan.flops_per_token
 
 
-def _validation_row(plan: Plan, tokens: int | None) -> str:
+def _validation_row(plan: Plan, validation_tokens: tuple[int, int] | None) -> str:
     """Return when the run validates and on how many tokens, and the remedy where validations outweigh the training."""
     row = f"every {plan.validation_steps:,} steps"
-    if tokens is not None:
-        row += f", on {tokens:,} tokens"
+    if validation_tokens is not None:
+        tokens, last = validation_tokens
+        row += f", on {tokens:,} tokens" + (f", at the end on {last:,}" if last > tokens else "")
         # A token of a validation needs the forward pass alone, a third of the work of a token in training.
         shares = tokens / 3 / (plan.validation_steps * plan.tokens_per_step)
         if shares >= 1.5:
@@ -303,12 +304,14 @@ def _validation_row(plan: Plan, tokens: int | None) -> str:
     return row + (", of the quantized network in every phase" if plan.quantization_step else "")
 
 
-def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any], validation_tokens: int | None = None) -> None:
+def print_plan(
+    config: TrainConfig, plan: Plan, facts: dict[str, Any], validation_tokens: tuple[int, int] | None = None
+) -> None:
     """Print a table of the run on the terminal.
 
     Args:
         facts: the first rows: run folder, data, device.
-        validation_tokens: tokens of a validation before the end of the run; None where the data does not say.
+        validation_tokens: tokens of a validation, and of the last one; None where the data does not say.
     """
     count = plan.accounting
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -262,7 +262,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
         if kernels is not None:
             rows["kernels"] = kernels
         sequences = datamodule.num_validation_sequences(trainer.world_size)
-        print_plan(config, plan, rows, None if sequences is None else sequences * length)
+        print_plan(config, plan, rows, None if sequences is None else (sequences[0] * length, sequences[1] * length))
     with in_one_line(lambda: checkpoints.folder.parent, trainer.world_size, trainer.global_rank):
         try:
             with left_as_found(trainer), tf32(config.trainer):

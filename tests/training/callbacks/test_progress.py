@@ -14,7 +14,7 @@ from bitnet_lit.training.plan import make_plan
 
 @pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
 def test_the_time_left_counts_validations_and_the_bar_says_that_it_validates(monkeypatch, is_terminal):
-    """20 steps of a second each, and a validation of 300 seconds after every fifth step."""
+    """20 steps of a second each, validations of 300 seconds after every fifth step, and one of 900 at the end."""
     shown, now = io.StringIO(), 0.0
     terminal = PlainConsole(file=shown, force_terminal=is_terminal, width=120)
     monkeypatch.setattr(progress, "console", lambda stderr: terminal)
@@ -33,6 +33,8 @@ def test_the_time_left_counts_validations_and_the_bar_says_that_it_validates(mon
         log_every_n_steps=10,
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
         callback_metrics={"val/loss": 2.0},
+        datamodule=SimpleNamespace(num_validation_sequences=lambda world_size: (2 * world_size, 6 * world_size)),
+        world_size=2,
     )
 
     def lines():
@@ -51,5 +53,5 @@ def test_the_time_left_counts_validations_and_the_bar_says_that_it_validates(mon
             assert ("validating" in lines()) is is_terminal
             now += 300
             bar.on_validation_end(trainer, None)
-    assert "val 2.000" in lines() and "10 min left" in lines()  # ten steps, two validations
+    assert "val 2.000" in lines() and "20 min left" in lines()  # ten steps, a validation, and the one at the end
     bar.on_train_end(trainer, None)
