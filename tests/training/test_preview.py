@@ -12,6 +12,24 @@ from bitnet_lit.training import preview
 from tests.support import TINY_RUN
 
 
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps"])
+def test_a_machine_without_the_device_says_so(tmp_path, shards, monkeypatch, capsys, accelerator):
+    """As a login node, on which a job is prepared."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(preview, "device_memory_bytes", lambda trainer: 1)
+    typed = [item for item in TINY_RUN if not item.startswith("trainer.accelerator")]
+    config = compose("train", [*typed, f"data.dir={shards}", f"trainer.accelerator={accelerator}"])
+    preview.preview([("run", tmp_path / "run", State.NEW, config)])
+    shown = capsys.readouterr().out
+    note = f"note: trainer.accelerator={accelerator}: this machine has no such device, and would refuse to train"
+    assert note in shown and "may not fit" not in shown and "of training" not in shown
+    config.trainer.accelerator = "cpu"
+    preview.preview([("run", tmp_path / "run", State.NEW, config)])
+    shown = capsys.readouterr().out
+    assert "note: " not in shown and "may not fit" in shown and "of training one after the other" in shown
+
+
 @pytest.mark.parametrize("state", [State.NEW, State.DONE])
 def test_several_gpus_are_so_many_times_as_fast(tmp_path, shards, monkeypatch, capsys, state):
     """The tokens of a job are those of all its devices, and so is its logged speed."""

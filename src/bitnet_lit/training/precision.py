@@ -25,6 +25,12 @@ def uses_cuda(options: TrainerConfig) -> bool:
     return options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
+def has_device(options: TrainerConfig) -> bool:
+    """Return whether this machine has a device of the kind that the run asks for."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return found.get(options.accelerator, options.accelerator != "gpu" or any(found.values()))
+
+
 def resolved_precision(options: TrainerConfig) -> str:
     """Return the precision of the run on this machine: 32-true, bf16-mixed or bf16-true."""
     if options.precision != "auto":

@@ -42,7 +42,7 @@ from bitnet_lit.training.initialize import build_network, fill_in_sizes
 from bitnet_lit.training.launcher import check_launcher
 from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, device_memory_bytes, memory_estimate_bytes, time_limit, world_size
-from bitnet_lit.training.precision import uses_cuda
+from bitnet_lit.training.precision import has_device, uses_cuda
 from bitnet_lit.training.resume import read_start
 from bitnet_lit.training.run import import_classes, planned
 from bitnet_lit.training.schedule import build_schedule
@@ -179,7 +179,8 @@ def _print(
     ]
     speeds = _speeds([(folder, config, outlook) for _, folder, state, config, outlook in whole if state is State.DONE])
     source = "the jobs that are done"
-    if not speeds and whole:
+    elsewhere = [config.trainer for *_, config, _ in whole if not has_device(config.trainer)]
+    if not speeds and whole and not elsewhere:
         device, dtype = ("cuda", torch.bfloat16) if uses_cuda(whole[0][3].trainer) else ("cpu", torch.float32)
         speeds = {"": TYPICAL_SHARE * measured_peak_flops(torch.device(device), dtype)}
         source = "the speed of a matrix product here; rough"
@@ -195,10 +196,11 @@ def _print(
         plan, is_done = outlook.plan, state is State.DONE
         left = 0 if is_done else outlook.tokens_left
         flops = left * plan.flops_per_token
-        seconds = flops / (speeds.get(config.quant.name) or speeds[""]) / _gpus(config.trainer)
+        speed = speeds.get(config.quant.name) or speeds.get("")
+        seconds = flops / speed / _gpus(config.trainer) if speed else 0.0
         seconds_in_all, tokens_in_all = seconds_in_all + seconds, tokens_in_all + left
         has = device_memory_bytes(config.trainer)
-        if outlook.memory > has and not is_done:
+        if outlook.memory > has and not is_done and has_device(config.trainer):
             notes.append(f"may not fit: a device has {_size(has)}")
         rows.append(
             (
@@ -208,7 +210,7 @@ def _print(
                 f"{left:,}",
                 f"{plan.accounting.parameters:,}",
                 _size(outlook.memory),
-                "" if is_done else time_span(seconds),
+                time_span(seconds) if speed and not is_done else "",
                 one_line("; ".join(notes)),
             )
         )
@@ -220,7 +222,12 @@ def _print(
     counts = Counter(state.value for _, _, state, _ in jobs)
     states = ", ".join(f"{counts[state.value]} {state.value}" for state in State if counts[state.value])
     line = f"dry run: {len(jobs)} job{'s' * (len(jobs) > 1)} ({states}); {tokens_in_all:,} tokens left"
-    if whole:
+    if speeds:
         line += f", about {time_span(seconds_in_all)} of training one after the other (from {source}); start-up, "
         line += "validation and export come on top"
     output.print(f"{line}. Nothing was trained or written.")
+    if elsewhere:
+        output.print(
+            f"note: trainer.accelerator={elsewhere[0].accelerator}: this machine has no such device, and would refuse "
+            "to train: memory is not compared, and only jobs that are done tell the time"
+        )
