@@ -49,6 +49,10 @@ def test_the_split_of_a_name(tmp_path, name, split):
         (["test/a.txt", "a/b.txt"], ["", ""]),  # who has a folder of this name alone need not mean a split
         (["train/data-00000-of-00001.txt", "test/data-00000-of-00001.txt"], ["train", "test"]),
         (["train/a.txt", "train/test.txt"], ["", "test"]),
+        (["train/en/a.txt", "test/en/a.txt", "test/b.txt", "c.txt"], ["train", "test", "test", ""]),
+        (["train/en/dev/a.txt", "train/en/test/a.txt", "test/a.txt"], ["dev", "test", "test"]),  # the innermost one
+        (["test/train/a.txt", "test/test/b.txt"], ["train", "test"]),  # the source may be called test
+        (["test/en/a.txt", "test/de/a.txt"], ["", ""]),
     ],
 )
 def test_the_split_of_a_folder(names, splits):
@@ -64,6 +68,7 @@ def test_the_split_of_a_folder(names, splits):
         (["train_sft-00000-of-00001.jsonl", "test_sft-00000-of-00001.jsonl"], "t", ""),
         (["train.jsonl", "unsupervised-00000-of-00001.jsonl"], "", ""),
         (["train/a.jsonl", "validation/a.jsonl"], "v", ""),
+        (["train/en/a.jsonl", "train/de/a.jsonl", "test/en/a.jsonl", "validation/en/a.jsonl"], "v", "t"),
         (["notes.jsonl", "test.jsonl"], "", ""),  # nothing says that a file is for training: the user chose them
         (["test-00000-of-00001.jsonl"], "", ""),
     ],
@@ -109,6 +114,7 @@ def test_a_saved_dataset_dict(saved):
     ("names", "splits", "remedy"),
     [
         (["train/a.jsonl", "validation/a.jsonl"], "train, validation", "validation"),
+        (["train/en/a.jsonl", "test/en/a.jsonl", "test/de/a.jsonl"], "test, train", "test"),
         (["validation/a.jsonl", "a.jsonl"], None, None),
         (["train.jsonl", "dev.jsonl", "a.jsonl"], "dev, train", "dev.jsonl"),
         (["test.jsonl", "validation.jsonl"], "test, validation", "test.jsonl"),

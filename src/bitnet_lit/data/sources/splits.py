@@ -3,7 +3,7 @@
 Names say which split a file belongs to:
 
     train-00000-of-00002.parquet      a clone of a repository; also validation.jsonl, test.txt
-    test/a.jsonl                      the same, with a folder for another split, such as train/, beside test/
+    test/a.jsonl, test/en/a.jsonl     the same, with a folder for another split, such as train/, beside test/
     test/data-00000-of-00001.arrow    a folder of `DatasetDict.save_to_disk`, with dataset_dict.json beside test/
 
 The hub has several words for a split, and so has this module:
@@ -64,12 +64,14 @@ def divide(files: Sequence[Path]) -> Splits:
 
 def split_names(files: Sequence[Path]) -> dict[Path, str]:
     """Return the name of each file's split, such as train or test_sft; an empty text where no name says one."""
-    of_splits = {path.parent for path in files if _is_word(path.parent.name)}
+    of_splits = {folder for path in files for folder in path.parents if _is_word(folder.name)}
     beside = Counter(folder.parent for folder in of_splits)
+    of_splits = {folder for folder in of_splits if beside[folder.parent] > 1}
     names = {path: _own_split(path) for path in files}
     for path, own in names.items():
-        if path.parent in of_splits and beside[path.parent.parent] > 1 and not _is_word(own.split("_")[0]):
-            names[path] = path.parent.name
+        folder = next((folder for folder in path.parents if folder in of_splits), None)
+        if folder is not None and not _is_word(own.split("_")[0]):
+            names[path] = folder.name
     return names
 
 
