@@ -19,13 +19,11 @@ import contextlib
 import math
 import signal
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from bitnet_lit.checkpoints.formats.model_folder import trained_step
@@ -35,13 +33,10 @@ from bitnet_lit.runs.go_on import command_to_resume
 from bitnet_lit.runs.metric_names import KEPT
 from bitnet_lit.runs.signals import StopSignals
 from bitnet_lit.training.callbacks.step_log import StepLog
+from bitnet_lit.training.callbacks.stop_reason import TIME_IS_UP, StopReason
 from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, read_checkpoint
 from bitnet_lit.training.loggers import CsvLogger
 from bitnet_lit.training.module import BitNetModule
-
-# The reason to stop is one number, so that the ranks can agree on the largest: 0 for none, 1 when the time is up, and a
-# signal's number + 1.
-_TIME_IS_UP = 1
 
 
 class Checkpoints(Callback):
@@ -82,7 +77,8 @@ class Checkpoints(Callback):
         part: str | None,
         others: dict[str, Any],
     ) -> None:
-        self.folder, self.every_n_steps, self.steps, self.max_time = folder, every_n_steps, steps, max_time
+        self.folder, self.every_n_steps, self.steps = folder, every_n_steps, steps
+        self._stop_reason = StopReason(signals, max_time)
         self.signals, self.csv, self.step_log, self.identity = signals, csv, step_log, identity
         self.best_loss, self.improved = math.inf, False
         self.best_step: int | None = None
@@ -98,8 +94,6 @@ class Checkpoints(Callback):
         self._stopped_by: dict[str, Any] | None = None  # `others`, if one of them has ended the run
         self._ends, self._stops_behind_step = False, False
         self._was_restored = False
-        self._deadline = math.inf
-        self._agreed: tuple[torch.Tensor, torch.cuda.Event] | None = None  # the ranks' reason to stop, on its way here
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, BitNetModule)
@@ -110,8 +104,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.is_running, self.signals.how_to_go_on = True, self._how_to_go_on
-        if self.max_time is not None:
-            self._deadline = time.monotonic() + self.max_time.total_seconds()
+        self._stop_reason.start()
         for callback in self._callbacks(trainer):
             check_plain(callback.state_dict(), f"the state_dict of {type(callback).__name__}")
         if trainer.global_step >= self.steps or (self._stopped_by is not None and self._stopped_by == self.others):
@@ -210,8 +203,8 @@ class Checkpoints(Callback):
             return
         if self._stops_behind_step:
             trainer.should_stop = True
-        step, reason = trainer.global_step, self._reason_to_stop(trainer)
-        if reason > _TIME_IS_UP:
+        step, reason = trainer.global_step, self._stop_reason(trainer)
+        if reason > TIME_IS_UP:
             self._save(trainer)
             number = reason - 1
             raise TrainingStopped(
@@ -219,7 +212,7 @@ class Checkpoints(Callback):
                 f"{command_to_resume(self.folder.parent)}",
                 status=128 + number,
             )
-        if step >= self.steps or reason == _TIME_IS_UP:
+        if step >= self.steps or reason == TIME_IS_UP:
             self._end(trainer)
         elif self.every_n_steps and step % self.every_n_steps == 0 and not self._validates(trainer):
             self._save(trainer)
@@ -229,28 +222,6 @@ class Checkpoints(Callback):
         if self.saved_step is None:
             return "no checkpoint was written: give the same command again"
         return f"go on from step {self.saved_step} with {command_to_resume(self.folder.parent)}"
-
-    def _reason_to_stop(self, trainer: L.Trainer) -> int:
-        """Return the reason to stop. The ranks agree on it, because a signal may reach them at different steps."""
-        reason = _TIME_IS_UP if time.monotonic() >= self._deadline else 0
-        if self.signals.number is not None:
-            reason = self.signals.number + 1
-        return self._largest(trainer, reason) if trainer.world_size > 1 else reason
-
-    def _largest(self, trainer: L.Trainer, reason: int) -> int:
-        """Return the largest reason of all ranks. On GPUs it is that of the step before, so that no step waits."""
-        largest = torch.full((), reason, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        if largest.device.type != "cuda":
-            return int(largest)
-        before, copy, done = self._agreed, torch.empty_like(largest, device="cpu", pin_memory=True), torch.cuda.Event()
-        copy.copy_(largest, non_blocking=True)
-        done.record()
-        self._agreed = copy, done
-        if before is None:
-            return 0
-        before[1].synchronize()
-        return int(before[0])
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step_log.settle(trainer, is_end=trainer.should_stop)
