@@ -29,6 +29,14 @@ def _rotated(at, norm_ptr, cos_ptr, sin_ptr, p, inside, eps, P: tl.constexpr, QK
     return x * cos + tl.where(p < half, -y, y) * sin
 
 
+@triton.jit
+def _kept(x, HALF: tl.constexpr):
+    """Elements as the cache keeps them. In float16, one beyond its range becomes its largest number, as on the CPU."""
+    if HALF:
+        return (tl.clamp(x, -65504.0, 65504.0) + (x - x)).to(tl.float16)  # the sum lets infinity and NaN become NaN
+    return x
+
+
 @triton.jit(do_not_specialize=["layer"])
 def rotate(
     q_ptr, qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, address_ptr, room_ptr, position_ptr, layer, eps,
@@ -51,16 +59,16 @@ def rotate(
     cos_at, sin_at = cos_ptr + position * P, sin_ptr + position * P
     if head < H:
         q = _rotated(at, q_norm_ptr, cos_at, sin_at, p, p < P, eps, P, QK_NORM)
-        tl.store(q_ptr + (m.to(tl.int64) * H + head) * P + p, q.to(dtype), mask=p < P)
+        tl.store(q_ptr + (m.to(tl.int64) * H + head) * P + p, _kept(q, HALF), mask=p < P)
     else:
         cache = tl.load(address_ptr + m).to(tl.pointer_type(dtype))
         room = tl.load(room_ptr + m)
         if head < H + KV:
             k = _rotated(at, k_norm_ptr, cos_at, sin_at, p, p < P, eps, P, QK_NORM)
-            tl.store(cache + ((layer * 2 * KV + head - H) * room + position) * P + p, k.to(dtype), mask=p < P)
+            tl.store(cache + ((layer * 2 * KV + head - H) * room + position) * P + p, _kept(k, HALF), mask=p < P)
         else:
             v = tl.load(at + p, mask=p < P, other=0.0)
-            tl.store(cache + ((layer * 2 * KV + head - H) * room + position) * P + p, v.to(dtype), mask=p < P)
+            tl.store(cache + ((layer * 2 * KV + head - H) * room + position) * P + p, _kept(v, HALF), mask=p < P)
 
 
 @triton.jit(do_not_specialize=["layer", "chunk"])
@@ -109,8 +117,9 @@ def attend(
         q_at = token + (kv * G + g)[:, None] * P
         q = _rotated(q_at, q_norm_ptr, cos_at, sin_at, p[None, :], inside, eps, P, QK_NORM) * scale
         # The new token's key and value come from here: the cache does not have them yet.
-        k_new = _rotated(token + (H + kv) * P, k_norm_ptr, cos_at, sin_at, p, p < P, eps, P, QK_NORM).to(dtype)
-        v_new = tl.load(token + (H + KV + kv) * P + p, mask=p < P, other=0.0).to(dtype)
+        k_new = _rotated(token + (H + kv) * P, k_norm_ptr, cos_at, sin_at, p, p < P, eps, P, QK_NORM)
+        k_new = _kept(k_new, HALF)
+        v_new = _kept(tl.load(token + (H + KV + kv) * P + p, mask=p < P, other=0.0), HALF)
         has_new = (first + chunk > position).to(tl.float32)
         if first + chunk > position:
             tl.store(keys + position * P + p, k_new, mask=p < P)
@@ -119,7 +128,7 @@ def attend(
         largest = tl.where(has_new > 0, new_score, -1e30)  # finite: a difference of infinities is no number
         weight = tl.zeros([BLOCK_G], tl.float32) + has_new
         mean = tl.zeros([BLOCK_G, BLOCK_P], tl.float32) + has_new * v_new.to(tl.float32)[None, :]
-        q = q.to(dtype)
+        q = _kept(q, HALF)
         while first < stop:
             next_c = c + BLOCK_C
             there = (next_c < stop)[:, None] & (p < P)[None, :]
