@@ -242,7 +242,8 @@ def test_a_sweep_says_the_quoting_that_works():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prompt=Once", "upon"], "'upon' is no key=value; .* quote both: \"prompt=Once upon\""),
+        (["prompt=Once", "upon"], "'upon' is no key=value; .* quote both: \"prompt=Once upon\"$"),
+        (["stop=Once", "upon"], 'quote both: "stop=Once upon", or give a list: stop=\\[Once,upon\\]$'),
         (["hello", "there"], "'hello there' is no key=value: did you mean prompt='hello there'\\?$"),
         (["hello", "seed=1"], r"'hello' is no key=value: did you mean prompt=hello\?$"),
         (["."], r"'\.' is no key=value: did you mean checkpoint=\.\?$"),

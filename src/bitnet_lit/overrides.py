@@ -248,6 +248,16 @@ def _unescaped(element: str) -> str:
     return element if _is_quoted(element) else re.sub(r"\\([\\()\[\]{}:=, \t])", r"\1", element)
 
 
+def _behind(overrides: Sequence[str], word: str, keys: dict[str, TextKey]) -> str:
+    """Return what a word without a key may belong to, for an error: the override before it."""
+    if not overrides:
+        return ""
+    remedy = f'; if it belongs to the argument before it, quote both: "{overrides[-1]} {word}"'
+    key, _, value = overrides[-1].partition("=")
+    is_list = keys.get(key, keys.get(f"{key}.files", TextKey())).is_list
+    return f"{remedy}, or give a list: {key}=[{value},{word}]" if is_list and not value.startswith("[") else remedy
+
+
 def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> list[str]:
     """Rewrite overrides in Hydra's grammar so that every text arrives as it was typed.
 
@@ -269,8 +279,7 @@ def as_typed(schema: type, overrides: Sequence[str], sweep: bool = False) -> lis
         match = _OVERRIDE.fullmatch(override)
         if match is None:
             if _parse(override) is None:
-                before = f'; if it belongs to the argument before it, quote both: "{overrides[number - 1]} {override}"'
-                raise UserError(f"'{override}' is no key=value{before if number else ''}")
+                raise UserError(f"'{override}' is no key=value{_behind(overrides[:number], override, keys)}")
             spelled.append(override)
             continue
         prefix, key, value = match.groups()

@@ -102,6 +102,36 @@ def text_folder(folder, count=3, stories=20):
     return folder
 
 
+def test_several_sources_are_one_text(tmp_path, tokenizer, capsys):
+    first, second = text_folder(tmp_path / "a"), text_folder(tmp_path / "b", count=1)
+    (tmp_path / "c.txt").write_text("Lily went home.")
+    sources = [str(first), str(second / "*.json"), str(second / "data00.json"), str(tmp_path / "c.txt")]
+    options = {"out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path), "num_workers": 1}
+    prepared = prepare(PrepareConfig(source=sources, **options))
+    assert (prepared["files"], prepared["stories"]) == (5, 3 * 20 + 20 + 1)
+    assert f"source=[{','.join(sources)}]: not read: second names of a file: 1 (data00.json)" in capsys.readouterr().err
+    again = prepare(PrepareConfig(source=sources, **options))
+    assert again["tokens"] == prepared["tokens"] and "complete already" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds shards of another tokenizer or source"):
+        prepare(PrepareConfig(source=sources[:2], **options))
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["a.txt", "b.txt"], r"^source=\[a.txt,b.txt\]: several sources have no name: give out=<folder>$"),
+        (["demo", "a.txt"], r"^source=\[demo,a.txt\]: demo is a built-in source, which is not joined: give it alone$"),
+        (["a.txt", "b.txt"], r"^source=b.txt: no such file, folder or glob"),
+    ],
+)
+def test_several_sources_that_do_not_fit(tmp_path, monkeypatch, sources, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("Lily went home.")
+    with pytest.raises(UserError, match=message):
+        prepare(PrepareConfig(source=sources, out=None if "no name" in message else "out"))
+    assert os.listdir() == ["a.txt"]
+
+
 def test_another_source_in_the_same_folder_is_refused(tmp_path, tokenizer):
     first, second, out = text_folder(tmp_path / "a"), text_folder(tmp_path / "b", count=1), tmp_path / "out"
     options = {"out": str(out), "tokenizer": str(tokenizer.path), "num_workers": 1}

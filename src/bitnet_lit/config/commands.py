@@ -20,8 +20,9 @@ ANY_SEED = Range(-(2**64), 2**64)
 class PrepareConfig(Checked):
     """`python -m bitnet_lit.prepare` turns text into shards of token ids, in llama2.c's format."""
 
-    source: str = "demo"
-    """demo, tinystories, or a file, folder or glob of .json, .jsonl, .txt (also .gz or .zst), .parquet or .arrow."""
+    source: list[str] = field(default_factory=lambda: ["demo"])
+    """demo, tinystories, or a file, folder or glob of .json, .jsonl, .txt (also .gz or .zst), .parquet or .arrow, or a
+    list of these: [a.txt,b]."""
     column: str | None = None
     """The column of a table, or the key of a JSON record, that has the text. null: text, story or content."""
     out: str | None = None
@@ -48,7 +49,11 @@ class PrepareConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        given: object = self.source
+        self.source = [given] if isinstance(given, str) else self.source  # in Python a text may be given
         not_empty("out", self.out)
+        if len(self.source) > 1 and self.out is None:
+            raise UserError(f"{self.typed_source}: several sources have no name: give out=<folder>")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(
                 f"tokenizer={self.tokenizer} and vocab_size={self.vocab_size}: give one, an existing tokenizer or the "
@@ -56,11 +61,17 @@ class PrepareConfig(Checked):
             )
 
     @property
+    def typed_source(self) -> str:
+        """`source` as a user types it, for messages."""
+        several = ",".join(self.source)
+        return f"source=[{several}]" if len(self.source) > 1 else f"source={several}"
+
+    @property
     def folder(self) -> Path:
         """`out`, or its default where it is None."""
         if self.out is not None:
             return Path(self.out)
-        source = Path(self.source)
+        source = Path("".join(self.source))  # the only one
         while any(sign in source.name for sign in "*?["):
             source = source.parent
         if source.name in ("", ".."):

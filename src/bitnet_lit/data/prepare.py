@@ -61,9 +61,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     with exclusive_folder(out):
         source = open_source(config)
         if source.passed_over:
-            _say(f"source={config.source}: not read: {source.passed_over}")
+            _say(f"{config.typed_source}: not read: {source.passed_over}")
         if source.validation:
-            _say(f"source={config.source}: split {source.validation} is for validation (the first shard), not training")
+            _say(f"{config.typed_source}: split {source.validation} is for validation (the first shard), not training")
         meta = read_meta(out, _ELSEWHERE)
         start = time.perf_counter()
         tokenizer = _folder_tokenizer(config, out, source, meta)
@@ -252,7 +252,7 @@ def _say_what_was_done(config: PrepareConfig, summary: dict[str, Any], was_compl
             read += f"; {_counted(summary['empty'], 'document')} without text"
         if summary["carriage_returns"]:
             read += f"; {summary['carriage_returns']:,} documents of .json with carriage returns, kept as llama2.c does"
-        _say(f"source={config.source}: {read}")
+        _say(f"{config.typed_source}: {read}")
     speed = f"{summary['seconds']:.1f} s, {summary['megabytes_per_s']:.1f} MB/s"
     _say(
         f"{config.folder}: {_counted(summary['shards'], 'shard')}, {_counted(summary['stories'], 'document')}, "

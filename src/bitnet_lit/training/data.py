@@ -82,7 +82,7 @@ class ShardData:
         """
         if config.dir == str(DEMO_DIR) and not is_complete(DEMO_DIR):
             # Several ranks may come here: `prepare` lets one write and the others wait.
-            prepare(PrepareConfig(source="demo", out=config.dir))
+            prepare(PrepareConfig(source=["demo"], out=config.dir))
         self.config = config
         self.corpora = open_corpora(config)
         self.name = ", ".join(str(folder.folder) for folder in self.corpora.folders.values())

@@ -150,7 +150,7 @@ def preview(jobs: Sequence[tuple[str, Path, State, TrainConfig | UserError]]) ->
         uses_demo = any(isinstance(config, TrainConfig) and _uses_demo(filled_in(config)) for *_, config in jobs)
         if uses_demo and not is_complete(DEMO_DIR):  # the run makes it, and a dry run writes nothing
             demo_dir = Path(temporary) / "demo"
-            prepare(PrepareConfig(source="demo", out=str(demo_dir)))
+            prepare(PrepareConfig(source=["demo"], out=str(demo_dir)))
         checked: list[Outlook | Exception] = []
         for *_, config in jobs:
             try:

@@ -101,13 +101,13 @@ def saved(tmp_path):
 
 
 def test_a_saved_dataset_dict(saved):
-    source = files_source(str(saved))
+    source = files_source([str(saved)])
     first, second = source.shards
     assert stories_of([first]) == ["validation 0", "validation 1", "validation 2"]
     assert stories_of([second]) == ["train 0", "train 1", "train 2"]
     assert source.validation == "validation"
     assert source.passed_over.endswith("split test: 1 (data-00000-of-00001.arrow)")
-    assert stories_of(files_source(str(saved / "test")).shards) == ["test 0", "test 1", "test 2"]
+    assert stories_of(files_source([str(saved / "test")]).shards) == ["test 0", "test 1", "test 2"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_split_without_rows_is_none(tmp_path, capsys, kind):
         else:
             with pa.ipc.new_stream(str(path), table.schema) as writer:
                 writer.write_table(table)
-    source = files_source(str(tmp_path / "clone"))
+    source = files_source([str(tmp_path / "clone")])
     assert source.validation == "test" and list(map(stories_of, [[each] for each in source.shards])) == [
         ["test 0", "test 1"],
         ["train 0", "train 1", "train 2"],
@@ -171,9 +171,9 @@ def test_a_split_without_rows_is_none(tmp_path, capsys, kind):
     for path in (tmp_path / "clone").glob("t*"):
         path.unlink()
     with pytest.raises(UserError, match=r"no .* files in it: without rows: 1 \(validation"):
-        files_source(str(tmp_path / "clone"))
+        files_source([str(tmp_path / "clone")])
     with pytest.raises(UserError, match=rf"validation-00000-of-00001.{kind}: is empty: give a file with text"):
-        files_source(str(tmp_path / "clone" / f"validation-00000-of-00001.{kind}"))
+        files_source([str(tmp_path / "clone" / f"validation-00000-of-00001.{kind}")])
 
 
 def test_prepare_says_what_the_splits_are_for(tmp_path, capsys):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitnet_lit.data.sources.find_text import FoundText, find_text, kind_of
+from bitnet_lit.data.sources.find_text import FoundText, find_text, joined, kind_of
 from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of
 from bitnet_lit.data.sources.read_text import FileSegment, file_segments
 from bitnet_lit.data.sources.source import Segment, Source, TextShard, numbered
@@ -52,18 +52,18 @@ def text_source(source: str, column: str | None, key: str) -> Source:
     )
 
 
-def files_source(source: str, built_in: Sequence[str] = (), column: str | None = None) -> Source:
-    """Open a file, a folder or a glob to train on. The validation split of a data set becomes shard 0.
+def files_source(sources: Sequence[str], built_in: Sequence[str] = (), column: str | None = None) -> Source:
+    """Open files, folders or globs to train on. The validation split of a data set becomes shard 0.
 
     Args:
         built_in: the names of the built-in sources, which an error's line names too.
         column: as for `text_source`.
     """
-    found = find_text(source, built_in)
+    found = joined(find_text(source, built_in) for source in sources or [""])
     splits = divide(found.files)
     for path in splits.left_out:
         found.pass_over(path, f"split {splits.names[path]}")
-    identity = _identity(source, column)
+    identity = "\n".join(_identity(source, column) for source in sources)
     if splits.validation:
         identity += "#splits"  # a folder of an earlier version, which trained on all of them, is not continued
     return Source(

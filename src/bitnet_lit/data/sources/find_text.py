@@ -14,7 +14,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,6 +113,19 @@ def find_text(source: str, built_in: Sequence[str] = (), key: str = "source") ->
             raise UserError(f"{key}={source}: a folder of shards, and no text: {_SHARDS[key]}={source} reads shards")
         passed_over = found.describe_passed_over()
         raise UserError(f"{key}={source}: no {kinds} files in it{': ' if passed_over else ''}{passed_over}")
+    return found
+
+
+def joined(several: Iterable[FoundText]) -> FoundText:
+    """Return what several sources hold, with one name of each file."""
+    first, *others = several
+    if not others:
+        return first
+    found = FoundText()
+    for each in (first, *others):
+        for reason, paths in each.passed_over.items():
+            found.passed_over.setdefault(reason, []).extend(paths)
+    _keep_each_once([path for each in (first, *others) for path in each.files], found)
     return found
 
 
