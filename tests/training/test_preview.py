@@ -30,6 +30,22 @@ def test_a_machine_without_the_device_says_so(tmp_path, shards, monkeypatch, cap
     assert "note: " not in shown and "may not fit" in shown and "of training one after the other" in shown
 
 
+def test_a_machine_with_fewer_gpus_says_so(tmp_path, shards, monkeypatch, capsys):
+    for name, answer in {"is_available": True, "device_count": 2, "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(preview, "device_memory_bytes", lambda trainer: 2**36)
+    monkeypatch.setattr(preview, "measured_peak_flops", lambda device, dtype: 1e9)
+    typed = [item for item in TINY_RUN if not item.startswith("trainer.accelerator")]
+    for devices, nodes, note in (("2", 1, ""), ("4", 1, "trainer.devices=4: this machine has 2"), ("2", 4, "")):
+        chosen = [f"trainer.devices={devices}", f"trainer.num_nodes={nodes}"]
+        config = compose("train", [*typed, f"data.dir={shards}", *chosen])
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setattr(preview, "check_launcher", lambda *_: None)
+        preview.preview([("run", tmp_path / "run", State.NEW, config)])
+        shown = capsys.readouterr().out
+        assert (f"note: {note}, and would refuse to train" in shown) if note else "note: " not in shown
+
+
 @pytest.mark.parametrize("state", [State.NEW, State.DONE])
 def test_several_gpus_are_so_many_times_as_fast(tmp_path, shards, monkeypatch, capsys, state):
     """The tokens of a job are those of all its devices, and so is its logged speed."""

@@ -226,6 +226,10 @@ def _print(
         line += f", about {time_span(seconds_in_all)} of training one after the other (from {source}); start-up, "
         line += "validation and export come on top"
     output.print(f"{line}. Nothing was trained or written.")
+    here = torch.cuda.device_count()
+    asked = [config.trainer for *_, config, _ in whole if uses_cuda(config.trainer)]
+    if more := [trainer.devices for trainer in asked if world_size(trainer) > here * trainer.num_nodes]:
+        output.print(f"note: trainer.devices={more[0]}: this machine has {here}, and would refuse to train")
     if elsewhere:
         output.print(
             f"note: trainer.accelerator={elsewhere[0].accelerator}: this machine has no such device, and would refuse "
