@@ -26,6 +26,7 @@ NAMES = {
     EQUAL_BYTES: "b158, wider, at equal bytes",
     COMBINED: "b158, with the options that helped",
 }
+MARKERS = dict(zip(NAMES, "osD^", strict=True))
 
 
 def _bar(estimate: Estimate) -> float:
@@ -89,46 +90,50 @@ class Pictures:
         return figure
 
     def _bytes(self) -> Any:
-        """Return the loss of every twin, width and combination against the megabytes of its weights.
+        """Return the loss of every twin, width and combination on the first recipe's text, against its megabytes.
 
-        A line joins the sizes of a twin on one text, so that the twins can be compared at equal bytes.
+        A line joins the sizes of a twin, so that the twins can be compared at equal bytes.
         """
         figure, axes = _axes(8, 4.5)
-        points = 0
-        markers = dict(zip(NAMES, "osD^", strict=True))
-        sweeps = {sweep.name: sweep for sweep in self.plan.sweeps}
         labels: set[str] = set()
-        sizes: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for sweep in sweeps.values():
+        sizes: dict[str, list[tuple[float, float]]] = {}
+        text = _text_of(self.plan.sweeps[0].recipe) if self.plan.sweeps else ""
+        for sweep in self.plan.sweeps:
             records = self.results.of(sweep.name)
             losses = _losses(records)
-            if sweep.what not in NAMES or not losses or not records[0].get("bytes"):
+            is_shown = sweep.what in NAMES and _text_of(sweep.recipe) == text and losses and records[0].get("bytes")
+            if not is_shown or (sweep.quant != TWINS[0] and sweep.what != BASE):
                 continue
             is_dense = sweep.quant != TWINS[0]
             label = "dense" if is_dense else NAMES[sweep.what]
             color, estimate = DENSE if is_dense else BITNET, Estimate.of(losses)
-            shown = {"color": color, "fmt": markers[sweep.what], "capsize": 2, "markersize": 6}
-            name = None if label in labels else label
+            shown = {"color": color, "fmt": MARKERS[sweep.what], "capsize": 2, "markersize": 6}
             x = records[0]["bytes"] / 1e6
-            axes.errorbar(x, estimate.mean, yerr=_bar(estimate), label=name, **shown)
+            axes.errorbar(x, estimate.mean, yerr=_bar(estimate), label=None if label in labels else label, **shown)
+            labels |= {label}
             if sweep.what == BASE:
-                text = sweep.recipe.partition("_")[0]
-                sizes.setdefault((text, color), []).append((x, estimate.mean))
-            size = records[0].get("parameters") or 0
-            axes.annotate(f"{size / 1e6:.1f} M", (x, estimate.mean), (6, 5), textcoords="offset points", fontsize=9)
-            labels, points = labels | {label}, points + 1
-        if not points:
+                sizes.setdefault(color, []).append((x, estimate.mean))
+            if sweep.what != COMBINED:  # as large as the model below which it lies
+                size, above = f"{(records[0].get('parameters') or 0) / 1e6:.1f} M", (0, 8) if is_dense else (-8, -9)
+                place = {"xytext": above, "ha": "center" if is_dense else "right", "color": color}
+                axes.annotate(size, (x, estimate.mean), textcoords="offset points", fontsize=9, **place)
+        if not labels:
             return None
-        for (_, color), places in sizes.items():
+        for color, places in sizes.items():
             axes.plot(*zip(*sorted(places), strict=True), color=color, linewidth=1, alpha=0.5)
         axes.set_xscale("log")
-        ticks = [1, 2, 5, 10, 20, 50, 100]
+        ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("weights, MB (1.59 bits for a ternary weight, 16 for others)")
+        axes.margins(0.08, 0.08)
+        axes.set_xlabel("weights, MB (2 bits for a ternary weight, 16 for others)")
         axes.set_ylabel("validation loss, nats per token")
         axes.legend(frameon=False)
         return figure
+
+
+def _text_of(recipe: str) -> str:
+    return recipe.partition("_")[0]
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ Each sweep is one command `python -m bitnet_lit.train -m ...` in a folder of its
     gutenberg_5m/b158/qk_norm      the best trial with one option more, with each seed
     gutenberg_5m/b158/wide         the best trial with twice the width, with each seed
     gutenberg_5m/b158/equal_bytes  the best trial so wide that its weights take the bytes of the dense twin's
-    gutenberg_5m/b158/speed        the best trial alone on a GPU, some hundred steps, for its tokens/s
+    gutenberg_5m/b158/speed        the best trial alone on the machine, some hundred steps, for its tokens/s
     gutenberg_5m/b158/same_time    the best trial for as long as the dense twin takes, with each seed
     gutenberg_5m/b158/combined     the best trial with all options that helped, with each seed
 """
@@ -47,7 +47,7 @@ class Sweep:
         jobs: how many runs it has.
         tokens, tokens_per_s: of one run; the speed is an assumption.
         needs: sweeps that must be done before it begins.
-        is_alone: whether nothing else may run on its GPU.
+        is_alone: whether nothing else may run on the machine: the host's other work slows a small model too.
     """
 
     recipe: str

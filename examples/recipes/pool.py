@@ -60,15 +60,15 @@ class Pool:
         Args:
             jobs: how many runs are left.
         """
+        if self.running and (sweep.is_alone or any(one.sweep.is_alone for one in self.running)):
+            return None
         free = {
-            place: 0
-            if any(one.place == place and one.sweep.is_alone for one in self.running)
-            else self.room - sum(one.jobs for one in self.running if one.place == place)
+            place: self.room - sum(one.jobs for one in self.running if one.place == place)
             for place in range(max(1, len(self.gpus)))
         }
         place = max(free, key=lambda place: free[place])
-        wanted = self.room if sweep.is_alone else min(jobs, self.room)
-        return (place, min(jobs, self.room)) if free[place] >= wanted else None
+        wanted = min(jobs, self.room)
+        return (place, wanted) if free[place] >= wanted else None
 
     def start(self, sweep: Sweep, command: Sequence[str], place: int, jobs: int, log: Path) -> None:
         """Start the command of a sweep on a GPU. What it prints is appended to a file."""

@@ -19,7 +19,7 @@ from plan import BASE, COMBINED, DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, SPEED
 
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.reports.statistics import Estimate
-from bitnet_lit.reports.weight_sizes import weight_sizes
+from bitnet_lit.reports.weight_sizes import quant_config, weight_sizes
 from bitnet_lit.runs.folder import CHECKPOINTS, ERROR_NAME, MODEL, MODEL_LAST, locked
 from bitnet_lit.runs.history import DONE, FAILED, Run, read_runs
 from bitnet_lit.runs.job_folder import State as JobState
@@ -29,13 +29,15 @@ from bitnet_lit.runs.job_names import identity
 FILE_NAME = "results.jsonl"
 DIVERGED = "diverged"
 DENSE_BITS = 16  # of a weight that is not quantized, as models are shipped
+TERNARY_BITS = 2  # of a ternary weight, as `export format=packed` writes it
 
 Record = dict[str, Any]
 
 
 def _figures(run: Run) -> Record:
     speeds = run.curve("perf/tokens_per_s").finite.values
-    sizes = weight_sizes(run.config, DENSE_BITS)
+    sizes, quant = weight_sizes(run.config, DENSE_BITS), quant_config(run.config)
+    padding = TERNARY_BITS - quant.scheme.code_bits if quant is not None and quant.scheme.is_ternary else 0
     return {
         "state": DONE,
         "loss": run.figures["val/loss"],
@@ -43,8 +45,13 @@ def _figures(run: Run) -> Record:
         "tokens": run.figures.get("tokens"),
         "tokens_per_s": float(np.median(speeds)) if len(speeds) else None,
         "parameters": None if sizes is None else sizes.parameters,
-        "bytes": None if sizes is None else sizes.num_bytes,
+        "bytes": None if sizes is None else sizes.num_bytes + sizes.projections * padding / 8,
     }
+
+
+def seed_of(overrides: dict[str, str]) -> int:
+    """Return the seed of a job."""
+    return int(overrides.get("seed", "1"))
 
 
 def _record(sweep: Sweep, folder: Path, overrides: dict[str, str]) -> Record | None:
@@ -55,7 +62,7 @@ def _record(sweep: Sweep, folder: Path, overrides: dict[str, str]) -> Record | N
     (run,) = read_runs([str(folder)], lambda error: None) or (None,)
     if run is None:
         return None
-    record: Record = {"sweep": sweep.name, "job": folder.name, "seed": int(overrides.get("seed", "1"))}
+    record: Record = {"sweep": sweep.name, "job": folder.name, "seed": seed_of(overrides)}
     values = {key: text for key, text in overrides.items() if key in sweep.space}
     if run.state == DONE and math.isfinite(run.figures.get("val/loss", math.nan)):
         return record | _figures(run) | {"values": values, "overrides": overrides, "folder": str(folder)}
@@ -210,6 +217,8 @@ class Results:
         new = []
         for job, overrides in job_folders(folder) if folder.is_dir() else ():
             is_known = (sweep.name, job.name) in self.records
+            if sweep.what != SEARCH and overrides is not None:  # a teacher that was trained again has a new name
+                is_known |= seed_of(overrides) not in self.missing_seeds(sweep)
             if not is_known and overrides is not None and (record := _record(sweep, job, overrides)) is not None:
                 self._write(record | {"machine": self.machine})
                 new.append(record)

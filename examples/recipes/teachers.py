@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from plan import BASE, COMBINED, DENSE_RUN, Plan, Sweep
-from results import Record, Results
+from results import Record, Results, seed_of
 
 from bitnet_lit.runs.folder import MODEL
+from bitnet_lit.runs.job_folder import job_folders
 
 
 class Teachers:
@@ -25,8 +26,9 @@ class Teachers:
         record = self._first(recipe)
         if record is None:
             return None
-        folders = [Path(record["folder"]), self.results.out / record["sweep"] / record["job"]]
-        return next((folder for folder in folders if (folder / MODEL).is_dir()), None)
+        here = job_folders(self.results.out / record["sweep"])  # a sweep of one seed names its job otherwise
+        folders = [folder for folder, overrides in here if overrides and seed_of(overrides) == record["seed"]]
+        return next((folder for folder in [Path(record["folder"]), *folders] if (folder / MODEL).is_dir()), None)
 
     def again(self, sweep: Sweep) -> list[int]:
         """Return the seed of a teacher that must be trained once more by this sweep; [] if there is none."""

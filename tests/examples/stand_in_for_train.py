@@ -27,6 +27,7 @@ def main(typed):
         jobs = [{"optim.learning_rate": f"{rate:.5f}"} for rate in rates]
     else:
         jobs = [{"seed": seed} for seed in given["seed"].split(",")]
+        fixed |= jobs[0] if len(jobs) == 1 else {}
     for number, values in enumerate(jobs):
         if number == int(os.environ.get("STAND_IN_JOBS", "1000")):
             sys.exit("error: as the test wants it")
@@ -34,7 +35,9 @@ def main(typed):
             Path(died).write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
-        write(sweep / "__".join(f"{key}={value}" for key, value in values.items()), fixed | values)
+        named = fixed if fixed.items() >= values.items() else values  # what varies; of one job, everything
+        name = "__".join(f"{key}={value}" for key, value in named.items()).replace("/", "-")
+        write(sweep / f"{name[:80]}{zlib.crc32(name.encode()) if len(name) > 80 else ''}", fixed | values)
 
 
 def write(folder, overrides):

@@ -222,7 +222,7 @@ def test_options_widths_and_times_stand_beside_the_base(study, tmp_path):
     assert study(order, options, "seeds=[1,2]") == 0
     found = {line["sweep"]: line["overrides"] for line in lines_of(tmp_path)}
     assert found["gutenberg_5m/b158/wide"]["model.hidden_size"] == "512"
-    assert found["gutenberg_5m/b158/equal_bytes"]["model.hidden_size"] == "704"
+    assert found["gutenberg_5m/b158/equal_bytes"]["model.hidden_size"] == "640"
     assert found["gutenberg_5m/b158/wsd"]["schedule"] == "wsd"
     assert int(found["gutenberg_5m/b158/same_time"]["trainer.max_tokens"]) == 36_300_000  # 1.1 times as fast
     assert found["gutenberg_5m/b158/distill"]["distill.teacher"] == str(tmp_path / "gutenberg_5m/none/base/seed=1")
@@ -245,7 +245,8 @@ def test_a_teacher_on_another_machine_is_trained_again(study, tmp_path, capfd):
     assert after.startswith(before)
     added = [json.loads(line) for line in after.removeprefix(before).splitlines()]
     assert [line["sweep"] for line in added] == ["gutenberg_5m/b158/distill"] * 2
-    teacher = tmp_path / "gutenberg_5m" / "none" / "base" / "seed=2"
+    (teacher,) = (tmp_path / "gutenberg_5m" / "none" / "base").iterdir()
+    assert teacher.name.startswith("experiment=")  # as `train -m` names the only job of a sweep
     assert {line["overrides"]["distill.teacher"] for line in added} == {str(teacher)} and (teacher / "model").is_dir()
 
 
@@ -315,7 +316,7 @@ def test_gpus_share_their_room(modules):
     assert pool.place_for(alone, 1) is None
     pool.running.clear()
     take(alone, 0, 1)
-    assert pool.place_for(base, 3) == (1, 3)
+    assert pool.place_for(base, 3) is None
 
 
 def test_tables_go_between_the_marks_of_a_page(modules, tmp_path):

@@ -22,11 +22,13 @@ class WeightSizes:
     """The sizes of a model's weights.
 
     Attributes:
+        projections: parameters of the seven projections of all layers.
         bits_per_weight: mean bits of a projection weight.
         num_bytes: bytes of all weights.
     """
 
     parameters: int
+    projections: int
     bits_per_weight: float
     num_bytes: float
 
@@ -66,4 +68,4 @@ def weight_sizes(config: dict[str, Any], dense_bits: int) -> WeightSizes | None:
     except _DAMAGED:
         return None
     bits = counted.projections * counted.bits_per_weight + (counted.embedding + counted.norms) * dense_bits
-    return WeightSizes(counted.parameters, counted.bits_per_weight, bits / 8)
+    return WeightSizes(counted.parameters, counted.projections, counted.bits_per_weight, bits / 8)
