@@ -66,8 +66,8 @@ def note_sharing(config: DictConfig) -> None:
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))  # the daemon's own default
     if not 1 < at_once <= places and not (pipes / "control").exists():  # below 1 is one for each processor
         print(
-            "note: jobs share a GPU by time slices; NVIDIA's MPS runs them at the same time, which is faster: "
-            "nvidia-cuda-mps-control -d",
+            "note: jobs share a GPU by time slices, where matrix products can fail (docs/sweeps.md); NVIDIA's MPS runs "
+            "them at the same time, without that and faster: nvidia-cuda-mps-control -d",
             file=sys.stderr,
         )
 

@@ -277,6 +277,8 @@ class BitNetModule(L.LightningModule):
         for name, value in self._validation_figures(part).items():
             self.log(name, value, rank_zero_only=False)
         self.whole_figures = self._validation_figures(part + rest) if rest.any() else {}
+        for name, value in self.whole_figures.items():
+            self.log(name.replace("val/", "val_whole_split/", 1), value, rank_zero_only=False)
 
     def _validation_figures(self, rows: Tensor) -> dict[str, float]:
         """Return the figures of a validation from the four sums of each corpus, (corpora, 4), by their logged names."""
