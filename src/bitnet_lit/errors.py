@@ -47,6 +47,11 @@ def nearest(word: str, words: Sequence[str], cutoff: float = 0.7) -> str | None:
     return next(iter([*swapped, *found]), None)
 
 
+def list_remedy(key: str, value: str) -> str:
+    """Return the remedy for a name that was not found, if its commas may divide several names; otherwise nothing."""
+    return f"; for several give a list: {key}=[{value}]" if "," in value else ""
+
+
 class UserError(ValueError):
     """Reports a user's mistake in one line: what is wrong, the value seen, the remedy.
 

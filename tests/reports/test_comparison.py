@@ -299,6 +299,8 @@ def test_a_folder_that_does_not_exist_is_one_line(tmp_path):
     run = make_run(tmp_path / "a")
     with pytest.raises(UserError, match=r"^runs=.*typo: no such folder: give folders of runs or of sweeps$"):
         run_folders([str(run), str(tmp_path / "typo")])
+    with pytest.raises(UserError, match=r": no such folder: give .*; for several give a list: runs=\[a,b\]$"):
+        run_folders(["a,b"])
 
 
 def test_no_runs(tmp_path):

@@ -163,6 +163,12 @@ def test_validations_that_outweigh_the_training_are_told(capsys, tokens, said, w
     assert ("about 10 times the work of the steps between: trainer.limit_val_batches=" in printed) is warned
 
 
+def test_a_validation_that_is_only_at_the_end_is_told_as_such(capsys):
+    chosen = config(trainer={"max_steps": 250, "val_check_interval": 300})
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {}, (1000, 10**9))
+    assert "validation at the end, on 1,000,000,000 tokens compute" in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
 def test_the_phases_of_quantization_are_told(capsys):
     """250 steps: full precision for 100, then lambda rises for 20."""
     chosen = config(trainer={"max_steps": 250})

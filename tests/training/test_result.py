@@ -8,13 +8,14 @@ METRICS = {"val/loss": 2.0, "steps": 1000}
 
 def test_the_first_line_says_which_step_the_best_model_is_of(tmp_path):
     """It gives no loss of that step, which was measured on a part of the split."""
-    assert _last_lines(tmp_path, METRICS, 1000, is_own=True) == {"done": "step 1,000, val/loss 2.0000"}
-    done = "step 1,000, val/loss 2.0000; the best model is that of step 950"
+    done = "step 1,000, val/loss 2.0000 on the whole validation split"
+    assert _last_lines(tmp_path, METRICS, 1000, is_own=True) == {"done": done}
+    done += "; the best model is that of step 950"
     assert _last_lines(tmp_path, METRICS, 950, is_own=True) == {"done": done}
 
 
 def test_a_model_that_infer_does_not_open_has_no_command(tmp_path):
-    done = {"done": "step 1,000, val/loss 2.0000"}
+    done = {"done": "step 1,000, val/loss 2.0000 on the whole validation split"}
     (tmp_path / "model").mkdir()
     with_model = done | {"model": str(tmp_path / "model")}
     assert _last_lines(tmp_path, METRICS, 1000, is_own=True) == with_model  # the data has no tokenizer

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_lit.errors import UserError, one_line, without_class_name
+from bitnet_lit.errors import UserError, list_remedy, one_line, without_class_name
 from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Record
 from bitnet_lit.plain_yaml import read_yaml
@@ -169,7 +169,8 @@ def run_folders(typed: Sequence[str]) -> list[Path]:
     for each in typed:
         places = [each] if os.path.exists(each) else sorted(glob.glob(each, recursive=True))
         if not places:
-            raise UserError(f"runs={each}: no such folder: give folders of runs or of sweeps")
+            remedy = f"give folders of runs or of sweeps{list_remedy('runs', each)}"
+            raise UserError(f"runs={each}: no such folder: {remedy}")
         for place in places:
             found |= dict.fromkeys(_below(Path(place)))
     return list(found)

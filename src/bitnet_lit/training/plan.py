@@ -290,8 +290,11 @@ def _teacher_share(plan: Plan) -> float:
 
 def _validation_row(plan: Plan, validation_tokens: tuple[int, int] | None) -> str:
     """Return when the run validates and on how many tokens, and the remedy where validations outweigh the training."""
-    row = f"every {plan.validation_steps:,} steps"
-    if validation_tokens is not None:
+    is_only_last = plan.validation_steps >= plan.steps
+    row = "at the end" if is_only_last else f"every {plan.validation_steps:,} steps"
+    if validation_tokens is not None and is_only_last:
+        row += f", on {validation_tokens[1]:,} tokens"
+    elif validation_tokens is not None:
         tokens, last = validation_tokens
         row += f", on {tokens:,} tokens" + (f", at the end on {last:,}" if last > tokens else "")
         # A token of a validation needs the forward pass alone, a third of the work of a token in training.

@@ -58,7 +58,7 @@ def _last_lines(
         schemes: classes of the user's own that `infer` must be allowed to import.
     """
     bits = metrics.get("val/bits_per_byte")
-    done = f"step {metrics['steps']:,}, val/loss {metrics['val/loss']:.4f}"
+    done = f"step {metrics['steps']:,}, val/loss {metrics['val/loss']:.4f} on the whole validation split"
     done += "" if bits is None else f", {bits:.4f} bits per byte"
     is_best = best_step in (None, metrics["steps"])
     lines = {"done": done + ("" if is_best else f"; the best model is that of step {best_step:,}")}

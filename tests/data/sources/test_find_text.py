@@ -59,7 +59,8 @@ def test_links_are_followed_and_read_once(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nothing*", "source=nothing\\*: no such file, folder or glob"),
+        ("nothing*", "source=nothing\\*: no such file, folder or glob$"),
+        ("a.txt,b", r"source=a.txt,b: no such file, folder or glob; for several give a list: source=\[a.txt,b\]$"),
         ("a.pdf", "a.pdf: cannot read '.pdf' files: give .json, .jsonl, .txt, .parquet, .arrow"),
         ("pipe.txt", r"pipe.txt: cannot be read \(it is a pipe, not a file\)"),
         ("/dev/zero", r"/dev/zero: cannot be read \(it is a device, not a file\)"),

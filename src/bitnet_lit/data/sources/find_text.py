@@ -21,7 +21,7 @@ from pathlib import Path
 from bitnet_lit.data.shard_folder import META_NAME, OWN_JSON_NAMES
 from bitnet_lit.data.sources.open_text import compression_of
 from bitnet_lit.data.sources.tables import TABLES, has_rows
-from bitnet_lit.errors import UserError, nearest
+from bitnet_lit.errors import UserError, list_remedy, nearest
 from bitnet_lit.regular_file import open_regular
 
 SUFFIXES = (".json", ".jsonl", ".txt", *TABLES)  # the first three may be followed by a compression: .txt.gz
@@ -101,7 +101,7 @@ def find_text(source: str, built_in: Sequence[str] = (), key: str = "source") ->
                 raise UserError(f"{key}={source}: a URL, and text is read from files: download it first")
             if near := nearest(source, built_in):
                 also = f": did you mean {key}={near}?"
-            raise UserError(f"{key}={source}: no such file, folder or glob{also}")
+            raise UserError(f"{key}={source}: no such file, folder or glob{also}{list_remedy(key, source)}")
     for candidate in candidates:
         if kind_of(candidate) not in SUFFIXES:  # in a folder they are passed over; here they were asked for
             raise UserError(f"{candidate}: cannot read '{candidate.suffix}' files: give {kinds}")
