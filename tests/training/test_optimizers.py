@@ -130,7 +130,7 @@ def test_the_hooks_of_an_optimizer_run_once_a_step():
 
 def test_cautious_decay_waits_for_nobody_where_a_gradient_is_not_finite():
     parameter = torch.nn.Parameter(torch.ones(3))
-    decay_where_agreed([parameter.data], [torch.tensor([torch.nan, torch.inf, 1.0])], 0.5 * (1 - torch.ones(())))
+    decay_where_agreed([parameter.data], [torch.tensor([torch.nan, torch.inf, 1.0])], torch.ones(()))
     assert torch.equal(parameter, torch.ones(3))
 
 

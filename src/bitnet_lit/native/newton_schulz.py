@@ -28,7 +28,7 @@ def muon_step(
     *,
     momentum: float,
     nesterov: bool,
-    shrinkage: float,
+    kept: float,
     rate: float,
     iterations: tuple[Sequence[float], int, float],
     row_moments: Sequence[Tensor] = (),
@@ -39,12 +39,12 @@ def muon_step(
 
     Args:
         averages: of the gradients, with `momentum`.
-        shrinkage: the weights are multiplied by 1 - shrinkage.
+        kept: the weights are multiplied by it, for weight decay.
         rate: the weights move by -rate times the orthogonalized direction.
         iterations: coefficients, steps and eps, as `orthogonalize` takes them.
         row_moments: of each matrix, the running mean of the squares of each row, (M, 1), with `row_beta2`
             (training/normuon.py); none for plain Muon.
-        is_cautious: whether only weights that agree with their update in sign are multiplied by 1 - shrinkage.
+        is_cautious: whether only weights that agree with their update in sign are multiplied by `kept`.
     """
     gradients = [gradient.contiguous() for gradient in gradients]
     pointers = [
@@ -54,6 +54,6 @@ def muon_step(
     coefficients, steps, eps = iterations
     call = library.MuonStep(*pointers, len(weights), *weights[0].shape, torch.get_num_threads(), nesterov, is_cautious)
     call.row_new_share = 1 - row_beta2
-    call.momentum, call.new_share, call.kept, call.rate = momentum, 1 - momentum, 1 - shrinkage, rate
+    call.momentum, call.new_share, call.kept, call.rate = momentum, 1 - momentum, kept, rate
     call.iterations, call.fork = library.Iterations(*coefficients, eps, steps), library.fork()
     library.functions()["muon_step"](call)

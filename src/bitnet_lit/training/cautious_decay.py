@@ -21,15 +21,15 @@ from torch.optim import AdamW
 from bitnet_lit.training.sharing import local
 
 
-def decay_where_agreed(weights: Sequence[Tensor], updates: Sequence[Tensor], lost: float | Tensor) -> None:
-    """Multiply weights by 1 - lost, in place, where they agree in sign with their update, which is subtracted later.
+def decay_where_agreed(weights: Sequence[Tensor], updates: Sequence[Tensor], kept: float | Tensor) -> None:
+    """Multiply weights by `kept`, in place, where they agree in sign with their update, which is subtracted later.
 
     Args:
-        updates: of the shapes of `weights`, in any dtype. Where one is not finite, `lost` must be 0.
-        lost: the learning rate times weight decay; a tensor () on the device of the weights lets nobody wait for it.
+        updates: of the shapes of `weights`, in any dtype. Where one is not finite, `kept` must be 1.
+        kept: 1 - learning rate * weight decay; a tensor () on the device of the weights lets nobody wait for it.
     """
     for weight, update in zip(weights, updates, strict=True):
-        weight.mul_(torch.where(update * weight >= 0, 1 - lost, 1.0))
+        weight.mul_(torch.where(update * weight >= 0, kept, 1.0))
 
 
 class CautiousAdamW(AdamW):
@@ -66,9 +66,10 @@ class CautiousAdamW(AdamW):
             return
         if (found_inf := getattr(self, "found_inf", None)) is not None:  # the step changes nothing where it is 1
             lost = lost * (1 - found_inf)
+        kept = 1 - lost
         for parameter in group["params"]:
             if parameter.grad is not None:
                 update = local(parameter.grad)
                 if (average := self.state[parameter].get("exp_avg")) is not None:
                     update = local(average).lerp(update, 1 - group["betas"][0])
-                decay_where_agreed([local(parameter)], [update], lost)
+                decay_where_agreed([local(parameter)], [update], kept)

@@ -79,7 +79,7 @@ def _is_native(parameters: Sequence[nn.Parameter], exchange: Exchange) -> bool:
     return (
         type(exchange) is Exchange
         and all(
-            parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
+            parameter.is_cpu and parameter.dtype == torch.float32 and parameter.is_contiguous()
             for parameter in parameters
         )
         and library.is_available()
@@ -116,6 +116,8 @@ class Muon(torch.optim.Muon):
         assert closure is None
         finish: Callable[[], None] | None = None
         for group in self.param_groups:
+            lost: float | Tensor = float(group["lr"]) * group["weight_decay"]
+            kept = 1 - (lost if self.found_inf is None else lost * (1 - self.found_inf))
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -124,42 +126,46 @@ class Muon(torch.optim.Muon):
                 exchange = exchange_for(parameters[0])
                 length = max(1, STACK_ELEMENTS // parameters[0].numel()) * exchange.world_size
                 for first in range(0, len(parameters), length):
-                    before, finish = finish, self._start(group, parameters[first : first + length], exchange)
+                    before, finish = finish, self._start(group, parameters[first : first + length], exchange, kept)
                     if before is not None:  # the ranks exchanged it while they orthogonalized this stack
                         before()
         if finish is not None:
             finish()
 
-    def _start(self, group: dict[str, Any], parameters: list[nn.Parameter], exchange: Exchange) -> Callable[[], None]:
-        """Compute the update of parameters of one shape, and return the function that moves them."""
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            if self.row_beta2 is not None and "second_momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["second_momentum_buffer"] = zero_for_each_row(parameter)
+    def _start(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], exchange: Exchange, kept: Any
+    ) -> Callable[[], None]:
+        """Compute the update of parameters of one shape, and return the function that moves them.
+
+        Args:
+            kept: what weight decay multiplies parameters by; a float, or a tensor () where there is a `found_inf`.
+        """
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            if self.row_beta2 is not None and "second_momentum_buffer" not in state:
+                state["second_momentum_buffer"] = zero_for_each_row(parameter)
         rows, columns = parameters[0].shape
-        learning_rate = float(group["lr"])
-        shrinkage, rate = learning_rate * group["weight_decay"], learning_rate * math.sqrt(max(1.0, rows / columns))
+        rate = float(group["lr"]) * math.sqrt(max(1.0, rows / columns))
         iterations = group["ns_coefficients"], group["ns_steps"], group["eps"]
         if self.found_inf is None and _is_native(parameters, exchange):
             newton_schulz.muon_step(
-                [parameter.detach() for parameter in parameters],
+                parameters,
                 [parameter.grad for parameter in parameters if parameter.grad is not None],
-                [self.state[parameter]["momentum_buffer"] for parameter in parameters],
+                [state["momentum_buffer"] for state in states],
                 momentum=group["momentum"],
                 nesterov=group["nesterov"],
-                shrinkage=shrinkage,
+                kept=kept,
                 rate=rate,
                 iterations=iterations,
-                row_moments=[self.state[parameter]["second_momentum_buffer"] for parameter in parameters]
-                if self.row_beta2 is not None
-                else [],
+                row_moments=[state["second_momentum_buffer"] for state in states] if self.row_beta2 is not None else [],
                 row_beta2=self.row_beta2 or 0.0,
                 is_cautious=self.is_cautious,
             )
             return lambda: None
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        directions = averages = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        directions = averages = [local(state["momentum_buffer"]) for state in states]
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         if group["nesterov"]:
             directions = list(torch._foreach_lerp(gradients, averages, group["momentum"]))
@@ -177,15 +183,14 @@ class Muon(torch.optim.Muon):
 
         def finish() -> None:
             shards, moves = [local(parameter) for parameter in parameters], updates()
-            lost = shrinkage if self.found_inf is None else shrinkage * (1 - self.found_inf)
             if self.is_cautious:
-                decay_where_agreed(shards, moves, lost)
+                decay_where_agreed(shards, moves, kept)
             else:
-                torch._foreach_mul_(shards, 1 - lost)
+                torch._foreach_mul_(shards, kept)
             if self.row_beta2 is None:
                 torch._foreach_add_(shards, moves, alpha=-rate)
                 return
-            moments = [local(self.state[parameter]["second_momentum_buffer"]) for parameter in parameters]
+            moments = [local(state["second_momentum_buffer"]) for state in states]
             for shard, move, factor in zip(
                 shards, moves, row_factors(moves, moments, self.row_beta2, columns, exchange.total), strict=True
             ):

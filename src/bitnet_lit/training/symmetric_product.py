@@ -70,10 +70,10 @@ def fits(x: Tensor) -> bool:
     return (
         torch.version.hip is None
         and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
         and size >= 1024
         and size % BLOCK_ROWS == 0
         and depth % 8 == 0  # the tensor memory accelerator reads rows that start at multiples of 16 bytes
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
     )
 
 
