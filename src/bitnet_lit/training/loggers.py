@@ -104,6 +104,8 @@ class CsvLogger(Logger):
                 writer.writerows(self._rows)
             self._rewrite_needed, self._written = False, len(self._rows)
             return
+        if self._written == len(self._rows):
+            return
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerows(self._rows[self._written :])
         self._written = len(self._rows)

@@ -24,16 +24,16 @@ from bitnet_lit.model import batch_loss, token_losses
 from bitnet_lit.model.layers import joint_layers
 from bitnet_lit.quant.kernels.hold import HeldWeights
 from bitnet_lit.terminal import console
+from bitnet_lit.training.clipping import clip_gradients, gradient_norm
 from bitnet_lit.training.compile import compile_failure, undo_compile
 from bitnet_lit.training.cuda_graph import GraphedStep, RecordingFailed, agreed, records_graph
 from bitnet_lit.training.distillation import Distillation
-from bitnet_lit.training.divergence import Divergence, skips_on_device
+from bitnet_lit.training.divergence import Divergence, check_step, skips_on_device
 from bitnet_lit.training.figures import Figure
 from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.quantization_start import QUANTIZED_SINCE, QuantizationStart
 from bitnet_lit.training.schedule import build_schedule
-from bitnet_lit.training.sharing import gradient_norm
 
 # An odd multiplier spreads (seed, batch, rank) over 63 bits. This one is splitmix64's (Steele 2014); any would do.
 _MIX = 0x9E3779B97F4A7C15
@@ -92,6 +92,16 @@ class BitNetModule(L.LightningModule):
         self._may_undo_compile = config.compile == "auto"  # until the first batch
         self._start = QuantizationStart(model, config.quant, plan.quantization_step)
         self._held: HeldWeights | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and do it directly where Lightning notes which hook runs, about 40 times a step.
+
+        PyTorch's method first asks whether the value is a parameter, a module or a buffer.
+        """
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) of int64 ids (B, T)."""
@@ -235,14 +245,15 @@ class BitNetModule(L.LightningModule):
             Diverged: the norm of the gradient is not finite (divergence.py says when that is noticed).
         """
         limit = self.config.trainer.gradient_clip_val or float("inf")
-        norm = gradient_norm(self._trained)
-        self.divergence.note(self.global_step, self._step_loss, norm, self._batch)
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        norm = gradient_norm(gradients)
         if self.device.type == "cuda" and skips_on_device(optimizer):
+            self.divergence.note(self.global_step, self._step_loss, norm, self._batch)
             optimizer.found_inf = self.divergence.found_inf  # type: ignore[attr-defined]
         else:
-            self.divergence.check(self.model, self._loss_of, has_gradients=True)
+            check_step(self.model, self.global_step, self._step_loss, norm, self._batch)
         # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
-        torch.nn.utils.clip_grads_with_norm_(self._trained, limit, norm)
+        clip_gradients(gradients, norm, limit)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])
         figures: dict[str, Any] = {"train/loss": self._step_loss, "train/grad_norm": norm, "train/learning_rate": rate}
         if self.distillation is not None:

@@ -11,13 +11,13 @@ which have no bfloat16 arithmetic, it is in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -33,15 +33,6 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with the parts of all ranks. Where it is a DTensor, every rank must call this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the norm of all gradients together: float, (), on their device, the same on every rank.
-
-    Under DDP the gradients are averaged already, and under FSDP2 the squares of all shards are summed. Nothing waits
-    for the device.
-    """
-    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def world_size() -> int:
