@@ -35,7 +35,9 @@ def test_the_files_lie_in_the_sweeps_folder(tmp_path, capsys):
     assert float(rows["b158"]["gap_at_equal_tokens"]) == pytest.approx(0.35)
     assert float(rows["b158"]["gap_at_equal_tokens_ci95"]) == pytest.approx(12.7062 * 0.05, rel=1e-4)
     assert rows["b158"]["gap_at_equal_bytes_why_not"].startswith("it takes dense models of two sizes")
-    assert "| **none** | **2** |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| **none** | **2** |" in text
+    assert "- In finished runs of one length it is of the whole validation split." in text
     printed = capsys.readouterr().out
     assert "2.1500 ± 0.6353 best" in printed and "+0.3500 ± 0.6353" in printed
 
@@ -89,6 +91,13 @@ def test_names_are_text_in_every_file(tmp_path, capsys):
     lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line.startswith("| &lt;")]
     assert "&lt;/script&gt;" in line and "a\\_b" in line and "\\|" in line and "[/red]" in capsys.readouterr().out
+
+
+def test_only_a_figure_of_validations_is_explained_as_such(tmp_path):
+    make_run(tmp_path / "a")
+    for metric, is_said in (("val/loss", True), ("train/loss", False)):
+        page = as_page(make_comparison(ReportConfig(runs=[str(tmp_path)], metric=metric)), "t", "")
+        assert ("Points of the curves are of the batches that every validation takes." in page) is is_said
 
 
 def test_the_page_loads_nothing(tmp_path):

@@ -163,10 +163,19 @@ def test_validations_that_outweigh_the_training_are_told(capsys, tokens, said, w
     assert ("about 10 times the work of the steps between: trainer.limit_val_batches=" in printed) is warned
 
 
-def test_a_validation_that_is_only_at_the_end_is_told_as_such(capsys):
-    chosen = config(trainer={"max_steps": 250, "val_check_interval": 300})
-    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {}, (1000, 10**9))
-    assert "validation at the end, on 1,000,000,000 tokens compute" in re.sub(r"\s+", " ", capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        (1, "every step, on 500 tokens, at the end on 9,000"),
+        (249, "every 249 steps, on 500 tokens, at the end on 9,000"),
+        (250, "at the end, on 9,000 tokens"),
+        (300, "at the end, on 9,000 tokens"),
+    ],
+)
+def test_the_table_says_when_the_run_validates(capsys, interval, said):
+    chosen = config(trainer={"max_steps": 250, "val_check_interval": interval})
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {}, (500, 9000))
+    assert f"validation {said} compute" in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 def test_the_phases_of_quantization_are_told(capsys):

@@ -79,9 +79,14 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def explanation(comparison: Comparison) -> list[str]:
     """Return what the figures of the table are, one sentence each."""
     over = ", ".join(comparison.over)
+    batches = (
+        "In finished runs of one length it is of the whole validation split. Points of the curves are of the batches "
+        "that every validation takes."
+    )
     return [
         f"{comparison.metric}: mean over {over or 'runs'} ± half of the 95 % interval (Student's t); "
         "one run alone has no interval.",
+        *([batches] if comparison.metric.startswith("val/") else []),
         "Gaps are differences to the dense model, paired by run: at equal tokens to the run that differs in quant "
         "alone, at equal bytes to dense models of other sizes, interpolated in the logarithm of bytes.",
         f"Weights that are not quantized count {comparison.dense_bits} bits. Time is training time without validation.",

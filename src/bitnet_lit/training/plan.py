@@ -291,7 +291,8 @@ def _teacher_share(plan: Plan) -> float:
 def _validation_row(plan: Plan, validation_tokens: tuple[int, int] | None) -> str:
     """Return when the run validates and on how many tokens, and the remedy where validations outweigh the training."""
     is_only_last = plan.validation_steps >= plan.steps
-    row = "at the end" if is_only_last else f"every {plan.validation_steps:,} steps"
+    every = "every step" if plan.validation_steps == 1 else f"every {plan.validation_steps:,} steps"
+    row = "at the end" if is_only_last else every
     if validation_tokens is not None and is_only_last:
         row += f", on {validation_tokens[1]:,} tokens"
     elif validation_tokens is not None:
