@@ -14,7 +14,10 @@ from bitnet_lit.training.plan import make_plan
 
 @pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
 def test_the_time_left_counts_validations_and_the_bar_says_that_it_validates(monkeypatch, is_terminal):
-    """20 steps of a second each, validations of 300 seconds after every fifth step, and one of 900 at the end."""
+    """20 steps of a second each, validations of 240 seconds and 60 of sample texts after every fifth step.
+
+    The one at the end has three times the batches, and no more sample texts.
+    """
     shown, now = io.StringIO(), 0.0
     terminal = PlainConsole(file=shown, force_terminal=is_terminal, width=120)
     monkeypatch.setattr(progress, "console", lambda stderr: terminal)
@@ -51,7 +54,9 @@ def test_the_time_left_counts_validations_and_the_bar_says_that_it_validates(mon
         if step == 5:
             bar.on_validation_start(trainer, None)
             assert ("validating" in lines()) is is_terminal
-            now += 300
+            now += 240
+            bar.on_validation_epoch_end(trainer, None)
+            now += 60
             bar.on_validation_end(trainer, None)
-    assert "val 2.000" in lines() and "20 min left" in lines()  # ten steps, a validation, and the one at the end
+    assert "val 2.000" in lines() and "18 min left" in lines()  # 10 seconds of steps, 240 + 60, and 720 + 60 at the end
     bar.on_train_end(trainer, None)

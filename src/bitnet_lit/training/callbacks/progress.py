@@ -35,8 +35,9 @@ class RichBar(ProgressBar):
         self._tokens_per_s = 0.0
         self._validation_loss: float | None = None
         self._validation_began = 0.0
-        self._validation_seconds = 0.0  # of the newest validation
-        self._last_validation = 1.0  # work of the validation at the end, as a multiple of another one's
+        self._validation_seconds = 0.0  # of the newest validation, its sample texts included
+        self._batches_seconds = 0.0  # of the batches of the newest validation
+        self._last_validation = 1.0  # batches of the validation at the end, as a multiple of another one's
 
     def disable(self) -> None:
         self._enabled = False
@@ -91,7 +92,8 @@ class RichBar(ProgressBar):
         plan = self.plan
         before_last = (plan.steps - 1) // plan.validation_steps - min(step, plan.steps - 1) // plan.validation_steps
         steps_seconds = (plan.steps - step) * plan.tokens_per_step / self._tokens_per_s
-        return steps_seconds + (before_last + self._last_validation) * self._validation_seconds
+        further_batches = (self._last_validation - 1) * self._batches_seconds
+        return steps_seconds + (before_last + 1) * self._validation_seconds + further_batches
 
     def _figures(self, trainer: L.Trainer) -> str:
         # The loss is that of the last logged step, because reading the newest would wait for the device.
@@ -108,6 +110,9 @@ class RichBar(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_began = time.perf_counter()
         self._show(description="validating")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._batches_seconds = time.perf_counter() - self._validation_began
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_loss = float(trainer.callback_metrics["val/loss"])
