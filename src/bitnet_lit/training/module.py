@@ -287,7 +287,9 @@ class BitNetModule(L.LightningModule):
         part, rest = sums.chunk(2)
         for name, value in self._validation_figures(part).items():
             self.log(name, value, rank_zero_only=False)
-        self.whole_figures = self._validation_figures(part + rest) if rest.any() else {}
+        whole = self._validation_figures(part + rest) if rest.any() else {}
+        # In float32, as Lightning keeps what is logged: equal models have equal figures, whatever the part is.
+        self.whole_figures = {name: torch.tensor(value, dtype=torch.float32).item() for name, value in whole.items()}
         for name, value in self.whole_figures.items():
             self.log(name.replace("val/", "val_whole_split/", 1), value, rank_zero_only=False)
 
