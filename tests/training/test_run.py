@@ -36,7 +36,8 @@ def test_a_run_leaves_everything_and_evaluate_gives_its_last_value(tmp_path, sha
     metrics = run(tmp_path, shards)
     *_, done, model, following = capsys.readouterr().err.splitlines()
     assert done.split() == [
-        *("done", "step", "8,", "val/loss", f"{metrics['val/loss']:.4f},"),
+        *("done", "step", "8,", "val/loss", f"{metrics['val/loss']:.4f}"),
+        *("on", "the", "whole", "validation", "split,"),
         *(f"{metrics['val/bits_per_byte']:.4f}", "bits", "per", "byte"),
     ]
     assert model.split() == ["model", str(tmp_path / "run" / "model")]

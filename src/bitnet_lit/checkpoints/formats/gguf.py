@@ -189,7 +189,7 @@ class Gguf(Format):
         for key, size in rows.items():
             if size % TERNARY_BLOCK:
                 near = max(TERNARY_BLOCK, round(size / TERNARY_BLOCK) * TERNARY_BLOCK)
-                yield f"{key}={size}: ternary blocks hold 256 inputs: take type=f16, or train with {near}"
+                yield f"{key}={size}: ternary blocks hold 256 inputs: take {near}, or type=f16"
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
         return llama_tokenizer_problem(tokenizer)
