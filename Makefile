@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m bitnet_lit.native
 	@touch $@
 
-demo: install ## Train a dense, a binary and a 1.58-bit model on the demo corpus, compare them, tell a story (75 to 91 s)
+demo: install ## Train a dense, a binary and a 1.58-bit model on the demo corpus, compare them, tell a story (about 75 s)
 	rm -rf outputs/demo
 	$(BIN)/python -m bitnet_lit.prepare source=demo
 	$(BIN)/python -m bitnet_lit.train -m experiment=demo quant=none,b1,b158 hydra.sweep.dir=outputs/demo
