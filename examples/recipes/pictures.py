@@ -101,10 +101,10 @@ class Pictures:
         for sweep in self.plan.sweeps:
             records = self.results.of(sweep.name)
             losses = _losses(records)
-            is_shown = sweep.what in NAMES and _text_of(sweep.recipe) == text and losses and records[0].get("bytes")
-            if not is_shown or (sweep.quant != TWINS[0] and sweep.what != BASE):
-                continue
             is_dense = sweep.quant != TWINS[0]
+            is_named = sweep.what == BASE or (sweep.what in NAMES and not is_dense)
+            if not is_named or _text_of(sweep.recipe) != text or not losses or not records[0].get("bytes"):
+                continue
             label = "dense" if is_dense else NAMES[sweep.what]
             color, estimate = DENSE if is_dense else BITNET, Estimate.of(losses)
             shown = {"color": color, "fmt": MARKERS[sweep.what], "capsize": 2, "markersize": 6}
