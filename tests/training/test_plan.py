@@ -23,10 +23,10 @@ from bitnet_lit.training.plan import (
     check_memory,
     make_plan,
     memory_estimate_bytes,
-    print_plan,
     time_limit,
     world_size,
 )
+from bitnet_lit.training.plan_table import print_plan
 
 SEQUENCE_LENGTH, TRAIN_SEQUENCES = 64, 1000
 

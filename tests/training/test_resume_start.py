@@ -18,8 +18,9 @@ from bitnet_lit.inference.evaluation import evaluate
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.plan import world_size
-from bitnet_lit.training.resume import read_start, resume_config, save_config
+from bitnet_lit.training.resume import resume_config, save_config
 from bitnet_lit.training.run import train
+from bitnet_lit.training.start import read_start
 from tests.support import TINY_RUN
 
 # The last validation is not the best one.

@@ -85,7 +85,7 @@ def _cache_of_run(data: dict[str, Any]) -> ShardCache:
 def _digests_of_run(model: Path) -> list[dict[str, str]]:
     """Return the digests of the shards that a run was trained on, for each corpus; its last.ckpt has them."""
     from bitnet_lit.training.identity import shard_digests
-    from bitnet_lit.training.resume import read_start  # imports Lightning, which takes seconds
+    from bitnet_lit.training.start import read_start  # imports Lightning, which takes seconds
 
     return shard_digests(read_start(str(model.parent)).state.get("identity") or {})
 

@@ -21,8 +21,8 @@ from bitnet_lit.inference.engines.cpu.cores import allowed_threads
 from bitnet_lit.model import build_model
 from bitnet_lit.model.transformer import batch_loss
 from bitnet_lit.native.library import switched_off
+from bitnet_lit.training.freed_memory import keep_freed_memory
 from bitnet_lit.training.optimizers import build_optimizer
-from bitnet_lit.training.run import keep_freed_memory
 
 SHAPES = (  # hidden, layers, feed-forward, heads, vocabulary; sequences and tokens of a batch
     (128, 4, 384, 4, 1024, 8, 128),  # experiment=demo

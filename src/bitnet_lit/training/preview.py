@@ -43,9 +43,9 @@ from bitnet_lit.training.launcher import check_launcher
 from bitnet_lit.training.optimizers import build_optimizer
 from bitnet_lit.training.plan import Plan, device_memory_bytes, memory_estimate_bytes, time_limit, world_size
 from bitnet_lit.training.precision import has_device, uses_cuda
-from bitnet_lit.training.resume import read_start
 from bitnet_lit.training.run import import_classes, planned
 from bitnet_lit.training.schedule import build_schedule
+from bitnet_lit.training.start import read_start
 
 TYPICAL_SHARE = 0.4  # of a matrix product's speed: demo 0.3, 768/12 on an H200 0.5 (guess from these two)
 _COLUMNS = ("job", "state", "steps", "tokens left", "parameters", "memory", "time")

@@ -7,11 +7,9 @@ was killed goes on.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,34 +38,24 @@ from bitnet_lit.training.compile import compile_networks, compiles
 from bitnet_lit.training.data import RunData, filled_in, open_data, sequence_length
 from bitnet_lit.training.distillation import Distillation, Teacher, teacher_of
 from bitnet_lit.training.failures import in_one_line
+from bitnet_lit.training.freed_memory import keep_freed_memory
 from bitnet_lit.training.identity import run_identity
 from bitnet_lit.training.initialize import initial_model, optimizer_state
 from bitnet_lit.training.launcher import check_launcher
 from bitnet_lit.training.loggers import CsvLogger, build_loggers, log_hyperparams
 from bitnet_lit.training.module import BitNetModule
 from bitnet_lit.training.optimizers import build_optimizer
-from bitnet_lit.training.plan import Plan, make_plan, print_plan, time_limit, world_size
+from bitnet_lit.training.plan import Plan, make_plan, time_limit, world_size
+from bitnet_lit.training.plan_table import print_plan
 from bitnet_lit.training.precision import resolved_precision, tf32
 from bitnet_lit.training.result import write_result
-from bitnet_lit.training.resume import Start, read_start, save_config
+from bitnet_lit.training.resume import save_config
 from bitnet_lit.training.schedule import build_schedule
+from bitnet_lit.training.start import Start, read_start
 from bitnet_lit.training.started_ranks import left_as_found
 from bitnet_lit.training.trainer import build_trainer
 
 _ELSEWHERE = "give another folder (hydra.run.dir=...)"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks of memory instead of giving them back to the system after every tensor.
-
-    Each step allocates the same sizes again. The system zeroes every fresh page at its first use, which cost 13 % of a
-    BitNet step (192 hidden, 4 layers, 8 x 256 tokens) on two CPU cores. Other C libraries do not have mallopt.
-    """
-    library = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(library, "mallopt"):
-        trim_threshold, mmap_threshold, most = -1, -3, 2**30  # malloc.h
-        library.mallopt(mmap_threshold, most)
-        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _quieten() -> None:

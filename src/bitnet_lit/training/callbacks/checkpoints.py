@@ -32,6 +32,13 @@ from bitnet_lit.runs.folder import BEST, LAST, MODEL
 from bitnet_lit.runs.go_on import command_to_resume
 from bitnet_lit.runs.metric_names import KEPT
 from bitnet_lit.runs.signals import StopSignals
+from bitnet_lit.training.callbacks.lightning_loop import (
+    count_batches,
+    count_step_of_validation,
+    validate_after_end,
+    validate_now,
+    validation_is_due,
+)
 from bitnet_lit.training.callbacks.step_log import StepLog
 from bitnet_lit.training.callbacks.stop_reason import TIME_IS_UP, StopReason
 from bitnet_lit.training.checkpoint_file import check_plain, link_checkpoint, read_checkpoint
@@ -117,13 +124,11 @@ class Checkpoints(Callback):
         self.best_loss, self.best_step = trainer.strategy.broadcast((self.best_loss, self.best_step))
         self._forget_best_of_another_part(trainer)
         if self._owes_whole_validation(trainer) or (
-            self.validated_step != trainer.global_step and self._validates(trainer)
+            self.validated_step != trainer.global_step and validation_is_due(trainer)
         ):
-            self._validate(trainer)
-        elif self.validated_step == trainer.global_step and not self._validates(trainer):
-            # The checkpoint was written after a validation outside the regular interval. Lightning had not counted its
-            # step yet, and on resume it counts a step only where a regular validation is due. So the count is set here.
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            validate_now(trainer)
+        elif self.validated_step == trainer.global_step and not validation_is_due(trainer):
+            count_step_of_validation(trainer)
 
     @staticmethod
     def _callbacks(trainer: L.Trainer) -> list[Callback]:
@@ -140,31 +145,7 @@ class Checkpoints(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate on the whole split at the end, if a callback ended the run in a validation on a part of it."""
         if self._owes_whole_validation(trainer):
-            loop = trainer.fit_loop.epoch_loop
-            loop._batches_that_stepped -= 1  # loggers read it as the step, and Lightning has already counted this one
-            self._validate(trainer)
-            loop._batches_that_stepped += 1
-
-    def _validate(self, trainer: L.Trainer) -> None:
-        """Run a missing validation between two batches."""
-        loop, done = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.batch_progress
-        # The checkpoint may have been written before Lightning counted the last batch as completed. It is counted for
-        # the validation, and taken back afterwards, because Lightning counts it when it goes on with the next batch.
-        is_uncounted = done.current.completed < done.current.processed  # type: ignore[attr-defined]
-        if is_uncounted:
-            done.increment_completed()
-        trainer.validating = True
-        loop.val_loop.restarting = False
-        loop.val_loop.run()
-        trainer.training = True
-        if is_uncounted and not trainer.should_stop:
-            done.current.completed -= 1
-            done.total.completed -= 1
-
-    def _validates(self, trainer: L.Trainer) -> bool:
-        """Return whether a validation is due after the last batch."""
-        batches, interval = trainer.fit_loop.epoch_loop.total_batch_idx + 1, trainer.val_check_batch
-        return interval is not None and batches > 0 and batches % interval == 0
+            validate_after_end(trainer)
 
     def _restore_best(self, step: int) -> None:
         """Make best.ckpt agree with the restored state. If the best weights are lost, count the best from here."""
@@ -214,7 +195,7 @@ class Checkpoints(Callback):
             )
         if step >= self.steps or reason == TIME_IS_UP:
             self._end(trainer)
-        elif self.every_n_steps and step % self.every_n_steps == 0 and not self._validates(trainer):
+        elif self.every_n_steps and step % self.every_n_steps == 0 and not validation_is_due(trainer):
             self._save(trainer)
 
     def _how_to_go_on(self) -> str:
@@ -299,12 +280,7 @@ class Checkpoints(Callback):
         self._was_restored = True
         if "validated_step" not in state:
             self._restore_earlier_version(checkpoint, step)
-        # A run may go on with other batches, on another number of ranks. Lightning's counters of batches are moved to
-        # what they would be if it had begun so. Otherwise its next optimizer step would have too few batches.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counters in (progress["total"], progress["current"]):
-            missing = step * trainer.accumulate_grad_batches - counters["processed"]
-            counters.update({name: count + missing for name, count in counters.items()})
+        count_batches(checkpoint, trainer.accumulate_grad_batches)
 
     def _restore_earlier_version(self, checkpoint: dict[str, Any], step: int) -> None:
         """Restore the state from a checkpoint of an earlier version, which held only the best loss."""
