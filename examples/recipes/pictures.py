@@ -26,7 +26,10 @@ NAMES = {
     EQUAL_BYTES: "b158, wider, at equal bytes",
     COMBINED: "b158, with the options that helped",
 }
+DENSE_NAMES = {BASE: "dense", COMBINED: "dense, with the options that helped"}
 MARKERS = dict(zip(NAMES, "osD^", strict=True))
+PLACES = {BASE: (-24, -9), WIDE: (-10, -18), EQUAL_BYTES: (25, -6)}  # of a label of b158, in points from its marker
+DENSE_PLACE = (20, 4)
 
 
 def _bar(estimate: Estimate) -> float:
@@ -94,7 +97,7 @@ class Pictures:
 
         A line joins the sizes of a twin, so that the twins can be compared at equal bytes.
         """
-        figure, axes = _axes(8, 4.5)
+        figure, axes = _axes(8, 5.5)
         labels: set[str] = set()
         sizes: dict[str, list[tuple[float, float]]] = {}
         text = _text_of(self.plan.sweeps[0].recipe) if self.plan.sweeps else ""
@@ -102,20 +105,19 @@ class Pictures:
             records = self.results.of(sweep.name)
             losses = _losses(records)
             is_dense = sweep.quant != TWINS[0]
-            is_named = sweep.what == BASE or (sweep.what in NAMES and not is_dense)
-            if not is_named or _text_of(sweep.recipe) != text or not losses or not records[0].get("bytes"):
+            names, color = (DENSE_NAMES, DENSE) if is_dense else (NAMES, BITNET)
+            if sweep.what not in names or _text_of(sweep.recipe) != text or not losses or not records[0].get("bytes"):
                 continue
-            label = "dense" if is_dense else NAMES[sweep.what]
-            color, estimate = DENSE if is_dense else BITNET, Estimate.of(losses)
+            label, estimate = names[sweep.what], Estimate.of(losses)
             shown = {"color": color, "fmt": MARKERS[sweep.what], "capsize": 2, "markersize": 6}
             x = records[0]["bytes"] / 1e6
             axes.errorbar(x, estimate.mean, yerr=_bar(estimate), label=None if label in labels else label, **shown)
             labels |= {label}
             if sweep.what == BASE:
                 sizes.setdefault(color, []).append((x, estimate.mean))
-            if sweep.what != COMBINED:  # as large as the model below which it lies
-                size, above = f"{(records[0].get('parameters') or 0) / 1e6:.1f} M", (0, 8) if is_dense else (-8, -9)
-                place = {"xytext": above, "ha": "center" if is_dense else "right", "color": color}
+            if sweep.what != COMBINED:  # the page says how large these are
+                size = f"{(records[0].get('parameters') or 0) / 1e6:.1f} M"
+                place = {"xytext": DENSE_PLACE if is_dense else PLACES[sweep.what], "ha": "center", "color": color}
                 axes.annotate(size, (x, estimate.mean), textcoords="offset points", fontsize=9, **place)
         if not labels:
             return None
@@ -125,7 +127,7 @@ class Pictures:
         ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.margins(0.08, 0.08)
+        axes.margins(0.1, 0.08)
         axes.set_xlabel("weights, MB (2 bits for a ternary weight, 16 for others)")
         axes.set_ylabel("validation loss, nats per token")
         axes.legend(frameon=False)

@@ -56,14 +56,18 @@ class Tables:
         return with_interval(self.results.change(one, other, figure), signed=True)
 
     def twins(self, what: str) -> list[str]:
-        """Each twin at equal tokens: the best trials, or these with all options that helped."""
+        """Each twin at equal tokens: the best trials, or these with all options that helped.
+
+        Value embeddings give a twin more parameters. Then both numbers are there.
+        """
         rows = []
         for recipe in self.recipes:
             b158, dense = (self._of(recipe, quant, what) for quant in TWINS)
             names = [f"{recipe}/{quant}/{what}" for quant in TWINS]
             if b158 or dense:
-                one = (b158 or dense)[0]
-                figures = [amount(one.get("parameters")), amount(one.get("tokens")), f"{len(b158)}, {len(dense)}"]
+                sizes = dict.fromkeys(amount(each[0].get("parameters")) for each in (b158, dense) if each)
+                tokens = amount((b158 or dense)[0].get("tokens"))
+                figures = [", ".join(sizes), tokens, f"{len(b158)}, {len(dense)}"]
                 losses = [mean(b158, LOSS), mean(dense, LOSS), self._difference(*names, LOSS)]
                 bits = [mean(b158, BITS), mean(dense, BITS), self._difference(*names, BITS)]
                 rows.append([recipe, *figures, *losses, *bits])

@@ -101,8 +101,12 @@ def test_searches_of_a_recipe_draw_the_same_points_and_those_of_others_do_not(mo
 def test_the_results_in_the_repository_are_those_of_the_plan(modules, tmp_path):
     shutil.copy(RECIPES / "results.jsonl", tmp_path)
     results = modules["results"].Results(tmp_path)
-    results.check(default_plan(modules))
+    plan = default_plan(modules)
+    results.check(plan)
     assert len(results.records) >= 108 and results.best("gutenberg_5m/b158/search") is not None
+    tables, page = modules["tables"].Tables(plan, results).text(), RECIPES.parents[1] / "docs" / "recipes.md"
+    assert tables in page.read_text(encoding="utf-8")
+    assert "| gutenberg_5m | 5.65 M, 7.22 M |" in tables  # value embeddings make the dense twin larger
 
 
 def test_the_best_trial_goes_on_with_every_seed(study, tmp_path):
