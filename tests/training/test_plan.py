@@ -110,7 +110,7 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 
 @pytest.mark.parametrize(("steps", "validations"), [(400, 20), (19, 1), (1, 1)])
 def test_a_run_is_validated_twenty_times_unless_it_is_shorter(steps, validations):
-    assert plan(trainer={"max_steps": steps}).validation_steps == validations
+    assert plan(trainer={"max_steps": steps, "limit_val_batches": 1}).validation_steps == validations
 
 
 def test_time_limit():
@@ -137,7 +137,7 @@ def test_gradient_checkpointing_and_smaller_batches_need_less():
 
 def test_the_table_says_the_lengths_and_prints_what_it_is_given_as_it_stands(capsys):
     chosen = config(trainer={"max_steps": 250})
-    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {"data": "data/[/b]{x}"})
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES, (10, 10)), {"data": "data/[/b]{x}"})
     printed = " ".join(re.sub(r"\s+", " ", capsys.readouterr().err).split())
     assert "data data/[/b]{x}" in printed
     for part in ("250 of 512 tokens", "(8 x 64 x 1 batches)", "128,000 in all, 2.00 epochs", "every 12 steps"):
@@ -145,19 +145,19 @@ def test_the_table_says_the_lengths_and_prints_what_it_is_given_as_it_stands(cap
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said", "warned"),
+    ("sequences", "said", "warned"),
     [
         (None, "every 12 steps compute", False),
-        ((1000, 1000), "every 12 steps, on 1,000 tokens compute", False),
-        ((1000, 10**9), "every 12 steps, on 1,000 tokens, at the end on 1,000,000,000 compute", False),
-        ((12 * 512 * 30,) * 2, "every 12 steps, on 184,320 tokens, about 10 times the work of the steps", True),
+        ((10, 10), "every 12 steps, on 640 tokens compute", False),
+        ((10, 10**6), "every 12 steps, on 640 tokens, at the end on 64,000,000 compute", False),
+        ((12 * 8 * 30,) * 2, "every 12 steps, on 184,320 tokens, about 10 times the work of the steps", True),
     ],
     ids=str,
 )
-def test_validations_that_outweigh_the_training_are_told(capsys, tokens, said, warned):
-    """A validation after every 12 steps of 512 tokens: 30 times the tokens, at a third of the work of a token."""
-    chosen = config(trainer={"max_steps": 250})
-    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {}, tokens)
+def test_validations_that_outweigh_the_training_are_told(capsys, sequences, said, warned):
+    """A validation after every 12 steps of 8 sequences: 30 times the tokens, at a third of the work of a token."""
+    chosen = config(trainer={"max_steps": 250, "val_check_interval": 12})
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES, sequences), {})
     printed = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert said in printed
     assert ("about 10 times the work of the steps between: trainer.limit_val_batches=" in printed) is warned
@@ -166,16 +166,51 @@ def test_validations_that_outweigh_the_training_are_told(capsys, tokens, said, w
 @pytest.mark.parametrize(
     ("interval", "said"),
     [
-        (1, "every step, on 500 tokens, at the end on 9,000"),
-        (249, "every 249 steps, on 500 tokens, at the end on 9,000"),
-        (250, "at the end, on 9,000 tokens"),
-        (300, "at the end, on 9,000 tokens"),
+        (1, "every step, on 640 tokens, at the end on 6,400"),
+        (249, "every 249 steps, on 640 tokens, at the end on 6,400"),
+        (250, "at the end, on 6,400 tokens"),
+        (300, "at the end, on 6,400 tokens"),
     ],
 )
 def test_the_table_says_when_the_run_validates(capsys, interval, said):
     chosen = config(trainer={"max_steps": 250, "val_check_interval": interval})
-    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES), {}, (500, 9000))
+    print_plan(chosen, make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES, (10, 100)), {})
     assert f"validation {said} compute" in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("limit", [16, 0.5, None], ids=str)
+@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("steps", [1, 40, 60, 350, 2000])
+@pytest.mark.parametrize("sequences", [(3, 3), (128, 9000), (9000, 9000)], ids=str)
+def test_validations_of_a_run_that_names_no_interval_take_a_third_of_the_training_at_most(
+    capsys, steps, accumulated, limit, sequences
+):
+    """The work of a validation is that of its forward passes, a third of what its tokens cost in training."""
+    trainer = {"max_steps": steps, "accumulate_grad_batches": accumulated, "limit_val_batches": limit}
+    chosen = config(trainer=trainer)
+    made = make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES, sequences)
+    count = made.validations_before_last(0)
+    assert count <= 20 and count * sequences[0] / 3 <= steps * made.samples_per_step / 3
+    assert count >= min(19, steps - 1, steps * made.samples_per_step // sequences[0] - 1)  # and no fewer than that
+    print_plan(chosen, made, {})
+    assert "times the work" not in capsys.readouterr().err
+
+
+def test_without_a_known_split_a_validation_is_taken_to_have_as_many_batches_as_it_may():
+    """As with a data module of the user's own."""
+    assert plan(trainer={"max_steps": 50}).validation_steps == 16
+    assert plan(trainer={"max_steps": 50, "accumulate_grad_batches": 4}).validation_steps == 4
+    assert plan(trainer={"max_steps": 50, "limit_val_batches": None}).validation_steps == 2
+
+
+def test_the_work_that_is_left_counts_validations():
+    """Ten steps of 8 sequences, validations after every third one on 6 sequences, and at the end on 60."""
+    chosen = config(trainer={"max_steps": 10, "val_check_interval": 3})
+    made = make_plan(chosen, SEQUENCE_LENGTH, TRAIN_SEQUENCES, (6, 60))
+    for done, steps, validated in ((0, 10, 3 * 6 + 60), (3, 7, 2 * 6 + 60), (8, 2, 6 + 60), (9, 1, 60), (10, 0, 60)):
+        passes = 3 * 8 * steps + validated  # forward passes of a sequence; a step costs three
+        expected = passes * SEQUENCE_LENGTH * made.accounting.forward_flops_per_token
+        assert made.flops_after(done) == pytest.approx(expected, rel=1e-12), done
 
 
 def test_the_phases_of_quantization_are_told(capsys):

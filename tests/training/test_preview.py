@@ -24,10 +24,13 @@ def test_a_machine_without_the_device_says_so(tmp_path, shards, monkeypatch, cap
     shown = capsys.readouterr().out
     note = f"note: trainer.accelerator={accelerator}: this machine has no such device, and would refuse to train"
     assert note in shown and "may not fit" not in shown and "of training" not in shown
+    assert "a dry run on a machine that has one tells the time and whether the memory is enough\n" in shown
     config.trainer.accelerator = "cpu"
     preview.preview([("run", tmp_path / "run", State.NEW, config)])
     shown = capsys.readouterr().out
-    assert "note: " not in shown and "may not fit" in shown and "of training one after the other" in shown
+    assert (
+        "note: " not in shown and "may not fit" in shown and "of training and validation one after the other" in shown
+    )
 
 
 def test_a_machine_with_fewer_gpus_says_so(tmp_path, shards, monkeypatch, capsys):
@@ -63,15 +66,15 @@ def test_several_gpus_are_so_many_times_as_fast(tmp_path, shards, monkeypatch, c
     }
     plans = {devices: preview.check_run(config).plan for devices, config in configs.items()}
     assert plans[8].tokens == 8 * plans[1].tokens  # each device has batches of its own
-    flops = plans[1].tokens * plans[1].flops_per_token
-    if state is State.DONE:  # a job on eight GPUs, which took 10 seconds
+    if state is State.DONE:  # a job on eight GPUs, which took 10 seconds for its steps
         (tmp_path / "metrics.json").write_text(json.dumps({"perf/tokens_per_s": plans[8].tokens / 10}))
-        jobs, seconds = [("done", tmp_path, State.DONE, configs[8])], 10
+        jobs, speed = [("done", tmp_path, State.DONE, configs[8])], plans[8].tokens / 10 * plans[8].flops_per_token / 8
     else:
-        jobs, seconds = [], flops / (preview.TYPICAL_SHARE * 1e9)
+        jobs, speed = [], preview.TYPICAL_SHARE * 1e9
+    seconds = sum(plan.flops_after(0) / gpus / speed for gpus, plan in plans.items())
     preview.preview([*jobs, *((str(n), tmp_path / str(n), State.NEW, config) for n, config in configs.items())])
     shown = capsys.readouterr().out
-    assert f"about {time_span(2 * seconds)} of training one after the other" in shown and "note" not in shown
+    assert f"about {time_span(seconds)} of training and validation one after the other" in shown and "note" not in shown
     (tmp_path / "error.txt").write_text("UserError: no data\n")
     preview.preview([("failed", tmp_path, State.FAILED, configs[1])])
     shown = capsys.readouterr().out

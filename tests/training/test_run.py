@@ -11,6 +11,8 @@ from bitnet_lit.cli import compose
 from bitnet_lit.config import EvaluateConfig
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.inference.evaluation import evaluate
+from bitnet_lit.training.callbacks.checkpoints import Checkpoints
+from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
 
@@ -80,11 +82,31 @@ def test_the_best_model_is_chosen_by_losses_over_the_same_batches(tmp_path, shar
     assert logged[:3] == [""] * 3 and metrics["val/loss"] == pytest.approx(float(logged[3]), rel=1e-8)  # 9 digits
 
 
-@pytest.mark.parametrize("limit", ["null", "100000", "1.0"])
-def test_a_part_that_is_the_whole_split_changes_no_figure(tmp_path, shards, limit):
+@pytest.mark.parametrize(("limit", "other"), [("null", "100000"), ("100000", "1.0"), ("1.0", "null")])
+def test_a_part_that_is_the_whole_split_is_no_part(tmp_path, shards, capsys, limit, other):
     metrics = run(tmp_path, shards, f"trainer.limit_val_batches={limit}")
     assert metrics["val/loss"] == metrics["val/best_loss"]
     assert metrics["val/loss"] == pytest.approx(float(rows(tmp_path)[-1]["val/loss"]), rel=1e-8)
+    info = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["bitnet_lit"]["info"]
+    assert "validated on" not in info["recipe"]
+    longer = ["trainer.max_steps=9", "schedule.total_steps=8", f"trainer.limit_val_batches={other}"]
+    train(resume_config(str(tmp_path / "run"), longer))
+    assert "the best model is chosen anew" not in capsys.readouterr().err
+
+
+def test_a_split_is_not_validated_again_where_a_callback_ends_the_run(tmp_path, shards, monkeypatch):
+    """The validation in which EarlyStopping ended the run took the whole split, as each of them."""
+    validated, original = [], Checkpoints.on_validation_end
+
+    def noted(self, trainer, pl_module):
+        validated.append(trainer.global_step)
+        original(self, trainer, pl_module)
+
+    monkeypatch.setattr(Checkpoints, "on_validation_end", noted)
+    early = ["callbacks.extra.early._target_=lightning.pytorch.callbacks.EarlyStopping"]
+    early += ["callbacks.extra.early.monitor=val/loss", "callbacks.extra.early.stopping_threshold=100"]
+    assert run(tmp_path, shards, *early, "trainer.limit_val_batches=100000")["steps"] == 4
+    assert validated == [4]
 
 
 def test_the_loss_falls_and_one_batch_is_learned_by_heart(tmp_path, shards):

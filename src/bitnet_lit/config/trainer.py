@@ -46,7 +46,8 @@ class TrainerConfig(Checked):
     """The longest time that the run may take, as DD:HH:MM:SS. A resumed run starts to count again."""
     val_check_interval: int | float | None = None
     """Optimizer steps between validations, or as a float (0.5, 1.0) a share of an epoch. null: twenty validations in a
-    run. (Lightning itself counts batches; they are converted.)"""
+    run, or fewer where they would take more than a third of the training's time. (Lightning itself counts batches; they
+    are converted.)"""
     limit_val_batches: int | float | None = 16
     """Batches of each device that a validation takes, spread evenly over the split, or as a float (0.5) a share of all.
     null: all. Losses on them choose the best model. The last validation of a run takes the other batches too, and

@@ -230,9 +230,6 @@ class CustomDataModule(L.LightningDataModule):
         """Return how many batches had been consumed when the run began, or was resumed."""
         return int(self.resumed["batches"])
 
-    def num_validation_sequences(self, world_size: int) -> None:
-        """Return None: how many sequences a validation takes is known once the user's loader has given them."""
-
     def setup(self, stage: str) -> None:
         """Give the user's module its trainer; `open_custom` has called its `setup`.
 

@@ -94,13 +94,6 @@ class BitNetDataModule(L.LightningDataModule):
         self.validation_splits = corpora.validation(sequence_length)
         self.resumed = {"consumed_samples": 0, "step": 0}
 
-    def num_validation_sequences(self, world_size: int) -> tuple[int, int]:
-        """Return how many sequences a validation takes on all ranks together, and how many the last one takes."""
-        size = self.config.batch_size * world_size
-        counts = [split.num_sequences for split in self.validation_splits]
-        part = sum(min(count, size * limited(-(-count // size), self.limit_val_batches)) for count in counts)
-        return part, sum(counts)
-
     def _loader(self, dataset: Dataset, sampler: Sampler[Any], num_workers: int, **options: Any) -> DataLoader:
         return BatchLoader(
             ErrorsAsItems(dataset),

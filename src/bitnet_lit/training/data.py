@@ -18,12 +18,13 @@ from torch import Tensor
 from bitnet_lit.config import CustomData, DataConfig, PrepareConfig, TrainConfig
 from bitnet_lit.data.corpora import open_corpora
 from bitnet_lit.data.custom import NO_BATCH, CustomDataModule, checked, length_of, open_custom, own_tokenizer
-from bitnet_lit.data.datamodule import BitNetDataModule
+from bitnet_lit.data.datamodule import BitNetDataModule, limited
 from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.training.identity import SHARD
+from bitnet_lit.training.plan import world_size
 
 DEMO_DIR = Path("data/demo")
 
@@ -53,6 +54,13 @@ class RunData(Protocol):
 
         Args:
             sequence_length: tokens that a sequence predicts, T; the same in every method.
+        """
+
+    def num_validation_sequences(self, config: TrainConfig, sequence_length: int) -> tuple[int, int] | None:
+        """Return how many sequences a validation takes on all devices together, and how many the last one takes.
+
+        Returns:
+            None where the data does not say.
         """
 
     def rows(self, count: int, sequence_length: int) -> Tensor:
@@ -105,6 +113,13 @@ class ShardData:
         """Return the number of training sequences in an epoch: those of all corpora."""
         return sum(self.corpora.num_sequences(sequence_length).values())
 
+    def num_validation_sequences(self, config: TrainConfig, sequence_length: int) -> tuple[int, int]:
+        """See `RunData`. Each corpus is limited by itself."""
+        size, limit = self.config.batch_size * world_size(config.trainer), config.trainer.limit_val_batches
+        counts = [split.num_sequences for split in self.corpora.validation(sequence_length)]
+        part = sum(min(count, size * limited(-(-count // size), limit)) for count in counts)
+        return part, sum(counts)
+
     def rows(self, count: int, sequence_length: int) -> Tensor:
         """See `RunData`."""
         split = self.corpora.first.train(sequence_length)
@@ -156,6 +171,9 @@ class OwnData:
         if length == 0:
             raise UserError(NO_BATCH)
         return None if length is None else length * self.config.batch_size
+
+    def num_validation_sequences(self, config: TrainConfig, sequence_length: int) -> None:
+        """See `RunData`. The number is known once the user's loader has given them."""
 
     def rows(self, count: int, sequence_length: int) -> Tensor:
         """See `RunData`. The sequences are those of the first batch."""

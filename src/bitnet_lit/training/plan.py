@@ -111,6 +111,8 @@ class Plan:
     accounting: Accounting
     teacher: Accounting | None = None
     """Counts of the network that teaches this one (`distill.teacher`); None where there is none."""
+    validation_sequences: tuple[int, int] | None = None
+    """Sequences of a validation, and of the last one, over all devices; None where the data does not say."""
     quantization_step: int = 0
     """The optimizer step from which the network is quantized; 0: from the first."""
 
@@ -130,6 +132,17 @@ class Plan:
         """Tokens of the whole run."""
         return self.steps * self.tokens_per_step
 
+    def validations_before_last(self, step: int) -> int:
+        """Return how many validations come after `step` and before the last step, at which the run validates too."""
+        return (self.steps - 1) // self.validation_steps - min(step, self.steps - 1) // self.validation_steps
+
+    def flops_after(self, step: int) -> float:
+        """Return the FLOPs of the steps after `step` and of their validations, which take the forward pass alone."""
+        part, whole = self.validation_sequences or (0, 0)
+        validated = (self.validations_before_last(step) * part + whole) * self.sequence_length
+        steps = (self.steps - step) * self.tokens_per_step * self.flops_per_token
+        return steps + validated * self.accounting.forward_flops_per_token
+
     @property
     def epochs(self) -> float | None:
         """Passes over the training split; None where the data does not say how large it is."""
@@ -144,10 +157,27 @@ def _sizes(config: TrainConfig) -> ModelConfig:
     return config.model
 
 
+def _default_interval(
+    config: TrainConfig, steps: int, samples_per_step: int, validation_sequences: tuple[int, int] | None
+) -> int:
+    """Return the optimizer steps between validations: a twentieth of the run, or more where validations are large.
+
+    A validation takes no more sequences than the steps before it. It takes the forward pass alone, a third of the work
+    of training, so validations take a third of the training's time at most.
+    """
+    limit = config.trainer.limit_val_batches
+    if validation_sequences is not None:
+        part = validation_sequences[0]
+    else:  # it may be less, and where all is taken or a share, nobody knows
+        part = limit * samples_per_step // config.trainer.accumulate_grad_batches if isinstance(limit, int) else 0
+    return max(1, steps // 20, math.ceil(part / samples_per_step))
+
+
 def make_plan(
     config: TrainConfig,
     sequence_length: int,
     train_sequences: int | None,
+    validation_sequences: tuple[int, int] | None = None,
     counted: Accounting | None = None,
     teacher: Accounting | None = None,
 ) -> Plan:
@@ -156,6 +186,7 @@ def make_plan(
     Args:
         sequence_length: tokens that a sequence predicts.
         train_sequences: sequences in the training split; None where the data does not say.
+        validation_sequences: sequences of a validation, and of the last one; None where the data does not say.
         counted: the parameter counts of a network of the user's own; None computes those of `config.model`.
         teacher: the counts of the teacher; None where there is none.
 
@@ -200,12 +231,13 @@ def make_plan(
         steps=steps,
         warmup_steps=warmup_steps,
         schedule_steps=schedule_steps,
-        validation_steps=interval or max(1, steps // 20),
+        validation_steps=interval or _default_interval(config, steps, samples_per_step, validation_sequences),
         samples_per_step=samples_per_step,
         sequence_length=sequence_length,
         train_sequences=train_sequences,
         accounting=counted or account(_sizes(config), config.quant, sequence_length),
         teacher=teacher,
+        validation_sequences=validation_sequences,
         quantization_step=min(math.ceil(config.quant.start_at * schedule_steps - 1e-9), schedule_steps - 1),
     )
 

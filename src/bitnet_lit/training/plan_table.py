@@ -17,15 +17,15 @@ def _teacher_share(plan: Plan) -> float:
     return 1 - plan.accounting.training_flops_per_token / plan.flops_per_token
 
 
-def _validation_row(plan: Plan, validation_tokens: tuple[int, int] | None) -> str:
+def _validation_row(plan: Plan) -> str:
     """Return when the run validates and on how many tokens, and the remedy where validations outweigh the training."""
     is_only_last = plan.validation_steps >= plan.steps
     every = "every step" if plan.validation_steps == 1 else f"every {plan.validation_steps:,} steps"
     row = "at the end" if is_only_last else every
-    if validation_tokens is not None and is_only_last:
-        row += f", on {validation_tokens[1]:,} tokens"
-    elif validation_tokens is not None:
-        tokens, last = validation_tokens
+    tokens, last = (sequences * plan.sequence_length for sequences in plan.validation_sequences or (0, 0))
+    if last and is_only_last:
+        row += f", on {last:,} tokens"
+    elif last:
         row += f", on {tokens:,} tokens" + (f", at the end on {last:,}" if last > tokens else "")
         # A token of a validation needs the forward pass alone, a third of the work of a token in training.
         shares = tokens / 3 / (plan.validation_steps * plan.tokens_per_step)
@@ -37,14 +37,11 @@ def _validation_row(plan: Plan, validation_tokens: tuple[int, int] | None) -> st
     return row + (", of the quantized network in every phase" if plan.quantization_step else "")
 
 
-def print_plan(
-    config: TrainConfig, plan: Plan, facts: dict[str, Any], validation_tokens: tuple[int, int] | None = None
-) -> None:
+def print_plan(config: TrainConfig, plan: Plan, facts: dict[str, Any]) -> None:
     """Print a table of the run on the terminal.
 
     Args:
         facts: the first rows: run folder, data, device.
-        validation_tokens: tokens of a validation, and of the last one; None where the data does not say.
     """
     count = plan.accounting
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -60,7 +57,7 @@ def print_plan(
         + ("" if plan.epochs is None else f", {plan.epochs:.2f} epochs of {plan.train_sequences:,} sequences"),
         "optimizer": f"{config.optim.name}, peak {config.optim.learning_rate:g}, {config.schedule.name} over "
         f"{plan.schedule_steps:,} steps, {plan.warmup_steps:,} of them warm-up",
-        "validation": _validation_row(plan, validation_tokens),
+        "validation": _validation_row(plan),
         "compute": f"{plan.flops_per_token * plan.tokens / 1e12:,.1f} TFLOP"
         + ("" if plan.teacher is None else f", {_teacher_share(plan):.0%} of them in the teacher's forward pass"),
         "memory": f"about {memory_estimate_bytes(config, plan) / 2**30:.2f} GiB a device",

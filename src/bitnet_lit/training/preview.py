@@ -7,8 +7,9 @@ but shards of a remote folder, which come to its cache.
 The time comes from the speed of jobs of the sweep that are done: FLOPs in a second, of the same kind of weights where
 there are such jobs. Where none is done, it comes from the speed of a matrix product on this machine, of which training
 is assumed to reach `TYPICAL_SHARE`. That is a rough figure: the right one is within a factor of about three. Several
-GPUs are taken to be so many times as fast as one. The time is that of training alone: start-up, validation, samples and
-export come on top, and take most of the time of a job of a minute.
+GPUs are taken to be so many times as fast as one. The time is that of steps and validations (of a data module of the
+user's own, whose validations have no known size, that of the steps). Start-up, sample texts and export come on top, and
+take most of the time of a job of a minute.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def _print(
             continue
         plan, is_done = outlook.plan, state is State.DONE
         left = 0 if is_done else outlook.tokens_left
-        flops = left * plan.flops_per_token
+        flops = 0.0 if is_done else plan.flops_after(outlook.done)
         speed = speeds.get(config.quant.name) or speeds.get("")
         seconds = flops / speed / _gpus(config.trainer) if speed else 0.0
         seconds_in_all, tokens_in_all = seconds_in_all + seconds, tokens_in_all + left
@@ -223,15 +224,18 @@ def _print(
     states = ", ".join(f"{counts[state.value]} {state.value}" for state in State if counts[state.value])
     line = f"dry run: {len(jobs)} job{'s' * (len(jobs) > 1)} ({states}); {tokens_in_all:,} tokens left"
     if speeds:
-        line += f", about {time_span(seconds_in_all)} of training one after the other (from {source}); start-up, "
-        line += "validation and export come on top"
+        has_sizes = all(outlook.plan.validation_sequences is not None for *_, outlook in whole)
+        timed, further = ("training and validation", "") if has_sizes else ("training", "validation, ")
+        line += f", about {time_span(seconds_in_all)} of {timed} one after the other (from {source}); "
+        line += f"start-up, {further}sample texts and export come on top"
     output.print(f"{line}. Nothing was trained or written.")
     here = torch.cuda.device_count()
     asked = [config.trainer for *_, config, _ in whole if uses_cuda(config.trainer)]
     if more := [trainer.devices for trainer in asked if world_size(trainer) > here * trainer.num_nodes]:
         output.print(f"note: trainer.devices={more[0]}: this machine has {here}, and would refuse to train")
     if elsewhere:
+        unknown = "whether the memory is enough" if speeds else "the time and whether the memory is enough"
         output.print(
             f"note: trainer.accelerator={elsewhere[0].accelerator}: this machine has no such device, and would refuse "
-            "to train: memory is not compared, and only jobs that are done tell the time"
+            f"to train: a dry run on a machine that has one tells {unknown}"
         )

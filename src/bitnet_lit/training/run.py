@@ -92,7 +92,8 @@ def recipe(config: TrainConfig, plan: Plan) -> dict[str, str]:
 
 def validation_part(trainer: TrainerConfig, plan: Plan) -> str | None:
     """Describe the part of the validation split that every validation takes; None where it is the whole split."""
-    if (limit := trainer.limit_val_batches) is None:
+    limit, sequences = trainer.limit_val_batches, plan.validation_sequences
+    if limit is None or (sequences is not None and sequences[0] == sequences[1]):
         return None
     size = plan.samples_per_step // trainer.accumulate_grad_batches
     share = f"{limit} of the batches" if isinstance(limit, float) else f"{limit} batch{'es' * (limit > 1)}"
@@ -114,7 +115,8 @@ def planned(config: TrainConfig, data: RunData, model: nn.Module, start: Start |
     if teacher is not None:
         teacher.check(config, data.tokenizer, length)
     taught = None if teacher is None else teacher.accounting(length)
-    plan = make_plan(config, length, data.num_train_sequences(length), counted, taught)
+    sequences = data.num_validation_sequences(config, length)
+    plan = make_plan(config, length, data.num_train_sequences(length), sequences, counted, taught)
     if start is None:
         return plan
     plan = start.plan(plan)
@@ -249,8 +251,7 @@ def _train(config: TrainConfig, signals: StopSignals, holding: contextlib.ExitSt
             rows["from"] = f"{config.init_from}, {'with' if moments else 'without'} its optimizer's state"
         if kernels is not None:
             rows["kernels"] = kernels
-        sequences = datamodule.num_validation_sequences(trainer.world_size)
-        print_plan(config, plan, rows, None if sequences is None else (sequences[0] * length, sequences[1] * length))
+        print_plan(config, plan, rows)
     with in_one_line(lambda: checkpoints.folder.parent, trainer.world_size, trainer.global_rank):
         try:
             with left_as_found(trainer), tf32(config.trainer):

@@ -29,10 +29,8 @@ def bar_and_trainer(monkeypatch, terminal, steps, val_check_interval=None):
         log_every_n_steps=10,
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
         callback_metrics={"val/loss": 2.0},
-        datamodule=SimpleNamespace(num_validation_sequences=lambda world_size: (2 * world_size, 6 * world_size)),
-        world_size=2,
     )
-    return progress.RichBar(make_plan(config, 64, 1000), StepLog()), trainer
+    return progress.RichBar(make_plan(config, 64, 1000, validation_sequences=(4, 12)), StepLog()), trainer
 
 
 @pytest.mark.parametrize(("width", "missing"), [(120, []), (80, ["lr"]), (60, ["lr", "tokens/s"])])

@@ -40,7 +40,8 @@ class RichBar(ProgressBar):
         self._validation_began = 0.0
         self._validation_seconds = 0.0  # of the newest validation, its sample texts included
         self._batches_seconds = 0.0  # of the batches of the newest validation
-        self._last_validation = 1.0  # batches of the validation at the end, as a multiple of another one's
+        part, whole = plan.validation_sequences or (1, 1)
+        self._last_validation = whole / part
 
     def disable(self) -> None:
         self._enabled = False
@@ -50,9 +51,6 @@ class RichBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = (trainer.global_step, time.perf_counter())
-        sequences = trainer.datamodule.num_validation_sequences(trainer.world_size)  # type: ignore[attr-defined]
-        if sequences is not None:
-            self._last_validation = sequences[1] / sequences[0]
         if not self._enabled or not trainer.is_global_zero or not self._console.is_terminal or is_shared():
             return
         self._progress = Progress(
@@ -95,10 +93,10 @@ class RichBar(ProgressBar):
     def _seconds_left(self, step: int) -> float:
         """Estimate the time of the steps and validations after `step`."""
         plan = self.plan
-        before_last = (plan.steps - 1) // plan.validation_steps - min(step, plan.steps - 1) // plan.validation_steps
         steps_seconds = (plan.steps - step) * plan.tokens_per_step / self._tokens_per_s
         further_batches = (self._last_validation - 1) * self._batches_seconds
-        return steps_seconds + (before_last + 1) * self._validation_seconds + further_batches
+        validations = plan.validations_before_last(step) + 1
+        return steps_seconds + validations * self._validation_seconds + further_batches
 
     def _figures(self, trainer: L.Trainer) -> dict[str, str]:
         # The loss is that of the last logged step, because reading the newest would wait for the device.
