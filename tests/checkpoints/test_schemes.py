@@ -51,7 +51,7 @@ REFUSED = {
         **NOT_CODES,
     },
     "gguf_tq2_0": {
-        "group 64": r"a ternary block of 256 inputs has one: take quant=b158_row",
+        "group 64": r"has one: take type=f16, or train with quant=b158_row or groups of a multiple of 256",
         "quinary": "its codes are -2, -1, 0, 1, 2",
         "row, median, 4 bits": EIGHT_BITS,
         **NOT_CODES,

@@ -165,9 +165,27 @@ def test_a_tokenizer_that_did_not_write_the_shards_is_refused(shards, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"), [(10, "10 tokens, but a sequence takes 17"), (20, "too short to split")]
+    ("tokens", "message"),
+    [
+        (
+            [10],
+            "data00.bin: 10 tokens of text, but a sequence takes 17: prepare more text, or take sequence_length=9 or",
+        ),
+        ([20], "too short to split"),
+        (
+            [2, 50],
+            "data00.bin: 2 tokens of validation text, .* more validation text, or take sequence_length=1 or less$",
+        ),
+        ([1, 50], "data00.bin: 1 token of validation text, but a sequence takes 17: prepare more validation text$"),
+        ([50, 50, 9], "data02.bin: 9 tokens of training text, .* 17: prepare more training text, or"),
+    ],
+    ids=str,
 )
 def test_too_short_for_a_sequence(tmp_path, tokens, message):
-    write(tmp_path / "data00.bin", [1] * tokens)
+    for number, count in enumerate(tokens):
+        write(tmp_path / f"data{number:02}.bin", [1] * count)
+    opened = open_shards(tmp_path)
     with pytest.raises(UserError, match=message):
-        open_shards(tmp_path).train(16)
+        (opened.validation if "validation text" in message else opened.train)(16)
+    if "sequence_length=1 or" in message:
+        assert opened.validation(1).num_sequences == 1

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import re
 import shlex
 
 import gguf
@@ -48,13 +49,13 @@ def expected_refusal(options, quant, tied, sub_norm):
     """The remedy that a user hears; None where the format holds the model. Written from the tools' graphs, not code."""
     form, type = options["format"], options.get("type")
     if form == "packed" and quant == "none":
-        return "take quant=b158, or format=latent"
+        return "take format=latent, or train with quant=b158"
     if form == "llama2c" and sub_norm:
         return "train with model.sub_norm=false"
     if form == "gguf" and sub_norm and not tied:
-        return "take true, or sub_norm=false"
+        return "train with true, or with model.sub_norm=false"
     if form == "gguf" and type != "f16" and quant == "none":
-        return "take type=f16, or quant=b158"
+        return "take type=f16, or train with quant=b158"
     return None
 
 
@@ -282,28 +283,28 @@ def test_a_model_without_a_tokenizer_writes_no_text(tmp_path, monkeypatch, capsy
 
 
 REFUSED = [
-    ("tq2_0+q8_0", {"hidden_act": "relu2"}, "take hidden_act=silu"),
-    ("f16+f16", {"hidden_act": "relu2"}, "take hidden_act=silu"),
-    ("tq2_0+q8_0", {"intermediate_size": 384}, "model.intermediate_size=384.*take (256|512), or type=f16"),
-    ("tq1_0+q8_0", {"hidden_size": 128}, "model.hidden_size=128.*take 256, or type=f16"),
+    ("tq2_0+q8_0", {"hidden_act": "relu2"}, "train with model.hidden_act=silu"),
+    ("f16+f16", {"hidden_act": "relu2"}, "train with model.hidden_act=silu"),
+    ("tq2_0+q8_0", {"intermediate_size": 384}, "model.intermediate_size=384.*take type=f16, or train with (256|512)$"),
+    ("tq1_0+q8_0", {"hidden_size": 128}, "model.hidden_size=128.*take type=f16, or train with 256"),
     ("f16+q6_k", {"hidden_size": 128}, "take embeddings=f16"),
     ("f16+q8_0", {"hidden_size": 48, "num_attention_heads": 4}, "take embeddings=f16"),
     ("f16+f16", {"head_dim": 32}, "heads must add up to hidden_size"),
     ("f16+f16", {"sub_norm": False, "qkv_bias": True}, "graphs have no biases"),
     ("f16+f16", {"sub_norm": False, "qkv_bias": True, "qk_norm": True}, "graphs have no biases"),
-    ("tq2_0+q8_0", {"qk_norm": True}, "qwen3 graph has norms of queries and keys, but no sub-norms: take false, or"),
+    ("tq2_0+q8_0", {"qk_norm": True}, "qwen3 graph has norms of queries and keys, but no sub-norms: train with"),
     ("tq2_0+q8_0", {"sub_norm": False, "qk_norm": True, "head_dim": 32}, "num_attention_heads . head_dim=128.*256"),
-    ("llama2c", {"sub_norm": False, "hidden_act": "relu2"}, "take hidden_act=silu"),
-    ("llama2c", {"sub_norm": False, "rope_theta": 5e5}, "take rope_theta=10000"),
-    ("llama2c", {"sub_norm": False, "rms_norm_eps": 1e-6}, "take rms_norm_eps=1e-5"),
+    ("llama2c", {"sub_norm": False, "hidden_act": "relu2"}, "train with model.hidden_act=silu"),
+    ("llama2c", {"sub_norm": False, "rope_theta": 5e5}, "train with model.rope_theta=10000"),
+    ("llama2c", {"sub_norm": False, "rms_norm_eps": 1e-6}, "train with model.rms_norm_eps=1e-5"),
     ("llama2c", {"sub_norm": False, "head_dim": 32}, "add up to hidden_size"),
-    ("llama2c", {"sub_norm": False, "qkv_bias": True}, "no biases"),
-    ("llama2c", {"sub_norm": False, "qk_norm": True}, "no norms on queries"),
+    ("llama2c", {"sub_norm": False, "qkv_bias": True}, "no biases: train with model.qkv_bias=false"),
+    ("llama2c", {"sub_norm": False, "qk_norm": True}, "no norms on queries.*: train with model.qk_norm=false"),
     ("tq2_0+q8_0", {"residual_scales": True}, "model.residual_scales=True: this part of a network is not known"),
     ("f16+f16", {"sub_norm": False, "x0_scales": True}, "model.x0_scales=True: this part of a network is not known"),
     ("llama2c", {"sub_norm": False, "value_embeddings": True}, "model.value_embeddings=True: this part of a network"),
-    ("packed", {"intermediate_size": 254}, "model.intermediate_size=254.*take a multiple of 4"),
-    ("packed", {"num_key_value_heads": 1, "head_dim": 2}, "take a multiple of 4"),
+    ("packed", {"intermediate_size": 254}, "model.intermediate_size=254.*take format=latent, or train with a"),
+    ("packed", {"num_key_value_heads": 1, "head_dim": 2}, "take format=latent, or train with a multiple of 4"),
     ("packed", {"sub_norm": False, "qkv_bias": True}, "multiplies the bias.*take format=latent"),
 ]
 
@@ -316,6 +317,8 @@ def test_sizes_that_a_format_cannot_hold(tmp_path, tokenizer, monkeypatch, optio
     with pytest.raises(UserError, match=remedy) as error:
         export_to(tmp_path / "out", tmp_path / "model", **FORMATS[options])
     assert "\n" not in str(error.value)
+    # What needs another training says so: only options of the export can be taken.
+    assert not re.search(r"take (?!(format|type|embeddings)=)", str(error.value))
     assert files_below(tmp_path) == before
 
 

@@ -67,9 +67,12 @@ class ShardDirectory:
         """Return the number of sequences in a shard; refuse a shard that is shorter than one."""
         tokens = self.sizes[path]
         if tokens < sequence_length + 1:
+            is_only, is_first = len(self.paths) == 1, path == self.paths[0]
+            text = "text" if is_only else "validation text" if is_first else "training text"
+            shorter = f", or take sequence_length={tokens - 1} or less" if tokens > 1 else ""
             raise UserError(
-                f"{path}: {tokens} tokens, but a sequence takes {sequence_length + 1}: prepare more text, or shorten "
-                "data.sequence_length"
+                f"{path}: {tokens} token{'s' * (tokens > 1)} of {text}, but a sequence takes {sequence_length + 1}: "
+                f"prepare more {text}{shorter}"
             )
         return (tokens - 1) // sequence_length
 

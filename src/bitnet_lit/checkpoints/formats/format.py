@@ -238,7 +238,9 @@ def scheme_problems(quant: QuantConfig) -> list[str]:
     if not quant.scheme.is_plain:
         found.append(f"quant={quant.scheme.name}: its layer computes more than codes and scales: take format=latent")
     if quant.scheme.quantizes and "lm_head" not in quant.skip:
-        found.append(f"quant.skip={quant.skip}: this format stores a dense head: add lm_head")
+        found.append(
+            f"quant.skip={quant.skip}: this format stores a dense head: take format=latent, or train with lm_head in it"
+        )
     return found
 
 

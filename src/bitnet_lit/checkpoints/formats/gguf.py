@@ -67,8 +67,10 @@ ERRORS = {**FLOAT_ERRORS, "q8_0": 0.5 / 127 + 2.0**-10, "q6_k": 0.5 / 32 + 1 / 1
 HELD = {
     **SIZES,
     **dict.fromkeys(("rope_theta", "rms_norm_eps", "tie_word_embeddings", "sub_norm", "qk_norm"), ANY),
-    "hidden_act": Only("silu", "llama.cpp's graph computes silu: take hidden_act=silu"),
-    "qkv_bias": Only(False, "llama.cpp's bitnet, llama and qwen3 graphs have no biases on q, k and v: take false"),
+    "hidden_act": Only("silu", "llama.cpp's graph computes silu: train with model.hidden_act=silu"),
+    "qkv_bias": Only(
+        False, "llama.cpp's bitnet, llama and qwen3 graphs have no biases on q, k and v: train with false"
+    ),
 }
 TENSOR_NAMES = {**LAYER_NAMES, **OTHER_NAMES}
 
@@ -162,26 +164,26 @@ class Gguf(Format):
             )
         if config.sub_norm and not config.tie_word_embeddings:
             found.append(
-                "model.tie_word_embeddings=false: llama.cpp's bitnet graph has no head of its own: take true, or "
-                "sub_norm=false"
+                "model.tie_word_embeddings=false: llama.cpp's bitnet graph has no head of its own: train with "
+                "true, or with model.sub_norm=false"
             )
         if config.sub_norm and config.qk_norm:
             found.append(
-                "model.qk_norm=true: llama.cpp's qwen3 graph has norms of queries and keys, but no sub-norms: take "
-                "false, or sub_norm=false"
+                "model.qk_norm=true: llama.cpp's qwen3 graph has norms of queries and keys, but no sub-norms: "
+                "train with false, or with model.sub_norm=false"
             )
         if config.attention_size != config.hidden_size and not graph_of(config).any_head_dim:
-            found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size: leave head_dim out")
+            found.append(f"model.head_dim={config.head_dim}: heads must add up to hidden_size: train without head_dim")
         return found if self.type == "f16" else [*found, *self._ternary_problems(config, quant)]
 
     def _ternary_problems(self, config: ModelConfig, quant: QuantConfig) -> Iterator[str]:
         scheme = quant.scheme
         if not scheme.quantizes:
-            yield f"quant={scheme.name}: dense weights are not ternary codes: take type=f16, or quant=b158"
+            yield f"quant={scheme.name}: dense weights are not ternary codes: take type=f16, or train with quant=b158"
         if not _fills_blocks(scheme.granularity):
             yield (
                 f"quant={scheme}: its scales are {scheme.granularity}, and a ternary block of {TERNARY_BLOCK} inputs "
-                f"has one: take quant=b158_row, groups of a multiple of {TERNARY_BLOCK}, or type=f16"
+                f"has one: take type=f16, or train with quant=b158_row or groups of a multiple of {TERNARY_BLOCK}"
             )
         rows = {"model.hidden_size": config.hidden_size, "model.intermediate_size": config.intermediate_size}
         if config.attention_size != config.hidden_size:
@@ -189,7 +191,7 @@ class Gguf(Format):
         for key, size in rows.items():
             if size % TERNARY_BLOCK:
                 near = max(TERNARY_BLOCK, round(size / TERNARY_BLOCK) * TERNARY_BLOCK)
-                yield f"{key}={size}: ternary blocks hold 256 inputs: take {near}, or type=f16"
+                yield f"{key}={size}: ternary blocks hold {TERNARY_BLOCK} inputs: take type=f16, or train with {near}"
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
         return llama_tokenizer_problem(tokenizer)

@@ -76,7 +76,7 @@ def transformers_problems(config: ModelConfig, quant: QuantConfig, packed: bool)
     found = []
     if not transformers_runs(quant, packed):
         knows = "ternary codes with one scale for the matrix" if packed else "absmean with one scale for the matrix"
-        remedy = "take quant=b158, activation_bits=8 and skip=[lm_head]"
+        remedy = "train with quant=b158 quant.activation_bits=8 quant.skip=[lm_head]"
         if transformers_runs(quant, True):
             remedy = "packed codes run there"
         found.append(

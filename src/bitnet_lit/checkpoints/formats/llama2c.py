@@ -74,11 +74,11 @@ HELD = {
     **SIZES,
     "tie_word_embeddings": ANY,
     "sub_norm": Only(False, "run.c has no sub-norms: train with model.sub_norm=false"),
-    "hidden_act": Only("silu", "run.c computes silu: take hidden_act=silu"),
-    "rope_theta": Only(10000.0, "run.c rotates with theta 10000: take rope_theta=10000"),
-    "rms_norm_eps": Only(1e-5, "run.c's norms have eps 1e-5: take rms_norm_eps=1e-5"),
-    "qkv_bias": Only(False, "run.c has no biases"),
-    "qk_norm": Only(False, "run.c has no norms on queries and keys"),
+    "hidden_act": Only("silu", "run.c computes silu: train with model.hidden_act=silu"),
+    "rope_theta": Only(10000.0, "run.c rotates with theta 10000: train with model.rope_theta=10000"),
+    "rms_norm_eps": Only(1e-5, "run.c's norms have eps 1e-5: train with model.rms_norm_eps=1e-5"),
+    "qkv_bias": Only(False, "run.c has no biases: train with model.qkv_bias=false"),
+    "qk_norm": Only(False, "run.c has no norms on queries and keys: train with model.qk_norm=false"),
 }
 
 
@@ -223,7 +223,9 @@ class Llama2c(Format):
         """List why run.c does not compute a model."""
         found = [*scheme_problems(quant), *super().problems(config, quant)]
         if config.attention_size != config.hidden_size:
-            found.append(f"model.head_dim={config.head_dim}: run.c's heads add up to hidden_size: leave head_dim out")
+            found.append(
+                f"model.head_dim={config.head_dim}: run.c's heads add up to hidden_size: train without head_dim"
+            )
         return found
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:

@@ -39,7 +39,9 @@ class Packed(ModelFolder):
         """List why a packed folder cannot hold a model."""
         found, scheme = [*scheme_problems(quant), *super().problems(config, quant)], quant.scheme
         if not scheme.quantizes:
-            found.append(f"quant={scheme.name}: a dense model has no codes to pack: take quant=b158, or format=latent")
+            found.append(
+                f"quant={scheme.name}: a dense model has no codes to pack: take format=latent, or train with quant=b158"
+            )
         if scheme.codes_per_byte > 1:
             rows = {
                 "model.hidden_size": config.hidden_size,
@@ -48,7 +50,7 @@ class Packed(ModelFolder):
                 "num_key_value_heads * head_dim": config.kv_size,
             }
             found += [
-                f"{key}={size}: four rows share a byte: take a multiple of 4"
+                f"{key}={size}: four rows share a byte: take format=latent, or train with a multiple of 4"
                 for key, size in rows.items()
                 if size % scheme.codes_per_byte
             ]
