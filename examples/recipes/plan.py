@@ -10,6 +10,7 @@ Each sweep is one command `python -m bitnet_lit.train -m ...` in a folder of its
     gutenberg_5m/b158/speed        the best trial alone on the machine, some hundred steps, for its tokens/s
     gutenberg_5m/b158/same_time    the best trial for as long as the dense twin takes, with each seed
     gutenberg_5m/b158/combined     the best trial with all options that helped, with each seed
+    gutenberg_5m/b158/same_options the best trial with the options of the dense twin's combination, with each seed
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from bitnet_lit.runs.job_names import identity
 
 TWINS = ("b158", "none")
 SEARCH, BASE, WIDE, EQUAL_BYTES = "search", "base", "wide", "equal_bytes"
-SPEED, SAME_TIME, COMBINED = "speed", "same_time", "combined"
-NO_OPTIONS = (SEARCH, BASE, WIDE, EQUAL_BYTES, SPEED, SAME_TIME, COMBINED)
+SPEED, SAME_TIME, COMBINED, SAME_OPTIONS = "speed", "same_time", "combined", "same_options"
+NO_OPTIONS = (SEARCH, BASE, WIDE, EQUAL_BYTES, SPEED, SAME_TIME, COMBINED, SAME_OPTIONS)
 SPEED_STEPS = 300
 DENSE_RUN = "{dense_run}"  # in an option's override: the folder of the dense twin's first seed
 
@@ -71,6 +72,11 @@ class Sweep:
     def best_of(self) -> str | None:
         """The search whose best trial this sweep begins from."""
         return None if self.what == SEARCH else f"{self.recipe}/{self.quant}/{SEARCH}"
+
+    @property
+    def options_of(self) -> str | None:
+        """The combination whose options this sweep has."""
+        return {COMBINED: self.name, SAME_OPTIONS: f"{self.recipe}/none/{COMBINED}"}.get(self.what)
 
     def gpu_seconds(self, startup_seconds: float) -> float:
         """Return the time of the sweep on one GPU, one run after the other.
@@ -178,7 +184,8 @@ class Plan:
             "combined": lambda: [self._combined(recipe, quant) for quant in TWINS],
             WIDE: lambda: [self._wider(recipe, WIDE)],
             EQUAL_BYTES: lambda: [self._wider(recipe, EQUAL_BYTES)],
-            "same_time": lambda: [*(self._speed(recipe, quant) for quant in TWINS), self._same_time(recipe)],
+            SAME_OPTIONS: lambda: [self._same_options(recipe)],
+            SAME_TIME: lambda: [*(self._speed(recipe, quant) for quant in TWINS), self._same_time(recipe)],
         }
         if kind not in kinds or recipe not in self.settings["recipes"]:
             raise UserError(
@@ -234,6 +241,10 @@ class Plan:
         needs = [f"{measured}/{quant}/{BASE}", *(sweep.name for sweep in options)]
         needs += [f"{recipe}/none/{BASE}"] if has_teacher else []
         return self._grid(recipe, quant, COMBINED, {}, *needs)
+
+    def _same_options(self, recipe: str) -> Sweep:
+        """Make the sweep of b158 with the options of the dense twin's combination, a teacher perhaps among them."""
+        return self._grid(recipe, TWINS[0], SAME_OPTIONS, {}, *(f"{recipe}/none/{what}" for what in (COMBINED, BASE)))
 
     def portable(self, option: str, recipe: str) -> bool:
         """Return whether an option is not made for another recipe's sizes."""

@@ -140,7 +140,7 @@ class Results:
             best = self.best_values(sweep.best_of) if sweep.best_of else None
             remedy = f"give another out=, or remove the lines of {sweep.name} from {FILE_NAME}"
             records = self.of(sweep.name)
-            chosen = self.combination(plan, sweep) if records and sweep.what == COMBINED else {}
+            chosen = self.combination(plan, sweep) if records else {}
             fixed = (best or {}) | sweep.fixed | chosen  # as Study types them
             for record in records:
                 if search is not None and not self.is_complete(search):
@@ -179,17 +179,21 @@ class Results:
         return next((record.get("tokens_per_s") for record in self.of(f"{recipe}/{quant}/{SPEED}")), None)
 
     def combination(self, plan: Plan, sweep: Sweep) -> dict[str, str]:
-        """Return the overrides of all options that helped the twin of a sweep, or that its first run had.
+        """Return the overrides of the combination whose options a sweep has; {} if it has no such options.
 
-        An option helps if the whole interval of its change lies below 0. Of options that clash the better one is taken.
+        They are those of all options that helped the twin of the combination, or that its first run had. An option
+        helps if the whole interval of its change lies below 0. Of options that clash the better one is taken.
         """
-        had = next((record.get("overrides") for record in self.of(sweep.name)), None)
+        combined = plan.by_name.get(sweep.options_of or "")
+        if combined is None:
+            return {}
+        had = next((record.get("overrides") for record in self.of(combined.name)), None)
         if had:  # what helps may have changed since, by further seeds or a failed option
             return self._combined(plan, had)
         helped: list[tuple[float, str]] = []
-        for need in (plan.by_name[name] for name in sweep.needs if name in plan.by_name):
+        for need in (plan.by_name[name] for name in combined.needs if name in plan.by_name):
             change = self.change(need.name, f"{need.recipe}/{need.quant}/{BASE}")
-            if need.what in NO_OPTIONS or change is None or not plan.portable(need.what, sweep.recipe):
+            if need.what in NO_OPTIONS or change is None or not plan.portable(need.what, combined.recipe):
                 continue
             if change.mean + (change.half_width or 0) < 0:
                 helped.append((change.mean, need.what))

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
+from dry_run import show
 from pictures import Pictures
-from plan import COMBINED, DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
+from plan import DENSE_RUN, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, Plan, Sweep, read_settings
 from pool import Pool, Running
 from results import Results
-from rich.table import Table
 from tables import Tables, put_into
 from teachers import Teachers
 
@@ -34,7 +34,6 @@ from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.devices import visible_gpus
 from bitnet_lit.runs.folder import locked
-from bitnet_lit.terminal import wide_console
 
 SETTINGS = Path(__file__).with_name("study.yaml")
 POLL_SECONDS = 1.0
@@ -58,7 +57,6 @@ class Study:
         self.teachers = Teachers(plan, self.results)
         self.failed: dict[str, str] = {}
         self.again: set[str] = set()  # sweeps that were started once more
-        self.skipped: set[str] = set()
         self.is_stopped = False
 
     def overrides(self, sweep: Sweep, jobs: int) -> list[str]:
@@ -72,8 +70,7 @@ class Study:
             values = self.results.best_values(sweep.best_of)
             assert values is not None, "a sweep begins when its search is done"
             fixed = {key: fixed.pop(key) for key in ("experiment", "quant")} | values | fixed
-        if sweep.what == COMBINED:
-            fixed |= self.results.combination(self.plan, sweep)
+        fixed |= self.results.combination(self.plan, sweep)
         if sweep.what == SAME_TIME:
             fixed["trainer.max_tokens"] = str(self._tokens_in_the_same_time(sweep))
         if any(DENSE_RUN in value for value in fixed.values()):
@@ -99,18 +96,15 @@ class Study:
         return round(sweep.tokens * b158 / dense)
 
     def _is_ready(self, sweep: Sweep, running: set[str]) -> bool:
-        if sweep.name in {*running, *self.failed, *self.skipped} or self.is_done(sweep):
+        if sweep.name in {*running, *self.failed} or self.is_done(sweep):
             return False
-        if not all(self._is_over(need, sweep.what == COMBINED) for need in sweep.needs):
+        if not all(self._is_over(need) for need in sweep.needs):
             return False
         if sweep.best_of is not None and self.results.best(sweep.best_of) is None:
             self.failed[sweep.name] = f"no trial of {sweep.best_of} has a loss"
             return False
         if sweep.what == SAME_TIME and not all(self.results.speed(sweep.recipe, quant) for quant in TWINS):
             self.failed[sweep.name] = "the runs for the speed logged no tokens/s: they were too short"
-            return False
-        if sweep.what == COMBINED and not self.results.combination(self.plan, sweep):
-            self.skipped.add(sweep.name)  # no option helped: its result is that of base
             return False
         folder = self.out / sweep.name
         try:
@@ -120,13 +114,16 @@ class Study:
         except UserError:  # processes of a killed study still save
             return False
 
-    def _is_over(self, name: str, may_fail: bool) -> bool:
-        """Return whether a sweep that is needed is done; or failed, where it may, as an option of a combination."""
+    def _is_over(self, name: str) -> bool:
+        """Return whether a sweep that is needed is done, or failed if it is an option: combinations leave it out."""
         needed = self.plan.by_name.get(name)
-        if needed is None:
-            return False
-        is_optional = may_fail and needed.what not in NO_OPTIONS
-        return self.is_done(needed) or (is_optional and name in self.failed)
+        may_fail = needed is not None and needed.what not in NO_OPTIONS
+        return needed is not None and (self.is_done(needed) or (may_fail and name in self.failed))
+
+    def _has_nothing_to_combine(self, sweep: Sweep) -> bool:
+        """Return whether no option helped of those that a sweep would have together: its result is that of base."""
+        is_combination = sweep.options_of is not None and all(self._is_over(need) for need in sweep.needs)
+        return is_combination and not self.results.combination(self.plan, sweep)
 
     def run(self, pool: Pool, budget_seconds: float | None) -> None:
         """Run until all is done, the time is up, or a signal comes."""
@@ -147,7 +144,7 @@ class Study:
                 self._start(ready[0], pool)
             elif not pool.running and not self._is_waiting():
                 break
-            time.sleep(0 if ready and pool.place_for(ready[0], self._jobs_left(ready[0])) else POLL_SECONDS)
+            time.sleep(0 if ready and pool.place_for(ready[0], self.jobs_left(ready[0])) else POLL_SECONDS)
         for one in pool.stop():
             self._collect(one.sweep)
 
@@ -201,12 +198,14 @@ class Study:
 
     def is_done(self, sweep: Sweep) -> bool:
         """Return whether nothing of a sweep is left to do."""
-        return self._jobs_left(sweep) <= 0
+        return self.jobs_left(sweep) <= 0
 
-    def _jobs_left(self, sweep: Sweep) -> int:
+    def jobs_left(self, sweep: Sweep) -> int:
+        """Return how many runs of a sweep are left."""
         if sweep.what == SEARCH:
             return sweep.jobs - len(self.results.of(sweep.name))
-        return len(self._seeds_left(sweep))
+        left = len(self._seeds_left(sweep))
+        return 0 if left and self._has_nothing_to_combine(sweep) else left
 
     def _seeds_left(self, sweep: Sweep) -> list[int]:
         return self.results.missing_seeds(sweep) or self.teachers.again(sweep)
@@ -215,7 +214,7 @@ class Study:
         return self.out / "logs" / f"{sweep.name.replace('/', '_')}.log"
 
     def _start(self, sweep: Sweep, pool: Pool) -> None:
-        room = pool.place_for(sweep, self._jobs_left(sweep))
+        room = pool.place_for(sweep, self.jobs_left(sweep))
         if room is None:
             return
         place, jobs = room
@@ -233,23 +232,6 @@ class Study:
         if new:
             with atomic_file(self.out / "tables.md") as temporary:
                 temporary.write_text(self.tables.text(), encoding="utf-8")
-
-    def show(self) -> None:
-        """Print the sweeps that are left, with runs, tokens and minutes on one GPU."""
-        table = Table()
-        for column in ("sweep", "runs", "tokens a run", "tokens", "minutes", "minutes so far"):
-            table.add_column(column, justify="left" if column == "sweep" else "right")
-        minutes = tokens = runs = 0.0
-        for sweep in self.plan.sweeps:
-            left = self._jobs_left(sweep)
-            if left <= 0:
-                continue
-            each = sweep.gpu_seconds(float(self.plan.settings["startup_seconds"])) / 60 / sweep.jobs * left
-            minutes, tokens, runs = minutes + each, tokens + left * sweep.tokens, runs + left
-            total = f"{left * sweep.tokens / 1e6:,.0f} M"
-            table.add_row(sweep.name, str(left), f"{sweep.tokens / 1e6:,.1f} M", total, f"{each:.1f}", f"{minutes:.1f}")
-        wide_console(120).print(table)
-        print(f"{runs:.0f} runs, {tokens / 1e9:.2f} G tokens, about {minutes:.0f} minutes on one GPU (assumed speeds)")
 
 
 def check_overrides(plan: Plan) -> None:
@@ -293,7 +275,7 @@ def main(typed: list[str], command: list[str]) -> int:
             study.plan.check_needs()
             check_overrides(study.plan)
         if settings.dry_run:
-            study.show()
+            show(study.plan, study.jobs_left)
             return 0
         gpus = visible_gpus() if settings.gpus != 0 else []
         if settings.budget_minutes != 0:
@@ -312,8 +294,7 @@ def main(typed: list[str], command: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.status
-    names = [sweep.name for sweep in study.plan.sweeps if not study.is_done(sweep)]
-    left = [name for name in names if name not in study.skipped]
+    left = [sweep for sweep in study.plan.sweeps if not study.is_done(sweep)]
     for name, why in study.failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)
     if left:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from plan import BASE, COMBINED, EQUAL_BYTES, NO_OPTIONS, SAME_TIME, SEARCH, TWINS, WIDE, Plan, Sweep
+from plan import BASE, COMBINED, EQUAL_BYTES, NO_OPTIONS, SAME_OPTIONS, SAME_TIME, SEARCH, TWINS, WIDE, Plan, Sweep
 from results import DIVERGED, Record, Results
 
 from bitnet_lit.atomic import atomic_file
@@ -37,6 +37,11 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["", *lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def _parameters(*twins: Sequence[Record]) -> str:
+    """Return the parameters of the twins: once if they are equal, since value embeddings give a twin more."""
+    return ", ".join(dict.fromkeys(amount(records[0].get("parameters")) for records in twins if records))
+
+
 def _count(records: Sequence[Record]) -> str:
     failed = sum(record["state"] == DIVERGED for record in records)
     return f"{len(records)}" + (f" ({failed} diverged)" if failed else "")
@@ -56,18 +61,14 @@ class Tables:
         return with_interval(self.results.change(one, other, figure), signed=True)
 
     def twins(self, what: str) -> list[str]:
-        """Each twin at equal tokens: the best trials, or these with all options that helped.
-
-        Value embeddings give a twin more parameters. Then both numbers are there.
-        """
+        """Each twin at equal tokens: the best trials, or these with all options that helped."""
         rows = []
         for recipe in self.recipes:
             b158, dense = (self._of(recipe, quant, what) for quant in TWINS)
             names = [f"{recipe}/{quant}/{what}" for quant in TWINS]
             if b158 or dense:
-                sizes = dict.fromkeys(amount(each[0].get("parameters")) for each in (b158, dense) if each)
                 tokens = amount((b158 or dense)[0].get("tokens"))
-                figures = [", ".join(sizes), tokens, f"{len(b158)}, {len(dense)}"]
+                figures = [_parameters(b158, dense), tokens, f"{len(b158)}, {len(dense)}"]
                 losses = [mean(b158, LOSS), mean(dense, LOSS), self._difference(*names, LOSS)]
                 bits = [mean(b158, BITS), mean(dense, BITS), self._difference(*names, BITS)]
                 rows.append([recipe, *figures, *losses, *bits])
@@ -122,6 +123,18 @@ class Tables:
                 rows.append([sweep.recipe, sweep.quant, " ".join(f"`{k}={v}`" for k, v in chosen.items()), change, gap])
         return _table(["recipe", "twin", "options", "change", "gap to dense without options"], rows) if rows else []
 
+    def same_options(self) -> list[str]:
+        """b158 with the options of the dense twin's combination, against that combination and its own base run."""
+        rows = []
+        for recipe in self.recipes:
+            names = f"{recipe}/{TWINS[0]}/{SAME_OPTIONS}", f"{recipe}/none/{COMBINED}"
+            b158, dense = map(self.results.of, names)
+            if b158:
+                losses = [mean(b158, LOSS), mean(dense, LOSS), self._difference(*names, LOSS)]
+                change = self._difference(names[0], f"{recipe}/{TWINS[0]}/{BASE}", LOSS)
+                rows.append([recipe, _parameters(b158, dense), *losses, change])
+        return _table(["recipe", "parameters", "b158", "dense", "gap", "change of b158 by the options"], rows)
+
     def searches(self) -> list[str]:
         """Each search, and the command of its best trial."""
         rows = []
@@ -145,6 +158,7 @@ class Tables:
             "At equal training time": [*self.speeds(), *self.against_dense(SAME_TIME)],
             "Options, one at a time": self.options(),
             "With all options that helped": [*self.twins(COMBINED), *self.combinations()],
+            "Both twins with the dense twin's options": self.same_options(),
             "Searches": self.searches(),
         }
         machines = Counter(record["machine"] for record in self.results.records.values() if record.get("machine"))

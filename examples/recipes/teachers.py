@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plan import BASE, COMBINED, DENSE_RUN, Plan, Sweep
+from plan import BASE, DENSE_RUN, Plan, Sweep
 from results import Record, Results, seed_of
 
 from bitnet_lit.runs.folder import MODEL
@@ -36,10 +36,10 @@ class Teachers:
         if record is None or record["sweep"] != sweep.name or self.folder(sweep.recipe) is not None:
             return []
         has_pupils = any(
-            sweep.name in other.needs
-            and (other.what == COMBINED or any(DENSE_RUN in value for value in other.fixed.values()))
-            and not self.results.is_complete(other)
+            DENSE_RUN in value
             for other in self.plan.sweeps
+            if other.recipe == sweep.recipe and not self.results.is_complete(other)
+            for value in (other.fixed | self.results.combination(self.plan, other)).values()
         )
         return [record["seed"]] if has_pupils else []
 

@@ -22,7 +22,7 @@ from bitnet_lit.runs.search import distribution
 from tests.support import REPOSITORY
 
 RECIPES = REPOSITORY / "examples" / "recipes"
-MODULES = ("plan", "results", "teachers", "pictures", "pool", "tables", "study")
+MODULES = ("plan", "results", "teachers", "pictures", "pool", "tables", "dry_run", "study")
 STAND_IN = [sys.executable, "-S", str(REPOSITORY / "tests" / "examples" / "stand_in_for_train.py")]
 SMALL = ["gpus=0", "trials=3", "jobs_per_gpu=2", "space={optim.learning_rate: 'interval(1e-2, 1e-1)'}"]
 TWINS = "order=[search gutenberg_5m, seeds gutenberg_5m]"
@@ -118,7 +118,7 @@ def test_the_best_trial_goes_on_with_every_seed(study, tmp_path):
     assert {line["overrides"]["optim.learning_rate"] for line in base} == {"0.02"}  # trials had 0.01, 0.02 and 0.04
     assert base[0]["loss"] == pytest.approx(0.111) and base[0]["tokens_per_s"] == 1100
     page = (tmp_path / "tables.md").read_text()
-    assert f"12 runs on {found[0]['machine']}." in page and "torch 2." in page and page.count("No run yet.") == 5
+    assert f"12 runs on {found[0]['machine']}." in page and "torch 2." in page and page.count("No run yet.") == 6
     half = quantile_975(2) * 0.001 / math.sqrt(3)
     assert f"| +0.1020 ± {half:.4f} |" in page and f"| +0.0510 ± {half / 2:.4f} |" in page
     assert "`experiment=recipes/gutenberg_5m quant=b158 optim.learning_rate=0.02 seed=1,2,3`" in page
@@ -296,6 +296,43 @@ def test_the_options_that_helped_are_combined(study, modules, tmp_path):
     assert "`schedule=wsd`" in (tmp_path / "tables.md").read_text()
 
 
+def test_b158_gets_the_options_of_the_dense_twins_combination(study, tmp_path, capfd):
+    """It begins from its own best trial, and a teacher whose folder is missing is trained again before it."""
+    steps = [f"{kind} gutenberg_5m" for kind in ("search", "seeds", "options", "combined")]
+    options = (
+        "options={wsd: {overrides: [schedule=wsd, stand_in.gain=0.02], twins: [none]}, "
+        "distill: {overrides: ['distill.teacher={dense_run}', stand_in.more_gain=0.01], twins: [none]}, "
+        "sherry: {overrides: [quant=sherry, stand_in.other_gain=0.03], twins: [b158]}}"
+    )
+    assert study(f"order=[{', '.join(steps)}]", options) == 0
+    shutil.rmtree(tmp_path / "gutenberg_5m")
+    capfd.readouterr()
+    order = f"order=[same_options gutenberg_5m, {', '.join(steps)}]"
+    assert study(order, options) == 0
+    begun = re.findall(r"gutenberg_5m/(\S+) on the CPU.* (seed=\S+)", capfd.readouterr().out)
+    assert begun == [("none/base", "seed=1"), ("b158/same_options", "seed=1,2,3")]
+    found = {line["sweep"].removeprefix("gutenberg_5m/"): line["overrides"] for line in lines_of(tmp_path)}
+    (teacher,) = (tmp_path / "gutenberg_5m" / "none" / "base").iterdir()
+    options_of_dense = {"schedule": "wsd", "stand_in.gain": "0.02", "stand_in.more_gain": "0.01"}
+    wanted = found["b158/base"] | options_of_dense | {"distill.teacher": str(teacher)}
+    assert found["b158/same_options"] == wanted
+    page = (tmp_path / "tables.md").read_text().partition("### Both twins with the dense twin's options")[2]
+    (row,) = re.findall("^[|] gutenberg_5m .*", page.partition("###")[0], re.MULTILINE)
+    half = quantile_975(2) * 0.001 / math.sqrt(3)
+    assert f"| +0.1020 ± {half:.4f} | -0.0300 ± 0.0000 |" in row
+
+
+def test_without_options_that_helped_the_dense_twin_b158_is_not_tried_with_them(study, tmp_path, capfd):
+    steps = ("same_options", "search", "seeds", "options", "combined")  # whatever the order
+    order = f"order=[{', '.join(f'{kind} gutenberg_5m' for kind in steps)}]"
+    options = "options={wsd: {overrides: [schedule=wsd, stand_in.gain=-0.01], twins: [none]}}"
+    assert study(order, options) == 0
+    assert "same_options" not in {line["sweep"].rpartition("/")[2] for line in lines_of(tmp_path)}
+    capfd.readouterr()
+    assert study(order, options, "dry_run=true") == 0
+    assert capfd.readouterr().out.splitlines()[-1].startswith("0 runs, ")
+
+
 def test_the_end_of_the_budget_ends_the_sweeps(study, monkeypatch, tmp_path):
     monkeypatch.setenv("STAND_IN_SECONDS", "3600")
     assert study(TWINS, "budget_minutes=0.005") == 3
@@ -401,6 +438,7 @@ def test_help_prints_what_it_does_and_the_keys(modules, capsys, flag):
         ("overrides=trainer.max_steps=3", "overrides=trainer.max_steps=3: must be a list"),
         ("overrides=[trainer.max_steps]", "overrides=\\['trainer.max_steps'\\]: "),
         ("data={gutenberg: /tmp}", "data: no folder for tinystories"),
+        ("order=[search gutenberg_5m, same_options gutenberg_5m]", "same_options needs gutenberg_5m/none/combined"),
         ("order=[seeds gutenberg_5m]", "gutenberg_5m/b158/base needs gutenberg_5m/b158/search: add its step"),
     ],
 )
@@ -414,8 +452,7 @@ def test_a_combination_waits_for_its_search_and_not_for_a_failed_option(modules,
     steps = ", ".join(f"{kind} gutenberg_5m" for kind in ("search", "seeds", "options", "combined"))
     study = modules["study"].Study(default_plan(modules, f"order=[{steps}]", f"out={tmp_path}"), [], "")
     study.failed = dict.fromkeys(("gutenberg_5m/b158/search", "gutenberg_5m/b158/wsd"), "out of memory")
-    assert study._is_over("gutenberg_5m/b158/wsd", may_fail=True)
-    assert not study._is_over("gutenberg_5m/b158/search", may_fail=True)
+    assert study._is_over("gutenberg_5m/b158/wsd") and not study._is_over("gutenberg_5m/b158/search")
 
 
 def test_a_combination_that_began_keeps_its_options(modules, tmp_path, monkeypatch):
