@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -296,6 +297,27 @@ def test_a_folder_without_a_key_is_what_the_command_takes(monkeypatch, tmp_path)
     ):
         with pytest.raises(UserError, match=rf"'{word}' is no key=value: did you mean {meant}\?$"):
             cli.run(command, print, [word])
+    for command, words, meant in (
+        ("train", "resume run", "resume=run"),
+        ("train", "lr 1e-3", "optim.learning_rate=1e-3"),
+        ("train", "model 15m", "model=15m"),
+        ("train", "max-steps", "trainer.max_steps=<value>"),
+        ("export", "run gguf", "checkpoint=run"),
+        ("export", "format gguf", "format=gguf"),
+        ("infer", "run Once upon", "checkpoint=run"),
+        ("infer", "prompt Once upon", "prompt='Once upon'"),
+        ("infer", "temperature", "prompt=temperature"),
+        ("report", "run texts", "runs='[run,texts]'"),
+        ("prepare", "texts run", "source='[texts,run]'"),
+        ("evaluate", "texts missing", "checkpoint=texts"),
+    ):
+        with pytest.raises(UserError, match=rf" is no key=value: did you mean {re.escape(meant)}\?$") as error:
+            cli.run(command, print, words.split())
+        if "<" not in meant:  # what is printed can be pasted
+            pasted = shlex.split(str(error.value).partition("did you mean ")[2].removesuffix("?"))
+            assert len(as_typed(SCHEMAS[command], pasted)) == 1
+    with pytest.raises(UserError, match="'gpu' is no key=value: it is trainer.accelerator=gpu, cpu or mps$"):
+        cli.run("train", print, ["gpu"])
     for command, word in (("train", "fast"), ("export", "nowhere"), ("bench", "cpu")):
         with pytest.raises(UserError, match=f"'{word}' is no key=value$"):
             cli.run(command, print, [word])

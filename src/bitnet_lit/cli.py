@@ -28,7 +28,7 @@ from bitnet_lit import config as schema
 from bitnet_lit.config import CustomNetwork
 from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
-from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, key_for_flag, key_for_words, words_for
+from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
 from bitnet_lit.errors import MESSAGES, UserError, disk_errors
 from bitnet_lit.instantiate import locate, takes
 from bitnet_lit.overrides import as_typed, quoted
@@ -36,6 +36,7 @@ from bitnet_lit.runs import devices, own_folder  # noqa: F401  # their resolvers
 from bitnet_lit.runs.job import Job, ResumableTask
 from bitnet_lit.runs.job_names import asks_for_dry_run
 from bitnet_lit.runs.launch import ProcessDied, why_it_died
+from bitnet_lit.words_and_flags import key_for_flag, key_for_words
 
 _PACKAGED = Path(__file__).parent / "conf"  # in a wheel
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"  # in a checkout
@@ -263,7 +264,7 @@ def run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises exceptions instead of printing them
     register_schemas()
     flags, overrides, sweep = _divide(command, arguments)
-    if words := key_for_words(command, overrides, arguments):
+    if words := key_for_words(command, overrides, arguments, CONF_DIR):
         raise UserError(words)
     spelled = as_typed(SCHEMAS[command], _from_lightning(overrides), sweep)
     spelled = _with_custom([*(defaults(spelled, sweep) if defaults else []), *spelled])

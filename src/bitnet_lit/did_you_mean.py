@@ -2,12 +2,11 @@
 
 For a key that does not exist it tries these in order: what the key means in other trainers (`other_names.py`), a key
 that is spelled almost the same, and last the command that prints all keys. A wrong suggestion is worse than none, so a
-key is suggested only if it is very similar.
+key is suggested only if it is very similar. Words and flags, which are no key=value, are in `words_and_flags.py`.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -23,9 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit.config.optim import OPTIMIZERS
 from bitnet_lit.errors import UserError, nearest
-from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, PATH_KEYS, SPELLINGS, WORDS
+from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, PATH_KEYS, WORDS
 from bitnet_lit.quant.schemes import SCHEMES
-from bitnet_lit.runs.folder import is_run
 
 # Hydra raises a ValueError for an option of a group that is a number (model=15). A UserError is a ValueError too.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
@@ -49,7 +47,7 @@ def dotted_keys(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _composed(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> DictConfig:
+def composed(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> DictConfig:
     with hydra.initialize_config_dir(str(conf_dir), version_base="1.3"):
         try:
             return hydra.compose(command, list(groups))
@@ -63,7 +61,7 @@ def known_keys(command: str, conf_dir: Path, groups: Sequence[str] = ()) -> list
     Args:
         groups: the options of groups that the user chose (`optim=muon`), because they can add keys.
     """
-    keys = dotted_keys(OmegaConf.to_container(_composed(command, conf_dir, groups), resolve=False))
+    keys = dotted_keys(OmegaConf.to_container(composed(command, conf_dir, groups), resolve=False))
     if command == "train":
         for option in sorted((conf_dir / "quant").glob("*.yaml")):  # the settings of every scheme
             keys += [f"quant.settings.{setting.name}" for setting in fields(SCHEMES.named(option.stem))]
@@ -111,79 +109,7 @@ def words_for(command: str, key: str) -> str | None:
     return None
 
 
-_OVERRIDE_START = re.compile(r"[\w+~.]+=")
-# What a word without a key most likely is: a text, or else a folder that is there.
-_LONE_TEXT = {"infer": "prompt", "prepare": "source", "evaluate": "data", "report": "runs", "plot": "runs"}
-_LONE_FOLDER = {"train": "data.dir", "infer": "checkpoint", "evaluate": "checkpoint", "export": "checkpoint"}
-
-
-def key_for_words(command: str, overrides: Sequence[str], arguments: Sequence[str]) -> str | None:
-    """Return the error line for words without a key at the start of a command, with the key that they need, or None.
-
-    Words behind a key=value are another mistake: most likely a part of that value, which needs quotes.
-
-    Args:
-        overrides: what is no flag of the command line.
-        arguments: the command line. Hydra has some flags of one letter that mean other things in other tools: -m, -r.
-    """
-    words = list(itertools.takewhile(lambda each: each and "=" not in each and each[0] not in "~+-", overrides))
-    if not words:
-        return None
-    place = arguments.index(words[0])
-    before = arguments[place - 1] if place else ""
-    if before.startswith("-") and (key := KEYS.get(command, {}).get(before.lstrip("-"))):
-        return f"a key has no dashes: {_shown(key, words[0])}"
-    typed = " ".join(words)
-    key = None if before.startswith("-") else _LONE_TEXT.get(command)
-    if os.path.isdir(typed):
-        key = _LONE_FOLDER.get(command, key)
-        if command == "train" and is_run(Path(typed)):
-            key = "resume"
-    return None if key is None else f"'{typed}' is no key=value: did you mean {_shown(key, typed)}?"
-
-
-_NO_FLAG = re.compile(
-    r"unrecognized arguments: (--?[a-zA-Z]\S*)( .*)?|ambiguous option: (--\S+) could match .*"
-    r"|argument --\w+/-([ci]): .*"
-)
-
-
-def key_for_flag(command: str, message: str, arguments: Sequence[str], conf_dir: Path) -> str | None:
-    """Return what to type in place of a flag that does not exist: a key, or words of `other_names`; or None.
-
-    Args:
-        message: the parser's, which names the flag.
-        arguments: the command line.
-    """
-    if (found := _NO_FLAG.fullmatch(message)) is None:
-        return None
-    typed = next(filter(None, (found[1], found[3], found[4])))
-    flag, sign, value = typed.lstrip("-").partition("=")
-    name = flag.replace("-", "_")
-    if name not in FLAGS[command]:
-        name = SPELLINGS.get(name, name)
-    if not sign:
-        place = next((at for at, each in enumerate(arguments) if each.lstrip("-") == flag), len(arguments))
-        value = next(iter(arguments[place + 1 : place + 2]), "")
-        if value.startswith("-") or _OVERRIDE_START.match(value):  # the next flag or key
-            value = ""
-    known = known_keys(command, conf_dir)
-    off = name.removeprefix("no_")
-    if name != off and off in known:
-        return f"a key has no dashes: {off}=false"
-    key = KEYS.get(command, {}).get(name) or (name if name in known else None)
-    if key is None and (words := FLAGS[command].get(name) or WORDS.get(command, {}).get(name)):
-        return words
-    if key is None and len(name) > 1:
-        key = nearest_key(name, known, least=0.85)
-    if key is None:
-        return None
-    if not value and isinstance(OmegaConf.select(_composed(command, conf_dir), key), bool):
-        value = "true"
-    return f"a key has no dashes: {_shown(key, value) if value else f'{key}=<value>'}"
-
-
-def _shown(key: str, value: str) -> str:
+def shown(key: str, value: str) -> str:
     """Return key=value for a shell."""
     return f"{key}={value}" if re.fullmatch(r"[\w@%+:,./-]+", value) else f"{key}={shlex.quote(value)}"
 
@@ -247,7 +173,7 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
         return f"unknown {group}={name}: a class of your own is {place}._target_={name}"
     near = nearest(name, available, 0.6)
     if (key := PATH_KEYS.get(group)) and ("/" in name or (near is None and os.path.exists(name))):
-        return f"unknown {group}={name}: did you mean {_shown(key, name)}?"
+        return f"unknown {group}={name}: did you mean {shown(key, name)}?"
     if near:
         return f"unknown {group}={name}: did you mean '{near}'? ({', '.join(available)})"
     return f"unknown {group}={name}: must be one of {', '.join(available)}"

@@ -1,6 +1,7 @@
 """Names of keys, of options of groups and of flags in other tools, and what they are called in this package.
 
-The tables are data for `did_you_mean.py`. They hold names that users of other tools type, not misspellings.
+The tables are data for `did_you_mean.py` and `words_and_flags.py`. They hold names that users of other tools type, not
+misspellings.
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ KEYS = {
     "infer": _MODEL  # letters as in llama.cpp
     | dict.fromkeys(("text", "p", "i"), "prompt")
     | dict.fromkeys(("n", "predict", "n_predict"), "max_new_tokens")
+    | dict.fromkeys(("file", "f", "prompt_file", "prompts_file", "input_file"), "prompts")
     | {"t": "threads", "temp": "temperature", "s": "seed"},
     "export": _MODEL | dict.fromkeys(_OUT, "out") | {"f": "format", "outtype": "type"},
     "report": _RUNS | dict.fromkeys(_OUT, "out"),

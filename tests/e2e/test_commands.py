@@ -83,7 +83,7 @@ def test_an_empty_and_a_too_long_prompt(trained):
         ("prepare", ["source=demo", "out=x", "tokenizer=a", "vocab_size=3"], "give one"),
         ("train", ["data.dir=nowhere"], "no such folder"),
         ("train", ["model=15mm"], "did you mean '15m'?"),
-        ("train", ["resume=nowhere"], "no run in it"),
+        ("train", ["resume=nowhere"], "no such folder"),
         ("train", ["model.hidden_size=x"], "could not be converted to Integer"),
         ("plot", ["runs=[nowhere]"], "runs=nowhere: no such folder"),
         ("report", ["runs=nowhere"], "runs=nowhere: no such folder"),

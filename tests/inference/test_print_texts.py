@@ -42,6 +42,12 @@ def test_a_file_of_prompts_more_than_one_batch_holds(folder, capsys):
     assert [text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True)] == [True] * 19
 
 
+def test_prompts_from_standard_input_are_those_of_a_file(folder, capsys, monkeypatch):
+    (folder / "prompts.txt").write_text("Lily\nÉté\n", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", (folder / "prompts.txt").open(encoding="utf-8"))
+    assert told(folder, capsys, "prompts=-") == told(folder, capsys, f"prompts={folder}/prompts.txt")
+
+
 def test_samples_are_different_and_the_first_is_that_of_one(folder, capsys):
     texts = told(folder, capsys, "num_samples=3")
     assert len(set(texts)) == 3 and told(folder, capsys) == texts[:1]

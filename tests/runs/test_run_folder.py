@@ -130,7 +130,7 @@ def test_a_run_is_found_from_wherever_it_is_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(run)
     assert find_run("checkpoints/best.ckpt")[0].resolve() == run.resolve()
     for typed in ("config.yaml", "checkpoints", "model"):
-        with pytest.raises(UserError, match=f"no run in it .*the run is {run}"):
+        with pytest.raises(UserError, match=f"no run in it .*.the run is {run}"):
             find_run(typed)
     (tmp_path / "best.ckpt").write_text("x")
     for typed, why in (("", "resume= is empty"), ("../best.ckpt", "lies in no checkpoints/"), ("..", "is missing")):
@@ -139,6 +139,20 @@ def test_a_run_is_found_from_wherever_it_is_typed(tmp_path, monkeypatch):
     (run / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(UserError, match="no checkpoint in it"):
         find_run(str(run))
+
+
+@pytest.mark.parametrize("typed", ["last", "latest", "true", "outputs", "outputs/checkpoints/best.ckpt"])
+def test_a_resume_that_names_no_run_is_told_the_newest(tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="give the folder that train wrote, or start again without resume$"):
+        find_run(typed)
+    for number, name in enumerate(("2", "3", "1")):
+        last = tmp_path / "outputs" / "2026-01-31" / name / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        last.write_text("x")
+        os.utime(last, (number, number))
+    with pytest.raises(UserError, match=r"train wrote \(the newest is outputs/2026-01-31/1\), or start again"):
+        find_run(typed)
 
 
 def test_a_folder_is_taken_by_results_and_by_who_trains_there(tmp_path):

@@ -21,10 +21,9 @@ from bitnet_lit.checkpoints.formats.model_folder import open_model_folder
 from bitnet_lit.checkpoints.hub_download import download_model
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.errors import UserError, one_line
-from bitnet_lit.runs.folder import CHECKPOINTS, MODEL, is_run
+from bitnet_lit.runs.folder import CHECKPOINTS, MODEL, OUTPUTS, is_run
 from bitnet_lit.runs.folder import CONFIG_NAME as RUN_CONFIG_NAME
 
-OUTPUTS = Path("outputs")
 RUN_FOLDERS = ("outputs", "multirun", "data")  # never taken for an owner on the hub
 SHOWN_RUNS = 2
 # Suffixes of files that are not models here, and what to give instead.

@@ -86,7 +86,8 @@ class InferConfig(GenerationConfig, EngineConfig, CheckpointConfig):
     prompt: str = "Once upon a time"
     """The text to go on from. Empty: the model starts from nothing."""
     prompts: str | None = None
-    """A text file with a prompt on each line, in place of `prompt`. Several texts are generated at the same time."""
+    """A text file with a prompt on each line, in place of `prompt`; - is standard input. Several texts are generated at
+    the same time."""
     num_samples: int = 1
     """Texts to generate from each prompt."""
     interactive: bool = False

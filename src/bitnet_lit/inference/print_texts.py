@@ -99,7 +99,7 @@ def _typed_prompts() -> Iterator[str]:
 
 
 def _prompts_of(path: Path) -> list[str]:
-    """Return the lines of a file of prompts.
+    """Return the lines of a file of prompts; of standard input for "-".
 
     Only line ends divide lines; str.splitlines would divide at form feeds and at Unicode's separators too. A byte order
     mark, which some editors put before a text in UTF-8, is no part of the first line.
@@ -108,7 +108,8 @@ def _prompts_of(path: Path) -> list[str]:
         UserError: it cannot be read, or holds nothing.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"prompts={path}: cannot be read ({error.strerror}): give a text file") from None
     except UnicodeDecodeError:

@@ -33,6 +33,7 @@ from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.errors import UserError
 from bitnet_lit.locks import lock
 
+OUTPUTS = Path("outputs")  # where runs lie unless the user names a folder
 CONFIG_NAME = "config.yaml"
 CSV_NAME = "metrics.csv"
 HEALTH_NAME = "ternary_health.csv"
@@ -92,6 +93,15 @@ def can_be_resumed(folder: Path) -> bool:
     return any((folder / CHECKPOINTS / name).is_file() for name in (LAST, BEST))
 
 
+def _newest_to_resume() -> Path | None:
+    """Return the run below outputs/ with the newest checkpoint; None where there is none."""
+    written = []
+    for last in OUTPUTS.rglob(f"{CHECKPOINTS}/{LAST}"):
+        with contextlib.suppress(FileNotFoundError):  # it is being replaced
+            written.append((last.stat().st_mtime, last.parent.parent))
+    return max(written)[1] if written else None
+
+
 def find_run(typed: str) -> tuple[Path, Path]:
     """Find the run that `resume=` names, and its checkpoint.
 
@@ -119,9 +129,12 @@ def find_run(typed: str) -> tuple[Path, Path]:
         folder = checkpoint.parent.parent
     if not (folder / CONFIG_NAME).is_file():
         around = [parent for parent in Path(os.path.abspath(folder)).parents if is_run(parent)]
-        missing = f"{CONFIG_NAME} is missing; the run is {around[0]}" if around else f"{CONFIG_NAME} is missing"
+        newest = around[0] if around else _newest_to_resume()
+        hint = "" if newest is None else f" ({'the run' if around else 'the newest'} is {newest})"
+        there = around or os.path.lexists(folder)
+        what = f"no run in it ({CONFIG_NAME} is missing)" if there else "no such folder"
         raise UserError(
-            f"resume={typed}: no run in it ({missing}): give the folder that train wrote, or start again without resume"
+            f"resume={typed}: {what}: give the folder that train wrote{hint}, or start again without resume"
         )
     if not can_be_resumed(folder):
         raise UserError(
