@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from bitnet_lit.checkpoints.formats import gguf, latent, model_folder, packed
+from bitnet_lit.checkpoints.formats import gguf_tensors, latent, model_folder, packed
 from bitnet_lit.checkpoints.formats.format import Tool, formats
 from bitnet_lit.checkpoints.formats.rotary_order import interleave
 from bitnet_lit.errors import ParityError
@@ -175,7 +175,7 @@ def test_what_reads_as_it_was_written_transformers_still_sees(tmp_path, monkeypa
 def test_what_reads_as_it_was_written_llama_cpp_still_sees(tmp_path, monkeypatch, model):
     """Rows in Hugging Face's order, in the writer and in our reader alike."""
     for name in ("interleave", "deinterleave"):
-        monkeypatch.setattr(gguf, name, lambda weight, heads: weight)
+        monkeypatch.setattr(gguf_tensors, name, lambda weight, heads: weight)
     with pytest.raises(ParityError, match="llama.cpp: logits differ"):
         export_to(tmp_path / "out.gguf", model, format="gguf")
     assert files_below(tmp_path) == {}
