@@ -7,7 +7,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.checkpoints.tensor_reader import TensorReader
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model import CausalLM
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitnet_lit.checkpoints.file_names import INDEX_NAME, WEIGHTS_NAME
-from bitnet_lit.checkpoints.stored_model import Place, TensorReader
+from bitnet_lit.checkpoints.tensor_reader import Place, TensorReader
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import parse_json, read_json
 from bitnet_lit.json_shapes import MapOf, Record, Text

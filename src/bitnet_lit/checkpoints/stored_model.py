@@ -12,24 +12,24 @@ not import torch, nor do the methods that return numpy arrays or `noted_statisti
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.checkpoints.config_json import LARGEST_NUMBER, LARGEST_SIZE, field_shapes
+from bitnet_lit.checkpoints.config_json import LARGEST_NUMBER
 from bitnet_lit.checkpoints.file_names import CONFIG_NAME
+from bitnet_lit.checkpoints.not_finite import count_not_finite
+from bitnet_lit.checkpoints.plausible_sizes import check_sizes
+from bitnet_lit.checkpoints.tensor_reader import TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer, missing_before
 from bitnet_lit.errors import UserError
 from bitnet_lit.foreign_json import parse_json
-from bitnet_lit.json_shapes import ListOf, MapOf, Mismatch, Number
+from bitnet_lit.json_shapes import ListOf, MapOf, Number
 from bitnet_lit.model.tensors import EMBEDDING, HEAD, own_tensors, quantized_names, tensor_shapes
 
 if TYPE_CHECKING:
@@ -37,81 +37,8 @@ if TYPE_CHECKING:
 
     from bitnet_lit.quant.weights import WeightRule
 
-LONGEST_CONTEXT = 2**17  # rotary tables are computed for the whole context
-LARGEST_TABLE = 2**26  # elements, positions times head_dim; real models have 2**24
 STATISTICS = "bitnet_lit.weight_statistics"  # key of a safetensors file's metadata
 NOTED_STATISTICS = MapOf(ListOf(Number(-LARGEST_NUMBER, LARGEST_NUMBER), length=2))
-CHECKED_AT_ONCE = 2**18  # values; they stay in the CPU's cache between the passes of a check
-
-
-@dataclass(frozen=True)
-class Place:
-    """Says where a tensor lies in an open file.
-
-    Attributes:
-        descriptor: the file's descriptor; it is open as long as the reader exists.
-        offset: the position of the first element, in bytes.
-        dtype: numpy's type of the elements: "<f4", "<u2" (the bits of bfloat16) or "u1".
-    """
-
-    descriptor: int
-    offset: int
-    dtype: str
-
-
-class TensorReader(ABC):
-    """Reads the tensors of a file under the names of our state dict.
-
-    Attributes:
-        metadata: texts that the file holds beside its tensors.
-    """
-
-    metadata: Mapping[str, str] = MappingProxyType({})
-
-    @abstractmethod
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor."""
-
-    @abstractmethod
-    def read(self, name: str) -> NDArray[Any]:
-        """Return a copy of one tensor: float types are converted to float32, integers keep their type."""
-
-    def place(self, name: str) -> Place | None:
-        """Return where one tensor lies in the file; None unless it is stored as float32, bfloat16 or uint8."""
-        return None
-
-    def raw(self, name: str) -> NDArray[Any] | None:
-        """Return a copy of one tensor as it is stored: float32, bfloat16 as its bits (uint16), or uint8.
-
-        The result is None where `place` returns None.
-        """
-        return None
-
-
-def _check_sizes(config: ModelConfig) -> None:
-    """Refuse sizes beyond those of any model, before memory is allocated for them.
-
-    Raises:
-        UserError: a size is too large or too small; the message names the first one.
-    """
-    shapes = field_shapes(type(config))  # type: ignore[arg-type]  # classes are hashable
-    for key, shape in shapes.items():
-        try:
-            shape.check(getattr(config, key), key)
-        except Mismatch as error:
-            raise UserError(f"{error}: copy it again") from None
-    if config.max_position_embeddings < 2:
-        raise UserError("max_position_embeddings=1: no room for a token and the one after it: copy it again")
-    table = config.head_size * config.max_position_embeddings
-    if (
-        config.attention_size > LARGEST_SIZE
-        or config.max_position_embeddings > LONGEST_CONTEXT
-        or table > LARGEST_TABLE
-    ):
-        raise UserError(
-            f"{config.num_attention_heads} heads of {config.head_size}, a context of "
-            f"{config.max_position_embeddings}: beyond what a model has: copy it again"
-        )
 
 
 @dataclass
@@ -149,10 +76,7 @@ class StoredModel:
 
     def __post_init__(self) -> None:
         stored = self.reader.shapes()
-        try:
-            _check_sizes(self.config)
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
+        check_sizes(self.path, self.config)
         layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
         if len(layers) != self.config.num_hidden_layers:
             # This is checked before memory is used for that many layers.
@@ -170,7 +94,7 @@ class StoredModel:
                 self.quant.scheme.check_sizes(rows, inputs)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
-        self._check(stored)
+        self._check_tensors(stored)
 
     def check_tokenizer(self) -> None:
         """Refuse a tokenizer that was not used in training, or that has more pieces than the embedding has rows.
@@ -194,7 +118,8 @@ class StoredModel:
                 "one model: take the tokenizer that it was trained with"
             )
 
-    def _check(self, stored: dict[str, tuple[int, ...]]) -> None:
+    def _check_tensors(self, stored: dict[str, tuple[int, ...]]) -> None:
+        """Refuse tensors that are missing, of another shape, or unknown."""
         expected = {name: {shape} for name, shape in self.tensors.items()}
         for name in self.quantized & stored.keys():
             if f"{name}_scale" in stored:
@@ -267,23 +192,15 @@ class StoredModel:
 
         Args:
             name: the tensor's name, for the error message.
-            values: float32, or bfloat16 as its bits (uint16).
+            values: as `count_not_finite` takes them.
 
         Raises:
             UserError: some values are not finite; the message says how many.
         """
-        bad = 0
-        flat = values.reshape(-1)
-        with np.errstate(all="ignore"):
-            for start in range(0, flat.size, CHECKED_AT_ONCE):
-                part = flat[start : start + CHECKED_AT_ONCE]
-                if part.dtype == np.uint16:
-                    bad += int(np.count_nonzero((part & 0x7F80) == 0x7F80))
-                elif not np.isfinite(part.sum()):  # one pass; a sum of large numbers may overflow too
-                    bad += int(np.count_nonzero(~np.isfinite(part)))
+        bad = count_not_finite(values)
         if bad:
             raise UserError(
-                f"{self.path}: tensor {name} holds {bad} of {flat.size} values that are not finite (NaN, infinite): "
+                f"{self.path}: tensor {name} holds {bad} of {values.size} values that are not finite (NaN, infinite): "
                 "copy it again, or take an earlier checkpoint of its training"
             )
 

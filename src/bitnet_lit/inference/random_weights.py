@@ -15,7 +15,8 @@ from bitnet_lit.checkpoints.formats.model_folder import describe
 from bitnet_lit.checkpoints.formats.model_folder_writer import write_folder
 from bitnet_lit.checkpoints.locate import open_stored
 from bitnet_lit.checkpoints.safetensors_writer import LazyTensor
-from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.checkpoints.tensor_reader import TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.model.tensors import quantized_names, tensor_shapes

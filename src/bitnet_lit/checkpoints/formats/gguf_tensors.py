@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from bitnet_lit.checkpoints.formats.gguf_graph import graph_of
 from bitnet_lit.checkpoints.formats.q6_k import quantize_q6_k
 from bitnet_lit.checkpoints.formats.rotary_order import deinterleave, interleave
-from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.checkpoints.tensor_reader import TensorReader
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.model.tensors import EMBEDDING, FINAL_NORM, HEAD, NetworkTensor, network_tensors
 from bitnet_lit.quant.activations import SCALE_MIN

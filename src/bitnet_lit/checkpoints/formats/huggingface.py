@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from bitnet_lit.checkpoints.config_json import check_config, their_shape
 from bitnet_lit.checkpoints.file_names import CONFIG_NAME, folder_tokenizer
 from bitnet_lit.checkpoints.formats.format import Tool
+from bitnet_lit.checkpoints.plausible_sizes import LONGEST_CONTEXT
 from bitnet_lit.checkpoints.safetensors_reader import SafetensorsReader, safetensors_files
-from bitnet_lit.checkpoints.stored_model import LONGEST_CONTEXT, StoredModel
+from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, Held, Only, refused_fields
 from bitnet_lit.errors import UserError

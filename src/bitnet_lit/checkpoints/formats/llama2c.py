@@ -31,7 +31,8 @@ from bitnet_lit.checkpoints.formats.format import (
 from bitnet_lit.checkpoints.formats.llama_tokenizer import llama_tokenizer_problem
 from bitnet_lit.checkpoints.formats.rotary_order import deinterleave, interleave
 from bitnet_lit.checkpoints.safetensors_reader import read_into
-from bitnet_lit.checkpoints.stored_model import StoredModel, TensorReader
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.checkpoints.tensor_reader import TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, Only
 from bitnet_lit.data.tokenizers import Tokenizer

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_lit.checkpoints.stored_model import Place, StoredModel
+from bitnet_lit.checkpoints.stored_model import StoredModel
+from bitnet_lit.checkpoints.tensor_reader import Place
 from bitnet_lit.errors import ModelError, UserError
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.quant.weights import AbsMean, AbsMedian, Sign
