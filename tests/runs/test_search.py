@@ -9,7 +9,7 @@ import pytest
 from bitnet_lit.errors import Diverged, TrainingStopped, UserError
 from bitnet_lit.runs.folder import locked
 from bitnet_lit.runs.job_names import job_name
-from bitnet_lit.runs.search import STUDY_NAME
+from bitnet_lit.runs.optuna_study import STUDY_NAME
 from tests.runs.stand_in import StandIn
 from tests.support import Killed
 

@@ -31,6 +31,14 @@ from bitnet_lit.runs.sweep_table import SweepTable
 _OWN_SUBDIR = "${hydra.job.num}"  # conf/train.yaml; another value is the user's
 
 
+def parsed_overrides(sweeper: BasicSweeper, arguments: Sequence[str]) -> list[Override]:
+    """Parse the overrides of a sweep: those of `hydra.sweeper.params`, then the typed ones, which take precedence."""
+    assert sweeper.hydra_context is not None
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    return parser.parse_overrides([*params, *arguments])
+
+
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:
     """Return the overrides of every job of a grid; a combination that is typed twice is there once.
 
@@ -160,16 +168,14 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
     Raises:
         UserError: another process runs this sweep, or the config of every job is wrong.
     """
-    assert sweeper.config is not None and sweeper.hydra_context is not None and sweeper.launcher is not None
+    assert sweeper.config is not None and sweeper.launcher is not None
     config = sweeper.config
     SweepTable.check_folder()
     SweepTable.flags = job.flags
     sweep_dir = Path(config.hydra.sweep.dir)
-    params = sweeper.params or {}
-    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
-    overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments])
+    overrides = parsed_overrides(sweeper, arguments)
     subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[call-overload, index]
-    swept = swept_keys(arguments, params)
+    swept = swept_keys(arguments, sweeper.params or {})
     planned = place(combinations(overrides), sweep_dir, swept, has_own_subdir=subdir != _OWN_SUBDIR)
     configs = check(sweeper, job, planned, sweep_dir)
     if config.sweep.dry_run:

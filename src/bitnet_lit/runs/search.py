@@ -1,8 +1,8 @@
 """A search lets Optuna choose the values of each job (a trial) from the results of those before it.
 
-The study is a SQLite file in the sweep's folder, so a search that was killed goes on with it. Each trial is an ordinary
-job, with a folder of its own (`job_folder.py`). A trial whose process died is taken up again: its job goes on from its
-checkpoint, and the study gets the result. `sweep.n_trials` counts the trials of all starts.
+The study lies in the sweep's folder (`optuna_study.py`), so a search that was killed goes on with it. Each trial is an
+ordinary job, with a folder of its own (`job_folder.py`). A trial whose process died is taken up again: its job goes on
+from its checkpoint, and the study gets the result. `sweep.n_trials` counts the trials of all starts.
 
 A run that diverges is a bad result: its value is infinite, and the search learns from it. A job that failed for another
 reason gives no value, and the next start tries its values again. No trial is ended early: the loss of a BitNet falls in
@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit import gpu_errors
@@ -31,122 +30,28 @@ from bitnet_lit.foreign_json import read_json
 from bitnet_lit.json_shapes import Record
 from bitnet_lit.runs.devices import note_sharing
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
-from bitnet_lit.runs.grid import check, check_launcher, place, preview
+from bitnet_lit.runs.grid import check, check_launcher, parsed_overrides, place, preview
 from bitnet_lit.runs.job import Job
 from bitnet_lit.runs.job_folder import State, state
 from bitnet_lit.runs.job_names import identity
 from bitnet_lit.runs.launch import Planned, launch
 from bitnet_lit.runs.metric_names import check_metric
+from bitnet_lit.runs.optuna_study import (
+    STUDY_NAME,
+    distribution,
+    enqueue_failed,
+    has_result,
+    interrupted_trials,
+    open_study,
+    sampler_of,
+)
 from bitnet_lit.runs.sweep import stop_number
 from bitnet_lit.runs.sweep_table import SweepTable
 
 if TYPE_CHECKING:
     import optuna
 
-STUDY_NAME = "study.db"
 _HUGE = 1e30  # a figure beyond it is a bad result, like one that is no number
-_SPACE = "space"  # the user attribute of the study that says what it searches
-_KEYS = "keys"  # the same by key, each with the value as it was typed; studies of earlier versions have none
-
-
-def distribution(override: Override) -> optuna.distributions.BaseDistribution:
-    """Return the values that a swept override allows: `a,b`, `range(1,9)`, `interval(0,1)`, `tag(log, interval(...))`.
-
-    An interval of whole numbers is `int(interval(1,8))`.
-    """
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    swept = override.value()
-    if isinstance(swept, IntervalSweep):
-        low, high, log = swept.start, swept.end, "log" in swept.tags
-        if low is None or high is None or not low <= high or (log and low <= 0):
-            raise UserError(f"{override.input_line}: give two numbers, the smaller one first, above 0 where log is")
-        if isinstance(low, int) and isinstance(high, int):
-            return IntDistribution(low, high, log=log)
-        return FloatDistribution(float(low), float(high), log=log)
-    if isinstance(swept, RangeSweep) and isinstance(values := swept.range(), range) and len(values):
-        return IntDistribution(min(values), max(values), step=abs(values.step))
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
-
-
-def _has_result(study: optuna.Study) -> bool:
-    """Return whether a trial has a value."""
-    return any(trial.state.name == "COMPLETE" for trial in study.get_trials(deepcopy=False))
-
-
-def _differences(was: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> tuple[str, str]:
-    """Return what two searches have of the keys in which they differ, as it was typed.
-
-    Args:
-        was, now: what is searched, and the value as it was typed, by key.
-    """
-    keys = [key for key in dict.fromkeys([*was, *now]) if list(was.get(key, ())[:1]) != list(now.get(key, ())[:1])]
-    was_typed, now_typed = (
-        " ".join(f"{key}={each[key][1]}" if key in each else f"(no {key})" for key in keys) for each in (was, now)
-    )
-    return was_typed, now_typed
-
-
-def _open_study(
-    path: Path, config: SweepConfig, keys: Mapping[str, Sequence[str]], may_replace: bool = True
-) -> optuna.Study:
-    """Open the study of a sweep's folder, or make it.
-
-    Args:
-        keys: what is searched, and the value as it was typed, by key.
-        may_replace: whether a study of something else that has no result yet, as after a mistake in the command, is
-            replaced.
-
-    Raises:
-        UserError: the study is that of another search, or cannot be read.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    remedy = "give another hydra.sweep.dir"
-    storage = f"sqlite:///{path.absolute()}"
-    space = ", ".join(f"{key}={searched}" for key, (searched, _) in keys.items())
-
-    def opened() -> optuna.Study:
-        return optuna.create_study(
-            storage=storage,
-            study_name="sweep",
-            direction=cast(Any, config.direction),
-            load_if_exists=True,
-            pruner=optuna.pruners.NopPruner(),
-        )
-
-    try:
-        study = opened()
-        known = study.user_attrs.get(_SPACE)
-        if known not in (None, space) and may_replace and not _has_result(study):
-            optuna.delete_study(study_name="sweep", storage=storage)  # nothing is lost: it has no result
-            study, known = opened(), None
-        if known is None:
-            study.set_user_attr(_SPACE, space)
-            study.set_user_attr(_KEYS, keys)
-    except Exception as error:
-        raise UserError(f"{path}: no study that Optuna can open ({type(error).__name__}: {error}): {remedy}") from None
-    if known not in (None, space):
-        recorded = study.user_attrs.get(_KEYS)
-        was, now = (known, space) if recorded is None else _differences(recorded, keys)
-        raise UserError(f"{path}: its study has {was}, and this search has {now}: {remedy}")
-    study.sampler = _sampler(config, len(study.get_trials(deepcopy=False)))
-    return study
-
-
-def _sampler(config: SweepConfig, number: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler. A study that goes on must not draw the values of its first trials again.
-
-    Args:
-        number: of trials that the study has.
-    """
-    import optuna
-
-    seed = (config.seed + number) % 2**32
-    if config.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # jobs side by side do not get the same values
 
 
 class Search:
@@ -162,6 +67,7 @@ class Search:
         assert sweeper.config is not None
         self.sweeper, self.job = sweeper, job
         self.sweep_dir = Path(sweeper.config.hydra.sweep.dir)
+        self.study_path = self.sweep_dir / STUDY_NAME
         self.config = SweepConfig(**OmegaConf.to_container(sweeper.config.sweep))  # type: ignore[arg-type]
         fixed = {each.get_key_element(): each for each in overrides if not each.is_sweep_override()}
         self.fixed = [f"{key}={each.get_value_element_as_str()}" for key, each in fixed.items()]
@@ -211,15 +117,15 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        return optuna.create_study(sampler=_sampler(self.config, number)).ask(self.space).params
+        return optuna.create_study(sampler=sampler_of(self.config, number)).ask(self.space).params
 
     def show(self) -> None:
         """Print what a search would do. The values of later trials are not known yet, so one trial stands for all."""
         import optuna
 
         trials: list[Any] = []
-        if (self.sweep_dir / STUDY_NAME).is_file():
-            study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._keys(), may_replace=False)
+        if self.study_path.is_file():
+            study = open_study(self.study_path, self.config, self._keys(), may_replace=False)
             trials = study.get_trials()
         planned, configs = self._checked([self._example(len(trials))])
         preview(self.job, planned, configs, self.sweep_dir)
@@ -233,26 +139,15 @@ class Search:
         """Run trials until `sweep.n_trials` have a value."""
         from optuna.trial import TrialState
 
-        if not (self.sweep_dir / STUDY_NAME).is_file():
+        if not self.study_path.is_file():
             self._checked([self._example(0)])  # a mistake in the command leaves no study
-        study = _open_study(self.sweep_dir / STUDY_NAME, self.config, self._keys())
+        study = open_study(self.study_path, self.config, self._keys())
         trials = study.get_trials()
-        waiting = [trial for trial in trials if trial.state == TrialState.RUNNING]  # their process died
-        lost = [trial for trial in waiting if trial.params.keys() != self.space.keys()]  # before they had values
-        for trial in lost:
-            study.tell(trial.number, state=TrialState.FAIL)
-        open_trials = [(trial.number, trial.params) for trial in waiting if trial not in lost]
+        open_trials = interrupted_trials(study, trials, self.space.keys())
         states = {number: self._place(params).state for number, params in open_trials}
         open_trials.sort(key=lambda trial: states[trial[0]] is State.RUNNING)  # it may have ended when its turn comes
+        enqueue_failed(study, trials)
         done = sum(trial.state == TrialState.COMPLETE for trial in trials)
-        has_value = [trial.params for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.RUNNING)]
-        # An earlier start has put these into the queue, and ended before their turn came.
-        in_queue = [trial.system_attrs for trial in trials if trial.state == TrialState.WAITING]
-        has_value += [attributes["fixed_params"] for attributes in in_queue if "fixed_params" in attributes]
-        for trial in trials:
-            if trial.state == TrialState.FAIL and trial.params and trial.params not in has_value:
-                study.enqueue_trial(trial.params, skip_if_exists=False)
-                has_value.append(trial.params)
         left = self.config.n_trials - done
         print(
             f"search: {self.sweep_dir}: {done} of {self.config.n_trials} trials done, {len(open_trials)} to go on with",
@@ -287,7 +182,7 @@ class Search:
         try:
             planned, _ = self._checked(params)
         except UserError:
-            if not _has_result(study):
+            if not has_result(study):
                 raise  # the first trials: most likely every other one would be refused too
             planned = [self._place(each) for each in params]
         assert self.sweeper.launcher is not None
@@ -320,7 +215,7 @@ class Search:
             metrics = read_json(folder / METRICS_NAME, Record({}), "remove it")
             numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
             if self.config.metric not in numbers:
-                goes_on = ", in another hydra.sweep.dir" if _has_result(study) else "; the same line with it goes on"
+                goes_on = ", in another hydra.sweep.dir" if has_result(study) else "; the same line with it goes on"
                 raise UserError(
                     f"sweep.metric={self.config.metric}: not in {folder / METRICS_NAME}: give one of "
                     f"{', '.join(numbers)}{goes_on}"
@@ -357,7 +252,7 @@ def search(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> None:
     Raises:
         UserError: Optuna is not installed, another process runs this sweep, or its folder has the study of another one.
     """
-    assert sweeper.config is not None and sweeper.hydra_context is not None
+    assert sweeper.config is not None
     with needs("optuna", "sweep=optuna_..."):
         import optuna  # noqa: F401
     if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
@@ -367,9 +262,7 @@ def search(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> None:
         )
     SweepTable.check_folder()
     SweepTable.flags = job.flags
-    params = sweeper.params or {}
-    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
-    overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments])
+    overrides = parsed_overrides(sweeper, arguments)
     found = Search(sweeper, job, list({each.get_key_element(): each for each in overrides}.values()))
     if found.config.dry_run:
         found.show()
