@@ -33,8 +33,8 @@ def _rotated(at, norm_ptr, cos_ptr, sin_ptr, p, inside, eps, P: tl.constexpr, QK
 def _kept(x, HALF: tl.constexpr):
     """Elements as the cache keeps them. In float16, one beyond its range becomes its largest number, as on the CPU."""
     if HALF:
-        return (tl.clamp(x, -65504.0, 65504.0) + (x - x)).to(tl.float16)  # the sum lets infinity and NaN become NaN
-    return x
+        x = (tl.clamp(x, -65504.0, 65504.0) + (x - x)).to(tl.float16)  # the sum lets infinity and NaN become NaN
+    return x  # of two returns, Triton's compiler wants the same dtype
 
 
 @triton.jit(do_not_specialize=["layer"])
