@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bitnet_lit.quant.kernels.triton.launch import multiprocessors, on_device_of, operator
 from bitnet_lit.quant.kernels.triton.rotary import rotate_rows
@@ -25,9 +26,9 @@ from bitnet_lit.quant.kernels.triton.rotary import rotate_rows
 
 @triton.jit
 def _int8_product(
-    x_ptr,
-    weight_ptr,
-    y_ptr,
+    x_tiles,
+    weight_tiles,
+    y_tiles,
     x_scale_ptr,
     weight_scale_ptr,
     M,
@@ -39,9 +40,6 @@ def _int8_product(
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    x_tiles = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-    weight_tiles = tl.make_tensor_descriptor(weight_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
-    y_tiles = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         # Tiles run down a band of GROUP row tiles before they move right: programs that run at the same time then
@@ -60,11 +58,24 @@ def _int8_product(
         x_scale = tl.load(x_scale_ptr + rows, mask=rows < M, other=0.0)
         weight_scale = tl.load(weight_scale_ptr + columns, mask=columns < N, other=0.0)
         y = total.to(tl.float32) * (x_scale[:, None] * weight_scale[None, :])
-        y_tiles.store([row, column], y.to(y_ptr.dtype.element_ty))
+        y_tiles.store([row, column], y.to(y_tiles.dtype))
 
 
-def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, device="cuda", dtype=torch.int8)
+def _tile(rows: int, columns: int, dtype: torch.dtype, programs: int) -> tuple[int, int]:
+    """Return the rows and columns of a tile, the faster ones (H100, 16384 and 32768 rows).
+
+    Tiles of float32 are smaller, because a tile and its three stages of loads must fit into the 227 KiB of shared
+    memory of a multiprocessor. A small result has smaller ones, too, where large ones would leave programs idle.
+    """
+    small = 128, 128
+    if dtype == torch.float32:
+        return small
+    large = (256, 128) if columns <= 2048 else (128, 256)
+
+    def turns(tile: tuple[int, int]) -> int:
+        return -(-(-(-rows // tile[0]) * -(-columns // tile[1])) // programs)
+
+    return small if turns(small) * 1.2 < turns(large) * 2 else large  # a small tile takes a little more than half
 
 
 def _int8_product_fake(
@@ -107,17 +118,14 @@ def int8_product(
     """
     (rows, inputs), columns = x_codes.shape, weight_codes.shape[0]
     y = x_codes.new_empty((rows, columns), dtype=dtype)
-    # The faster shape of a tile (H100, M=16384 and 32768). Tiles of float32 are smaller, because a tile and its three
-    # stages of loads must fit into the 227 KiB of shared memory of a multiprocessor.
-    block_m, block_n = (128, 128) if dtype == torch.float32 else (256, 128) if columns <= 2048 else (128, 256)
-    block_k = 128 if inputs > 64 else 64
     programs = multiprocessors(x_codes.device)
-    triton.set_allocator(_workspace)  # of this thread: backward passes that recompute run in a thread of their own
+    block_m, block_n = _tile(rows, columns, dtype, programs)
+    block_k = 128 if inputs > 64 else 64
     with on_device_of(x_codes):
         _int8_product[(programs,)](
-            x_codes,
-            weight_codes,
-            y,
+            TensorDescriptor.from_tensor(x_codes, [block_m, block_k]),
+            TensorDescriptor.from_tensor(weight_codes, [block_n, block_k]),
+            TensorDescriptor.from_tensor(y, [block_m, block_n]),
             x_scale,
             weight_scale,
             rows,
