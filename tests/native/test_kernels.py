@@ -22,7 +22,8 @@ from bitnet_lit.quant.bit_linear import BitLinearFunction
 from bitnet_lit.quant.kernels import cpu
 from bitnet_lit.quant.kernels.choose import describe
 from bitnet_lit.quant.kernels.interface import Norm
-from bitnet_lit.training.muon import Muon, orthogonalize
+from bitnet_lit.training.muon import Muon
+from bitnet_lit.training.orthogonalize import orthogonalize
 from tests.support import tiny_config
 
 if not library.is_available():

@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from bitnet_lit.training import muon
-from bitnet_lit.training.muon import Muon, orthogonalize
+from bitnet_lit.training.muon import Muon
 from bitnet_lit.training.optimizers import sharded_state
+from bitnet_lit.training.orthogonalize import orthogonalize
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = [(24, 16), (16, 24), (16, 16), (24, 16), (24, 16), (7, 16), (16, 16)]  # 7 rows: no multiple of two ranks
@@ -125,6 +126,41 @@ def test_normuon_and_cautious_decay_on_a_gpu(options):
     ours, _ = trained(Muon, shapes, "cuda", **options)
     wanted, _ = trained(one_by_one, shapes, **options)
     assert off([p.cpu() for p in ours], wanted, shapes) < 0.05  # bfloat16, as plain Muon
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+def test_replayed_moves_are_those_of_plain_steps_bit_for_bit(options):
+    """A resumed run begins with plain steps where an unbroken one replays. Step 3 is not finite, step 5 has another
+    momentum, and at step 7 the gradients have moved."""
+    shapes = [(768, 768)] * 3 + [(2048, 768)] * 2 + [(768, 2048), (24, 16)]
+
+    def train(gradients_stay):
+        parameters = [torch.nn.Parameter(matrix) for matrix in draw(shapes, 0, "cuda")]
+        optimizer = Muon(parameters, lr=0.02, **options)
+        optimizer.found_inf = torch.zeros((), device="cuda")
+        optimizer.gradients_stay, recorded = gradients_stay, []
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        for step in range(11):
+            optimizer.found_inf.fill_(step == 3)
+            optimizer.param_groups[0] |= {"lr": 0.02 / (step + 1), "momentum": 0.95 if step < 5 else 0.9}
+            for parameter, gradient in zip(parameters, draw(shapes, step + 1, "cuda"), strict=True):
+                if step == 7:
+                    parameter.grad = gradient
+                parameter.grad.copy_(gradient * torch.nan if step == 3 else gradient)
+            optimizer.step()
+            recorded.append(optimizer._recorded is not None)
+            if step == 3:  # the momentum is lost, and no run goes on with it
+                for parameter in parameters:
+                    optimizer.state[parameter]["momentum_buffer"].zero_()
+        return parameters, recorded
+
+    plain, never = train(False)
+    replayed, recorded = train(True)
+    assert not any(never)
+    assert recorded == [step not in (0, 5, 7) for step in range(11)]
+    assert all(torch.equal(one, other) and one.isfinite().all() for one, other in zip(plain, replayed, strict=True))
 
 
 def test_it_is_torchs_up_to_bfloat16():

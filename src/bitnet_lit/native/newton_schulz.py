@@ -12,7 +12,7 @@ from bitnet_lit.native import library
 
 
 def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """Do what `training.muon.orthogonalize` does: float32 (S, M, N) -> (S, M, N)."""
+    """Do what `training.orthogonalize` does: float32 (S, M, N) -> (S, M, N)."""
     matrices = matrices.contiguous()
     result = torch.empty_like(matrices)
     call = library.NewtonSchulz(matrices.data_ptr(), result.data_ptr(), *matrices.shape, torch.get_num_threads())

@@ -2,7 +2,8 @@
 
 Kernels of a small network take a few microseconds each, and starting one from Python takes as long, so the GPU waits
 for the host. A graph records the pass once and replays it for every batch: the batch is copied into the recorded input,
-and the gradients appear in the tensors that were recorded as theirs. Clipping and the optimizer run after it as usual.
+and the gradients appear in the tensors that were recorded as theirs. Clipping and the optimizer run after it as usual;
+Muon has a graph of its own (recorded_moves.py).
 
 The gradients of a step of one batch are the results of the recorded pass, in the graph's memory: nothing is set to zero
 or added up, which would read and write all of them once more. Where several batches or ranks add up to a step, the

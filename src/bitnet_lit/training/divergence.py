@@ -62,7 +62,7 @@ class Divergence:
             else:  # the device cannot choose between two shapes, so `check` may look for the place in a later batch
                 self._batch = batch.clone()
         # x - x is NaN where x is not finite, and 0 elsewhere: `isfinite` takes twice as many operations.
-        self.found_inf = torch.maximum(self.found_inf, (norm - norm).ne(0))
+        torch.maximum(self.found_inf, (norm - norm).ne(0), out=self.found_inf)  # a recorded step reads it there
 
     def check(self, model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> None:
         """Read the result, which waits for the device.

@@ -30,7 +30,7 @@ from bitnet_lit.training.cuda_graph import GraphedStep, RecordingFailed, agreed,
 from bitnet_lit.training.distillation import Distillation
 from bitnet_lit.training.divergence import Divergence, check_step, skips_on_device
 from bitnet_lit.training.figures import Figure
-from bitnet_lit.training.optimizers import build_optimizer, restore_optimizer
+from bitnet_lit.training.optimizers import MuonAdamW, build_optimizer, restore_optimizer
 from bitnet_lit.training.plan import Plan
 from bitnet_lit.training.quantization_start import QUANTIZED_SINCE, QuantizationStart
 from bitnet_lit.training.schedule import build_schedule
@@ -133,7 +133,11 @@ class BitNetModule(L.LightningModule):
         return GraphedStep(self._loss_of, self.model, self.trainer.accumulate_grad_batches, mixed, self._stream)
 
     def on_train_end(self) -> None:
-        self._graph = None  # its memory is free for the next job of a sweep, before Python collects the trainer
+        # The memory of what was recorded is free for the next job of a sweep, before Python collects the trainer.
+        self._graph = None
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, MuonAdamW):
+                optimizer.parts[0].forget_recording()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         if isinstance(self.config.model, CustomNetwork) or self.config.model.dropout:
@@ -252,6 +256,8 @@ class BitNetModule(L.LightningModule):
             optimizer.found_inf = self.divergence.found_inf  # type: ignore[attr-defined]
         else:
             check_step(self.model, self.global_step, self._step_loss, norm, self._batch)
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.gradients_stay = self._has_gradients  # a replayed pass has written them
         # This comes after the check, because a norm that is not finite would make every gradient 0 or NaN.
         clip_gradients(gradients, norm, limit)
         rate = torch.tensor(optimizer.param_groups[0]["lr"])

@@ -29,7 +29,10 @@ class MuonAdamW(Optimizer):
     Attributes:
         found_inf: float32, (), on the device: where it is 1, a step changes no parameter; None is 0. It is the protocol
             of PyTorch's fused optimizers (`_step_supports_amp_scaling`).
+        gradients_stay: see `Muon`.
     """
+
+    gradients_stay = False
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self.parts: tuple[Muon, AdamW] = (muon, adamw)
@@ -44,6 +47,7 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.parts[0].gradients_stay = self.gradients_stay
         for part in self.parts:
             part.found_inf = self.found_inf  # type: ignore[union-attr]  # AdamW looks for the attribute
             part.step()
