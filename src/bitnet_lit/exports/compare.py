@@ -28,7 +28,8 @@ from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.errors import ParityError, one_line
 from bitnet_lit.extras import installed
 from bitnet_lit.model import next_token_loss
-from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
+from bitnet_lit.model.layers import DecoderLayer, rotary_tables
+from bitnet_lit.model.normed_linears import RMSNorm
 from bitnet_lit.model.tensors import EMBEDDING, HEAD
 from bitnet_lit.quant import convert_linears
 

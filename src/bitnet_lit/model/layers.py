@@ -11,15 +11,15 @@ What enters a layer may be r * x + s * x0, with x0 the embedding and two learned
 Every projection has a norm right before it, because int8 activations have one scale per token: where one value of a
 token is much larger than the others, these are rounded to zero. Without the two sub-norms this is a Llama layer.
 
-Projections that read the same normed input are called together (`normed_linears`, `MLP`), so that kernels can compute
-the norm, the rounding and the products in fewer passes over memory.
+Projections that read the same normed input are called together, so that kernels can compute them with the norm before
+them (normed_linears.py).
 
 Axis letters: B batch, T time, D hidden, H attention heads, K key/value heads, P head_dim, F feed-forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -28,49 +28,9 @@ from torch import Tensor, nn
 
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.model.kv_cache import KVCache
+from bitnet_lit.model.normed_linears import RMSNorm, as_norm, joint_kernels, normed_linears
 from bitnet_lit.quant.bit_linear import BitLinear
-from bitnet_lit.quant.kernels.choose import are_alike, are_unobserved, chosen
-from bitnet_lit.quant.kernels.interface import Kernels, Norm
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm is x / sqrt(mean(x**2) + eps) * weight, computed in float32 and returned in the dtype of x."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-def _as_norm(norm: nn.Module) -> Norm | None:
-    return Norm(norm.weight, norm.eps) if isinstance(norm, RMSNorm) else None
-
-
-def _kernels(x: Tensor, norms: Sequence[nn.Module], linears: Sequence[nn.Module]) -> Kernels | None:
-    """Return the kernels that compute the norms and the linear layers together, or None where there are none.
-
-    Kernels know RMSNorm alone. A norm of another class is called as it is.
-    """
-    if any(type(norm) not in (RMSNorm, nn.Identity) for norm in norms):
-        return None
-    if not are_alike(linears) or not are_unobserved([*norms, *linears]):
-        return None
-    return chosen(cast(list[BitLinear], linears), x)
-
-
-def normed_linears(x: Tensor, norm: nn.Module, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """Return linear(norm(x)) of each linear layer; x (B..., I) -> (B..., O) each.
-
-    Args:
-        norm: an RMSNorm, or an Identity where there is no norm.
-    """
-    if (kernels := _kernels(x, [norm], linears)) is not None:
-        return kernels.normed_linears(x, _as_norm(norm), cast(list[BitLinear], linears))
-    x = norm(x)
-    return tuple(linear(x) for linear in linears)
+from bitnet_lit.quant.kernels.choose import are_alike, are_unobserved
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -143,8 +103,8 @@ class Attention(nn.Module):
         """Return rotated queries (B, H, T, P), rotated keys and values (B, K, T, P)."""
         qkv = cast(list[BitLinear], [self.q_proj, self.k_proj, self.v_proj])
         has_norms = isinstance(self.q_norm, RMSNorm)
-        if not has_norms and (kernels := _kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)) is not None:
-            heads = kernels.rotated_heads(x_BTD, _as_norm(norm), qkv, cos, sin)
+        if not has_norms and (kernels := joint_kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)) is not None:
+            heads = kernels.rotated_heads(x_BTD, as_norm(norm), qkv, cos, sin)
             if heads is not None:
                 return heads
         q, k, v = normed_linears(x_BTD, norm, *qkv)
@@ -164,8 +124,8 @@ class Attention(nn.Module):
         qkv = cast(list[BitLinear], [self.q_proj, self.k_proj, self.v_proj])
         if cache is not None or not self.is_plain():
             return None
-        kernels = _kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)
-        return None if kernels is None else kernels.self_attention(x_BTD, _as_norm(norm), qkv, cos, sin)
+        kernels = joint_kernels(x_BTD, [norm, self.q_norm, self.k_norm], qkv)
+        return None if kernels is None else kernels.self_attention(x_BTD, as_norm(norm), qkv, cos, sin)
 
     def forward(
         self,
@@ -227,11 +187,9 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
         linears = cast(list[BitLinear], [self.gate_proj, self.up_proj, self.down_proj])
-        if (kernels := _kernels(x_BTD, [norm, self.ffn_sub_norm], linears)) is not None:
+        if (kernels := joint_kernels(x_BTD, [norm, self.ffn_sub_norm], linears)) is not None:
             *gate_up, down = linears
-            output = kernels.gated_mlp(
-                x_BTD, _as_norm(norm), gate_up, self.hidden_act, _as_norm(self.ffn_sub_norm), down
-            )
+            output = kernels.gated_mlp(x_BTD, as_norm(norm), gate_up, self.hidden_act, as_norm(self.ffn_sub_norm), down)
             if output is not None:
                 return output
         gate_BTF, up_BTF = normed_linears(x_BTD, norm, self.gate_proj, self.up_proj)
@@ -292,10 +250,10 @@ class DecoderLayer(nn.Module):
         norms = [self.input_layernorm, attention.attn_sub_norm, self.post_attention_layernorm, mlp.ffn_sub_norm]
         linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if (kernels := _kernels(x_BTD, [*norms, attention.q_norm, attention.k_norm], linears)) is None:
+        if (kernels := joint_kernels(x_BTD, [*norms, attention.q_norm, attention.k_norm], linears)) is None:
             return None
         layers = cast(list[BitLinear], linears)
-        return kernels.decoder_layer(x_BTD, [_as_norm(norm) for norm in norms], layers, mlp.hidden_act, cos, sin)
+        return kernels.decoder_layer(x_BTD, [as_norm(norm) for norm in norms], layers, mlp.hidden_act, cos, sin)
 
     def projected_heads(self, x_BTD: Tensor, x0_BTD: Tensor | None) -> tuple[Tensor, ...]:
         """Return queries, keys and values of the layer's input before they are rotated, each (B, T, heads * P).

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.model.kv_cache import KVCache
-from bitnet_lit.model.layers import DecoderLayer, RMSNorm, rotary_tables
+from bitnet_lit.model.layers import DecoderLayer, rotary_tables
 from bitnet_lit.model.loss import (
     SoftmaxGradient,
     TokenLosses,
@@ -23,6 +23,7 @@ from bitnet_lit.model.loss import (
     linear_token_losses,
     next_token_loss,
 )
+from bitnet_lit.model.normed_linears import RMSNorm
 from bitnet_lit.quant import BitLinear, convert_linears
 from bitnet_lit.quant.kernels.choose import are_unobserved, chosen
 from bitnet_lit.quant.kernels.interface import Kernels, Norm, measuring_losses
