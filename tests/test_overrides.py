@@ -18,7 +18,8 @@ from bitnet_lit import cli
 from bitnet_lit.cli import SCHEMAS, compose, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.overrides import PATHS, as_typed, quoted, readable, shortest, text_keys
+from bitnet_lit.key_types import PATHS, text_keys
+from bitnet_lit.overrides import as_typed, quoted, readable, shortest
 from bitnet_lit.plain_yaml import dump_yaml
 from tests.support import run_command
 

@@ -22,20 +22,15 @@ In a sweep (`-m`), `a,b` and `choice(a,b)` are several values, and each of them 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import re
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import yaml
 from antlr4 import CommonTokenStream, InputStream
-from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
@@ -44,65 +39,11 @@ from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf._utils import OmegaConfDumper, get_omega_conf_dumper
 
 from bitnet_lit.errors import UserError
+from bitnet_lit.key_types import PATHS, TextKey, open_slots, text_keys, whole_keys
 
-PATHS = frozenset(
-    (
-        *(
-            "checkpoint",
-            "data.cache_dir",
-            "data.dir",
-            "data.files",
-            "data.tokenizer",
-            "data_dir",
-            "distill.teacher",
-            "download_dir",
-            "init_from",
-        ),
-        *("out", "prompts"),
-        *("resume", "run_dir", "runs", "source", "tokenizer", "hydra.run.dir", "hydra.sweep.dir"),
-    )
-)
 _LINE_END = re.compile("[\n\r\x85\u2028\u2029]")
 _WITH_EXPONENT = re.compile(r"(?<![\w.+-])\d[\d_]*(?:\.\d*)?[eE]\+?\d{1,2}(?![\w.])")
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_$][\w$-]*(?:\.[\w$-]+)*)=(.*)", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class TextKey:
-    """Says how the value of a key that holds text is read."""
-
-    optional: bool = False
-    """Whether `null` means None."""
-    is_list: bool = False
-    """Whether the key holds a list of texts."""
-    resolves: bool = False
-    """Whether interpolations (`${...}`) are resolved, as in Hydra's own keys."""
-
-
-def _hint_as_text(hint: Any) -> TextKey | None:
-    """Return the TextKey for a field's type; None where the type holds no text."""
-    if hint is str:
-        return TextKey()
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and set(arguments) == {str, type(None)}:
-        return TextKey(optional=True)
-    if typing.get_origin(hint) is list and arguments == (str,):
-        return TextKey(is_list=True)
-    return None
-
-
-def _walk(schema: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key that is not a group, with its type."""
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        hint = hints[field.name]
-        if hint is Any:  # a group with several schemas (optim): its default is their base class
-            hint = field.default_factory
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            for group in (hint, *hint.__subclasses__()):
-                yield from _walk(group, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", hint
 
 
 def _represent_text(dumper: OmegaConfDumper, text: str) -> yaml.ScalarNode:
@@ -116,22 +57,6 @@ def _represent_text(dumper: OmegaConfDumper, text: str) -> yaml.ScalarNode:
 get_omega_conf_dumper().add_representer(str, _represent_text)
 
 
-@functools.cache
-def text_keys(schema: type) -> dict[str, TextKey]:
-    """Return every dotted key of a schema that holds text, including Hydra's own (`hydra.`)."""
-    hydras = {key: _hint_as_text(hint) for key, hint in _walk(HydraConf, "hydra.")}
-    ours = {key: _hint_as_text(hint) for key, hint in _walk(schema, "")}
-    texts = {key: dataclasses.replace(text, resolves=True) for key, text in hydras.items() if text and not text.is_list}
-    return texts | {key: text for key, text in ours.items() if text}
-
-
-@functools.cache
-def whole_keys(schema: type) -> frozenset[str]:
-    """Return every dotted key of a schema that holds a whole number and no other type of value."""
-    kinds = ({int}, {int, type(None)})
-    return frozenset(key for key, hint in _walk(schema, "") if set(typing.get_args(hint) or (hint,)) in kinds)
-
-
 def _whole(value: str) -> str:
     """Write numbers with an exponent, such as 33e6, without one where they are whole."""
 
@@ -140,12 +65,6 @@ def _whole(value: str) -> str:
         return f"{number:.0f}" if number == number.to_integral_value() else match[0]
 
     return _WITH_EXPONENT.sub(write, value)
-
-
-@functools.cache
-def open_slots(schema: type) -> tuple[str, ...]:
-    """Return every dotted key below which any key may be set, with a trailing dot: `quant.settings.`"""
-    return tuple(f"{key}." for key, hint in _walk(schema, "") if typing.get_origin(hint) is dict)
 
 
 def _parse(override: str) -> Override | None:
