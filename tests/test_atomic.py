@@ -16,8 +16,9 @@ import pytest
 from safetensors import SafetensorError
 
 from bitnet_lit import atomic
-from bitnet_lit.atomic import atomic_file, atomic_folder, remove_leftovers
+from bitnet_lit.atomic import atomic_file, atomic_folder
 from bitnet_lit.errors import DiskError, UserError, disk_errors
+from bitnet_lit.temporary_paths import remove_leftovers
 from tests.support import names_are_any_bytes, needs_dev_full
 
 DEAD = 2**22 + 1  # beyond the largest number that Linux gives a process
@@ -302,7 +303,7 @@ def test_the_users_files_in_a_killed_writers_folder_go_back_to_a_name_of_any_len
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic, "_settle", killed)  # behind the exchange
+        patch.setattr(atomic, "settle", killed)  # behind the exchange
         with pytest.raises(KeyboardInterrupt):
             write_folder(tmp_path / name, a="2")
     assert not (tmp_path / name / "README.md").exists()

@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.errors import disk_errors
 from bitnet_lit.locks import lock
+from bitnet_lit.temporary_paths import remove_leftovers
 from bitnet_lit.terminal import console
 
 

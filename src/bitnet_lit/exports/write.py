@@ -19,7 +19,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_lit.atomic import remove_leftovers
 from bitnet_lit.checkpoints.formats.format import WrittenTensor
 from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.stored_model import StoredModel
@@ -28,6 +27,7 @@ from bitnet_lit.errors import ParityError, UserError, disk_errors
 from bitnet_lit.exports.compare import verify
 from bitnet_lit.exports.destination import check_out, default_out, described_files, given_out, replaced, stem_of
 from bitnet_lit.exports.share import check_repository, share
+from bitnet_lit.temporary_paths import remove_leftovers
 from bitnet_lit.terminal import console
 
 
