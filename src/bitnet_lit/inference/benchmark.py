@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,10 +20,11 @@ import torch
 
 from bitnet_lit.checkpoints.formats.gguf import Gguf
 from bitnet_lit.checkpoints.pretrained import build_pretrained
-from bitnet_lit.config import BenchConfig, ModelConfig
+from bitnet_lit.config import BenchConfig
 from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers.train_sentencepiece import TRAINED_NAME, train_tokenizer
 from bitnet_lit.extras import installed
+from bitnet_lit.inference.benchmark_rows import Timed, compared, interleaved, shape_config
 from bitnet_lit.inference.engines import Engine
 from bitnet_lit.inference.engines.cpu import native
 from bitnet_lit.inference.engines.cpu.cores import allowed_threads
@@ -35,23 +35,10 @@ from bitnet_lit.inference.random_weights import random_folder
 SHAPES = ((256, 6, 768, 8), (768, 12, 2048, 12), (1536, 24, 4096, 16))
 VOCABULARY = 32000
 PROMPT = NEW = 128  # tokens
+CONTEXT = 2 * (PROMPT + NEW)
+PAUSE = 0.3  # seconds; for a while after its work an engine's threads spin, and take a core from the other engine
 NEW_OF_SLOW = 8  # tokens that slow engines decode: enough for their rate
 BANDWIDTH_BYTES = 2**30  # larger than any cache
-
-Timed = Callable[[], float]
-
-
-def _config(shape: tuple[int, int, int, int]) -> ModelConfig:
-    hidden, layers, ffn, heads = shape
-    return ModelConfig(
-        name="/".join(map(str, shape)),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=ffn,
-        num_attention_heads=heads,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2 * (PROMPT + NEW),
-    )
 
 
 def _rate(tokens: int, run: Callable[[], object]) -> float:
@@ -90,7 +77,7 @@ def _llama_cpp_pair(path: Path, threads: int) -> tuple[Timed, Timed]:
     import llama_cpp
 
     model = llama_cpp.Llama(
-        str(path), n_ctx=2 * (PROMPT + NEW), n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False
+        str(path), n_ctx=CONTEXT, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False
     )
     context = model.ctx
     prompt = (ctypes.c_int32 * PROMPT)(*range(3, 3 + PROMPT))
@@ -147,30 +134,11 @@ def _transformers_pair(folder: Path) -> tuple[Timed, Timed]:
     return decode, prefill
 
 
-def _after_a_pause(run: Timed) -> float:
-    """Measure after the other engine's threads fell asleep: for a while after its work they spin, and take a core."""
-    time.sleep(0.3)
-    return run()
-
-
 def _rows(shape: str, peer: str, ours: tuple[Timed, Timed], theirs: tuple[Timed, Timed], rounds: int) -> list[dict]:
     rows = []
     for what, run, other in zip(("decode", "prefill"), ours, theirs, strict=True):
-        run(), other()  # warm caches, threads, allocators
-        pairs = [(_after_a_pause(run), _after_a_pause(other)) for _ in range(rounds)]
-        mine, their = ([pair[i] for pair in pairs] for i in (0, 1))
-        rows.append(
-            {
-                "shape": shape,
-                "what": what,
-                "ours": statistics.median(mine),
-                "peer": peer,
-                "theirs": statistics.median(their),
-                "unit": "tokens/s",
-                "ratio": statistics.median(mine) / statistics.median(their),
-                "spread": f"{min(mine):,.0f}-{max(mine):,.0f} / {min(their):,.0f}-{max(their):,.0f}",
-            }
-        )
+        rates = interleaved(run, other, rounds, PAUSE)
+        rows.append(compared(shape, what, peer, rates, "tokens/s"))
     return rows
 
 
@@ -185,7 +153,7 @@ def cpu_rows(config: BenchConfig) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = train_tokenizer(demo_stories(2000), 1024, Path(scratch) / TRAINED_NAME)
         for shape in SHAPES:
-            stored = random_folder(Path(scratch) / "model", _config(shape), tokenizer)
+            stored = random_folder(Path(scratch) / "model", shape_config(shape, VOCABULARY, CONTEXT), tokenizer)
             name = stored.config.name
             model = NativeModel(stored, threads=threads)
             ours = _engine_pair(CpuEngine(model), NEW)
@@ -205,18 +173,7 @@ def cpu_rows(config: BenchConfig) -> list[dict[str, Any]]:
             ]
             per_token = model.bytes_per_token(PROMPT + NEW // 2)  # on average half of the new tokens are in the cache
             moved = [ours[0]() * per_token / 1e9 for _ in range(rounds)]
-            limit = statistics.median(bandwidth)
-            rows.append(
-                {
-                    "shape": name,
-                    "what": f"decode reads {per_token / 1e6:,.1f} MB a token",
-                    "ours": statistics.median(moved),
-                    "peer": "memory, read by as many threads",
-                    "theirs": limit,
-                    "unit": "GB/s",
-                    "ratio": statistics.median(moved) / limit,
-                    "spread": f"{min(moved):,.1f}-{max(moved):,.1f} / {min(bandwidth):,.1f}-{max(bandwidth):,.1f}",
-                }
-            )
+            what, peer = f"decode reads {per_token / 1e6:,.1f} MB a token", "memory, read by as many threads"
+            rows.append(compared(name, what, peer, (moved, bandwidth), "GB/s", digits=1))
             shutil.rmtree(Path(scratch) / "model")
     return rows

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 from bitnet_lit.checkpoints.pretrained import build_pretrained
 from bitnet_lit.config import BenchConfig, GenerationConfig, ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.inference.benchmark_rows import Timed, compared, interleaved, shape_config
 from bitnet_lit.inference.engines.cuda.engine import CudaEngine
 from bitnet_lit.inference.engines.cuda.sampling import Variant
 from bitnet_lit.inference.engines.torch_engine import TorchEngine
@@ -41,8 +41,6 @@ MOST_OF_SLOW = 2**30  # parameters: PyTorch has them in float32, and making thos
 GENERATED = {"greedily": GenerationConfig(temperature=0), "by the defaults": GenerationConfig(seed=0)}
 BATCHES = (1, 64)
 COPIED_BYTES = 2**30  # larger than any cache
-
-Timed = Callable[[], float]
 
 
 class NumberTokenizer(Tokenizer):
@@ -67,16 +65,7 @@ class NumberTokenizer(Tokenizer):
 
 
 def _config(shape: tuple[int, int, int, int]) -> ModelConfig:
-    hidden, layers, ffn, heads = shape
-    config = ModelConfig(
-        name="/".join(map(str, shape)),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=ffn,
-        num_attention_heads=heads,
-        max_position_embeddings=CONTEXT,
-        vocab_size=VOCABULARY,
-    )
+    config = shape_config(shape, VOCABULARY, CONTEXT)
     if shape != OF_2B4T:
         return config
     return replace(config, num_key_value_heads=5, hidden_act="relu2", vocab_size=128256, rope_theta=5e5)
@@ -158,26 +147,12 @@ def bytes_per_token(engine: CudaEngine, length: int) -> int:
     return sum(matrix.nbytes for matrix in matrices) + network.head.nbytes + cache
 
 
-def _row(shape: str, what: str, peer: str, ours: list[float], theirs: list[float], unit: str) -> dict[str, Any]:
-    mine, their = statistics.median(ours), statistics.median(theirs)
+def _row(shape: str, what: str, peer: str, rates: tuple[list[float], list[float]], unit: str) -> dict[str, Any]:
+    row = compared(shape, what, peer, rates, unit)
     # The table comes at the end, minutes later.
-    console(stderr=True).print(f"{shape}: {what}: {mine:,.0f} {unit}; {peer}: {their:,.0f}", highlight=False)
-    return {
-        "shape": shape,
-        "what": what,
-        "ours": mine,
-        "peer": peer,
-        "theirs": their,
-        "unit": unit,
-        "ratio": mine / their,
-        "spread": f"{min(ours):,.0f}-{max(ours):,.0f} / {min(theirs):,.0f}-{max(theirs):,.0f}",
-    }
-
-
-def _interleaved(ours: Timed, theirs: Timed, rounds: int) -> tuple[list[float], list[float]]:
-    ours(), theirs()  # compiles kernels, captures graphs
-    pairs = [(ours(), theirs()) for _ in range(rounds)]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    line = f"{shape}: {what}: {row['ours']:,.0f} {unit}; {peer}: {row['theirs']:,.0f}"
+    console(stderr=True).print(line, highlight=False)
+    return row
 
 
 def gpu_decode_rows(config: BenchConfig) -> list[dict[str, Any]]:
@@ -190,25 +165,23 @@ def gpu_decode_rows(config: BenchConfig) -> list[dict[str, Any]]:
         dense = CudaEngine(random_model(shape, QuantConfig(name="none")), "cuda")
         for batch in BATCHES:
             decode = _decode(ours, batch)
-            pair = _interleaved(decode, _decode(dense, batch), config.rounds)
-            rows.append(_row(shape.name, f"decode, batch {batch}", "dense twin, bfloat16", *pair, "tokens/s"))
+            pair = interleaved(decode, _decode(dense, batch), config.rounds)
+            rows.append(_row(shape.name, f"decode, batch {batch}", "dense twin, bfloat16", pair, "tokens/s"))
             for how, options in GENERATED.items():
-                pair = _interleaved(_generate(ours, batch, options), decode, config.rounds)
-                rows.append(
-                    _row(shape.name, f"generate {how}, batch {batch}", "the engine's decode", *pair, "tokens/s")
-                )
+                pair = interleaved(_generate(ours, batch, options), decode, config.rounds)
+                rows.append(_row(shape.name, f"generate {how}, batch {batch}", "the engine's decode", pair, "tokens/s"))
         per_token = bytes_per_token(ours, PROMPT + NEW // 2)  # on average half of the new tokens are in the cache
-        steps, copies = _interleaved(_decode(ours, 1), _copy_bandwidth, config.rounds)
-        moved, bandwidth = [rate * per_token / 1e9 for rate in steps], [rate / 1e9 for rate in copies]
+        steps, copies = interleaved(_decode(ours, 1), _copy_bandwidth, config.rounds)
+        moved = [rate * per_token / 1e9 for rate in steps], [rate / 1e9 for rate in copies]
         what = f"decode reads {per_token / 1e6:,.1f} MB a token"
-        rows.append(_row(shape.name, what, "memory, by a copy", moved, bandwidth, "GB/s"))
+        rows.append(_row(shape.name, what, "memory, by a copy", moved, "GB/s"))
         del dense
         gc.collect()
         torch.cuda.empty_cache()
         if sum(map(math.prod, tensor_shapes(shape).values())) <= MOST_OF_SLOW:
             eager = TorchEngine(build_pretrained(stored).model.cuda())
-            pair = _interleaved(_decode(ours, 1), _pytorch(eager, 1), max(1, config.rounds // 3))
-            rows.append(_row(shape.name, "decode, batch 1", "PyTorch, eager", *pair, "tokens/s"))
+            pair = interleaved(_decode(ours, 1), _pytorch(eager, 1), max(1, config.rounds // 3))
+            rows.append(_row(shape.name, "decode, batch 1", "PyTorch, eager", pair, "tokens/s"))
             del eager
         del ours, decode, pair
         gc.collect()
