@@ -28,10 +28,11 @@ from bitnet_lit import config as schema
 from bitnet_lit.config import CustomNetwork
 from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
-from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, explain, words_for
+from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, words_for
 from bitnet_lit.errors import MESSAGES, UserError, disk_errors
+from bitnet_lit.hydra_errors import explain
 from bitnet_lit.instantiate import locate, takes
-from bitnet_lit.overrides import as_typed, quoted
+from bitnet_lit.overrides import as_typed, key_and_value, quoted
 from bitnet_lit.runs import devices, own_folder  # noqa: F401  # their resolvers are named in conf/
 from bitnet_lit.runs.job import Job, ResumableTask
 from bitnet_lit.runs.job_names import asks_for_dry_run
@@ -83,7 +84,7 @@ def open_groups(cls: type) -> DictConfig:
 
 def _with_custom(overrides: list[str]) -> list[str]:
     """Select the option `custom` of each group whose class an override gives, as in optim._target_=torch.optim.SGD."""
-    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    keys = dict(map(key_and_value, overrides))
     return [f"{group}=custom" for group in GROUPS if f"{group}._target_" in keys and group not in keys] + overrides
 
 
@@ -147,7 +148,7 @@ def fit_mode(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     target = cfg.model.get(TARGET)
     if target is None or not path.is_file():
         return cfg
-    typed = {item.lstrip("+").partition("=")[0] for item in overrides}
+    typed = dict(map(key_and_value, overrides))
     cfg = copy.deepcopy(cfg)
     network = locate(target, "model")
     for key in cast(DictConfig, OmegaConf.load(path)).get("model", {}):

@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bitnet_lit.config.optim import OPTIMIZERS
-from bitnet_lit.errors import UserError, nearest
+from bitnet_lit.errors import nearest
 from bitnet_lit.other_names import ALIASES, FLAGS, KEYS, OPTION_WORDS, PATH_KEYS, WORDS
+from bitnet_lit.overrides import key_and_value
 from bitnet_lit.quant.schemes import SCHEMES
 
 # Hydra raises a ValueError for an option of a group that is a number (model=15). A UserError is a ValueError too.
@@ -120,7 +121,7 @@ def unknown_key(command: str, key: str, known: Sequence[str], typed: Sequence[st
     Args:
         typed: the overrides that the user typed. A key that has a value already is not what another tool's name means.
     """
-    given = {override.lstrip("+").partition("=")[0] for override in typed}
+    given = dict(map(key_and_value, typed))
     if words := words_for(command, key) or FLAGS.get(command, {}).get(key):
         return f"unknown key '{key}': {words}"
     if (ours := KEYS.get(command, {}).get(key)) is not None and ours not in given:
@@ -143,7 +144,7 @@ def unfit_optim_key(key: str, overrides: Sequence[str]) -> str | None:
     """
     leaf = key.removeprefix("optim.")
     owners = [name for name, cls in OPTIMIZERS.items() if leaf in {each.name for each in fields(cls)}]
-    typed = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    typed = dict(map(key_and_value, overrides))
     chosen = typed.get("optim", "")
     if "." in leaf or not owners or chosen in owners:
         return None
@@ -177,70 +178,3 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
     if near:
         return f"unknown {group}={name}: did you mean '{near}'? ({', '.join(available)})"
     return f"unknown {group}={name}: must be one of {', '.join(available)}"
-
-
-def _no_option_name(command: str, overrides: Sequence[str], conf_dir: Path) -> str:
-    """Return the error line for an option of a group that Hydra reads as a number or a dictionary, as in quant=1.58."""
-    for override in overrides:
-        group, _, names = override.lstrip("+").partition("=")
-        options = sorted(path.stem for path in (conf_dir / group).glob("*.yaml")) if group else []
-        for name in names.split(","):  # those of a sweep
-            if options and name not in options and not name[:1].isalpha():
-                return unknown_option(group, name, options)
-    return f"a group needs the name of an option (python -m bitnet_lit.{command} --help lists them)"
-
-
-def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: Path) -> str:
-    """Return an error of Hydra or OmegaConf as one line.
-
-    Args:
-        overrides: the overrides that the user typed.
-        conf_dir: the folder of the config files, from which the known keys are read.
-    """
-    if isinstance(error, UserError):
-        return str(error)
-    text = " ".join(str(error).split())
-    if not isinstance(error, COMPOSITION_ERRORS):
-        return f"Hydra cannot read these options ({type(error).__name__}: {text})"
-
-    def known(key: str) -> list[str]:
-        groups = [
-            item for item in overrides if re.fullmatch(r"[a-z_]+=[\w.]+", item) and not item.startswith(key + "=")
-        ]
-        return known_keys(command, conf_dir, groups)
-
-    cause = " ".join(str(error.__cause__ or error).split())
-    cause = re.sub(r" (full_key|object_type|reference_type): .*", "", cause)
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
-    if unknown:
-        key = unknown.group(1)
-        if (full_key := getattr(error, "full_key", None)) and full_key.endswith(key):
-            key = full_key
-        keys = known(key)
-        if key in keys:
-            return f"{key} has no such entry: add one with +{key}.<name>=<value>"
-        if command == "train" and (line := unfit_optim_key(key, overrides)):
-            return line
-        return unknown_key(command, key, keys, overrides)
-    option = re.search(
-        r"Could not find '([^']+?)/([^']*)' Available options in '[^']+': (.*?) Config search path", text
-    )
-    if option:
-        return unknown_option(option.group(1), option.group(2), option.group(3).split())
-    if several := re.search(r"Ambiguous value for argument '(.*?)' 1\. To use it as a list", text):
-        key, _, typed = several.group(1).lstrip("+").partition("=")
-        if key not in (keys := known(key)):
-            return unknown_key(command, key, keys)
-        return f"{key}={typed}: {key} takes one value; a list is {key}=[{typed}], and a sweep over them needs -m"
-    if "Could not override ''" in text:
-        return "a value without a key: give key=value"
-    if "Config group override must be" in text:
-        return _no_option_name(command, overrides, conf_dir)
-    if directory := re.search(r"Additional config directory '(.*?)' not found", text):
-        return f"--config-dir {directory.group(1)}: no such folder"
-    merging = re.search(r"Error merging override (\S+)", text)
-    if merging:
-        return f"{merging.group(1).lstrip('+')}: {cause}"
-    if full_key := getattr(error, "full_key", None):
-        return f"{full_key}: {cause}"
-    return cause

@@ -67,6 +67,12 @@ def _whole(value: str) -> str:
     return _WITH_EXPONENT.sub(write, value)
 
 
+def key_and_value(override: str) -> tuple[str, str]:
+    """Return key and value of an override as they were typed, without Hydra's `+` before the key."""
+    key, _, value = override.lstrip("+").partition("=")
+    return key, value
+
+
 def _parse(override: str) -> Override | None:
     """Parse an override with Hydra's grammar; return None where it does not fit."""
     try:
@@ -260,7 +266,7 @@ def parsed(override: str) -> tuple[str, Any]:
 
 def readable(override: str) -> tuple[str, str]:
     """Return key and value of an override in Hydra's grammar; the value is text for a table."""
-    key, _, text = override.lstrip("+").partition("=")
+    key, text = key_and_value(override)
     found = _parse(override)
     if found is None or found.is_sweep_override() or not isinstance(found.value(), str):
         return key, text

@@ -37,11 +37,12 @@ def _configure(cfg: DictConfig) -> TrainConfig:
     from omegaconf import OmegaConf
 
     from bitnet_lit.cli import fit_mode, to_object
+    from bitnet_lit.overrides import key_and_value
     from bitnet_lit.training.initialize import check_typed_network, sizes_are_given
     from bitnet_lit.training.resume import resume_config
 
     typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # interpolations are not resolved
-    overrides = {item: item.lstrip("+").partition("=")[0] for item in typed}
+    overrides = {item: key_and_value(item)[0] for item in typed}
     if cfg.resume is None:
         with sizes_are_given(None if cfg.init_from is None else f"init_from={cfg.init_from}", overrides.values()):
             config: TrainConfig = to_object(fit_mode(cfg, typed))
