@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
+from bitnet_lit.cli import compose
+from bitnet_lit.composed_config import CONF_DIR, SCHEMAS
 from bitnet_lit.config import MuonConfig, PrepareConfig, QuantConfig, TrainConfig, training
 from bitnet_lit.errors import UserError
 

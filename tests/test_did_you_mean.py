@@ -3,7 +3,8 @@
 import pytest
 
 from bitnet_lit import __version__
-from bitnet_lit.cli import _divide, compose, register_schemas
+from bitnet_lit.cli import _divide, compose
+from bitnet_lit.composed_config import register_schemas
 from bitnet_lit.did_you_mean import nearest_key
 from bitnet_lit.errors import UserError
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from bitnet_lit import cli
-from bitnet_lit.cli import SCHEMAS, compose, to_object
+from bitnet_lit.cli import compose
+from bitnet_lit.composed_config import SCHEMAS, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
 from bitnet_lit.key_types import PATHS, text_keys

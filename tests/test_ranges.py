@@ -7,7 +7,8 @@ import typing
 import pytest
 
 from bitnet_lit import config as schema
-from bitnet_lit.cli import SCHEMAS, compose
+from bitnet_lit.cli import compose
+from bitnet_lit.composed_config import SCHEMAS
 from bitnet_lit.config import AdamWConfig, ModelConfig, MuonConfig, TrainConfig
 from bitnet_lit.config.checks import Checked, Range
 from bitnet_lit.config.slots import Custom

@@ -7,6 +7,7 @@ to change for the others.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bitnet_lit.entry_point import leave, run_command
@@ -21,16 +22,28 @@ def _export(config: ExportConfig) -> None:
     export(config)
 
 
-def _advise(overrides: list[str]) -> None:
-    from bitnet_lit.cli import advise
+def advise(overrides: Sequence[str]) -> None:
+    """Print which export targets a model can reach, and what to change for the others.
 
-    advise(overrides)
+    Args:
+        overrides: the keys of a training config, or the `checkpoint=` of a model that is there.
+    """
+    from bitnet_lit.cli import compose
+    from bitnet_lit.exports.targets import print_advice
+
+    if any(override.startswith("checkpoint=") for override in overrides):
+        from bitnet_lit.checkpoints.locate import find_model, open_stored
+
+        stored = open_stored(find_model(compose("export", overrides).checkpoint))
+        return print_advice(stored.config, stored.quant)
+    config = compose("train", overrides)
+    print_advice(config.model, config.quant)
 
 
 def main() -> None:
     """Run the command with the arguments in `sys.argv`."""
     if "--advise" in sys.argv:
-        leave(lambda: _advise([argument for argument in sys.argv[1:] if argument != "--advise"]))
+        leave(lambda: advise([argument for argument in sys.argv[1:] if argument != "--advise"]))
     else:
         run_command("export", _export)
 

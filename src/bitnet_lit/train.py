@@ -36,7 +36,7 @@ def _configure(cfg: DictConfig) -> TrainConfig:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from bitnet_lit.cli import fit_mode, to_object
+    from bitnet_lit.composed_config import fit_mode, to_object
     from bitnet_lit.overrides import key_and_value
     from bitnet_lit.training.initialize import check_typed_network, sizes_are_given
     from bitnet_lit.training.resume import resume_config

@@ -15,9 +15,10 @@ from bitnet_lit.checkpoints import locate
 from bitnet_lit.checkpoints.formats.llama2c import Llama2c
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.checkpoints.locate import find_model, open_stored
-from bitnet_lit.cli import advise, compose
+from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.export import advise
 from bitnet_lit.inference.language_model import load
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, run_command, tiny_model

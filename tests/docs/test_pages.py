@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from bitnet_lit.__main__ import COMMANDS
-from bitnet_lit.cli import CONF_DIR, SCHEMAS, compose
+from bitnet_lit.cli import compose
+from bitnet_lit.composed_config import CONF_DIR, SCHEMAS
 from tests.docs.pages import BLOCKS, PAGES, command_of, prose
 from tests.support import REPOSITORY
 

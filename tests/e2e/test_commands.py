@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import bitnet_lit
-from bitnet_lit.cli import CONF_DIR
+from bitnet_lit.composed_config import CONF_DIR
 from tests.support import REPOSITORY, TINY_MODEL, TINY_RUN, run_command, start_command
 
 EXPERIMENTS = sorted(path.stem for path in Path(CONF_DIR, "experiment").glob("*.yaml"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitnet_lit.cli import CONF_DIR, compose
+from bitnet_lit.cli import compose
+from bitnet_lit.composed_config import CONF_DIR
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model import build_model
 from bitnet_lit.model.accounting import account

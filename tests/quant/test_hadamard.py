@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from bitnet_lit.cli import CONF_DIR
+from bitnet_lit.composed_config import CONF_DIR
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model import build_model
 from bitnet_lit.quant import BitLinear
