@@ -60,6 +60,30 @@ def compression_of(path: Path) -> str:
     return suffix if suffix in COMPRESSIONS else ""
 
 
+@contextlib.contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the disk in the block into one line.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)}): {READ_REMEDY}") from None
+
+
+def file_state(path: Path) -> str:
+    """Return path, size and modification time of a file as a text, which changes when the file does.
+
+    Raises:
+        UserError: the file is not there any more.
+    """
+    with read_errors(path):
+        status = path.stat()
+    return f"{path.absolute()}/{status.st_size}/{status.st_mtime_ns}"
+
+
 def _decode(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, at: int) -> str:
     """Decode the bytes of a file from byte `at` on; an empty block ends it."""
     pending = len(decoder.getstate()[0])  # bytes of a character that the block before began
@@ -73,7 +97,7 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, at: in
 
 
 def _blocks(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
-    with open_regular(path, READ_REMEDY) as file, _read_errors(path):
+    with open_regular(path, READ_REMEDY) as file, read_errors(path):
         file.seek(start)
         position = start
         while stop is None or position < stop:
@@ -87,7 +111,7 @@ def _blocks(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
-    with open_regular(path, READ_REMEDY) as file, _read_errors(path):
+    with open_regular(path, READ_REMEDY) as file, read_errors(path):
         yield from (_from_gzip if compression_of(path) == ".gz" else _from_zstandard)(file, path)
 
 
@@ -121,12 +145,3 @@ def _from_zstandard(file: BinaryIO, path: Path) -> Iterator[bytes]:
                 block, frame = frame.unused_data, zstandard.ZstdDecompressor().decompressobj()
     if is_inside:
         raise UserError(f"{path}: was cut off: it ends inside its compressed data: {_COPY}")
-
-
-@contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)}): {READ_REMEDY}") from None

@@ -32,7 +32,7 @@ from typing import BinaryIO
 
 from bitnet_lit.data.sources.documents import SEPARATOR, documents_of_record, with_unix_line_ends
 from bitnet_lit.data.sources.find_text import kind_of
-from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of, text_of
+from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of, file_state, read_errors, text_of
 from bitnet_lit.data.sources.source import Continuation, ReadCounts, Segment
 from bitnet_lit.errors import UserError
 from bitnet_lit.regular_file import open_regular
@@ -83,12 +83,8 @@ class FileSegment(Segment):
         Raises:
             UserError: the file is not there any more.
         """
-        try:
-            status = self.path.stat()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
         more = f"/{self.column}" if self.column else ""
-        return f"{self.path.absolute()}/{status.st_size}/{status.st_mtime_ns}/{self.start}-{self.stop}{more}"
+        return f"{file_state(self.path)}/{self.start}-{self.stop}{more}"
 
     def stories(self, counts: ReadCounts) -> Iterator[str]:
         """Yield the stories of this part of the file.
@@ -227,13 +223,11 @@ def file_segments(path: Path, every: int, column: str | None = None) -> list[Fil
     A segment ends behind what divides documents: the separator, or the end of a .jsonl line. Where there is none within
     `every` bytes, a .txt is cut between two words. So the segments hold the same documents as the whole file.
     """
-    try:
+    with read_errors(path):
         size = path.stat().st_size
         if compression_of(path):
             return [FileSegment(path, 0, size, column)]
         cuts = _cuts(path, every, size)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
     starts = [(0, False), *cuts]
     stops = [*(at for at, _ in cuts), size]
     return [FileSegment(path, start, stop, column, inside) for (start, inside), stop in zip(starts, stops, strict=True)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.data.sources.documents import documents_of_record, with_unix_line_ends
-from bitnet_lit.data.sources.open_text import READ_REMEDY
+from bitnet_lit.data.sources.open_text import file_state
 from bitnet_lit.data.sources.source import ReadCounts, Segment
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.extras import needs
@@ -56,12 +56,7 @@ class TableSegment(Segment):
         Raises:
             UserError: the file is not there any more.
         """
-        try:
-            status = self.path.stat()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}): {READ_REMEDY}") from None
-        where = f"{self.column}/{self.start}-{self.stop}"
-        return f"{self.path.absolute()}/{status.st_size}/{status.st_mtime_ns}/{where}"
+        return f"{file_state(self.path)}/{self.column}/{self.start}-{self.stop}"
 
     def texts(self) -> Iterator[str]:
         """Yield the text of each row; a row without a value has an empty one.
