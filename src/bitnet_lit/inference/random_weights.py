@@ -21,7 +21,8 @@ from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.model.tensors import quantized_names, tensor_shapes
 
-BLOCK = 2**22  # random numbers that every tensor repeats: drawing billions takes minutes
+BLOCK = 2**22 - 3
+"""Random numbers that every tensor repeats: drawing billions takes minutes. It is prime, so no two rows are equal."""
 
 
 class RandomWeights(TensorReader):
