@@ -7,9 +7,13 @@ machine gives the same token for the same logits and the same random number.
 
 Sorting 128,000 logits would take as long as a small model's step. What top_k and top_p keep is all tokens above a
 threshold, so the threshold is searched: a pass over the logits adds up the probabilities (or counts the tokens) above
-each of some thresholds. The next ones lie between the two where the sum passes its target, close to where a straight
-line between the two sums passes it. The search ends when no more than one token is left between the two, or when they
-are closer than a millionth of the range of the logits. Tokens that lie closer are kept together, as equal ones.
+each of some thresholds. The next ones lie between the two where the sum passes its target, around a guess of the place,
+and the closer together the more tokens the guess rests on. The search ends when no more than one token is left between
+the two, or when they are closer than a millionth of the range of the logits. Tokens that lie closer are kept together,
+as equal ones.
+
+The time is that of the passes and meetings. So a program that has few logits keeps them in registers, and the last pass
+of the search for top_p also says what each program has above the threshold, of which one draws the token.
 """
 
 import triton
@@ -75,66 +79,90 @@ def _meet(numbers, shared_ptr, counter_ptr, turn, PROGRAMS: tl.constexpr, ROUND:
 
 
 @triton.jit
+def _load(logits_ptr, v, end, largest, inverse):
+    """Return z of the logits v, -infinity from `end` on."""
+    return (tl.load(logits_ptr + v, mask=v < end, other=float("-inf")) - largest) * inverse
+
+
+@triton.jit
+def _add(sums, z, thresholds, COUNT: tl.constexpr):
+    """Add up what lies above each threshold; a lane has all thresholds of a logit."""
+    value = tl.full(z.shape, 1.0, tl.float32) if COUNT else tl.exp(z)
+    return sums + (z[None, :] >= thresholds[:, None]).to(tl.float32) * value[None, :]
+
+
+@triton.jit
 def _search(
-    logits_ptr, first, end, largest, inverse, low, high, target, shared_ptr, counter_ptr, turn,
-    COUNT: tl.constexpr, THRESHOLDS: tl.constexpr, BLOCK_V: tl.constexpr, PROGRAMS: tl.constexpr, ROUND: tl.constexpr,
+    z, logits_ptr, first, end, largest, inverse, low, high, target, shared_ptr, counter_ptr, turn,
+    COUNT: tl.constexpr, THRESHOLDS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr,
+    PROGRAMS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Find the largest threshold of z = (logit - largest) * inverse with at least `target` above it.
 
     Args:
-        first, end: the logits of this program.
+        z: of the first block of this program, whose logits are first to end.
         low, high: all of the target is above low, and nothing above high.
         target: a number of tokens with COUNT, else a share of the probability above low.
 
     Returns:
-        The threshold, and the number of the next meeting.
+        The threshold, what each program has above it (ROUND,), and the number of the next meeting.
     """
+    i = tl.arange(0, BLOCK_V)
     k = tl.arange(0, THRESHOLDS)
-    resolution = (high - low) * 1e-6
-    start, step = low, (high - low) / THRESHOLDS
-    above_low, above_high, closest = 0.0, 0.0, 1.0
+    resolution = tl.maximum((high - low) * 1e-6, 1e-30)
+    # Tokens below log((1 - target) / PIECES) have together less than 1 - target, and the largest alone has 1.
+    bottom = low
+    start = low if COUNT else tl.maximum(low, tl.log((1 - target) / PIECES))
+    step = (high - start) / THRESHOLDS
+    parts = tl.zeros([ROUND], tl.float32)
+    above_low, above_high, closest = 3e38, 0.0, 1.0
     passes = 0
-    # The limit is never reached: of two passes, one divides the distance by nine or more.
+    # The limit is never reached: of two passes, one divides the distance by seven or more.
     while (passes == 0) | ((high - low > resolution) & (above_low - above_high > 1.5 * closest) & (passes < 32)):
-        thresholds = start + step * k
-        sums = tl.zeros([THRESHOLDS, BLOCK_V], tl.float32)  # a lane has all thresholds of a logit
-        for v0 in tl.range(first, end, BLOCK_V, num_stages=3):
-            v = v0 + tl.arange(0, BLOCK_V)
-            z = (tl.load(logits_ptr + v, mask=v < end, other=float("-inf")) - largest) * inverse
-            value = tl.full([BLOCK_V], 1.0, tl.float32) if COUNT else tl.exp(z)
-            sums += tl.where(z[None, :] >= thresholds[:, None], value[None, :], 0.0)
-        total = tl.sum(_meet(tl.sum(sums, 1), shared_ptr, counter_ptr, turn, PROGRAMS, ROUND), 0)
+        thresholds = tl.where(k == 0, bottom, start + step * k)
+        sums = tl.zeros([THRESHOLDS, BLOCK_V], tl.float32)
+        if BLOCKS == 1:
+            sums = _add(sums, z, thresholds, COUNT)
+        else:
+            for v0 in tl.range(first, end, BLOCK_V, num_stages=3):
+                sums = _add(sums, _load(logits_ptr, v0 + i, end, largest, inverse), thresholds, COUNT)
+        numbers = _meet(tl.sum(sums, 1), shared_ptr, counter_ptr, turn, PROGRAMS, ROUND)
+        total = tl.sum(numbers, 0)
         if not COUNT:
             target = tl.where(passes == 0, target * tl.max(total, 0), target)  # the first threshold is low
-        passed = tl.sum((total >= target).to(tl.int32), 0)
-        if passed > 0:
-            above_low = tl.sum(tl.where(k == passed - 1, total, 0.0), 0)
-            low = start + step * (passed - 1)
-        if passed < THRESHOLDS:
-            above_high = tl.sum(tl.where(k == passed, total, 0.0), 0)
-            high = start + step * passed
-        width = high - low
-        if (passed > 0) & (passed < THRESHOLDS):
-            estimate = low + width * ((above_low - target) / tl.maximum(above_low - above_high, 1e-30))
-            span = 4 * width / THRESHOLDS
-            start = tl.minimum(tl.maximum(estimate - span / 2, low), high - span)
-            step = span / (THRESHOLDS - 1)
-        else:  # a line was no good guess
-            start, step = low + width / (THRESHOLDS + 1), width / (THRESHOLDS + 1)
+        enough = total >= target
+        passed = tl.sum(enough.to(tl.int32), 0)
+        low = tl.max(tl.where(enough, thresholds, low), 0)
+        high = tl.min(tl.where(enough, high, thresholds), 0)
+        above_low = tl.min(tl.where(enough, total, above_low), 0)
+        above_high = tl.max(tl.where(enough, above_high, total), 0)
+        parts = tl.where(passed > 0, tl.sum(tl.where((k == passed - 1)[None, :], numbers, 0.0), 1), parts)
+        # Where the target is passed, as a share of the distance, if tokens lie evenly between low and high. The place
+        # strays from it by up to 0.5 / sqrt(tokens), one deviation. Behind a wrong guess all of the distance is next.
         closest = 1.0 if COUNT else tl.exp(low)  # a token between low and high has at least this
+        width, between = high - low, tl.maximum(above_low - above_high, closest)
+        guess = (above_low - target) / between
+        if not COUNT:
+            guess += guess * (1 - guess) * tl.minimum(width / 2, 1.0)
+        stray = 1.25 * tl.sqrt(closest / between) + 0.1 * tl.minimum(width, 1.0)
+        stray = tl.where((passed == 0) | (passed == THRESHOLDS), 1.0, stray)
+        least = tl.maximum(guess - stray, 0.5 / THRESHOLDS)
+        most = tl.minimum(guess + stray, 1 - 0.5 / THRESHOLDS)
+        bottom = low + width * least
+        start, step = bottom, width * (most - least) / (THRESHOLDS - 1)
         passes += 1
         turn += 1
-    return low, turn
+    return low, parts, turn
 
 
 @triton.jit
 def sample(
     drawn_ptr, token_ptr, position_ptr, recent_ptr, length_ptr, uniform_ptr, count_ptr, logits_ptr, shared_ptr,
     counter_ptr, options_ptr,
-    V: tl.constexpr, PIECES: tl.constexpr, PROGRAMS: tl.constexpr, ROUND: tl.constexpr, THRESHOLDS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCKS: tl.constexpr, ROUND_BLOCKS: tl.constexpr, GREEDY: tl.constexpr, SEARCH_K: tl.constexpr,
-    SEARCH_P: tl.constexpr, RING: tl.constexpr, UNIFORMS: tl.constexpr, ADVANCE: tl.constexpr,
+    V: tl.constexpr, PIECES: tl.constexpr, PROGRAMS: tl.constexpr, ROUND: tl.constexpr,
+    THRESHOLDS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCKS: tl.constexpr, ROUND_BLOCKS: tl.constexpr,
+    GREEDY: tl.constexpr, SEARCH_K: tl.constexpr, SEARCH_P: tl.constexpr, RING: tl.constexpr, UNIFORMS: tl.constexpr,
+    ADVANCE: tl.constexpr,
 ):  # fmt: skip
     """Draw a token of each text, and make everything ready for the next step; PROGRAMS programs for a text.
 
@@ -161,20 +189,28 @@ def sample(
     i = tl.arange(0, BLOCK_V)
     k = tl.arange(0, THRESHOLDS)
     programs = tl.arange(0, ROUND)
+    # Everything that is needed later is loaded now: the memory takes as long to answer as half a meeting.
     count = tl.load(count_ptr + b)
     length = tl.load(length_ptr + b)
+    position = tl.load(position_ptr + b)
+    logits = tl.load(logits_ptr + first + i, mask=first + i < end, other=float("-inf"))
+    if not GREEDY:
+        inverse = tl.div_rn(1.0, tl.load(options_ptr + TEMPERATURE))
+        top_k, top_p, min_p = tl.load(options_ptr + TOP_K), tl.load(options_ptr + TOP_P), tl.load(options_ptr + MIN_P)
+        uniform = tl.load(uniform_ptr + b * UNIFORMS + count % UNIFORMS)
 
     # 1. The largest and the smallest logit, and where the first of the largest is. A NaN counts as infinite.
     peak = tl.full([BLOCK_V], float("-inf"), tl.float32)
     bottom = tl.full([BLOCK_V], float("inf"), tl.float32)
     place = tl.zeros([BLOCK_V], tl.int32)
-    for v0 in tl.range(first, end, BLOCK_V, num_stages=3):
-        v = v0 + i
-        logits = tl.load(logits_ptr + v, mask=v < end, other=float("-inf"))
-        logits = tl.where(logits != logits, float("inf"), logits)
-        place = tl.where(logits > peak, v, place)
-        peak = tl.maximum(peak, logits)
-        bottom = tl.minimum(bottom, tl.where(v < end, logits, float("inf")))
+    for j in tl.range(BLOCKS, num_stages=3):
+        v = first + j * BLOCK_V + i
+        if BLOCKS > 1:
+            logits = tl.load(logits_ptr + v, mask=v < end, other=float("-inf"))
+        value = tl.where(logits != logits, float("inf"), logits)
+        place = tl.where(value > peak, v, place)
+        peak = tl.maximum(peak, value)
+        bottom = tl.minimum(bottom, tl.where(v < end, value, float("inf")))
     top = tl.max(peak, 0)
     place = tl.min(tl.where(peak == top, place, PIECES - 1), 0)
     numbers = tl.where(k == 0, top, tl.where(k == 1, tl.min(bottom, 0), place.to(tl.float32)))
@@ -191,34 +227,37 @@ def sample(
         token = tl.min(tl.where((tops == largest) & (programs < PROGRAMS), places, PIECES - 1.0), 0).to(tl.int64)
     else:
         # 2. The threshold of what stays.
-        inverse = tl.div_rn(1.0, tl.load(options_ptr + TEMPERATURE))
+        z = (logits - largest) * inverse  # of the only block of this program, where it has one
         threshold = tl.maximum((smallest - largest) * inverse, -RANGE)
         high = -threshold * 1e-6 + 1e-30  # nothing is above 0
         if SEARCH_K:
-            threshold, turn = _search(
-                logits_ptr, first, end, largest, inverse, threshold, high, tl.load(options_ptr + TOP_K),
-                shared_ptr, counter_ptr, turn, True, THRESHOLDS, BLOCK_V, PROGRAMS, ROUND,
+            threshold, _, turn = _search(
+                z, logits_ptr, first, end, largest, inverse, threshold, high, top_k,
+                shared_ptr, counter_ptr, turn, True, THRESHOLDS, BLOCK_V, BLOCKS, PIECES, PROGRAMS, ROUND,
             )  # fmt: skip
+        masses = tl.zeros([ROUND], tl.float32)
         if SEARCH_P:
-            threshold, turn = _search(
-                logits_ptr, first, end, largest, inverse, threshold, high, tl.load(options_ptr + TOP_P),
-                shared_ptr, counter_ptr, turn, False, THRESHOLDS, BLOCK_V, PROGRAMS, ROUND,
+            threshold, masses, turn = _search(
+                z, logits_ptr, first, end, largest, inverse, threshold, high, top_p,
+                shared_ptr, counter_ptr, turn, False, THRESHOLDS, BLOCK_V, BLOCKS, PIECES, PROGRAMS, ROUND,
             )  # fmt: skip
-        if SEARCH_K or SEARCH_P:
-            threshold = tl.maximum(threshold, tl.load(options_ptr + MIN_P))
-        else:
-            threshold = tl.load(options_ptr + MIN_P)
+        known = SEARCH_P and min_p <= threshold  # the search has found what each program has above its threshold
+        threshold = tl.maximum(threshold, min_p) if SEARCH_K or SEARCH_P else min_p
 
-        # 3. The token where the sum of what stays passes its share. `mass` is of each block of this program.
+        # 3. The token where the sum of what stays passes its share. `mass` is of each block of this program, `masses`
+        # are of each program.
         block = tl.arange(0, ROUND_BLOCKS)
         mass = tl.zeros([ROUND_BLOCKS], tl.float32)
         for j in tl.range(BLOCKS, num_stages=3):
-            v = first + j * BLOCK_V + i
-            z = (tl.load(logits_ptr + v, mask=v < end, other=float("-inf")) - largest) * inverse
+            if BLOCKS > 1:
+                z = _load(logits_ptr, first + j * BLOCK_V + i, end, largest, inverse)
             mass = tl.where(block == j, tl.sum(tl.where(z >= threshold, tl.exp(z), 0.0), 0), mass)
-        numbers = tl.where(k == 0, tl.sum(mass, 0), 0.0)
-        masses = tl.sum(_meet(numbers, shared_ptr, counter_ptr, turn, PROGRAMS, ROUND), 1).to(tl.float64)
-        target = tl.load(uniform_ptr + b * UNIFORMS + count % UNIFORMS) * tl.sum(masses, 0)
+        if not known:
+            numbers = _meet(tl.where(k == 0, tl.sum(mass, 0), 0.0), shared_ptr, counter_ptr, turn, PROGRAMS, ROUND)
+            masses = tl.sum(numbers, 1)
+            turn += 1
+        masses = masses.to(tl.float64)
+        target = uniform * tl.sum(masses, 0)
         # A number that rounds to the whole sum falls into the last part that keeps a token; so do blocks and tokens.
         last = tl.max(tl.where(masses > 0, programs, 0), 0)
         chosen = tl.minimum(tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), 0), last)
@@ -228,8 +267,8 @@ def sample(
         exact = mass.to(tl.float64)
         j = tl.minimum(tl.sum((tl.cumsum(exact, 0) + before <= target).to(tl.int32), 0), last)
         before += tl.sum(tl.where(block < j, exact, 0.0), 0)
-        v = first + j * BLOCK_V + i
-        z = (tl.load(logits_ptr + v, mask=v < end, other=float("-inf")) - largest) * inverse
+        if BLOCKS > 1:
+            z = _load(logits_ptr, first + j * BLOCK_V + i, end, largest, inverse)
         share = tl.where(z >= threshold, tl.exp(z), 0.0).to(tl.float64)
         passed = tl.sum((tl.cumsum(share, 0) + before <= target).to(tl.int32), 0)
         token = (first + j * BLOCK_V + tl.minimum(passed, tl.max(tl.where(share > 0, i, 0), 0))).to(tl.int64)
@@ -243,9 +282,8 @@ def sample(
         tl.store(length_ptr + b, length + 1)
         tl.store(count_ptr + b, count + 1)
         if ADVANCE:
-            position = tl.load(position_ptr + b)
             tl.store(position_ptr + b, tl.where(position < 0, position, position + 1))
     if PROGRAMS > 1:
-        meetings = turn if GREEDY else turn + 1
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == (meetings + 1) * PROGRAMS - 1:
+        come = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        if come == (turn + 1) * PROGRAMS - 1:
             tl.store(counter_ptr, 0)  # nobody waits any more
