@@ -1,4 +1,4 @@
-"""The .bin file of llama2.c, which run.c runs, is written and read here; llama2c_checkpoint.py reads its checkpoints.
+"""The .bin file of llama2.c, which run.c runs, is written and read here.
 
 The .bin is version 0 of llama2.c's `export.py`. It begins with seven int32: dim, hidden_dim, n_layers, n_heads,
 n_kv_heads, vocab_size, max_seq_len. A negative vocab_size means that the head is not tied to the embedding. Then come
@@ -6,7 +6,7 @@ float32 tensors: for each kind of tensor, those of all layers. Two rotary tables
 untied head. The network is a Llama with silu, RoPE theta 10000 and norms with eps 1e-5, which the file does not say. A
 BitNet model is written as dequantized weights, because run.c does not quantize activations.
 
-In run.c, BOS is piece 1, EOS is piece 2, and byte b is piece b + 3.
+llama2c_tokenizer.py writes the tokenizer.bin beside it, and llama2c_checkpoint.py reads llama2.c's checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bitnet_lit.checkpoints.formats.format import (
     infer_command,
     scheme_problems,
 )
-from bitnet_lit.checkpoints.formats.llama_tokenizer import llama_tokenizer_problem
+from bitnet_lit.checkpoints.formats.llama2c_tokenizer import run_c_tokenizer_problem, write_tokenizer
 from bitnet_lit.checkpoints.formats.rotary_order import deinterleave, interleave
 from bitnet_lit.checkpoints.safetensors_reader import read_into
 from bitnet_lit.checkpoints.stored_model import StoredModel
@@ -37,7 +37,6 @@ from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import ANY, SIZES, Only
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from bitnet_lit.data.tokenizers.tokenizer import SPACE, PieceKind, SentencePieceVocabulary
 from bitnet_lit.errors import UserError
 from bitnet_lit.model.tensors import (
     EMBEDDING,
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
 
 HEADER_INTS = 7
 MODEL_NAME, TOKENIZER_NAME = "model.bin", "tokenizer.bin"
-FIRST_BYTE = 3  # in run.c, byte b is piece b + 3
 # Our name within a layer -> llama2.c's name after "layers.<i>.", in the order of the .bin.
 LAYER_NAMES = {
     "input_layernorm.weight": "attention_norm.weight",
@@ -188,26 +186,6 @@ def open_bin(path: Path) -> StoredModel:
     return StoredModel(path, config, QuantConfig(name="none"), tokenizer_beside(path), {}, reader)
 
 
-def _write_tokenizer(tokenizer: Tokenizer, vocabulary: SentencePieceVocabulary, rows: int, path: Path) -> None:
-    """Write tokenizer.bin: the length of the longest piece (int32), then each piece.
-
-    A piece is written as score (float32), length in bytes (int32) and bytes. run.c reads one piece for each of the
-    `rows` of the embedding. Rows beyond the vocabulary get pieces that occur in no text.
-    """
-    control = {tokenizer.bos_id: "\n<s>\n", tokenizer.eos_id: "\n</s>\n"}
-    texts = [control.get(token, piece.text) for token, piece in enumerate(vocabulary.pieces)]
-    pieces = [text.replace(SPACE, " ").encode() for text in texts]
-    scores = [piece.score for piece in vocabulary.pieces]
-    pieces += [f"\n<unused {token}>\n".encode() for token in range(len(pieces), rows)]
-    scores += [-1e4] * (rows - len(scores))
-    with path.open("wb") as file:
-        file.write(np.array([max(map(len, pieces))], dtype="<i4").tobytes())
-        for piece, score in zip(pieces, scores, strict=True):
-            file.write(np.array([score], dtype="<f4").tobytes())
-            file.write(np.array([len(piece)], dtype="<i4").tobytes())
-            file.write(piece)
-
-
 @FORMATS.register
 @dataclass(frozen=True)
 class Llama2c(Format):
@@ -230,16 +208,7 @@ class Llama2c(Format):
         return found
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
-        """Say why run.c would not encode text as the tokenizer does; run.c also fixes the ids of BOS and the bytes."""
-        vocabulary = None if tokenizer is None else tokenizer.sentencepiece_vocabulary()
-        problem = llama_tokenizer_problem(tokenizer)
-        if problem is not None or tokenizer is None or vocabulary is None:
-            return problem
-        bytes_ = vocabulary.pieces[FIRST_BYTE : FIRST_BYTE + 256]
-        has_bytes = len(bytes_) == 256 and all(piece.kind is PieceKind.BYTE for piece in (bytes_[0], bytes_[-1]))
-        if (tokenizer.bos_id, has_bytes) == (1, True):
-            return None
-        return "its BOS is not piece 1, or its bytes do not begin at 3"
+        return run_c_tokenizer_problem(tokenizer)
 
     def write(self, stored: StoredModel, out: Path) -> list[WrittenTensor]:
         """Write model.bin, and tokenizer.bin where run.c can use the tokenizer; one tensor is in memory at a time."""
@@ -264,12 +233,10 @@ class Llama2c(Format):
             file.write(_rotary_tables(config))
             if last.name == HEAD:
                 file.write(np.ascontiguousarray(stored.tensor(HEAD).numpy(), dtype="<f4").data)
-        tokenizer = stored.tokenizer
-        vocabulary = None if tokenizer is None else tokenizer.sentencepiece_vocabulary()
-        if tokenizer is not None and vocabulary is not None:
+        if (tokenizer := stored.tokenizer) is not None and tokenizer.sentencepiece_vocabulary() is not None:
             tokenizer.copy_to(out)
-            if self.tokenizer_problem(tokenizer) is None:
-                _write_tokenizer(tokenizer, vocabulary, vocab, out / TOKENIZER_NAME)
+            if run_c_tokenizer_problem(tokenizer) is None:
+                write_tokenizer(tokenizer, vocab, out / TOKENIZER_NAME)
         return [WrittenTensor(t.name, "f32", t.shape, 4 * t.size, FLOAT_ERRORS["f32"]) for t in network_tensors(config)]
 
     def reopen(self, out: Path, stored: StoredModel) -> StoredModel:
