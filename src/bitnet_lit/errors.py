@@ -205,3 +205,20 @@ def disk_errors(
         if number is None and _SHORT_WRITE.search(text):
             raise DiskError(f"{where}: the disk took only a part (is it full, or a quota used up?): {full}") from error
         raise
+
+
+@contextlib.contextmanager
+def read_errors(where: str | Path, remedy: str) -> Iterator[None]:
+    """Turn an error of the system while the block reads a file or folder into one line.
+
+    Args:
+        where: the start of the line: the path, with its key where that was typed.
+        remedy: the end of the line: what the user can do.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or one_line(error)}): {remedy}") from None

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, read_errors
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -91,7 +91,5 @@ def read_regular(path: Path | str, remedy: str, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise UserError(f"{path}: {size} bytes, but at most {max_bytes} are allowed: {remedy}")
-        try:
+        with read_errors(path, remedy):
             return file.read(max_bytes)  # the file may grow while it is read
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None

@@ -21,7 +21,7 @@ from bitnet_lit.data.shard_folder import (
     vocab_size_in_name,
 )
 from bitnet_lit.data.tokenizers import open_tokenizer
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, read_errors
 from bitnet_lit.regular_file import open_regular
 
 # All token ids are checked in folders up to this size; in larger ones, those in some blocks of each shard, its two ends
@@ -40,10 +40,8 @@ def _write_shards(folder: Path) -> str:
 
 def _shard_paths(folder: Path, meta: dict[str, Any], key: str) -> list[Path]:
     """Return the paths of the shards in order; refuse a folder that does not hold just those that meta.json names."""
-    try:
+    with read_errors(f"{key}={folder}", "check its permissions"):
         paths = find_shards(folder)
-    except OSError as error:
-        raise UserError(f"{key}={folder}: cannot be read ({error.strerror}): check its permissions") from None
     if not paths:
         raise UserError(f"{key}={folder}: no .bin shards in it: {_write_shards(folder)}")
     if "shards" in meta:
@@ -77,13 +75,11 @@ def _checked_size(path: Path, dtype: np.dtype, vocab_size: int, meta: dict[str, 
             starts = np.linspace(0, tokens - CHECK_BLOCK_TOKENS, CHECK_BLOCKS).astype(np.int64).tolist()
             length = CHECK_BLOCK_TOKENS
         largest = 0
-        try:
+        with read_errors(path, "check the disk, or prepare it again"):
             for start in starts:
                 file.seek(start * dtype.itemsize)
                 block = np.frombuffer(file.read(min(length, tokens - start) * dtype.itemsize), dtype)
                 largest = max(largest, int(block.max(initial=0)))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): check the disk, or prepare it again") from None
         if largest >= vocab_size:
             raise UserError(
                 f"{path}: token id {largest} lies beyond the vocabulary of {vocab_size}: the shards and the "

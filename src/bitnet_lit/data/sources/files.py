@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitnet_lit.data.sources.find_text import FoundText, find_text, joined, kind_of
-from bitnet_lit.data.sources.open_text import compression_of, read_errors
+from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of
 from bitnet_lit.data.sources.read_text import FileSegment, file_segments
 from bitnet_lit.data.sources.source import Segment, Source, TextShard, numbered
 from bitnet_lit.data.sources.splits import check_one_use, divide
 from bitnet_lit.data.sources.tables import TABLES, table_segments
+from bitnet_lit.errors import read_errors
 
 SHARD_TEXT_BYTES = 64 * 2**20
 COMPRESSION_RATIO = 3  # of English text with gzip (about 2.7) and Zstandard (about 3)
@@ -127,5 +128,5 @@ def _with_llama2c_names(files: Sequence[Path], groups: list[list[Segment]]) -> l
 
 
 def _size(path: Path) -> int:
-    with read_errors(path):
+    with read_errors(path, READ_REMEDY):
         return path.stat().st_size

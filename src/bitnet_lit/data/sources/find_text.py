@@ -21,7 +21,7 @@ from pathlib import Path
 from bitnet_lit.data.shard_folder import META_NAME, OWN_JSON_NAMES
 from bitnet_lit.data.sources.open_text import compression_of
 from bitnet_lit.data.sources.tables import TABLES, has_rows
-from bitnet_lit.errors import UserError, list_remedy, nearest
+from bitnet_lit.errors import UserError, list_remedy, nearest, read_errors
 from bitnet_lit.regular_file import open_regular
 
 SUFFIXES = (".json", ".jsonl", ".txt", *TABLES)  # the first three may be followed by a compression: .txt.gz
@@ -136,13 +136,9 @@ def _walk(folder: Path, found: FoundText) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     while waiting or links:
         directory = waiting.pop() if waiting else links.pop(0)
-        try:
+        with read_errors(directory, "check its permissions, or take it away"):
             status = directory.stat()
             entries = sorted(directory.iterdir())
-        except OSError as error:
-            raise UserError(
-                f"{directory}: cannot be read ({error.strerror}): check its permissions, or take it away"
-            ) from None
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
             found.pass_over(directory, "links to folders read already")
@@ -169,10 +165,8 @@ def _keep_each_once(candidates: list[Path], found: FoundText) -> None:
     """Fill `found.files` with the candidates: sorted, none without content, and with one name of each file."""
     seen: set[tuple[int, int]] = set()
     for path in sorted(candidates, key=lambda path: (path.is_symlink(), path)):
-        try:
+        with read_errors(path, "check the file"):
             status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): check the file") from None
         identity = (status.st_dev, status.st_ino)
         if not status.st_size:
             found.pass_over(path, "empty")

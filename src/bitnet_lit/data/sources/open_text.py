@@ -9,14 +9,13 @@ half of a corpus looks like a corpus.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.errors import UserError, one_line, read_errors
 from bitnet_lit.extras import needs
 from bitnet_lit.regular_file import open_regular
 
@@ -60,26 +59,13 @@ def compression_of(path: Path) -> str:
     return suffix if suffix in COMPRESSIONS else ""
 
 
-@contextlib.contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the disk in the block into one line.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)}): {READ_REMEDY}") from None
-
-
 def file_state(path: Path) -> str:
     """Return path, size and modification time of a file as a text, which changes when the file does.
 
     Raises:
         UserError: the file is not there any more.
     """
-    with read_errors(path):
+    with read_errors(path, READ_REMEDY):
         status = path.stat()
     return f"{path.absolute()}/{status.st_size}/{status.st_mtime_ns}"
 
@@ -97,7 +83,7 @@ def _decode(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, at: in
 
 
 def _blocks(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
-    with open_regular(path, READ_REMEDY) as file, read_errors(path):
+    with open_regular(path, READ_REMEDY) as file, read_errors(path, READ_REMEDY):
         file.seek(start)
         position = start
         while stop is None or position < stop:
@@ -111,7 +97,7 @@ def _blocks(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
-    with open_regular(path, READ_REMEDY) as file, read_errors(path):
+    with open_regular(path, READ_REMEDY) as file, read_errors(path, READ_REMEDY):
         yield from (_from_gzip if compression_of(path) == ".gz" else _from_zstandard)(file, path)
 
 

@@ -32,9 +32,9 @@ from typing import BinaryIO
 
 from bitnet_lit.data.sources.documents import SEPARATOR, documents_of_record, with_unix_line_ends
 from bitnet_lit.data.sources.find_text import kind_of
-from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of, file_state, read_errors, text_of
+from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of, file_state, text_of
 from bitnet_lit.data.sources.source import Continuation, ReadCounts, Segment
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, read_errors
 from bitnet_lit.regular_file import open_regular
 
 LONGEST_CHARACTERS = 2**22  # of a document that is held as a whole: larger texts cost the system new memory each time
@@ -223,7 +223,7 @@ def file_segments(path: Path, every: int, column: str | None = None) -> list[Fil
     A segment ends behind what divides documents: the separator, or the end of a .jsonl line. Where there is none within
     `every` bytes, a .txt is cut between two words. So the segments hold the same documents as the whole file.
     """
-    with read_errors(path):
+    with read_errors(path, READ_REMEDY):
         size = path.stat().st_size
         if compression_of(path):
             return [FileSegment(path, 0, size, column)]
