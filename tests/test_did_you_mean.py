@@ -200,6 +200,7 @@ def test_what_is_like_nothing_is_sent_to_the_list(override, command):
         ("schedule=onecycle", "unknown schedule=onecycle: must be one of cosine, custom, two_stage, wsd"),
         ("data=data/mine", "unknown data=data/mine: did you mean data.dir=data/mine?"),
         ("data=/my data", "unknown data=/my data: did you mean data.dir='/my data'?"),
+        ("data=README.md", "written first: python -m bitnet_lit.prepare source=README.md"),  # a file that is there
         ("data=src", "unknown data=src: did you mean data.dir=src?"),  # a folder that is there
         ("model=outputs/mine", "unknown model=outputs/mine: did you mean init_from=outputs/mine?"),
         ("quant=my_project.Threshold", "a class of your own is quant._target_=my_project.Threshold"),

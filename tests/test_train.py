@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from bitnet_lit import cli
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import DiskError, UserError
 from bitnet_lit.train import _configure, _place
+from tests.support import needs_dev_full
 
 
 def run(*arguments):
@@ -46,6 +47,20 @@ def test_a_folder_that_is_none_of_a_run_is_refused(tmp_path, monkeypatch, argume
     with pytest.raises(UserError, match=message):
         run(*arguments)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@needs_dev_full
+@pytest.mark.parametrize("arguments", [["hydra.run.dir=run"], ["-m", "hydra.sweep.dir=run", "seed=1,2"]], ids=str)
+def test_a_disk_that_is_full_before_the_run_begins_is_named(tmp_path, monkeypatch, arguments):
+    """Hydra writes its record of the command first."""
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    for record in (".hydra/config.yaml", "multirun.yaml"):
+        (tmp_path / "run" / record).symlink_to("/dev/full")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DiskError, match="^the run folder: the disk is full: make room, and give the same command again$"
+    ):
+        run(*arguments)
 
 
 def test_a_variable_in_the_name_of_a_folder_is_not_read(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn, cast
 
 import hydra
@@ -124,6 +125,11 @@ def _from_lightning(overrides: list[str]) -> list[str]:
     ]
 
 
+def _was_writing_a_config(error: OSError) -> bool:
+    """Return whether Hydra was writing its record of a command: an error of a write has no name of a file."""
+    return any(frame.f_code.co_name in ("_save_config", "save") for frame, _ in walk_tb(error.__traceback__))
+
+
 @contextmanager
 def _errors_in_one_line(command: str, overrides: Sequence[str]) -> Iterator[None]:
     """Turn an error of Hydra or of a sweep in the block into one line. What a job raises is in `Job.failures`.
@@ -138,8 +144,8 @@ def _errors_in_one_line(command: str, overrides: Sequence[str]) -> Iterator[None
             raise
         if isinstance(error, COMPOSITION_ERRORS):  # some of which are OSErrors
             raise UserError(explain(command, error, overrides, CONF_DIR)) from None
-        if isinstance(error, OSError) and error.filename is None:  # printing failed (--help)
-            raise
+        if isinstance(error, OSError) and error.filename is None and not _was_writing_a_config(error):
+            raise  # printing failed (--help)
         if isinstance(error, OSError):  # Hydra could not write the run folder
             with disk_errors("the run folder", refused="give another one (hydra.run.dir=..., hydra.sweep.dir=...)"):
                 raise

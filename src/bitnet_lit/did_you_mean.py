@@ -170,6 +170,8 @@ def unknown_option(group: str, name: str, available: Sequence[str]) -> str:
         return f"launcher={name[9:]}: needs the package {package}: pip install 'bitnet-lit[sweep]'"
     if words := OPTION_WORDS.get(f"{group}={name}"):
         return f"unknown {group}={name}: {words}"
+    if group == "data" and os.path.isfile(name):
+        return f"unknown data={name}: of a text shards are written first: python -m bitnet_lit.prepare source={name}"
     if (place := _OWN_CLASS.get(group)) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name):
         return f"unknown {group}={name}: a class of your own is {place}._target_={name}"
     near = nearest(name, available, 0.6)

@@ -84,7 +84,7 @@ def one_line(error):
     ("make", "message"),
     [
         (lambda f: f.rmdir(), "no such folder.*python -m bitnet_lit.prepare"),
-        (lambda f: (f.rmdir(), f.write_bytes(b"")), "not a folder.*python -m bitnet_lit.prepare"),
+        (lambda f: (f.rmdir(), f.write_bytes(b"")), r"not a folder: if it is text, .* source=/.*data out="),
         (lambda f: None, "no .bin shards.*python -m bitnet_lit.prepare"),
         (lambda f: (f / "data00.bin").write_bytes(b"123"), "3 bytes are not a whole number of uint16"),
         (lambda f: (f / "data00.bin").write_bytes(b""), "0 bytes"),
@@ -104,6 +104,12 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as error:
         open_shards(folder)
     assert one_line(error)
+
+
+def test_a_shard_in_place_of_its_folder_is_answered_with_the_folder(tmp_path):
+    write(tmp_path / "data00.bin", [1] * 9)
+    with pytest.raises(UserError, match=f"data00.bin: not a folder: give the folder of the shards, {tmp_path}$"):
+        open_shards(tmp_path / "data00.bin")
 
 
 @needs_tinystories

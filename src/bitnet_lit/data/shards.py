@@ -33,7 +33,11 @@ CHECK_AT_ONCE_TOKENS = 2**22
 
 
 def _write_shards(folder: Path) -> str:
-    """Return the remedy for a folder that has no shards. data/demo is where the demo corpus is written by default."""
+    """Return the remedy for a path that is no folder of shards. The demo corpus is written to data/demo by default."""
+    if folder.is_file() and folder.suffix == ".bin":
+        return f"give the folder of the shards, {folder.parent}"
+    if folder.is_file():
+        return f"if it is text, write shards of it with python -m bitnet_lit.prepare source={folder} out=<folder>"
     source = "demo" if folder.parts[-2:] == ("data", "demo") else "<text> out=<folder>"
     return f"give another folder, or write shards with python -m bitnet_lit.prepare source={source}"
 
