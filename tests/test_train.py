@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,28 @@ def test_a_disk_that_is_full_before_the_run_begins_is_named(tmp_path, monkeypatc
         DiskError, match="^the run folder: the disk is full: make room, and give the same command again$"
     ):
         run(*arguments)
+
+
+def test_a_run_that_is_refused_leaves_no_folder_of_its_own(tmp_path, monkeypatch):
+    """A folder that was typed stays, and so do the runs of the same day."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(config):
+        if (tmp_path / "kept").exists():
+            (Path(config.run_dir) / "notes.md").write_text("mine")
+        raise UserError("no data")
+
+    def start(*arguments):
+        with pytest.raises(UserError, match="no data"):
+            cli.run("train", refuse, arguments, defaults=_place, configure=_configure)
+        return [path.relative_to(tmp_path) for path in (tmp_path / "outputs").rglob("*") if path.is_dir()]
+
+    assert start() == []
+    assert start("hydra.run.dir=outputs/mine") == [Path("outputs/mine"), Path("outputs/mine/.hydra")]
+    (tmp_path / "kept").touch()
+    assert len(start()) == 5  # the day, the run that has a file, and its record
+    (tmp_path / "kept").unlink()
+    assert len(start()) == 5
 
 
 def test_a_variable_in_the_name_of_a_folder_is_not_read(tmp_path, monkeypatch):

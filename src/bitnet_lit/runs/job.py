@@ -65,7 +65,7 @@ class Job:
                 return self.task(self.build(cfg))
             except Exception as error:  # Hydra would print a message of its own first
                 self.failures.append(error)
-                return None
+                return error
         result = self._run_in_sweep(cfg, Path(hydra.runtime.output_dir), Path(hydra.sweep.dir), hydra.overrides.task)
         if result == float("inf"):
             self.failures.append(TrainingStopped("jobs of the sweep failed"))

@@ -12,6 +12,7 @@ folder for each process. They get a temporary one, which is removed when they en
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import shutil
 import tempfile
@@ -99,18 +100,30 @@ def _make_temporary() -> Path:
 class OwnFolder(Callback):
     """Makes the folder of a run or of a sweep, unless the user has given one."""
 
+    def __init__(self) -> None:
+        self._own: Path | None = None  # the folder that was made for a run
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         typed: Any = OmegaConf.to_container(config.hydra.overrides.hydra)
         if any(override.lstrip("+").startswith("hydra.run.dir=") for override in typed):
             return
         folder = Path(config.hydra.run.dir)
         try:
-            own = _make_temporary() if rank() else make_own(folder)
+            own = self._own = _make_temporary() if rank() else make_own(folder)
         except OSError:
             return  # Hydra makes folders too, and its error ends the command
         if own != folder:
             OmegaConf.update(config, "hydra.run.dir", str(own))
             config.hydra.overrides.hydra.append(f"hydra.run.dir={quoted(str(own))}")
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remove the folder of a run that was refused, if it holds nothing but Hydra's record."""
+        if self._own is None or not isinstance(kwargs["job_return"].return_value, Exception):
+            return
+        with contextlib.suppress(OSError):
+            if [path.name for path in self._own.iterdir()] == [RECORD]:
+                shutil.rmtree(self._own)
+                self._own.parent.rmdir()  # the folder of the day, unless it holds other runs
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Choose the sweeper, and fix the folder of the sweep.
