@@ -234,12 +234,8 @@ class StoredModel:
 
         from bitnet_lit.quant.packing import unpack_codes
 
-        if not self.holds_codes(name):
-            codes, scale = self.rule(name).quantize(self.tensor(name))
-            return codes.to(torch.int8), scale
-        stored = self._stored_codes(name)
-        is_packed = stored.shape[0] != self.tensors[name][0]
-        return unpack_codes(stored) if is_packed else stored.to(torch.int8), torch.as_tensor(self.scale(name))
+        codes, scale = self._codes_as_stored(name)
+        return unpack_codes(codes) if codes.dtype == torch.uint8 else codes, scale
 
     def rule(self, name: str) -> WeightRule:
         """Return the rule that rounds a latent weight, with what its layer has learned (`Scheme.rule_with`)."""
@@ -262,22 +258,27 @@ class StoredModel:
 
         from bitnet_lit.quant.packing import stored_codes
 
-        rows, scheme = self.tensors[name][0], self.quant.scheme
-        if self.holds_codes(name) and (stored := self._stored_codes(name)).shape[0] == rows // scheme.codes_per_byte:
-            packed = stored if scheme.codes_per_byte > 1 else stored.to(torch.int8)
-            return packed, torch.as_tensor(self.scale(name))
-        codes, scale = self.codes(name)
-        return stored_codes(codes, scheme), scale
+        codes, scale = self._codes_as_stored(name)
+        return codes if codes.dtype == torch.uint8 else stored_codes(codes, self.quant.scheme), scale
+
+    def _codes_as_stored(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return codes and scale: codes are uint8 (O / 4, I) where the file packs them, otherwise int8 (O, I)."""
+        import torch
+
+        if self.holds_codes(name):
+            return self._stored_codes(name), torch.as_tensor(self.scale(name))
+        codes, scale = self.rule(name).quantize(self.tensor(name))
+        return codes.to(torch.int8), scale
 
     def _stored_codes(self, name: str) -> Tensor:
-        """Read codes as they are stored, several in a byte or one, and check that each is valid."""
+        """Read the codes of a file, as `_codes_as_stored` returns them, and check that each is valid."""
         import torch
 
         from bitnet_lit.quant.packing import are_packed_codes
 
         scheme, stored = self.quant.scheme, torch.from_numpy(self.reader.read(name))
         lowest, highest = (-1, 1) if scheme.is_ternary else (scheme.levels[0], scheme.levels[-1])
-        if stored.shape[0] != self.tensors[name][0]:
+        if is_packed := stored.shape[0] != self.tensors[name][0]:
             if stored.dtype != torch.uint8:
                 raise UserError(f"{self.path}: tensor {name} is {stored.dtype}, but packed codes are uint8")
             are_codes = are_packed_codes(stored)
@@ -287,7 +288,7 @@ class StoredModel:
             raise UserError(
                 f"{self.path}: tensor {name} holds codes that are not in {lowest}..{highest}: copy it again"
             )
-        return stored
+        return stored if is_packed else stored.to(torch.int8)
 
     def dequantized(self, name: str) -> Tensor:
         """Return a weight in float32: codes * scale for a quantized weight, otherwise the stored values."""
