@@ -160,7 +160,7 @@ def _sizes(config: TrainConfig) -> ModelConfig:
 def _default_interval(
     config: TrainConfig, steps: int, samples_per_step: int, validation_sequences: tuple[int, int] | None
 ) -> int:
-    """Return the optimizer steps between validations: a twentieth of the run, or more where validations are large.
+    """Return the optimizer steps between validations, which divide the run evenly: into twenty parts, or into fewer.
 
     A validation takes no more sequences than the steps before it. It takes the forward pass alone, a third of the work
     of training, so validations take a third of the training's time at most.
@@ -170,7 +170,8 @@ def _default_interval(
         part = validation_sequences[0]
     else:  # it may be less, and where all is taken or a share, nobody knows
         part = limit * samples_per_step // config.trainer.accumulate_grad_batches if isinstance(limit, int) else 0
-    return max(1, steps // 20, math.ceil(part / samples_per_step))
+    least = max(1, math.ceil(part / samples_per_step))
+    return math.ceil(steps / max(1, min(20, steps // least)))
 
 
 def make_plan(
