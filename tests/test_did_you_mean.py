@@ -208,6 +208,17 @@ def test_what_is_like_nothing_is_sent_to_the_list(override, command):
         ("callbacks=mine.Early", "a class of your own is callbacks.extra.mine._target_=mine.Early"),
         ("quant=1.58", "unknown quant=1.58: did you mean 'b158'?"),
         ("model=15", "unknown model=15: did you mean '15m'?"),
+        ("quant=ternary", "unknown quant=ternary: quant=b158 is BitNet b1.58"),  # and not sherry
+        ("quant=bf16", "unknown quant=bf16: quant=none trains the dense twin"),  # and not b1
+        ("quant=false", "unknown quant=false: quant=none trains the dense twin"),
+        ("logger=null", "unknown logger=null: metrics.csv is always written"),
+        ("mode=true", "unknown mode=true: must be one of full, overfit"),
+        ("experiment=smoke", "unknown experiment=smoke: it is mode=smoke"),
+        (
+            "data=tinystories",
+            "data.dir=<folder of shards>, which python -m bitnet_lit.prepare source=tinystories writes",
+        ),
+        ("export=gguf", "export=gguf: export has keys of its own: export.targets, export.formats"),
     ],
 )
 def test_options_are_guessed_only_when_near_and_no_schema_is_one(override, words):

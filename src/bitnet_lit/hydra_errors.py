@@ -21,7 +21,7 @@ def _no_option_name(command: str, overrides: Sequence[str], conf_dir: Path) -> s
         group, names = key_and_value(override)
         options = sorted(path.stem for path in (conf_dir / group).glob("*.yaml")) if group else []
         for name in names.split(","):  # those of a sweep
-            if options and name not in options and not name[:1].isalpha():
+            if options and name not in options and (not name[:1].isalpha() or name in ("false", "true", "null")):
                 return unknown_option(group, name, options)
     return f"a group needs the name of an option (python -m bitnet_lit.{command} --help lists them)"
 
@@ -76,7 +76,11 @@ def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: 
         return f"--config-dir {directory.group(1)}: no such folder"
     merging = re.search(r"Error merging override (\S+)", text)
     if merging:
-        return f"{merging.group(1).lstrip('+')}: {cause}"
+        key, typed = key_and_value(merging.group(1))
+        if "is not a subclass of" in cause:  # a text for a group of keys
+            inside = ", ".join(name for name in known(key) if name.startswith(f"{key}."))
+            cause = f"{key} has keys of its own: {inside}"
+        return f"{key}={typed}: {cause}"
     if full_key := getattr(error, "full_key", None):
         return f"{full_key}: {cause}"
     return cause

@@ -135,11 +135,30 @@ WORDS = {
     },
     "export": {"ckpt_path": _CHECKPOINT},
 }
+_SHARDS = "it is data.dir=<folder of shards>, which python -m bitnet_lit.prepare source={} writes"
 # The same for options of groups.
 OPTION_WORDS = {
+    **dict.fromkeys(("quant=bitnet", "quant=bitnet_b158", "quant=ternary"), "quant=b158 is BitNet b1.58"),
+    **dict.fromkeys(("quant=binary", "quant=1bit"), "quant=b1 has weights of one bit"),
+    **dict.fromkeys(
+        (f"quant={name}" for name in ("dense", "full", "float", "fp32", "fp16", "bf16", "false", "null")),
+        "quant=none trains the dense twin",
+    ),
+    **{f"data={name}": _SHARDS.format(name) for name in ("demo", "tinystories")},
+    "optim=sgd": "it is optim._target_=torch.optim.SGD",
+    "trainer=cuda": "it is trainer=gpu",
+    "mode=debug": _SMOKE,
+    "mode=train": "mode=full is the whole run, and the default",
+    **{f"experiment={name}": f"it is mode={name}" for name in ("smoke", "overfit", "profile")},
+    "logger=tb": "it is logger=tensorboard",
+    **dict.fromkeys(
+        ("logger=none", "logger=false", "logger=null"), "metrics.csv is always written, and logger=csv writes no more"
+    ),
     "callbacks=early_stopping": _EARLY,
     "callbacks=model_checkpoint": _CHECKPOINTS,
-    "callbacks=none": "callbacks=quiet prints nothing",
+    **dict.fromkeys(
+        (f"callbacks={name}" for name in ("none", "off", "false", "null")), "callbacks=quiet prints nothing"
+    ),
     "logger=comet": WORDS["train"]["logger.comet"],
     "logger=neptune": WORDS["train"]["logger.neptune"],
     "logger=many_loggers": "it is logger=many",
