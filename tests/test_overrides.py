@@ -306,6 +306,9 @@ def test_a_folder_without_a_key_is_what_the_command_takes(monkeypatch, tmp_path)
         ("train", "max-steps", "trainer.max_steps=<value>"),
         ("export", "run gguf", "checkpoint=run"),
         ("export", "format gguf", "format=gguf"),
+        ("export", "packed out=x", "format=packed"),
+        ("train", "b158", "quant=b158"),
+        ("train", "15m data.dir=texts", "model=15m"),
         ("infer", "run Once upon", "checkpoint=run"),
         ("infer", "prompt Once upon", "prompt='Once upon'"),
         ("infer", "temperature", "prompt=temperature"),
@@ -320,7 +323,13 @@ def test_a_folder_without_a_key_is_what_the_command_takes(monkeypatch, tmp_path)
             assert len(as_typed(SCHEMAS[command], pasted)) == 1
     with pytest.raises(UserError, match="'gpu' is no key=value: it is trainer.accelerator=gpu, cpu or mps$"):
         cli.run("train", print, ["gpu"])
-    for command, word in (("train", "fast"), ("export", "nowhere"), ("bench", "cpu")):
+    for command, word in (
+        ("train", "fast"),
+        ("train", "auto.yaml"),
+        ("train", "demo"),
+        ("export", "nowhere"),
+        ("bench", "cpu"),
+    ):
         with pytest.raises(UserError, match=f"'{word}' is no key=value$"):
             cli.run(command, print, [word])
     for command, flag, word, meant in (

@@ -61,9 +61,21 @@ def key_for_words(command: str, overrides: Sequence[str], arguments: Sequence[st
         if text is None or first in known:
             (key, why), typed = _meant(command, first.replace("-", "_"), known), first
             value = " ".join(behind) if key == text else behind[0] if behind else "<value>"
+    if key is None and why is None and (group := _group_with(command, first, conf_dir)):
+        key, value, typed = group, first, first
     if key is None:
         return None if why is None else f"'{typed}' is no key=value: {why}"
     return f"'{typed}' is no key=value: did you mean {f'{key}=<value>' if value == '<value>' else shown(key, value)}?"
+
+
+def _group_with(command: str, option: str, conf_dir: Path) -> str | None:
+    """Return the only key that has `option` among its names (train b158, export gguf); None for none or several."""
+    if command == "export":
+        from bitnet_lit.checkpoints.formats.format import formats  # only for an error: it imports every format
+
+        return "format" if option in formats().names else None
+    groups = [path.parent.name for path in conf_dir.glob("*/*.yaml") if path.stem == option]
+    return groups[0] if command == "train" and len(groups) == 1 else None
 
 
 _NO_FLAG = re.compile(

@@ -112,7 +112,8 @@ def test_what_a_path_leads_to(runs, monkeypatch):
         ("outputs/begun", "a run writes its first model after its first validation"),
         ("outputs/sweep/0/checkpoints", "give the run folder: outputs/sweep/0"),
         ("outputs/sweep/0/checkpoints/last.ckpt", "give the run folder it lies in"),
-        ("outputs/half", "no model there"),
+        ("outputs/half", "no model there .*: give a run or model folder, or leave it out to begin anew$"),
+        ("outputs/sweep/..", "holds 2 runs"),
         ("dangling", "a link to nowhere, which is not there"),
         ("x.gguf", "is written here and not read"),
         ("README", "give the folder with config.json and model.safetensors"),
@@ -131,6 +132,18 @@ def test_what_is_no_model_says_what_to_give(runs, typed, says):
     with pytest.raises(UserError, match=says) as error:
         find_model(typed, "init_from")
     assert "\n" not in str(error.value) and str(error.value).startswith("init_from=")
+
+
+def test_a_single_run_below_a_folder_is_named(runs):
+    shutil.rmtree("outputs/sweep/0")
+    with pytest.raises(UserError, match=r": give the run in it: outputs/sweep/1$"):
+        find_model("outputs")
+
+
+def test_what_leaving_the_key_out_does_is_that_of_the_key(runs):
+    for key, says in (("checkpoint", ", or leave it out for the newest run"), ("distill.teacher", "")):
+        with pytest.raises(UserError, match=f": give a run or model folder{says}$"):
+            find_model("outputs/half", key)
 
 
 def test_no_model_at_all_names_the_runs_that_have_begun(runs):

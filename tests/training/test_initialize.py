@@ -213,6 +213,17 @@ def test_mistakes_are_named(tmp_path, shards):
         compose("train", ["run_dir=x", "experiment=convert_dense"])
     with pytest.raises(UserError, match="must be one of"):
         compose("train", ["run_dir=x", "quant.lambda_warmup_shape=sudden"])
+    save_model_folder(tmp_path / "small", tiny_model("none", vocab_size=300), QuantConfig(name="none"), None)
+    started = [f"run_dir={tmp_path / 'run'}", f"data.dir={shards}", *TINY_RUN, "quant=none"]
+    for key, says in (
+        (
+            f"init_from={tmp_path / 'small'}",
+            r" .of init_from=\S+small., .* below 512: prepare .* tokenizer of that model$",
+        ),
+        ("model.vocab_size=300", ", .* below 512: leave model.vocab_size at null to follow the data$"),
+    ):
+        with pytest.raises(UserError, match=f"^model.vocab_size=300{says}"):
+            train(compose("train", [*started, key]))
 
 
 def test_the_last_validation_is_of_the_fully_quantized_model(tmp_path, shards):

@@ -78,6 +78,9 @@ def test_refusals(tmp_path, shards):
         resume_config(run, ["optim=adamw"])
     with pytest.raises(UserError, match=r"a resumed run keeps its mode; override single values .such as trainer.max"):
         resume_config(run, ["mode=smoke"])
+    with pytest.raises(UserError, match=r"with init_from=other: it was for the start of the run: leave it out$"):
+        resume_config(run, ["init_from=other"])
+    assert resume_config(run, ["init_from=null", "init_optimizer=false"]).init_from is None  # as it was
     with pytest.raises(UserError, match=r"resume=.* with model.hidden_size=: .*: leave model.hidden_size= out"):
         resume_config(run, ["model.hidden_size=999"])
     with pytest.raises(UserError, match="nonsense"):

@@ -79,8 +79,8 @@ def _nothing_there(checkpoint: str, path: Path) -> str:
     return f"no such file or folder: no {missing!r} in {parent.absolute()}{hint}"
 
 
-def _no_model(path: Path) -> str:
-    """Say why there is no model at a path that exists, or what to give instead."""
+def _no_model(path: Path, key: str) -> str:
+    """Say why there is no model at a path that exists, or what to give as the value of `key` instead."""
     if path.is_file():
         for each in map(formats().named, formats().names):
             if each.extension and path.suffix == each.extension:
@@ -92,12 +92,21 @@ def _no_model(path: Path) -> str:
         return f"{PICKLED_NAME} is a pickle, which is not opened here: convert it to safetensors"
     if runs := sorted(_models_below(path)):
         parents = [str(model.parent) for _, model in runs]
+        if len(runs) == 1:
+            return f"give the run in it: {parents[0]}"
         return f"it holds {len(runs)} runs with a model: give one of them, such as {parents[-1]}"
     if is_run(path):
         return "a run writes its first model after its first validation"
     if path.name == CHECKPOINTS and has_model(path.parent / MODEL):
         return f"give the run folder: {path.parent}"
-    return "give a run folder, a model folder, or leave it out for the newest run"
+    return f"give a run or model folder{_or_nothing(key)}"
+
+
+def _or_nothing(key: str) -> str:
+    """Return what leaving `key` out does, for the end of a line. A model that teaches has no default."""
+    return {"checkpoint": ", or leave it out for the newest run", "init_from": ", or leave it out to begin anew"}.get(
+        key, ""
+    )
 
 
 def find_model(checkpoint: str | Path | None, key: str = "checkpoint") -> Path:
@@ -123,8 +132,7 @@ def find_model(checkpoint: str | Path | None, key: str = "checkpoint") -> Path:
 
 def _find(checkpoint: str, key: str) -> Path:
     if not checkpoint:
-        newest = " for the newest run" if key == "checkpoint" else ""
-        raise UserError(f"{key}= is empty: give a run or model folder, or leave it out{newest}")
+        raise UserError(f"{key}= is empty: give a run or model folder{_or_nothing(key)}")
     path = Path(checkpoint)
     if not path.exists() and (checkpoint == "~" or checkpoint.startswith("~/")):
         path = path.expanduser()  # not every shell expands it after an =
@@ -141,7 +149,7 @@ def _find(checkpoint: str, key: str) -> Path:
             return folder
     raise UserError(
         f"{key}={checkpoint}: no model there ({CONFIG_NAME} and {WEIGHTS_NAME}, directly or in {MODEL}/): "
-        f"{_no_model(path)}"
+        f"{_no_model(path, key)}"
     )
 
 
@@ -160,7 +168,7 @@ def open_stored(path: Path) -> StoredModel:
     try:
         if path.is_file():
             if (reader := _reader(path)) is None:
-                raise UserError(f"{path}: {_no_model(path)}")
+                raise UserError(f"{path}: {_no_model(path, key='checkpoint')}")
             return reader.open(path)
         raw = read_raw_config(path)
         if (network := network_in(raw)) is not None:

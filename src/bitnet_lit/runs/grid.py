@@ -185,7 +185,7 @@ def sweep(sweeper: BasicSweeper, job: Job, arguments: Sequence[str]) -> list[Any
     if not rank():
         counts = Counter(one.state.value for one in planned)
         states = ", ".join(f"{counts[each.value]} {each.value}" for each in State if counts[each.value])
-        print(f"sweep: {sweep_dir}: {len(planned)} jobs, {states}", file=sys.stderr)
+        print(f"sweep: {sweep_dir}: {len(planned)} job{'s' * (len(planned) != 1)}, {states}", file=sys.stderr)
         note_sharing(config)
         sweep_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, sweep_dir / SWEEP_RECORD)

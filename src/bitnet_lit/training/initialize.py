@@ -59,10 +59,13 @@ def fill_in_sizes(config: TrainConfig, data: RunData) -> PretrainedModel | None:
     if config.model.vocab_size is None:
         config.model.vocab_size = data.vocab_size
     if config.model.vocab_size < data.vocab_size:
+        if trained is None:
+            typed, remedy = "", "leave model.vocab_size at null to follow the data"
+        else:
+            typed, remedy = f" (of init_from={config.init_from})", "prepare the text with the tokenizer of that model"
         raise UserError(
-            f"model.vocab_size={config.model.vocab_size}, but the data ({data.name}) holds ids below "
-            f"{data.vocab_size}: leave model.vocab_size at null to follow the data, or prepare the text with the "
-            "tokenizer of init_from"
+            f"model.vocab_size={config.model.vocab_size}{typed}, but the data ({data.name}) holds ids below "
+            f"{data.vocab_size}: {remedy}"
         )
     theirs = trained.tokenizer_sha256 if trained is not None else None
     if theirs and data.tokenizer and data.tokenizer.sha256 != theirs:

@@ -40,6 +40,7 @@ from bitnet_lit.training.start import read_start
 
 _METRICS = Record({"steps": Integer(0, 2**63 - 1)})
 _ONLY_AT_FIRST = ("mode", "experiment")  # groups that set keys of other groups
+_OF_THE_START = ("init_from", "init_optimizer", "init_sub_norm")
 
 
 def save_config(config: TrainConfig, run_dir: Path) -> None:
@@ -184,6 +185,8 @@ def _apply(cfg: Any, override: str, resume: str) -> None:
             f"resume={resume} with {override}: a resumed run keeps its {key}; override single values ({single}), or "
             f"start another run with init_from={resume}"
         )
+    if key in _OF_THE_START and value != present:
+        raise UserError(f"resume={resume} with {override}: it was for the start of the run: leave it out")
     try:
         OmegaConf.update(cfg, key, _guarded(value))
     except OmegaConfBaseException as error:

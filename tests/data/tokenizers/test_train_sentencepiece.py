@@ -36,6 +36,11 @@ def test_the_file_does_not_depend_on_the_machine(tmp_path, monkeypatch):
     assert len(hashes) == 1
 
 
+def test_an_unknown_token_is_decoded_as_a_character_and_not_as_an_escape_sequence(tmp_path):
+    """An untrained model draws <unk> too."""
+    assert train_tokenizer(demo_stories(50), 400, tmp_path / "t.model").decode([0]) == " \u2047 "
+
+
 def test_no_text_to_train_on(tmp_path):
     with pytest.raises(UserError, match="no text to train a tokenizer on"):
         train_tokenizer(["", " \n\n "], 400, tmp_path / "t.model")

@@ -1,7 +1,8 @@
 """`train_tokenizer` trains a SentencePiece model on text, with the options of llama2.c's `tinystories.py train_vocab`.
 
 The model is a BPE. Each digit is a token of its own, a character that no piece covers becomes one token for each of its
-UTF-8 bytes, and characters are not normalized (no NFKC): a ligature stays a ligature.
+UTF-8 bytes, and characters are not normalized (no NFKC): a ligature stays a ligature. Only `unk_surface`
+is left at its default: llama2.c's decodes <unk> as the text of an escape sequence.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
                 split_digits=True,
                 allow_whitespace_only_pieces=True,
                 byte_fallback=True,
-                unk_surface=r" \342\201\207 ",
                 normalization_rule_name="identity",
                 minloglevel=2,
             )
