@@ -258,7 +258,7 @@ def test_a_sweep_says_the_quoting_that_works():
         (["=x"], "no key=value|without a key"),
         (["promt=Once, there"], "unknown key 'promt': did you mean 'prompt'"),
         (["seed=#5"], "seed='#5': Value '#5' of type 'str' could not be converted to Integer"),
-        (["seed=1,2"], "seed takes one value"),
+        (["seed=1,2"], "seed takes one value$"),
         (["seed=???"], "give a value"),
         (["seed=${x}"], "seed: Interpolation key 'x' not found"),
         (["prompt='${x}'"], "prompt: Interpolation key 'x' not found"),
@@ -282,6 +282,14 @@ def test_what_cannot_be_read_is_one_line(arguments, message, monkeypatch, tmp_pa
     with pytest.raises(UserError, match=message):
         cli.run("infer", ran.append, arguments)
     assert not ran and not list(tmp_path.iterdir())
+
+
+def test_a_list_is_offered_only_where_a_key_takes_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for key, has_list in (("seed=1,2", False), ("optim.betas=0.9,0.95", True), ("trainer.devices=0,1", True)):
+        listed = r" a list is \S+=\[\S+\], and" if has_list else ""
+        with pytest.raises(UserError, match=rf"takes one value;{listed} a sweep over them needs -m$"):
+            cli.run("train", print, [key])
 
 
 def test_a_folder_without_a_key_is_what_the_command_takes(monkeypatch, tmp_path):

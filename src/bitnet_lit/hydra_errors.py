@@ -10,7 +10,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitnet_lit.did_you_mean import COMPOSITION_ERRORS, known_keys, unfit_optim_key, unknown_key, unknown_option
+from omegaconf import OmegaConf
+
+from bitnet_lit.did_you_mean import (
+    COMPOSITION_ERRORS,
+    composed,
+    known_keys,
+    unfit_optim_key,
+    unknown_key,
+    unknown_option,
+)
 from bitnet_lit.errors import UserError
 from bitnet_lit.overrides import key_and_value
 
@@ -67,7 +76,10 @@ def explain(command: str, error: Exception, overrides: Sequence[str], conf_dir: 
         key, typed = key_and_value(several.group(1))
         if key not in (keys := known(key)):
             return unknown_key(command, key, keys)
-        return f"{key}={typed}: {key} takes one value; a list is {key}=[{typed}], and a sweep over them needs -m"
+        default = OmegaConf.select(composed(command, conf_dir), key)
+        takes_list = not isinstance(default, int | float | None) or key == "trainer.devices"  # a number or a list
+        remedies = [f"a list is {key}=[{typed}]"] * takes_list + ["a sweep over them needs -m"] * (command == "train")
+        return "; ".join([f"{key}={typed}: {key} takes one value", *([", and ".join(remedies)] if remedies else [])])
     if "Could not override ''" in text:
         return "a value without a key: give key=value"
     if "Config group override must be" in text:

@@ -260,7 +260,9 @@ def test_runs_without_a_config_or_without_its_keys(tmp_path):
         ({"by": ["quan"]}, "by=quan: no run has this key: did you mean 'quant'?"),
         ({"by": ["name"]}, "by=name: several keys end with it: give one of "),
         ({"over": ["sed"]}, "over=sed: no run has this key: did you mean 'seed'?"),
-        ({"metric": "val/los"}, "metric=val/los: in no metrics.csv of these runs, which have perf/tokens_per_s, "),
+        ({"metric": "val/los"}, "metric=val/los: in no metrics.csv of these runs: did you mean val/loss?"),
+        ({"metric": "loss"}, "metric=loss: in no metrics.csv of these runs: did you mean val/loss?"),
+        ({"metric": "speed"}, "metric=speed: in no metrics.csv of these runs, which have perf/tokens_per_s, "),
         ({"schemes": ["no_such.Scheme"]}, "schemes="),
     ],
 )

@@ -87,6 +87,7 @@ def test_a_file_that_is_no_picture_is_not_replaced(tmp_path, monkeypatch):
     [
         ("", {}, "metric=val/loss: not in .*metrics.csv, which has no rows"),
         ("1,,5.0\r\n", {}, "metric=val/loss: not in .*which has train/loss"),
+        ("1,4.5,5.0\r\n", {"metric": "loss"}, "metric=loss: not in .*: did you mean val/loss\\?$"),
         ("1,x,5.0\r\n", {}, "val/loss of step 1 is 'x', no number"),
         ("1,4.5\r\n", {}, "line 2 is no row"),
         ("1,4.5,\r\n", {"out": "c.xyz"}, "out=c.xyz: no kind of picture is called .xyz"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import ReportConfig
 from bitnet_lit.config.network import import_schemes
-from bitnet_lit.errors import UserError, disk_errors
+from bitnet_lit.errors import UserError, disk_errors, nearest
 from bitnet_lit.extras import needs
 from bitnet_lit.regular_file import check_replaceable
 from bitnet_lit.reports.comparison import Comparison, compare
@@ -86,7 +86,9 @@ def make_comparison(config: ReportConfig) -> Comparison:
     known = sorted({name for run in runs for name in run.curves})
     is_late = config.metric == ReportConfig.metric  # no run has come to its first validation
     if known and config.metric not in known and not is_late and all(row.loss is None for row in comparison.rows):
-        raise UserError(f"metric={config.metric}: in no metrics.csv of these runs, which have {', '.join(known)}")
+        near = nearest(config.metric, known, 0.6)
+        which = f": did you mean {near}?" if near else f", which have {', '.join(known)}"
+        raise UserError(f"metric={config.metric}: in no metrics.csv of these runs{which}")
     comparison.notes += [f"left out: {error}" for error in damaged]
     return comparison
 

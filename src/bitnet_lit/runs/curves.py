@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
-from bitnet_lit.errors import UserError, disk_errors, one_line
+from bitnet_lit.errors import UserError, disk_errors, nearest, one_line
 from bitnet_lit.extras import needs
 from bitnet_lit.regular_file import check_replaceable
 from bitnet_lit.runs.config_keys import full_key, telling_keys, value_of
@@ -90,7 +90,9 @@ def plot_curves(config: PlotConfig) -> Path:
             label = _drawn(f"{text}: {curve.values[-1]:.3f}")
             axes.plot(curve.steps, curve.values, marker=".", color=f"C{number}", linestyle=line, label=label)
     if not axes.lines:
-        raise UserError(f"metric={config.metric}: not in {without[0]}: give a metric that is logged, or wait for it")
+        near = nearest(config.metric, sorted({name for run in runs for name in run.curves}), 0.6)
+        remedy = f"did you mean {near}?" if near else "give a metric that is logged, or wait for it"
+        raise UserError(f"metric={config.metric}: not in {without[0]}: {remedy}")
     for place in without:
         print(f"note: metric={config.metric} is not in {place}: that run is not drawn", file=sys.stderr)
     axes.set_xlabel("optimizer step")
