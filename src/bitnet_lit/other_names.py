@@ -157,7 +157,7 @@ OPTION_WORDS = {
     "callbacks=early_stopping": _EARLY,
     "callbacks=model_checkpoint": _CHECKPOINTS,
     **dict.fromkeys(
-        (f"callbacks={name}" for name in ("none", "off", "false", "null")), "callbacks=quiet prints nothing"
+        ("callbacks=none", "callbacks=off", "callbacks=false", "callbacks=null"), "callbacks=quiet prints nothing"
     ),
     "logger=comet": WORDS["train"]["logger.comet"],
     "logger=neptune": WORDS["train"]["logger.neptune"],

@@ -108,7 +108,8 @@ class Registry(Generic[T]):
         name = getattr(given, "name", None)
         if not (isinstance(cls, type) and issubclass(given, self._base) and isinstance(name, str)):
             base = f"{self._base.__module__}.{self._base.__qualname__}"
-            raise UserError(f"{cls!r} is no {self._what}: derive it from {base} and give it a name")
+            called = f"{cls.__module__}.{cls.__qualname__}" if hasattr(cls, "__qualname__") else repr(cls)
+            raise UserError(f"{called} is no {self._what}: derive it from {base} and give it a name")
         if shared := sorted(self._reserved & {field.name for field in fields(given)}):
             raise UserError(f"{self._what} {name}: its setting {shared[0]} has the name of another key: rename it")
         taken = self.registered.get(name)
