@@ -19,9 +19,9 @@ from bitnet_lit.cli import compose
 from bitnet_lit.composed_config import SCHEMAS, to_object
 from bitnet_lit.config import InferConfig, TrainConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.plain_yaml import dump_yaml
 from bitnet_lit.key_types import PATHS, text_keys
 from bitnet_lit.overrides import as_typed, quoted, readable, shortest
-from bitnet_lit.plain_yaml import dump_yaml
 from tests.support import run_command
 
 # What people typed, and what Hydra or OmegaConf would read otherwise.

@@ -12,9 +12,9 @@ from typing import Any
 from plan import BASE, COMBINED, EQUAL_BYTES, NO_OPTIONS, TWINS, WIDE, Plan
 from results import Record, Results
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
+from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.reports.statistics import Estimate
 
 OPTIONS, BYTES = "recipes_options.png", "recipes_bytes.png"

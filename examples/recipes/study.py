@@ -27,10 +27,10 @@ from tables import Tables, put_into
 from teachers import Teachers
 
 import bitnet_lit
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.cli import compose
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.devices import visible_gpus
 from bitnet_lit.runs.folder import locked

@@ -14,8 +14,8 @@ from pathlib import Path
 from plan import BASE, COMBINED, EQUAL_BYTES, NO_OPTIONS, SAME_OPTIONS, SAME_TIME, SEARCH, TWINS, WIDE, Plan, Sweep
 from results import DIVERGED, Record, Results
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.reports.gaps import megabytes
 from bitnet_lit.reports.statistics import Estimate
 from bitnet_lit.reports.tables import amount, with_interval

@@ -17,8 +17,8 @@ from bitnet_lit.config import CustomData, EvaluateConfig
 from bitnet_lit.data.custom import CustomDataModule, open_custom, own_tokenizer
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.plain_yaml import read_yaml
 from bitnet_lit.inference.evaluation import evaluate
-from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.data import OwnData
 from bitnet_lit.training.resume import resume_config, save_config

@@ -19,8 +19,8 @@ from bitnet_lit.errors import DiskError, UserError
 from bitnet_lit.exports import write as exporting
 from bitnet_lit.exports.write import export
 from tests.exports.exporting import files_below
+from tests.files.test_atomic import DEAD, killed_at
 from tests.support import tiny_model
-from tests.test_atomic import DEAD, killed_at
 
 FORMATS = ["packed", "latent", "llama2c", "gguf"]
 

@@ -18,9 +18,21 @@ from bitnet_lit.checkpoints.file_names import CONFIG_NAME
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.config.checks import Range
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import MAX_BYTES, parse_json
-from bitnet_lit.json_shapes import Anything, Flag, Integer, ListOf, MapOf, Mismatch, Number, OrNull, Record, Shape, Text
-from bitnet_lit.regular_file import read_regular
+from bitnet_lit.files.foreign_json import MAX_BYTES, parse_json
+from bitnet_lit.files.json_shapes import (
+    Anything,
+    Flag,
+    Integer,
+    ListOf,
+    MapOf,
+    Mismatch,
+    Number,
+    OrNull,
+    Record,
+    Shape,
+    Text,
+)
+from bitnet_lit.files.regular_file import read_regular
 
 LARGEST_SIZE = 2**24  # of any axis of a tensor
 LARGEST_NUMBER = 2.0**100  # well within float32

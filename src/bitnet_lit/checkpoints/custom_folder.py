@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bitnet_lit.atomic import atomic_folder
 from bitnet_lit.checkpoints.config_json import (
     CUSTOM,
     FORMAT_VERSION,
@@ -39,6 +38,7 @@ from bitnet_lit.config.custom_network import CustomNetwork
 from bitnet_lit.config.slots import as_values, custom
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.files.atomic import atomic_folder
 from bitnet_lit.instantiate import check_allowed
 from bitnet_lit.model.custom import build_custom_network
 

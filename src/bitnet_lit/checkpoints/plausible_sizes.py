@@ -11,7 +11,7 @@ from pathlib import Path
 from bitnet_lit.checkpoints.config_json import LARGEST_SIZE, field_shapes
 from bitnet_lit.config import ModelConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.json_shapes import Mismatch
+from bitnet_lit.files.json_shapes import Mismatch
 
 LONGEST_CONTEXT = 2**17  # positions
 LARGEST_TABLE = 2**26  # elements of a rotary table, positions times head_dim; real models have 2**24

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from bitnet_lit.checkpoints.file_names import INDEX_NAME, WEIGHTS_NAME
 from bitnet_lit.checkpoints.tensor_reader import Place, TensorReader
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import parse_json, read_json
-from bitnet_lit.json_shapes import MapOf, Record, Text
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.files.foreign_json import parse_json, read_json
+from bitnet_lit.files.json_shapes import MapOf, Record, Text
+from bitnet_lit.files.regular_file import open_regular
 
 # numpy's type for each dtype in a file. numpy has no bfloat16, so its 16 bits are read as an integer.
 DTYPES = {

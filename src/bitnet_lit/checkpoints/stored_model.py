@@ -28,8 +28,8 @@ from bitnet_lit.checkpoints.tensor_reader import TensorReader
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer, missing_before
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import parse_json
-from bitnet_lit.json_shapes import ListOf, MapOf, Number
+from bitnet_lit.files.foreign_json import parse_json
+from bitnet_lit.files.json_shapes import ListOf, MapOf, Number
 from bitnet_lit.model.tensors import EMBEDDING, HEAD, own_tensors, quantized_names, tensor_shapes
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_lit.errors import disk_errors
-from bitnet_lit.locks import lock
-from bitnet_lit.temporary_paths import remove_leftovers
+from bitnet_lit.files.locks import lock
+from bitnet_lit.files.temporary_paths import remove_leftovers
 from bitnet_lit.terminal import console
 
 

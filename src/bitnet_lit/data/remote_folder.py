@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.fetch import NotThere, fetch, joined, shown
 from bitnet_lit.data.fetch_errors import Damaged
 from bitnet_lit.data.shard_cache import RemoteShard, ShardCache, file_sha256
@@ -33,6 +32,7 @@ from bitnet_lit.data.tokenizers import Tokenizer, find_tokenizer, open_tokenizer
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import DataError, UserError, disk_errors
+from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.terminal import console
 
 _TOKENIZER_NAMES = {*SentencePieceTokenizer.file_names, *JsonTokenizer.file_names}

@@ -22,12 +22,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.fetch import fetch
 from bitnet_lit.data.fetch_errors import Damaged
 from bitnet_lit.errors import disk_errors
-from bitnet_lit.locks import lock
-from bitnet_lit.temporary_paths import remove_leftovers
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.locks import lock
+from bitnet_lit.files.temporary_paths import remove_leftovers
 
 DEFAULT_GIB = 20.0
 _NUM_LOCKS = 64

@@ -38,13 +38,13 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers import FILE_NAMES, find_tokenizer
 from bitnet_lit.data.tokenizers.tokenizer_json import JsonTokenizer
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import parse_json
-from bitnet_lit.json_shapes import SHA256, Choice, Flag, Integer, MapOf, OrNull, Record, Text
-from bitnet_lit.regular_file import read_regular
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.foreign_json import parse_json
+from bitnet_lit.files.json_shapes import SHA256, Choice, Flag, Integer, MapOf, OrNull, Record, Text
+from bitnet_lit.files.regular_file import read_regular
 
 META_NAME = "meta.json"
 OWN_JSON_NAMES = (META_NAME, *JsonTokenizer.file_names)

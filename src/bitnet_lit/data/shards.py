@@ -22,7 +22,7 @@ from bitnet_lit.data.shard_folder import (
 )
 from bitnet_lit.data.tokenizers import open_tokenizer
 from bitnet_lit.errors import UserError, read_errors
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.files.regular_file import open_regular
 
 # All token ids are checked in folders up to this size; in larger ones, those in some blocks of each shard, its two ends
 # among them. That finds a wrong dtype or vocabulary at once, and reads a megabyte per shard instead of 30 GB. An id

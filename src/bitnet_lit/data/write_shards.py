@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.control_groups import processors
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.shard_cache import file_sha256
@@ -28,6 +27,7 @@ from bitnet_lit.data.shard_folder import dtype_for, shard_digest, shard_path
 from bitnet_lit.data.sources.source import Continuation, ReadCounts, TextShard, fingerprint
 from bitnet_lit.data.tokenizers import TextEncoder, Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.terminal import console
 
 GROUP_CHARACTERS = 2**16  # of stories that are encoded in one call: they fit a core's own cache

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.atomic import atomic_file, atomic_folder, real_path, sync
 from bitnet_lit.checkpoints.file_names import NOTE_NAME
 from bitnet_lit.checkpoints.formats.format import Format, formats
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import read_json
-from bitnet_lit.json_shapes import SHA256, Integer, MapOf, Record, Text
+from bitnet_lit.files.atomic import atomic_file, atomic_folder, real_path, sync
+from bitnet_lit.files.foreign_json import read_json
+from bitnet_lit.files.json_shapes import SHA256, Integer, MapOf, Record, Text
 
 NOTE = Record({"format": Text()}, {"files": MapOf(Record({"bytes": Integer(0, 2**63), "sha256": SHA256}))})
 

@@ -27,7 +27,7 @@ from bitnet_lit.errors import ParityError, UserError, disk_errors
 from bitnet_lit.exports.compare import verify
 from bitnet_lit.exports.destination import check_out, default_out, described_files, given_out, replaced, stem_of
 from bitnet_lit.exports.share import check_repository, share
-from bitnet_lit.temporary_paths import remove_leftovers
+from bitnet_lit.files.temporary_paths import remove_leftovers
 from bitnet_lit.terminal import console
 
 

@@ -25,8 +25,8 @@ from bitnet_lit.data.shards import ShardDirectory, open_shards
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.plain_yaml import read_yaml
 from bitnet_lit.instantiate import check_allowed
-from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.runs.folder import CONFIG_NAME
 
 

@@ -8,12 +8,12 @@ import re
 import sys
 from pathlib import Path
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import ReportConfig
 from bitnet_lit.config.network import import_schemes
 from bitnet_lit.errors import UserError, disk_errors, nearest
 from bitnet_lit.extras import needs
-from bitnet_lit.regular_file import check_replaceable
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.regular_file import check_replaceable
 from bitnet_lit.reports.comparison import Comparison, compare
 from bitnet_lit.reports.page import as_page
 from bitnet_lit.reports.tables import as_csv, as_markdown, print_table

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import PlotConfig
 from bitnet_lit.errors import UserError, disk_errors, nearest, one_line
 from bitnet_lit.extras import needs
-from bitnet_lit.regular_file import check_replaceable
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.regular_file import check_replaceable
 from bitnet_lit.runs.config_keys import full_key, telling_keys, value_of
 from bitnet_lit.runs.folder import CSV_NAME
 from bitnet_lit.runs.history import Run, no_runs, read_run, run_folders

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from bitnet_lit.locks import lock
+from bitnet_lit.files.locks import lock
 
 SLOTS_NAME = ".slots"
 _JOBS_ON_A_CPU = 2

@@ -30,8 +30,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.locks import lock
-from bitnet_lit.temporary_paths import remove_leftovers
+from bitnet_lit.files.locks import lock
+from bitnet_lit.files.temporary_paths import remove_leftovers
 
 OUTPUTS = Path("outputs")  # where runs lie unless the user names a folder
 CONFIG_NAME = "config.yaml"

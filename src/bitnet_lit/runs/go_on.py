@@ -13,9 +13,9 @@ from typing import Any
 
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.plain_yaml import read_yaml
 from bitnet_lit.instantiate import is_harmless, named_classes
 from bitnet_lit.overrides import quoted, shortest
-from bitnet_lit.plain_yaml import read_yaml
 from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.folder import CONFIG_NAME, METRICS_NAME, can_be_resumed, is_running
 from bitnet_lit.runs.job_folder import job_folders, recorded_overrides

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from bitnet_lit.errors import UserError, list_remedy, one_line, without_class_name
-from bitnet_lit.foreign_json import read_json
-from bitnet_lit.json_shapes import Record
-from bitnet_lit.plain_yaml import read_yaml
+from bitnet_lit.files.foreign_json import read_json
+from bitnet_lit.files.json_shapes import Record
+from bitnet_lit.files.plain_yaml import read_yaml
 from bitnet_lit.runs.config_keys import learned_from, of_this_version
 from bitnet_lit.runs.folder import (
     CHECKPOINTS,

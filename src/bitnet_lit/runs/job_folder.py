@@ -24,9 +24,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet_lit.errors import UserError, one_line
-from bitnet_lit.foreign_json import read_json
+from bitnet_lit.files.foreign_json import read_json
+from bitnet_lit.files.json_shapes import Number, Record
 from bitnet_lit.gpu_errors import without_boilerplate
-from bitnet_lit.json_shapes import Number, Record
 from bitnet_lit.quant.schemes import activation_bits_of
 from bitnet_lit.runs.folder import CONFIG_NAME, ERROR_NAME, METRICS_NAME, RECORD, can_be_resumed, is_running
 from bitnet_lit.runs.job_names import identity

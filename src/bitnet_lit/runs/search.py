@@ -26,8 +26,8 @@ from bitnet_lit import gpu_errors
 from bitnet_lit.config import SweepConfig
 from bitnet_lit.errors import TrainingStopped, UserError
 from bitnet_lit.extras import needs
-from bitnet_lit.foreign_json import read_json
-from bitnet_lit.json_shapes import Record
+from bitnet_lit.files.foreign_json import read_json
+from bitnet_lit.files.json_shapes import Record
 from bitnet_lit.runs.devices import note_sharing
 from bitnet_lit.runs.folder import ERROR_NAME, METRICS_NAME
 from bitnet_lit.runs.grid import check, check_launcher, parsed_overrides, place, preview

@@ -19,12 +19,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError, one_line, without_class_name
-from bitnet_lit.foreign_json import read_json
-from bitnet_lit.json_shapes import Number, Record
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.foreign_json import read_json
+from bitnet_lit.files.json_shapes import Number, Record
+from bitnet_lit.files.regular_file import check_replaceable
 from bitnet_lit.overrides import readable
-from bitnet_lit.regular_file import check_replaceable
 from bitnet_lit.runs.config_keys import natural
 from bitnet_lit.runs.devices import SLOTS_NAME
 from bitnet_lit.runs.folder import METRICS_NAME, RECORD, is_run, is_running, locked

@@ -27,8 +27,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.files.atomic import atomic_file
 
 SEALED = "sealed"  # a key of the content: the file was written with a hash line, so a missing line means damage
 _SEAL = re.compile(rb"\nbitnet_lit sha256 ([0-9a-f]{64})\n")

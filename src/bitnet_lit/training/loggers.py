@@ -19,11 +19,11 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.config.slots import as_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.extras import needs
+from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.instantiate import instantiate
 from bitnet_lit.runs.config_keys import flat
 from bitnet_lit.runs.folder import CSV_NAME

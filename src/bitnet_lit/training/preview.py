@@ -30,8 +30,8 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shard_folder import is_complete
 from bitnet_lit.errors import MESSAGES, TrainingStopped, UserError, is_out_of_memory, one_line, without_class_name
 from bitnet_lit.exports.targets import check_targets
-from bitnet_lit.foreign_json import read_json
-from bitnet_lit.json_shapes import Number, Record
+from bitnet_lit.files.foreign_json import read_json
+from bitnet_lit.files.json_shapes import Number, Record
 from bitnet_lit.runs.folder import METRICS_NAME
 from bitnet_lit.runs.job_folder import State, told
 from bitnet_lit.terminal import time_span, wide_console

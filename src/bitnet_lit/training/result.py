@@ -11,10 +11,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.checkpoints.formats.format import infer_command
 from bitnet_lit.config import ModelConfig, TrainConfig
 from bitnet_lit.data.tokenizers import find_tokenizer
+from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.runs.folder import METRICS_NAME, MODEL
 from bitnet_lit.terminal import console
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints

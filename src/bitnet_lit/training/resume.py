@@ -18,7 +18,6 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.config import DataConfig, TrainConfig
 from bitnet_lit.config.network import import_schemes
 from bitnet_lit.config.optim import OPTIMIZERS
@@ -27,10 +26,11 @@ from bitnet_lit.config.training import GROUPS
 from bitnet_lit.data.fetch import is_url
 from bitnet_lit.did_you_mean import dotted_keys, unknown_key
 from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.json_shapes import Integer, Record
+from bitnet_lit.files.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.instantiate import check_allowed, named_classes
-from bitnet_lit.json_shapes import Integer, Record
 from bitnet_lit.overrides import parsed
-from bitnet_lit.plain_yaml import dump_yaml, read_yaml
 from bitnet_lit.quant.schemes import SCHEMES
 from bitnet_lit.runs.folder import CONFIG_NAME, find_run
 from bitnet_lit.training.elastic import ACCUMULATION, BATCH, keep_step

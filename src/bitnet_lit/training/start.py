@@ -10,8 +10,8 @@ from torch import nn
 
 from bitnet_lit.checkpoints.formats.model_folder import trained_step
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import read_json
-from bitnet_lit.json_shapes import Integer, Record
+from bitnet_lit.files.foreign_json import read_json
+from bitnet_lit.files.json_shapes import Integer, Record
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST, METRICS_NAME, MODEL, MODEL_LAST, find_run
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.identity import check_identity

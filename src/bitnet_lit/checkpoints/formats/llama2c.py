@@ -38,6 +38,7 @@ from bitnet_lit.config.held import ANY, SIZES, Only
 from bitnet_lit.data.tokenizers import Tokenizer
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.regular_file import open_regular
 from bitnet_lit.model.tensors import (
     EMBEDDING,
     FINAL_NORM,
@@ -47,7 +48,6 @@ from bitnet_lit.model.tensors import (
     network_tensors,
     outer_tensors,
 )
-from bitnet_lit.regular_file import open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor

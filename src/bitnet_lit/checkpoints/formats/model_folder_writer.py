@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet_lit.atomic import atomic_folder
 from bitnet_lit.checkpoints.file_names import CONFIG_NAME, GENERATION_NAME, WEIGHTS_NAME
 from bitnet_lit.checkpoints.formats.model_folder import describe, written_names
 from bitnet_lit.checkpoints.safetensors_writer import LazyTensor, write_safetensors
 from bitnet_lit.checkpoints.stored_model import STATISTICS
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.data.tokenizers import Tokenizer
+from bitnet_lit.files.atomic import atomic_folder
 from bitnet_lit.model import CausalLM
 from bitnet_lit.model.tensors import HEAD, quantized_names
 

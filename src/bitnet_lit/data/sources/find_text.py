@@ -22,7 +22,7 @@ from bitnet_lit.data.shard_folder import META_NAME, OWN_JSON_NAMES
 from bitnet_lit.data.sources.open_text import compression_of
 from bitnet_lit.data.sources.tables import TABLES, has_rows
 from bitnet_lit.errors import UserError, list_remedy, nearest, read_errors
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.files.regular_file import open_regular
 
 SUFFIXES = (".json", ".jsonl", ".txt", *TABLES)  # the first three may be followed by a compression: .txt.gz
 # Beside the tables of a folder that `datasets` wrote; and the tables that its `map` keeps for itself.

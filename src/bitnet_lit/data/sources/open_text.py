@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from bitnet_lit.errors import UserError, one_line, read_errors
 from bitnet_lit.extras import needs
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.files.regular_file import open_regular
 
 COMPRESSIONS = (".gz", ".zst")
 READ_REMEDY = "check the file and its permissions"

@@ -35,7 +35,7 @@ from bitnet_lit.data.sources.find_text import kind_of
 from bitnet_lit.data.sources.open_text import READ_REMEDY, compression_of, file_state, text_of
 from bitnet_lit.data.sources.source import Continuation, ReadCounts, Segment
 from bitnet_lit.errors import UserError, read_errors
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.files.regular_file import open_regular
 
 LONGEST_CHARACTERS = 2**22  # of a document that is held as a whole: larger texts cost the system new memory each time
 LONGEST_LINE_CHARACTERS = 2**28  # of a .jsonl file, whose records are documents; and of a text without spaces

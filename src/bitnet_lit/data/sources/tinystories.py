@@ -12,7 +12,6 @@ import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from bitnet_lit.atomic import atomic_folder
 from bitnet_lit.config import PrepareConfig
 from bitnet_lit.data.exclusive_folder import exclusive_folder
 from bitnet_lit.data.shard_folder import check_alone
@@ -20,6 +19,7 @@ from bitnet_lit.data.sources.download import CHUNK_BYTES, download
 from bitnet_lit.data.sources.files import file_shards
 from bitnet_lit.data.sources.source import Source
 from bitnet_lit.errors import UserError
+from bitnet_lit.files.atomic import atomic_folder
 
 URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.tokenizer import (
     MAX_FILE_BYTES,
     SPACE,
@@ -30,7 +29,8 @@ from bitnet_lit.data.tokenizers.tokenizer import (
     without_surrogates,
 )
 from bitnet_lit.errors import UserError
-from bitnet_lit.regular_file import read_regular
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.regular_file import read_regular
 
 # SentencePiece decodes a run of byte tokens to one U+FFFD for each byte that is not UTF-8. Python's "replace" gives one
 # for each malformed sequence.

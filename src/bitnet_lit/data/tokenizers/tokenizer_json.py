@@ -16,13 +16,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer, without_surrogates
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.extras import needs
-from bitnet_lit.foreign_json import parse_json, read_json
-from bitnet_lit.json_shapes import Either, Integer, ListOf, OrNull, Record, Text
-from bitnet_lit.regular_file import read_regular
+from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.foreign_json import parse_json, read_json
+from bitnet_lit.files.json_shapes import Either, Integer, ListOf, OrNull, Record, Text
+from bitnet_lit.files.regular_file import read_regular
 
 CONFIG_NAME = "tokenizer_config.json"
 MAX_IDS = 2**22  # ids may leave numbers out, and tables have a row for each number

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from bitnet_lit.atomic import atomic_file
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.errors import UserError, one_line
+from bitnet_lit.files.atomic import atomic_file
 
 TRAINED_NAME = SentencePieceTokenizer.file_names[0]
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's default max_sentence_length, with which llama2.c trains

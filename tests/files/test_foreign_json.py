@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.foreign_json import MAX_DEPTH, parse_json, read_json
-from bitnet_lit.json_shapes import (
+from bitnet_lit.files.foreign_json import MAX_DEPTH, parse_json, read_json
+from bitnet_lit.files.json_shapes import (
     SHA256,
     Anything,
     Choice,
@@ -24,7 +24,7 @@ from bitnet_lit.json_shapes import (
     Record,
     Text,
 )
-from bitnet_lit.regular_file import open_regular
+from bitnet_lit.files.regular_file import open_regular
 
 SHAPE = Record(
     {"dtype": Choice("uint16", "uint32"), "size": Integer(1, 100)},
@@ -189,6 +189,6 @@ def test_a_file_that_may_not_be_read_is_no_file_of_another_kind(tmp_path, monkey
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("bitnet_lit.regular_file.os.open", refuse)
+    monkeypatch.setattr("bitnet_lit.files.regular_file.os.open", refuse)
     with pytest.raises(UserError, match=r"a.json: cannot be read \(Permission denied\): check its permissions$"):
         open_regular(tmp_path / "a.json", "is this a model folder?")

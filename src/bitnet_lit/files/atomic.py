@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.temporary_paths import LOCK, NAMES, NEW, OLD, claim, settle
+from bitnet_lit.files.temporary_paths import LOCK, NAMES, NEW, OLD, claim, settle
 
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.EACCES, errno.EISDIR}
 

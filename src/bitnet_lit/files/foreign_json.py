@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_lit.errors import UserError
-from bitnet_lit.json_shapes import Mismatch, Shape, shown
-from bitnet_lit.regular_file import read_regular
+from bitnet_lit.files.json_shapes import Mismatch, Shape, shown
+from bitnet_lit.files.regular_file import read_regular
 
 MAX_BYTES = 2**24  # enough for a file of settings; readers of large files (a tokenizer.json) pass their own limit
 MAX_DEPTH = 64  # real files nest less than ten deep

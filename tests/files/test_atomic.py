@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from bitnet_lit import atomic
-from bitnet_lit.atomic import atomic_file, atomic_folder
 from bitnet_lit.errors import DiskError, UserError, disk_errors
-from bitnet_lit.temporary_paths import remove_leftovers
+from bitnet_lit.files import atomic
+from bitnet_lit.files.atomic import atomic_file, atomic_folder
+from bitnet_lit.files.temporary_paths import remove_leftovers
 from tests.support import names_are_any_bytes, needs_dev_full
 
 DEAD = 2**22 + 1  # beyond the largest number that Linux gives a process

@@ -29,7 +29,7 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from bitnet_lit.locks import lock
+from bitnet_lit.files.locks import lock
 
 LONGEST_NAME = 255  # bytes, on most file systems
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)

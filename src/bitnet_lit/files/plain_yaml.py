@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from bitnet_lit.errors import UserError, one_line
-from bitnet_lit.regular_file import read_regular
+from bitnet_lit.files.regular_file import read_regular
 
 MAX_BYTES = 2**17  # a config with all defaults has 3,000; PyYAML reads about 10,000 a second
 
