@@ -80,6 +80,8 @@ def test_targets_and_advice_list_it(capsys):
     compose("train", ["run_dir=x", "export.targets=[hf,packed]"])
     with pytest.raises(UserError, match="export.targets=npz: must be one of latent, packed, gguf_tq2_0"):
         compose("train", ["run_dir=x", "export.targets=[npz]"])
+    with pytest.raises(UserError, match=r"; for several give a list: export.targets=\[packed,gguf_tq2_0\]$"):
+        compose("train", ["run_dir=x", "export.targets=packed,gguf_tq2_0"])
     compose("train", ["run_dir=x", f"export.formats=[{NPZ}]", "export.targets=[npz,packed]"])
     assert [choice.target for choice in all_targets()][-1] == "npz" and target_named("npz") == Npz()
     with pytest.raises(UserError, match="export.targets: npz: model.qkv_bias=True"):

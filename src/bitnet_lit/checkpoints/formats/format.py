@@ -37,7 +37,7 @@ from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import ModelConfig, QuantConfig
 from bitnet_lit.config.held import Held, refused_fields
 from bitnet_lit.data.tokenizers import Tokenizer
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, list_remedy
 from bitnet_lit.model.tensors import unnamed_tensors
 from bitnet_lit.registry import Registry, with_settings
 
@@ -300,5 +300,6 @@ def target_named(name: str) -> Format:
     others = {alias: choice for choice in targets.values() for alias in choice.aliases}
     found = targets.get(name) or others.get(name)
     if found is None:
-        raise UserError(f"export.targets={name}: must be one of {', '.join(targets)}")
+        remedy = list_remedy("export.targets", name)
+        raise UserError(f"export.targets={name}: must be one of {', '.join(targets)}{remedy}")
     return found
