@@ -14,6 +14,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -69,6 +70,22 @@ def _hear_signals() -> None:
         signal.signal(signal.SIGINT, handle)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, handle)
+
+
+def _send_again_what_is_lost() -> None:
+    """Let a signal come again whose KeyboardInterrupt Python ignores: one that leaves `__del__` or a callback of C."""
+    other = sys.unraisablehook
+
+    def hook(ignored: sys.UnraisableHookArgs) -> None:
+        if not _interruptions or not isinstance(ignored.exc_value, KeyboardInterrupt):
+            other(ignored)
+            return
+        again = threading.Timer(0.01, os.kill, (os.getpid(), _interruptions[-1]))
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # no thread starts any more, because the process ends
+            again.start()
+
+    sys.unraisablehook = hook
 
 
 def interruption(error: BaseException) -> int | None:
@@ -179,6 +196,7 @@ def leave(work: Callable[[], object]) -> None:
     _prepare_streams()
     _let_threads_rest()
     _hear_signals()
+    _send_again_what_is_lost()
     status = _status_of(work)
     gpu_errors.leave(status)
     if status:

@@ -69,6 +69,20 @@ def test_an_import_that_is_interrupted_is_left_at_once(tmp_path, number):
     assert (result.returncode, result.stdout, result.stderr) == (128 + number, "", ENDS[number])
 
 
+@pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
+def test_a_signal_that_python_ignores_comes_again(tmp_path, number):
+    """Python prints and ignores an exception that leaves `__del__`, and the command would go on."""
+    (tmp_path / "script.py").write_text(
+        "import os, signal, time\nfrom bitnet_lit.entry_point import leave\n"
+        "class Dying:\n    def __del__(self):\n"
+        f"        os.kill(os.getpid(), signal.{number.name})\n        time.sleep(30)\n"
+        "def work():\n    Dying()\n    print('goes on', flush=True)\n    time.sleep(30)\n"
+        "leave(work)\n"
+    )
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert (result.returncode, result.stdout, result.stderr) == (128 + number, "goes on\n", ENDS[number])
+
+
 def test_a_command_hears_ctrl_c_before_it_imports_anything_heavy():
     heavy = "{'torch', 'hydra', 'omegaconf', 'numpy', 'rich'}"
     commands = ("train", "prepare", "evaluate", "infer", "export", "report", "plot", "bench")
