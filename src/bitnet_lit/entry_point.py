@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from bitnet_lit import gpu_errors
-from bitnet_lit.errors import MESSAGES, is_out_of_memory, one_line
+from bitnet_lit.errors import MESSAGES, Interruption, is_out_of_memory, one_line
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 _interruptions: list[int] = []  # numbers of the signals received; a library may replace the KeyboardInterrupt
@@ -73,14 +73,19 @@ def _hear_signals() -> None:
 
 
 def _send_again_what_is_lost() -> None:
-    """Let a signal come again whose KeyboardInterrupt Python ignores: one that leaves `__del__` or a callback of C."""
+    """Let a signal come again whose exception Python ignores: one that leaves `__del__` or a callback of C."""
     other = sys.unraisablehook
 
     def hook(ignored: sys.UnraisableHookArgs) -> None:
-        if not _interruptions or not isinstance(ignored.exc_value, KeyboardInterrupt):
+        error = ignored.exc_value
+        if isinstance(error, Interruption):
+            number = error.stopped.status - 128
+        elif isinstance(error, KeyboardInterrupt) and _interruptions:
+            number = _interruptions[-1]
+        else:
             other(ignored)
             return
-        again = threading.Timer(0.01, os.kill, (os.getpid(), _interruptions[-1]))
+        again = threading.Timer(0.01, os.kill, (os.getpid(), number))
         again.daemon = True
         with contextlib.suppress(RuntimeError):  # no thread starts any more, because the process ends
             again.start()
@@ -169,6 +174,8 @@ def _status_of(work: Callable[[], object]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         number = interruption(error)
         return _status_of_error(error) if number is None else _fail(_what_ended_it(number), 128 + number)
+    except Interruption as error:  # it came while the handlers of a run were taken back
+        return _status_of_error(error.stopped)
     return status
 
 

@@ -76,6 +76,20 @@ class TrainingStopped(RuntimeError):
         self.status = status
 
 
+class Interruption(BaseException):
+    """Carries the message of a signal out of the code that the signal met; it is raised by a signal's handler.
+
+    It is no Exception, as KeyboardInterrupt is none, so that libraries do not catch it and report it in their way.
+
+    Attributes:
+        stopped: the message, which is raised in its place where the run or the job ends.
+    """
+
+    def __init__(self, stopped: TrainingStopped) -> None:
+        super().__init__(str(stopped))
+        self.stopped = stopped
+
+
 class Diverged(TrainingStopped):
     """Reports a run whose loss or gradient is no longer finite."""
 

@@ -83,6 +83,19 @@ def test_a_signal_that_python_ignores_comes_again(tmp_path, number):
     assert (result.returncode, result.stdout, result.stderr) == (128 + number, "goes on\n", ENDS[number])
 
 
+def test_a_stop_of_a_run_that_python_ignores_comes_again(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, signal, time\nfrom bitnet_lit.entry_point import leave\n"
+        "from bitnet_lit.runs.signals import StopSignals\n"
+        "class Dying:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGUSR1)\n        time.sleep(30)\n"
+        "def work():\n    with StopSignals():\n        Dying()\n        time.sleep(30)\n"
+        "leave(work)\n"
+    )
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert result.returncode == 128 + signal.SIGUSR1 and result.stdout == ""
+    assert result.stderr.startswith("error: SIGUSR1 before the first step") and result.stderr.count("\n") == 1
+
+
 def test_a_command_hears_ctrl_c_before_it_imports_anything_heavy():
     heavy = "{'torch', 'hydra', 'omegaconf', 'numpy', 'rich'}"
     commands = ("train", "prepare", "evaluate", "infer", "export", "report", "plot", "bench")

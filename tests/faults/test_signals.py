@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from bitnet_lit import entry_point
 from tests.forked import ForkServer, call_command
+from tests.support import TINY_RUN
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 POINTS = 500 if os.environ.get("FAULTS") == "all" else 2  # a point takes one to three seconds
@@ -71,6 +73,23 @@ def test_at_any_call(server, tmp_path, name, wrong, number):
     for call in random.Random(f"{SEED} {name} {number}").sample(range(1, calls), POINTS):
         result = server.run(signalled, number, call, name, arguments, cwd=tmp_path)
         assert (result.status, result.output) == (128 + number, ENDS[number]), f"FAULTS_SEED={SEED}, call {call}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_at_any_call_of_a_run(server, shards, tmp_path, number):
+    """PyTorch, Lightning and Hydra catch some exceptions and log them, or leave others in their place."""
+    arguments = [f"data.dir={shards}", *TINY_RUN, "trainer.max_steps=3", "run_dir=run"]
+    whole = server.run(signalled, number, 0, "train", arguments, cwd=tmp_path)
+    assert whole.status == 0, whole
+    calls = int(whole.output.split()[-1])
+    for call in random.Random(f"{SEED} run {number}").sample(range(1, calls), POINTS):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        result = server.run(signalled, number, call, "train", arguments, cwd=tmp_path)
+        said = f"FAULTS_SEED={SEED}, call {call} of {calls}: {result}"
+        assert result.status == 128 + number and "Traceback" not in result.output, said
+        *others, last = result.output.splitlines()
+        assert last.startswith((f"error: {number.name}", ENDS[number][:-1])) and "error:" not in "".join(others), said
 
 
 @pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)

@@ -114,9 +114,59 @@ def test_a_stop_counts_whatever_a_library_makes_of_it(is_running):
     assert stopped.value.status == 128 + signal.SIGTERM
 
 
+def test_a_library_that_reports_exceptions_does_not_report_a_stop():
+    """As PyTorch does while it imports its profiler, with a traceback."""
+    with pytest.raises(TrainingStopped, match="SIGTERM before") as stopped, StopSignals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("a library would report it")
+    assert stopped.value.__cause__ is None and stopped.value.__suppress_context__
+
+
+def test_a_forked_process_leaves_signals_to_its_parent():
+    """All but SIGTERM, by which multiprocessing ends it."""
+    with StopSignals() as signals:
+        child = os.fork()
+        if not child:
+            for number in STOP_SIGNALS:
+                if number != signal.SIGTERM:
+                    signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM and signals.number is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_every_process_of_a_run_saves(tmp_path, shards, number):
+    """As a terminal, `timeout`, systemd and schedulers send it: also to the processes that read the data."""
+    arguments = [f"data.dir={shards}", *TINY_RUN, "run_dir=run", "trainer.max_steps=100000", "data.num_workers=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitnet_lit.train", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("step "):
+                os.killpg(process.pid, number)
+                break
+        rest, _ = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + number, rest
+    last = rest.splitlines()[-1]
+    assert last.startswith(f"error: {number.name} at step ") and "saved; go on with" in last and "Traceback" not in rest
+
+
 def test_a_stop_that_a_library_has_caught_is_not_lost():
     with StopSignals() as signals:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):
             signal.raise_signal(signal.SIGTERM)
         assert signals.number == signal.SIGTERM  # the run ends with it at its first step
 
@@ -126,7 +176,8 @@ def test_what_the_caller_ignores_stays_ignored():
     try:
         with StopSignals() as signals:
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            assert all(signal.getsignal(number) == signals._request for number in STOP_SIGNALS[:2])
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.number is None
     finally:
         signal.signal(signal.SIGHUP, previous)
 

@@ -18,6 +18,7 @@ from bitnet_lit.data.prefetch import prefetched
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.errors import DataError, UserError
+from bitnet_lit.runs.signals import leave_to_parent
 
 ORDER_BLOCK = 8192  # samples whose order is computed at once
 
@@ -104,12 +105,14 @@ class ErrorsAsItems(Dataset):
 class BatchLoader(DataLoader):
     """A DataLoader whose processes do not run the caller's script, and which raises a `DataError` as one line.
 
+    Its processes leave signals that ask the run to stop to their parent.
+
     Args:
         device: the CUDA device to which a thread copies the batches ahead of time. None: they stay where they are.
     """
 
-    def __init__(self, *arguments: Any, device: torch.device | None = None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, dataset: Dataset, device: torch.device | None = None, **options: Any) -> None:
+        super().__init__(dataset, worker_init_fn=leave_to_parent, **options)
         self.device = device
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that the trainer needs

@@ -19,6 +19,9 @@ import multiprocessing
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
+
+from bitnet_lit.runs.signals import blocked
 
 _HIDING = threading.RLock()  # of two threads, the second would save what the first has hidden
 
@@ -30,6 +33,8 @@ def without_main_script() -> Iterator[None]:
     What is sent to them (functions, classes of arguments) must not be defined in the script.
     """
     with _HIDING:
+        with blocked():
+            resource_tracker.ensure_running()
         main = sys.modules["__main__"]
         method = multiprocessing.get_start_method(allow_none=True)
         is_foreign = method is not None and method not in multiprocessing.get_all_start_methods()

@@ -24,6 +24,7 @@ from bitnet_lit.gpu_errors import names_gpu_error
 from bitnet_lit.overrides import quoted
 from bitnet_lit.runs.folder import ERROR_NAME
 from bitnet_lit.runs.job_folder import State, is_stop, state
+from bitnet_lit.runs.signals import blocked
 from bitnet_lit.runs.sweep import stop_number
 
 # An error that a process does not survive ends it within seconds: when it frees its tensors, or begins its next job.
@@ -97,6 +98,15 @@ def _end_processes() -> None:
         loky.get_reusable_executor().shutdown(wait=True)
 
 
+def _start_resource_tracker(launcher: Launcher) -> None:
+    """Start joblib's resource tracker, if joblib will run the jobs, so that no signal to all processes ends it."""
+    if type(launcher).__name__ == "JoblibLauncher":
+        from joblib.externals.loky.backend import resource_tracker
+
+        with blocked():
+            resource_tracker.ensure_running()
+
+
 def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: int) -> list[Any]:
     """Run jobs, and run those again that ended because of the GPU error of another one.
 
@@ -109,6 +119,7 @@ def launch(launcher: Launcher, jobs: Sequence[Planned], sweep_dir: Path, first: 
     Raises:
         ProcessDied: a process died for a reason that another try would most likely meet again.
     """
+    _start_resource_tracker(launcher)
     waiting = list(jobs)
     results: list[Any] = []
     while True:

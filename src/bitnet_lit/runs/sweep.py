@@ -26,7 +26,7 @@ from typing import Any
 
 from bitnet_lit import gpu_errors
 from bitnet_lit.entry_point import interrupt
-from bitnet_lit.errors import MESSAGES, TrainingStopped, is_out_of_memory, without_class_name
+from bitnet_lit.errors import MESSAGES, Interruption, TrainingStopped, is_out_of_memory, without_class_name
 from bitnet_lit.runs.folder import ERROR_NAME, is_taken
 from bitnet_lit.runs.ranks import rank
 from bitnet_lit.runs.signals import handling
@@ -73,7 +73,7 @@ class StopHandlers:
         if StopHandlers.in_job:
             name = signal.Signals(number).name
             StopHandlers.stopped = TrainingStopped(f"{name} before the first step: no step was done", 128 + number)
-            raise StopHandlers.stopped
+            raise Interruption(StopHandlers.stopped)
 
 
 @contextlib.contextmanager
@@ -139,8 +139,8 @@ def run_job(work: Callable[[], Any], folder: Path, sweep_dir: Path, is_main_proc
         StopHandlers.in_job = True
         with contextlib.nullcontext() if is_main_process else _signalled_by(sweep_dir):
             return work()
-    except Exception as raised:
-        error = StopHandlers.stopped or raised
+    except (Exception, Interruption) as raised:
+        error = StopHandlers.stopped or (raised.stopped if isinstance(raised, Interruption) else raised)
         is_stopped = isinstance(error, TrainingStopped) and error.status > 128
         if isinstance(error, TrainingStopped) and is_stopped:
             if "SUBMITIT_EXECUTOR" in os.environ:  # the signal is for this job alone
