@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, StringNode
 
 from bitnet_lit import config as schema
-from bitnet_lit.config import CustomNetwork
+from bitnet_lit.config import CustomData, CustomNetwork
 from bitnet_lit.config.slots import TARGET
 from bitnet_lit.config.training import GROUPS
 from bitnet_lit.did_you_mean import words_for
@@ -121,23 +121,30 @@ def to_object(cfg: DictConfig) -> Any:
 
 
 def fit_mode(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return the config of a run without the sizes that a mode sets and a network of the user's own does not take.
+    """Return the config of a run without what a mode sets and a class of the user's own does not take.
 
-    mode=smoke sets sizes of this package's network, such as model.hidden_size. A class of the user's own gets those
-    that it has arguments for.
+    mode=smoke sets sizes of this package's network, such as model.hidden_size, and data.max_val_sequences. A network or
+    data module of the user's own gets those that it has arguments for.
 
     Args:
-        overrides: what was typed. A size that was typed stays.
+        overrides: what was typed. A key that was typed stays.
     """
     mode = next((item.partition("=")[2] for item in reversed(overrides) if item.startswith("mode=")), None)
     path = CONF_DIR / "mode" / f"{mode}.yaml"
-    target = cfg.model.get(TARGET)
-    if target is None or not path.is_file():
+    own = {
+        group: custom
+        for group, custom in (("model", CustomNetwork), ("data", CustomData))
+        if cfg[group].get(TARGET) is not None
+    }
+    if not own or not path.is_file():
         return cfg
     typed = dict(map(key_and_value, overrides))
-    cfg = copy.deepcopy(cfg)
-    network = locate(target, "model")
-    for key in cast(DictConfig, OmegaConf.load(path)).get("model", {}):
-        if key not in CustomNetwork.__dataclass_fields__ and f"model.{key}" not in typed and not takes(network, key):
-            cfg.model.pop(key, None)
+    cfg, set_by_mode = copy.deepcopy(cfg), cast(DictConfig, OmegaConf.load(path))
+    for group, custom in own.items():
+        target = locate(cfg[group][TARGET], group)
+        for key in set_by_mode.get(group, {}):
+            # Without its one batch, mode=overfit would be another experiment: such a data module is refused.
+            is_free = key in custom.__dataclass_fields__ or f"{group}.{key}" in typed or key == "max_train_sequences"
+            if not is_free and not takes(target, key):
+                cfg[group].pop(key, None)
     return cfg

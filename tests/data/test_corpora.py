@@ -65,6 +65,16 @@ def test_the_first_sequences_of_each_corpus(shards, others):
         assert set(order(np.arange(200)).tolist()) == {*range(5), *range(sizes["a"], sizes["a"] + 5)}
 
 
+def test_the_first_validation_sequences_of_each_corpus(shards, others):
+    whole = open_corpora(mix(shards, others)).validation(16)
+    for count in (1, 5, 10**9):
+        parts = open_corpora(mix(shards, others, max_val_sequences=count)).validation(16)
+        assert [part.num_sequences for part in parts] == [min(count, split.num_sequences) for split in whole]
+        for part, split in zip(parts, whole, strict=True):
+            numbers = np.arange(part.num_sequences)
+            assert np.array_equal(part.gather(numbers), split.gather(numbers))
+
+
 def test_mistakes_are_one_line(shards, others, tmp_path):
     prepare(PrepareConfig(source="demo", out=str(tmp_path / "c"), num_stories=60, vocab_size=400, num_workers=1))
     with pytest.raises(UserError, match=r"data.mix.b.dir=.*/c: another tokenizer than that of a .400 entries.*512"):

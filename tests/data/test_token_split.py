@@ -95,3 +95,13 @@ def test_a_loaders_process_needs_no_lightning():
     code = "import sys, bitnet_lit.data.batches; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded and not {"lightning", "hydra", "wandb"} & set(loaded)
+
+
+@pytest.mark.parametrize("count", [1, 499, 500, 998, 10_000])
+def test_the_first_sequences_may_end_within_a_shard(tmp_path, count):
+    split = write_folder(tmp_path)
+    sizes = [piece.num_sequences for piece in split.pieces]
+    first = split.first(count)
+    assert first.num_sequences == min(count, sum(sizes)) and len(first.pieces) == (1 if count <= sizes[0] else 2)
+    everything = np.arange(first.num_sequences)
+    assert np.array_equal(first.gather(everything), split.gather(everything))

@@ -164,6 +164,8 @@ def test_a_mode_sets_the_sizes_that_the_network_has(overrides, width):
     assert config.model.arguments == {"hidden_size": width} and config.model.max_position_embeddings == 64
     config = compose("train", ["run_dir=unused", "mode=smoke", f"model._target_={HERE}.Mixer", "model.width=8"])
     assert config.model.arguments == {"width": 8}
+    config = compose("train", ["run_dir=unused", "mode=smoke", "data._target_=tests.data.test_custom.Squares"])
+    assert "max_val_sequences" not in config.data.arguments
     with pytest.raises(UserError, match="hidden_size=24: .* has no such argument"):  # typed, so it is not left out
         typed = [f"model._target_={HERE}.Mixer", "model.hidden_size=24", "model.vocab_size=64"]
         config = compose("train", ["run_dir=unused", "mode=smoke", *typed])

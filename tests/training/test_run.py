@@ -166,6 +166,18 @@ def test_an_option_that_must_not_change_what_is_trained(tmp_path, shards, defaul
     assert all(torch.equal(found[name], tensor) for name, tensor in default_weights.items())
 
 
+def test_the_last_validation_takes_max_val_sequences(tmp_path, shards, capsys):
+    """They are the whole split then, of which other validations take a part."""
+    few = run(tmp_path, shards, "data.max_val_sequences=6", "trainer.limit_val_batches=1", name="part")
+    capsys.readouterr()
+    whole = run(tmp_path, shards, "data.max_val_sequences=6", "trainer.limit_val_batches=null", name="whole")
+    assert few["val/loss"] == whole["val/loss"] and few["val/best_loss"] != whole["val/best_loss"]
+    assert "on at most 6 validation sequences" in capsys.readouterr().err
+    assert run(tmp_path, shards, name="all")["val/loss"] != few["val/loss"]
+    with pytest.raises(UserError, match="data.max_val_sequences was 6 when the run began, and is 5 now"):
+        train(resume_config(str(tmp_path / "part"), ["data.max_val_sequences=5"]))
+
+
 def test_an_epoch_is_a_pass_over_the_sequences_that_are_trained_on(tmp_path, shards):
     options = ["data.max_train_sequences=8", "trainer.max_epochs=1.5", "trainer.val_check_interval=1.0"]
     metrics = run(tmp_path, shards, *options)

@@ -74,6 +74,9 @@ class DataConfig(Checked):
     """The most that the shards in cache_dir take, in GiB. Those used least recently go first."""
     max_train_sequences: int | None = None
     """Train only on the first n sequences of each corpus. null: on all. mode=overfit sets one batch."""
+    max_val_sequences: int | None = None
+    """Validate only on the first n validation sequences of each corpus. null: on all. The modes that end in seconds set
+    it, because the last validation takes all sequences. `evaluate` measures the whole split."""
 
     OWNER: ClassVar[str] = "data."
     RANGES: ClassVar[dict[str, Range]] = {
@@ -81,6 +84,7 @@ class DataConfig(Checked):
         "batch_size": SIZE,
         "num_workers": Range(0, 1024),
         "max_train_sequences": LENGTH,
+        "max_val_sequences": LENGTH,
         "cache_gib": POSITIVE,
         "shards_per_block": SIZE,
     }

@@ -61,8 +61,10 @@ class Corpora:
         return together, MixedOrder(orders, sizes, shards, weights)
 
     def validation(self, sequence_length: int) -> list[TokenSplit]:
-        """Return the validation split of each corpus."""
-        return [folder.validation(sequence_length) for folder in self.folders.values()]
+        """Return the validation split of each corpus: at most `data.max_val_sequences` of its sequences."""
+        splits = [folder.validation(sequence_length) for folder in self.folders.values()]
+        count = self.config.max_val_sequences
+        return splits if count is None else [split.first(count) for split in splits]
 
     def digests(self) -> dict[str, str]:
         """Return what identifies each shard, by `<corpus>/<file name>`, or by its file name alone."""

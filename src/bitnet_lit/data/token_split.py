@@ -9,7 +9,7 @@ error.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,14 @@ class TokenSplit:
         self._starts = np.array([piece.start for piece in pieces], dtype=np.int64)
         self.num_sequences = int(self._firsts[-1])
         self.files = ShardFiles() if files is None else files
+
+    def first(self, count: int) -> TokenSplit:
+        """Return the split of the first `count` sequences, or of all where there are fewer."""
+        ends = np.minimum(self._firsts, count)
+        pieces = [
+            replace(piece, num_sequences=int(n)) for piece, n in zip(self.pieces, np.diff(ends), strict=True) if n
+        ]
+        return TokenSplit(pieces, self.sequence_length, self.dtype, self.vocab_size, self.files)
 
     def gather(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read the token ids, int64 (B, T + 1), of the sequences with these numbers, int64 (B,).

@@ -128,7 +128,10 @@ class ShardData:
     def identity(self) -> dict[str, Any]:
         """See `RunData`."""
         hashes = {f"{SHARD}{name}": digest for name, digest in self.corpora.digests().items()}
-        facts: dict[str, Any] = {"data.max_train_sequences": self.config.max_train_sequences}
+        # With other validation sequences the losses before and after a resume could not be compared.
+        facts: dict[str, Any] = {
+            f"data.{key}": getattr(self.config, key) for key in ("max_train_sequences", "max_val_sequences")
+        }
         if self.config.mix:
             facts["data.mix"] = ", ".join(self.config.mix)  # where two are due, the first one comes
         facts |= {f"data.mix.{name}.weight": corpus.weight for name, corpus in self.config.mix.items()}
