@@ -312,23 +312,26 @@ def test_a_folder_without_a_key_is_what_the_command_takes(monkeypatch, tmp_path)
         ("train", "lr 1e-3", "optim.learning_rate=1e-3"),
         ("train", "model 15m", "model=15m"),
         ("train", "max-steps", "trainer.max_steps=<value>"),
-        ("export", "run gguf", "checkpoint=run"),
+        ("export", "run gguf", "checkpoint=run format=gguf"),
+        ("export", "run nonsense", "checkpoint=run"),
+        ("train", "texts b158", "data.dir=texts quant=b158"),
         ("export", "format gguf", "format=gguf"),
         ("export", "packed out=x", "format=packed"),
         ("train", "b158", "quant=b158"),
         ("train", "15m data.dir=texts", "model=15m"),
-        ("infer", "run Once upon", "checkpoint=run"),
+        ("infer", "run Once upon", "checkpoint=run prompt='Once upon'"),
         ("infer", "prompt Once upon", "prompt='Once upon'"),
         ("infer", "temperature", "prompt=temperature"),
         ("report", "run texts", "runs='[run,texts]'"),
         ("prepare", "texts run", "source='[texts,run]'"),
-        ("evaluate", "texts missing", "checkpoint=texts"),
+        ("evaluate", "run a.txt", "checkpoint=run data=a.txt"),
+        ("evaluate", "texts missing", "checkpoint=texts data=missing"),
     ):
         with pytest.raises(UserError, match=rf" is no key=value: did you mean {re.escape(meant)}\?$") as error:
             cli.run(command, print, words.split())
         if "<" not in meant:  # what is printed can be pasted
             pasted = shlex.split(str(error.value).partition("did you mean ")[2].removesuffix("?"))
-            assert len(as_typed(SCHEMAS[command], pasted)) == 1
+            assert len(as_typed(SCHEMAS[command], pasted)) == meant.count("=")
     with pytest.raises(UserError, match="'gpu' is no key=value: it is trainer.accelerator=gpu, cpu or mps$"):
         cli.run("train", print, ["gpu"])
     for command, word in (

@@ -50,9 +50,11 @@ def key_for_words(command: str, overrides: Sequence[str], arguments: Sequence[st
     typed, first, behind = " ".join(words), words[0], words[1:]
     text = None if before.startswith("-") else _LONE_TEXT.get(command)
     folder = next((each for each in (typed, first) if os.path.isdir(each)), None)
-    key, value, why = text, typed, None
+    key, value, why, more = text, typed, None, ""
     if folder is not None and command in _LONE_FOLDER:
-        typed = value = folder
+        more = "" if folder == typed else _behind_folder(command, behind, conf_dir)
+        typed = typed if more else folder
+        value = folder
         key = "resume" if command == "train" and is_run(Path(folder)) else _LONE_FOLDER[command]
     elif text is not None and behind and all(map(os.path.lexists, words)):
         value = f"[{','.join(words)}]"
@@ -65,7 +67,17 @@ def key_for_words(command: str, overrides: Sequence[str], arguments: Sequence[st
         key, value, typed = group, first, first
     if key is None:
         return None if why is None else f"'{typed}' is no key=value: {why}"
-    return f"'{typed}' is no key=value: did you mean {f'{key}=<value>' if value == '<value>' else shown(key, value)}?"
+    meant = f"{key}=<value>" if value == "<value>" else shown(key, value)
+    return f"'{typed}' is no key=value: did you mean {meant}{more}?"
+
+
+def _behind_folder(command: str, words: Sequence[str], conf_dir: Path) -> str:
+    """Return what the words behind a folder mean, with a space in front: a text, files or an option; or nothing."""
+    if command in ("infer", "evaluate"):
+        value = f"[{','.join(words)}]" if command == "evaluate" and len(words) > 1 else " ".join(words)
+        return f" {shown(_LONE_TEXT[command], value)}"
+    group = _group_with(command, words[0], conf_dir) if len(words) == 1 else None
+    return "" if group is None else f" {shown(group, words[0])}"
 
 
 def _group_with(command: str, option: str, conf_dir: Path) -> str | None:

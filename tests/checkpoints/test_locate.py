@@ -218,7 +218,10 @@ def test_llama2cs_file_tells_a_story_with_a_given_tokenizer(tmp_path, tokenizer)
             ["model.hidden_act=relu2", "model.hidden_size=256", "model.intermediate_size=512"],
             "train with model.hidden_act=silu",
         ),
-        (["model=llama2c_15m", "model.intermediate_size=768"], "hidden_size=288.*take type=f16, or train with 256"),
+        (
+            ["model=llama2c_15m", "model.intermediate_size=768"],
+            "hidden_size=288.*take type=f16 .target gguf_f16., or train with 256",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_read(tmp_path, overrides, remedy):
@@ -232,7 +235,7 @@ def test_the_advice_for_a_model_that_is_there(tmp_path, capsys):
     save_model_folder(tmp_path / "model", tiny_model(sub_norm=False), QuantConfig(), None)
     advise([f"checkpoint={tmp_path}"])
     told = capsys.readouterr().out
-    assert "gguf_tq2_0" in told and "train with 256" in told
+    assert "gguf_tq2_0" in told and "model.hidden_size=32: ternary blocks hold 256" in told
     with pytest.raises(UserError, match=r"unknown key 'model': .*export --cfg job"):
         advise([f"checkpoint={tmp_path}", "model=15m"])
 
@@ -241,7 +244,7 @@ def test_the_advice_names_every_target_and_remedy(tmp_path):
     told = run_command("export", "--advise", "model=llama2c_15m", "model.sub_norm=false", cwd=tmp_path).stdout
     for target in ("latent", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c"):
         assert target in told
-    assert "train with 256" in told and told.count("yes") >= 3
+    assert "(target gguf_f16)" in told and told.count("yes") >= 3
     refused = run_command("export", "--advise", "modell=15m", cwd=tmp_path, check=False)
     assert refused.returncode == 2 and "did you mean" in refused.stderr
 

@@ -51,7 +51,7 @@ REFUSED = {
         **NOT_CODES,
     },
     "gguf_tq2_0": {
-        "group 64": r"has one: take type=f16, or train with quant=b158_row or groups of a multiple of 256",
+        "group 64": r"has one: take type=f16 \(target gguf_f16\), or train with quant=b158_row or groups of a multiple",
         "quinary": "its codes are -2, -1, 0, 1, 2",
         "row, median, 4 bits": EIGHT_BITS,
         **NOT_CODES,

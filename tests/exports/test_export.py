@@ -55,7 +55,7 @@ def expected_refusal(options, quant, tied, sub_norm):
     if form == "gguf" and sub_norm and not tied:
         return "train with true, or with model.sub_norm=false"
     if form == "gguf" and type != "f16" and quant == "none":
-        return "take type=f16, or train with quant=b158"
+        return "take type=f16 (target gguf_f16), or train with quant=b158"
     return None
 
 
@@ -285,8 +285,12 @@ def test_a_model_without_a_tokenizer_writes_no_text(tmp_path, monkeypatch, capsy
 REFUSED = [
     ("tq2_0+q8_0", {"hidden_act": "relu2"}, "train with model.hidden_act=silu"),
     ("f16+f16", {"hidden_act": "relu2"}, "train with model.hidden_act=silu"),
-    ("tq2_0+q8_0", {"intermediate_size": 384}, "model.intermediate_size=384.*take type=f16, or train with (256|512)$"),
-    ("tq1_0+q8_0", {"hidden_size": 128}, "model.hidden_size=128.*take type=f16, or train with 256"),
+    (
+        "tq2_0+q8_0",
+        {"intermediate_size": 384},
+        "model.intermediate_size=384.*take type=f16 .target gguf_f16., or train with (256|512)$",
+    ),
+    ("tq1_0+q8_0", {"hidden_size": 128}, "model.hidden_size=128.*take type=f16 .target gguf_f16., or train with 256"),
     ("f16+q6_k", {"hidden_size": 128}, "take embeddings=f16"),
     ("f16+q8_0", {"hidden_size": 48, "num_attention_heads": 4}, "take embeddings=f16"),
     ("f16+f16", {"head_dim": 32}, "heads must add up to hidden_size"),

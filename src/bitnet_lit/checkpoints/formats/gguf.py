@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 TERNARY_BLOCK = 256
 ACTIVATIONS = AbsMax(8)  # ggml's types of activations have 8 bits: vec_dot_type of its type traits
+_TAKE_F16 = "take type=f16 (target gguf_f16)"  # a key of export, and what export.targets of a run lists
 FILE_TYPES = {"tq2_0": "MOSTLY_TQ2_0", "tq1_0": "MOSTLY_TQ1_0", "f16": "MOSTLY_F16"}
 # Half a step, and the rounding of the scale. Q8_0 has 127 steps and an fp16 scale. Q6_K has 32 steps, and its scales
 # are rounded to 1/127 of the largest scale in the block.
@@ -145,11 +146,11 @@ class Gguf(Format):
     def _ternary_problems(self, config: ModelConfig, quant: QuantConfig) -> Iterator[str]:
         scheme = quant.scheme
         if not scheme.quantizes:
-            yield f"quant={scheme.name}: dense weights are not ternary codes: take type=f16, or train with quant=b158"
+            yield f"quant={scheme.name}: dense weights are not ternary codes: {_TAKE_F16}, or train with quant=b158"
         if not _fills_blocks(scheme.granularity):
             yield (
                 f"quant={scheme}: its scales are {scheme.granularity}, and a ternary block of {TERNARY_BLOCK} inputs "
-                f"has one: take type=f16, or train with quant=b158_row or groups of a multiple of {TERNARY_BLOCK}"
+                f"has one: {_TAKE_F16}, or train with quant=b158_row or groups of a multiple of {TERNARY_BLOCK}"
             )
         rows = {"model.hidden_size": config.hidden_size, "model.intermediate_size": config.intermediate_size}
         if config.attention_size != config.hidden_size:
@@ -157,7 +158,7 @@ class Gguf(Format):
         for key, size in rows.items():
             if size % TERNARY_BLOCK:
                 near = max(TERNARY_BLOCK, round(size / TERNARY_BLOCK) * TERNARY_BLOCK)
-                yield f"{key}={size}: ternary blocks hold {TERNARY_BLOCK} inputs: take type=f16, or train with {near}"
+                yield f"{key}={size}: ternary blocks hold {TERNARY_BLOCK} inputs: {_TAKE_F16}, or train with {near}"
 
     def tokenizer_problem(self, tokenizer: Tokenizer | None) -> str | None:
         return llama_tokenizer_problem(tokenizer)
