@@ -56,9 +56,9 @@ def test_the_gate_stops_it_too(tmp_path, model, monkeypatch):
 def test_what_it_does_not_know_is_refused_by_name(tmp_path, tokenizer):
     config, quant = tiny_config(), QuantConfig(name="none")
     assert Npz().problems(config, quant) == []
-    assert "model.qkv_bias=True: an archive has no biases" in Npz().problems(tiny_config(qkv_bias=True), quant)
+    assert "model.qkv_bias=true: an archive has no biases" in Npz().problems(tiny_config(qkv_bias=True), quant)
     assert problems(Npz(), tiny_config(qk_norm=True), quant)[0] == (
-        "model.qk_norm=True: this part of a network is not known there: take format=latent, or train with "
+        "model.qk_norm=true: this part of a network is not known there: take format=latent, or train with "
         "model.qk_norm=false"
     )
 
@@ -84,7 +84,7 @@ def test_targets_and_advice_list_it(capsys):
         compose("train", ["run_dir=x", "export.targets=packed,gguf_tq2_0"])
     compose("train", ["run_dir=x", f"export.formats=[{NPZ}]", "export.targets=[npz,packed]"])
     assert [choice.target for choice in all_targets()][-1] == "npz" and target_named("npz") == Npz()
-    with pytest.raises(UserError, match="export.targets: npz: model.qkv_bias=True"):
+    with pytest.raises(UserError, match="export.targets: npz: model.qkv_bias=true"):
         check_targets(["npz"], tiny_config(qkv_bias=True), QuantConfig(name="none"))
     print_advice(tiny_config(), QuantConfig())
     assert "npz" in capsys.readouterr().out

@@ -175,9 +175,9 @@ def test_load_takes_the_engine_where_it_can(tmp_path, tokenizer):
     assert bitnet_lit.load(tmp_path / "dense").engine.name.startswith("native")
     qwen = tiny_model("none", sub_norm=False, qkv_bias=True)
     save_model_folder(tmp_path / "qwen", qwen, QuantConfig(name="none"), tokenizer)
-    with pytest.warns(UserWarning, match="PyTorch runs it, .*model.qkv_bias=True"):
+    with pytest.warns(UserWarning, match="PyTorch runs it, .*model.qkv_bias=true"):
         assert bitnet_lit.load(tmp_path / "qwen").engine.name == "PyTorch"
-    with pytest.raises(UserError, match=r"model.qkv_bias=True: .* has no biases: take engine=torch"):
+    with pytest.raises(UserError, match=r"model.qkv_bias=true: .* has no biases: take engine=torch"):
         bitnet_lit.load(tmp_path / "qwen", engine="cpu")
     for name in ("cpu", "torch"):
         engine = bitnet_lit.load(tmp_path / "b158", engine=name).engine

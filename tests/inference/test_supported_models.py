@@ -27,10 +27,10 @@ from tests.support import tiny_config
         ({"name": "b158_group"}, {}, "quant=b158_group: its scales are one for 128 inputs, the kernels have one"),
         ({"name": "quinary"}, {}, "quant=quinary: its codes are -2, -1, 0, 1, 2, the kernels' are -1, 0 and +1"),
         ({"name": "centered"}, {}, "quant=centered: its layer computes more than a product of codes"),
-        ({}, {"sub_norm": False, "qkv_bias": True}, "model.qkv_bias=True: the native engine has no biases"),
+        ({}, {"sub_norm": False, "qkv_bias": True}, "model.qkv_bias=true: the native engine has no biases"),
         ({}, {"intermediate_size": 2**18 + 4}, "a matrix has 262148 inputs: the native engine takes 262144 at most"),
-        ({"name": "none"}, {"qkv_bias": True}, "model.qkv_bias=True"),
-        ({"name": "b158_row"}, {"qkv_bias": True}, "model.qkv_bias=True: the native engine has no biases; "),
+        ({"name": "none"}, {"qkv_bias": True}, "model.qkv_bias=true"),
+        ({"name": "b158_row"}, {"qkv_bias": True}, "model.qkv_bias=true: the native engine has no biases; "),
     ],
     ids=str,
 )

@@ -157,7 +157,7 @@ def test_the_network_is_the_trained_models_and_how_it_is_trained_is_the_runs(tmp
             "model.hidden_size=96",
             r"^model.hidden_size=96 with init_from=.*with hidden_size=32: leave model.hidden_size=",
         ),
-        ("model.sub_norm=true", "model.sub_norm=True with init_from"),
+        ("model.sub_norm=true", "model.sub_norm=true with init_from"),
         ("model.head_dim=10", "with head_dim=8"),
         ("model.name=mine", "with name=custom"),
         ("model=15m", r"^model=15m \(model.hidden_size=256\) with init_from=.*leave model= out"),

@@ -111,6 +111,13 @@ def require_whole(key: str, value: object) -> None:
         raise UserError(f"{key}={value!r}: must be a whole number")
 
 
+def written(value: object) -> str:
+    """Return a value as it is written on a command line: true, false or null where it is no number or text."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def not_empty(key: str, path: str | None) -> None:
     """Refuse an empty path, which a shell makes of a variable without a value: it would be the current folder.
 

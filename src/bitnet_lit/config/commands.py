@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bitnet_lit.config.checks import SIZE, Checked, Range, not_empty, one_of
+from bitnet_lit.config.checks import SIZE, Checked, Range, not_empty, one_of, written
 from bitnet_lit.config.inference import CheckpointConfig, EngineConfig, GenerationConfig
 from bitnet_lit.errors import UserError
 
@@ -213,7 +213,7 @@ class ExportConfig(CheckpointConfig):
         """The options that differ from their defaults and that the format does not have, as key=value."""
         has = {option.name for option in fields(self.chosen_format)}
         chosen = {key: getattr(self, key) for key in self.FORMAT_OPTIONS if key not in has}
-        return [f"{key}={value}" for key, value in chosen.items() if value != getattr(ExportConfig, key)]
+        return [f"{key}={written(value)}" for key, value in chosen.items() if value != getattr(ExportConfig, key)]
 
 
 @dataclass

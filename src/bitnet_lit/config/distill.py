@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from bitnet_lit.config.checks import FACTOR, POSITIVE, SIZE, Checked, Range
+from bitnet_lit.config.checks import FACTOR, POSITIVE, SIZE, Checked, Range, written
 from bitnet_lit.errors import UserError
 
 
@@ -53,7 +53,7 @@ class DistillConfig(Checked):
             for field in fields(self):
                 if (value := getattr(self, field.name)) != field.default:
                     raise UserError(
-                        f"distill.teacher must be given with distill.{field.name}={value}: add "
+                        f"distill.teacher must be given with distill.{field.name}={written(value)}: add "
                         "distill.teacher=<run or model folder>, or leave out experiment=distill and this key"
                     )
         elif not self.teacher:

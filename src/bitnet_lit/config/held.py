@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
+from bitnet_lit.config.checks import written
 from bitnet_lit.config.network import ModelConfig
 
 
@@ -69,9 +70,8 @@ def refused_fields(config: ModelConfig, held: Held, keys_of: str = "model.", rem
     for key, value in network_values(config).items():
         unknown = "this part of a network is not known there"
         if remedy:
-            default = "null" if defaults[key] is None else str(defaults[key]).lower()
-            unknown += f": take {remedy}, or train with {keys_of}{key}={default}"
+            unknown += f": take {remedy}, or train with {keys_of}{key}={written(defaults[key])}"
         allowed = held.get(key, Only(defaults[key], unknown))
         if isinstance(allowed, Only) and value != allowed.value:
-            found.append(f"{keys_of}{key}={value}: {allowed.remedy}")
+            found.append(f"{keys_of}{key}={written(value)}: {allowed.remedy}")
     return found

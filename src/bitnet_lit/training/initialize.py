@@ -28,6 +28,7 @@ from bitnet_lit.checkpoints.formats.model_folder import trained_step
 from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.checkpoints.pretrained import PretrainedModel, from_pretrained
 from bitnet_lit.config import CustomNetwork, ModelConfig, TrainConfig
+from bitnet_lit.config.checks import written
 from bitnet_lit.config.held import network_values
 from bitnet_lit.errors import UserError
 from bitnet_lit.exports.targets import check_targets
@@ -207,10 +208,11 @@ def check_typed_network(config: TrainConfig, keys: Collection[str]) -> None:
         wanted = {name: getattr(config.model, name)} if name else _resolved(config.model)  # a key, or a whole group
         for field, value in wanted.items():
             if value not in (None, has.get(field)):
-                typed = f"{key}={value}" if name else f"model={config.model.name} (model.{field}={value})"
+                shown = written(value)
+                typed = f"{key}={shown}" if name else f"model={config.model.name} (model.{field}={shown})"
                 raise UserError(
                     f"{typed} with init_from={config.init_from}: the weights are of a network with {field}="
-                    f"{has.get(field)}: leave {key}= out, or train a new network without init_from"
+                    f"{written(has.get(field))}: leave {key}= out, or train a new network without init_from"
                 )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bitnet_lit.checkpoints.stored_model import StoredModel
 from bitnet_lit.config import EngineConfig
+from bitnet_lit.config.checks import written
 from bitnet_lit.config.inference import CUDA_HEADS, CUDA_KV_CACHES
 from bitnet_lit.errors import UserError
 from bitnet_lit.inference.engines import Engine
@@ -114,5 +115,5 @@ def _warn_of_unused(options: EngineConfig, keys: Sequence[str], why: str) -> Non
     default = EngineConfig()
     unused = {key: getattr(options, key) for key in keys if getattr(options, key) != getattr(default, key)}
     if unused:
-        given = ", ".join(f"{key}={value}" for key, value in unused.items())
+        given = ", ".join(f"{key}={written(value)}" for key, value in unused.items())
         warnings.warn(f"{given}: no effect, because {why}", stacklevel=5)
