@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import pwd
 import shutil
 import threading
 import time
@@ -337,6 +338,16 @@ def test_the_default_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert ShardCache.default(gib=0.5).folder == Path.home() / ".cache" / "bitnet_lit" / "shards"
     assert ShardCache.default("here", 0.5).folder == Path("here") and ShardCache.default("here", 0.5).limit == 2**29
+
+
+def test_a_user_without_a_home_folder_reads_shards_of_this_machine(folder, monkeypatch):
+    monkeypatch.undo()
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])  # a container that is started with an unknown user
+    open_corpora(DataConfig(dir=str(folder)))
+    with served(folder) as server, pytest.raises(UserError, match="no home folder to keep remote shards in: give"):
+        open_corpora(DataConfig(dir=server.url))
 
 
 def test_a_cache_that_is_too_small_is_refused_and_shuffling_by_shards_needs_less(folder):

@@ -224,6 +224,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(compiled, tmp_p
     ("script", "says"),
     [
         ("echo 'no such flag é\n' >&2; exit 1", "failed: no such flag"),
+        ("kill -9 $$", "failed: it said nothing, status -9"),
         ("exit 0", "failed"),
         (None, "Exec format error"),
     ],

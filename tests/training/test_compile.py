@@ -1,12 +1,16 @@
 """Which parts of a network are compiled, and a compiler that fails."""
 
+import os
+
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
+from bitnet_lit.native import build
 from bitnet_lit.training import module as module_file
-from bitnet_lit.training.compile import compile_failure, compile_networks, is_compiled, undo_compile
+from bitnet_lit.training.compile import CACHE, compile_failure, compile_networks, is_compiled, undo_compile
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN, tiny_model
 
@@ -24,6 +28,21 @@ def test_the_layers_and_the_loss_of_our_network_are_compiled_and_a_foreign_netwo
     foreign = torch.nn.Sequential(torch.nn.Linear(2, 2))
     compile_networks(foreign)
     assert foreign._compiled_call_impl is not None and foreign[0]._compiled_call_impl is None
+
+
+def test_kernels_are_kept_in_the_users_cache_if_it_can_be_written(tmp_path, monkeypatch):
+    in_tmp = os.path.abspath(default_cache_dir())  # PyTorch writes it into the environment as it is imported
+    monkeypatch.setattr(build, "cache_folders", lambda: [tmp_path / "file", tmp_path / "cache"])
+    (tmp_path / "file").touch()
+    ours = str(tmp_path / "cache" / "torchinductor")
+    for before, after in ((in_tmp, ours), ("/x", "/x")):
+        monkeypatch.setenv(CACHE, before)
+        compile_networks(tiny_model())
+        assert os.environ[CACHE] == after
+    monkeypatch.setattr(build, "cache_folders", lambda: [tmp_path / "file"])
+    monkeypatch.setenv(CACHE, in_tmp)
+    compile_networks(tiny_model())
+    assert os.environ[CACHE] == in_tmp
 
 
 def failing_once(monkeypatch):

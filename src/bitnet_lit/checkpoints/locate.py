@@ -135,7 +135,7 @@ def _find(checkpoint: str, key: str) -> Path:
         raise UserError(f"{key}= is empty: give a run or model folder{_or_nothing(key)}")
     path = Path(checkpoint)
     if not path.exists() and (checkpoint == "~" or checkpoint.startswith("~/")):
-        path = path.expanduser()  # not every shell expands it after an =
+        path = Path(os.path.expanduser(path))  # not every shell expands it after an =
     if not os.path.lexists(path) and _may_be_on_the_hub(checkpoint):
         return download_model(checkpoint)
     if not path.exists():

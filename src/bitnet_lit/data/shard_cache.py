@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bitnet_lit.data.fetch import fetch
 from bitnet_lit.data.fetch_errors import Damaged
-from bitnet_lit.errors import disk_errors
+from bitnet_lit.errors import UserError, disk_errors
 from bitnet_lit.files.atomic import atomic_file
 from bitnet_lit.files.locks import lock
 from bitnet_lit.files.temporary_paths import remove_leftovers
@@ -35,9 +35,17 @@ _BLOCK_BYTES = 2**20
 
 
 def default_cache_folder() -> Path:
-    """Return the folder of shards in the user's cache. A relative XDG_CACHE_HOME counts as none, as its rules say."""
-    cached = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cached) if os.path.isabs(cached) else Path.home() / ".cache") / "bitnet_lit" / "shards"
+    """Return the folder of shards in the user's cache. A relative XDG_CACHE_HOME counts as none, as its rules say.
+
+    Raises:
+        UserError: the user has no home folder, as in a container that is started with an unknown user.
+    """
+    cached, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if os.path.isabs(cached):
+        return Path(cached) / "bitnet_lit" / "shards"
+    if os.path.isabs(home):
+        return Path(home) / ".cache" / "bitnet_lit" / "shards"
+    raise UserError("data.cache_dir: this user has no home folder to keep remote shards in: give data.cache_dir")
 
 
 @dataclass(frozen=True)
@@ -78,17 +86,22 @@ class ShardCache:
     """Keeps shards in a folder.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing; None for the folder in the user's cache.
         limit: the most bytes of all shards together.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path | None, limit: int) -> None:
+        self._folder, self.limit = folder, limit
+
+    @property
+    def folder(self) -> Path:
+        """The folder. It is first asked for where a shard is remote: a user without a home folder needs none before."""
+        return default_cache_folder() if self._folder is None else self._folder
 
     @classmethod
     def default(cls, folder: str | None = None, gib: float = DEFAULT_GIB) -> ShardCache:
         """Return the cache that the keys data.cache_dir and data.cache_gib mean."""
-        return cls(default_cache_folder() if folder is None else Path(folder), int(gib * 2**30))
+        return cls(None if folder is None else Path(folder), int(gib * 2**30))
 
     def open(self, shard: RemoteShard) -> int:
         """Return a descriptor of a whole shard; fetch the shard if it is not there.

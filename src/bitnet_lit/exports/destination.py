@@ -39,7 +39,7 @@ def default_out(format: Format, path: Path) -> Path:
 
 def given_out(out: str) -> Path:
     """Return the path given by out=, with a leading ~ replaced by the home folder: not every shell does that."""
-    return Path(out).expanduser() if out.startswith("~/") else Path(out)
+    return Path(os.path.expanduser(out)) if out.startswith("~/") else Path(out)
 
 
 def note_of(out: Path, is_file: bool) -> Path:

@@ -161,7 +161,8 @@ class _Recipe:
         """
         result = _run([*self._command, str(self._main), "-o", str(library)], COMPILE_SECONDS)
         if result.returncode or not library.is_file():
-            raise NoCompilerError(f"{self._command[0]} failed: {' '.join(result.stderr.split())[:300]}")
+            said = " ".join(result.stderr.split())[:300] or f"it said nothing, status {result.returncode}"
+            raise NoCompilerError(f"{self._command[0]} failed: {said}")
 
 
 def _content(library: Path) -> str:
@@ -188,6 +189,30 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _folder_of_code(folder: Path) -> Path:
+    """Make `folder` if it is missing, and return it if code can be loaded from there.
+
+    Raises:
+        _UnusableError, OSError: it cannot; the message says why.
+    """
+    folder = make_private(folder)
+    if reason := why_not_private(folder):
+        raise _UnusableError(reason)
+    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+        raise _UnusableError(f"{folder} is mounted without execution")
+    return folder
+
+
+def writable_cache_folder(name: str) -> Path | None:
+    """Return the folder `name` in the first of `cache_folders` where this user can keep code, or None."""
+    for folder in cache_folders():
+        with contextlib.suppress(_UnusableError, OSError):
+            place = _folder_of_code(folder / name)
+            if os.access(place, os.W_OK):
+                return place
+    return None
+
+
 def _library_in(folder: Path, recipe: _Recipe) -> Path:
     """The library in `folder`, compiled if it is not there yet.
 
@@ -195,11 +220,7 @@ def _library_in(folder: Path, recipe: _Recipe) -> Path:
         _UnusableError, OSError: the library cannot be kept in `folder`.
         NoCompilerError: it cannot be compiled.
     """
-    folder = make_private(folder)
-    if reason := why_not_private(folder):
-        raise _UnusableError(reason)
-    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        raise _UnusableError(f"{folder} is mounted without execution")
+    folder = _folder_of_code(folder)
     if found := _kept(folder, recipe):
         return found
     with _alone_in(folder):

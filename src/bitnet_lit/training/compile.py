@@ -5,7 +5,8 @@ that takes seconds, where the whole network takes half a minute and more, and th
 loss are compiled too, so that a softmax reads its logits once. A network of the user's own is compiled as a whole.
 
 Compiled kernels are kept in $TORCHINDUCTOR_CACHE_DIR; by default in the folder torchinductor beside the native engine's
-cache (~/.cache/bitnet_lit), where later runs find them.
+cache (~/.cache/bitnet_lit), where later runs find them. Where that cannot be written they go to PyTorch's default, a
+folder in /tmp.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 from bitnet_lit.config import TrainConfig
 from bitnet_lit.errors import one_line
 from bitnet_lit.model import CausalLM
-from bitnet_lit.native.build import cache_folders
+from bitnet_lit.native.build import writable_cache_folder
 from bitnet_lit.terminal import console
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -43,13 +44,16 @@ def compile_networks(*networks: nn.Module) -> None:
     and runs further ones without compiling them; the jobs of a sweep would come to more.
     """
     import torch._dynamo  # takes seconds
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     # PyTorch compiles eight variants of a function and runs further ones uncompiled. There is one for each kind of
     # layer (with value embeddings, the first one), each phase of quantization, and each size of batches.
     torch._dynamo.config.recompile_limit = 64
     torch.compiler.reset()
-    if CACHE not in os.environ and (folders := cache_folders()):
-        os.environ[CACHE] = str(folders[0] / "torchinductor")
+    # PyTorch writes its own default, a folder in /tmp, there when Lightning imports it.
+    is_named = os.environ.get(CACHE) not in (None, os.path.abspath(default_cache_dir()))
+    if not is_named and (folder := writable_cache_folder("torchinductor")):
+        os.environ[CACHE] = str(folder)
     for model in networks:
         if not isinstance(model, CausalLM):
             model.compile()
