@@ -195,6 +195,64 @@ def test_a_loss_that_is_larger_is_not_better_but_an_accuracy_is(tmp_path, metric
     assert rows["b158"].is_best and not rows["none"].is_best
 
 
+@pytest.mark.parametrize("metric", ["val/top5", "val/mean_margin", "ternary/zero", "perf/data_wait_share"])
+def test_no_row_is_best_in_a_metric_whose_direction_is_not_known(tmp_path, metric):
+    for quant, value in (("none", 0.2), ("b158", 0.4)):
+        folder = make_run(tmp_path / quant, quant=quant, final=value)
+        (folder / "metrics.csv").write_text((folder / "metrics.csv").read_text().replace("val/loss", metric))
+        (folder / "metrics.json").write_text(f'{{"{metric}": {value}, "steps": 40, "tokens": 5120}}')
+    rows, _ = compared(tmp_path, by=["quant"], metric=metric)
+    assert [row.loss.mean for row in rows.values()] == [0.4, 0.2] and not any(row.is_best for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ({"dir": "data/other"}, "data.dir"),
+        ({"max_val_sequences": 40}, "data.max_val_sequences"),
+        ({"sequence_length": 16}, "data.sequence_length"),
+        ({"mix": {"web": {"dir": "data/web", "weight": 1.0}}, "dir": None}, "data.dir, data.mix.web.dir"),
+        ({"dir": None, "_target_": "study.Bytes", "path": "a.txt"}, "data._target_, data.dir, data.path"),
+    ],
+)
+def test_no_row_is_best_of_runs_that_are_validated_on_different_sequences(tmp_path, data, key):
+    """The keys of the rows need not show it: here `quant` tells the runs apart."""
+    make_run(tmp_path / "a", quant="none", final=2.0)
+    make_run(tmp_path / "b", quant="b158", final=1.0, data=config_of()["data"] | data)
+    rows, notes = compared(tmp_path)
+    assert list(rows) == ["b158", "none"] and not any(row.is_best for row in rows.values())
+    assert any(f"differ in {key}" in note and "evaluate data_dir=<one folder>" in note for note in notes)
+    rows, notes = compared(tmp_path, metric="perf/tokens_per_s")
+    assert not any("evaluate" in note for note in notes)
+
+
+@pytest.mark.parametrize("data", [{"sequence_length": 32}, {"shuffle": "shards"}, {"num_workers": 1, "cache_dir": "c"}])
+def test_runs_that_are_validated_on_the_same_sequences_have_a_best_row(tmp_path, data):
+    make_run(tmp_path / "a", quant="none", final=2.0)  # its sequence_length is that of the model, 32
+    make_run(tmp_path / "b", quant="b158", final=1.0, data=config_of()["data"] | data)
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert rows["b158"].is_best and not any("sequences" in note for note in notes)
+
+
+def test_a_run_whose_first_validation_is_late_is_named(tmp_path):
+    make_run(tmp_path / "short", seed=1, losses=((10, 3.0), (20, 2.0)))
+    make_run(tmp_path / "long", seed=2, losses=((30, 2.0), (60, 1.0)))
+    make_run(tmp_path / "dense", quant="none", losses=((20, 3.0), (60, 1.5)))
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert [run.folder.name for run in rows["b158"].counted] == ["short"] and rows["b158"].loss.count == 1
+    why = "has no val/loss at the 2,560 tokens that the others are compared at"
+    assert f"{tmp_path / 'long'} {why}" in notes
+    assert "the rows have different lengths, 2,560 to 7,680 tokens: a gap is at one length" in notes
+
+
+def test_a_scheme_of_the_users_own_is_named_with_the_remedy(tmp_path):
+    own = config_of()["quant"] | {"name": "mine", "_target_": "study.Mine"}
+    make_run(tmp_path / "a", config=config_of() | {"quant": own})
+    rows, notes = compared(tmp_path, by=["quant"])
+    assert rows["mine"].sizes is None
+    assert "mine: schemes=[study.Mine] gives the bytes of its weights, if you trust that class" in notes
+
+
 @pytest.mark.parametrize(
     ("losses", "best"),
     [((2.0, 2.0, 2.5), ["b1", "b158"]), ((2.5, 2.0, 2.0), ["b158", "none"]), ((2.0, 2.0, 2.0), [])],

@@ -16,10 +16,10 @@ import numpy as np
 from bitnet_lit.reports.gaps import Gap, gap_at_equal_bytes, gap_at_equal_tokens
 from bitnet_lit.reports.measures import at_equal_tokens, final
 from bitnet_lit.reports.statistics import Estimate
-from bitnet_lit.reports.weight_sizes import WeightSizes, is_dense, weight_sizes
-from bitnet_lit.runs.config_keys import natural, shown_apart, value_of
+from bitnet_lit.reports.weight_sizes import WeightSizes, is_dense, unknown_scheme, weight_sizes
+from bitnet_lit.runs.config_keys import natural, shown_apart, validated_on, value_of
 from bitnet_lit.runs.history import DONE, FAILED, Run
-from bitnet_lit.runs.metric_names import larger_is_better
+from bitnet_lit.runs.metric_names import larger_is_better, smaller_is_better
 
 _NO_GAP = Gap()
 _DENSE = Gap(why_not="it is the dense model")
@@ -130,6 +130,10 @@ def _measure(row: Row, comparison: Comparison) -> None:
     measured = at_equal_tokens(row.counted, comparison.metric)
     row.loss = Estimate.of([*measured.values.values()]) if measured.values else None
     row.tokens, row.is_interpolated = measured.tokens, measured.is_interpolated
+    if late := [run for run in row.counted if run not in measured.values]:
+        why = f"has no {comparison.metric} at the {measured.tokens:,.0f} tokens that the others are compared at"
+        row.left_out += [(run, why) for run in late]
+        row.counted = [run for run in row.counted if run not in late]
     row.is_dense = all(is_dense(run.config) for run in row.counted)
     sizes = {weight_sizes(run.config, comparison.dense_bits) for run in row.counted}
     row.sizes = sizes.pop() if len(sizes) == 1 else None
@@ -170,22 +174,52 @@ def compare(runs: Sequence[Run], by: list[str], over: list[str], metric: str, de
             quantized = [run for run in row.counted if run not in dense]  # a dense run would be its own twin
             row.at_equal_tokens = gap_at_equal_tokens(quantized, list(dense), [*by, *over], metric)
             row.at_equal_bytes = gap_at_equal_bytes(quantized, row.sizes, dense, over, metric)
-    means = {row.loss.mean for row in comparison.rows if row.loss is not None and row.is_finished}
-    best = max(means, default=None) if larger_is_better(metric) else min(means, default=None)
-    for row in comparison.rows:
-        row.is_best = len(means) > 1 and row.is_finished and row.loss is not None and row.loss.mean == best
-    comparison.notes = _notes(comparison)
+    unlike = _unlike_validation(counted, [*over]) if metric.startswith("val") else []
+    if not unlike:
+        _name_best(comparison)
+    comparison.notes = _notes(comparison, unlike)
     return comparison
 
 
-def _notes(comparison: Comparison) -> list[str]:
-    """Return what a reader should know about the rows."""
+def _name_best(comparison: Comparison) -> None:
+    """Name the best of the finished rows, where it is known whether more or less of the metric is better."""
+    means = {row.loss.mean for row in comparison.rows if row.loss is not None and row.is_finished}
+    if len(means) > 1 and (larger_is_better(comparison.metric) or smaller_is_better(comparison.metric)):
+        best = max(means) if larger_is_better(comparison.metric) else min(means)
+        for row in comparison.rows:
+            row.is_best = row.is_finished and row.loss is not None and row.loss.mean == best
+
+
+def _unlike_validation(runs: Sequence[Run], over: Sequence[str]) -> list[str]:
+    """Return the keys by which runs are validated on different sequences, apart from the `over` keys."""
+    values = [frozenset(validated_on(run.config).items()) for run in runs if run.config]
+    common = frozenset.intersection(*values) if values else frozenset()
+    return sorted({key for each in values for key, _ in each - common} - {*over})
+
+
+def _notes(comparison: Comparison, unlike: Sequence[str]) -> list[str]:
+    """Return what a reader should know about the rows.
+
+    Args:
+        unlike: the keys by which their runs are validated on different sequences.
+    """
     notes = []
+    if unlike:
+        notes.append(
+            f"the runs differ in {', '.join(unlike[:4])}: their {comparison.metric} may be of different sequences, so "
+            "no row is called best: evaluate data_dir=<one folder> measures models on the same ones"
+        )
+    lengths = {row.tokens for row in comparison.rows if row.tokens is not None}
+    if len(lengths) > 1:
+        least, most = min(lengths), max(lengths)
+        notes.append(f"the rows have different lengths, {least:,.0f} to {most:,.0f} tokens: a gap is at one length")
     for row in comparison.rows:
         if mixed := _mixed_keys(row.counted, comparison.over):
             notes.append(f"{row.name}: its runs differ in {', '.join(mixed[:4])} too: by= can divide them")
         if row.is_interpolated:
             notes.append(f"{row.name}: its runs have different lengths: the mean is that at {row.tokens:,.0f} tokens")
+        if row.sizes is None and (scheme := unknown_scheme(row.counted[0].config if row.counted else {})):
+            notes.append(f"{row.name}: schemes=[{scheme}] gives the bytes of its weights, if you trust that class")
         if row.counted and not row.is_finished:
             notes.append(f"{row.name}: no run is finished: the mean is that so far")
         notes += [f"{row.name}: {note}" for gap in (row.at_equal_tokens, row.at_equal_bytes) for note in gap.notes]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from bitnet_lit.config import ModelConfig, QuantConfig
+from bitnet_lit.errors import one_line
 from bitnet_lit.model.accounting import account
 
 _DAMAGED = (TypeError, ValueError, AttributeError, KeyError, ArithmeticError)
@@ -43,6 +44,13 @@ def quant_config(config: dict[str, Any]) -> QuantConfig | None:
         return QuantConfig(**{key: value for key, value in values.items() if key in known})
     except _DAMAGED:
         return None
+
+
+def unknown_scheme(config: dict[str, Any]) -> str | None:
+    """Return the class of a scheme of the user's own that a run names and that is not known here, or None."""
+    quant = config.get("quant")
+    target = quant.get("_target_") if isinstance(quant, dict) and quant_config(config) is None else None
+    return one_line(target, 200) if isinstance(target, str) else None
 
 
 def is_dense(config: dict[str, Any]) -> bool:

@@ -22,7 +22,16 @@ _NUMBER = re.compile(r"((?:^-)?\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 _FIRST = ("model", "quant", "optim", "schedule", "data")
 _WITHOUT_EFFECT = ("run_dir", "resume", "allow", "schemes", "compile", "logger", "callbacks", "export", "sweep")
 """Keys and groups that do not change what a run learns."""
-
+_OF_TRAINING = (
+    "shuffle",
+    "shards_per_block",
+    "batch_size",
+    "max_train_sequences",
+    "num_workers",
+    "cache_dir",
+    "cache_gib",
+)
+"""Keys of `data` that do not change what a run is validated on."""
 
 _BEFORE_THE_KEY = {
     "model.residual_scales": False,
@@ -86,6 +95,15 @@ def learned_from(config: dict[str, Any], *without: str) -> dict[str, str]:
         for key, value in flat(config).items()
         if key not in left_out and key.partition(".")[0] not in left_out
     }
+
+
+def validated_on(config: dict[str, Any]) -> dict[str, str]:
+    """Return the values that decide on which sequences a run is validated, as text by dotted key."""
+    data, model = (group if isinstance(group := config.get(name), dict) else {} for name in ("data", "model"))
+    values = {key: value for key, value in flat(data, "data.").items() if value is not None}
+    length = data.get("sequence_length") or model.get("max_position_embeddings")
+    values |= {} if length is None else {"data.sequence_length": length}
+    return {key: _exact(value) for key, value in values.items() if key.partition(".")[2] not in _OF_TRAINING}
 
 
 def _exact(value: Any) -> str:

@@ -1,12 +1,13 @@
 """These are the figures that a run writes to metrics.json by itself, so that a search knows them before its first run.
 
-Of most of them less is better, as of a loss. `larger_is_better` names the others.
+`larger_is_better` and `smaller_is_better` name those of which a report may say which run is best.
 
 A callback of the user's own may log others. They are kept if their names begin as `KEPT` says.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from bitnet_lit.errors import UserError, nearest
@@ -45,6 +46,15 @@ def metric_names(corpora: Iterable[str] = ()) -> list[str]:
 def larger_is_better(metric: str) -> bool:
     """Return whether more of a figure is better, as of a speed or an accuracy (of a corpus: `val/accuracy_<name>`)."""
     return metric.startswith("val/accuracy") or metric in ("perf/tokens_per_s", "perf/mfu")
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Return whether less of a figure is better, as of a loss (of a corpus: `val/loss_<name>`).
+
+    Neither holds of a figure such as `ternary/zero`, nor of what a callback of the user's own logs: its direction is
+    not known.
+    """
+    return re.fullmatch(r"(train|val|val_whole_split)/(loss|perplexity|bits_per_byte)(_.*)?", metric) is not None
 
 
 def check_metric(metric: str, direction: str, corpora: Collection[str], has_callbacks: bool) -> None:
