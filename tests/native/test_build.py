@@ -228,7 +228,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(compiled, tmp_p
         ("exit 0", "failed"),
         (None, "Exec format error"),
     ],
-    ids=["fails", "writes nothing", "no program"],
+    ids=["fails", "is killed", "writes nothing", "no program"],
 )
 def test_a_compiler_that_fails_says_why(compiled, tmp_path, monkeypatch, script, says):
     path = executable(tmp_path / "fails", script or "")
