@@ -1,6 +1,7 @@
 """What `checkpoint=` may be, and what a training config hears about its export targets."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,10 +19,9 @@ from bitnet_lit.checkpoints.locate import find_model, open_stored
 from bitnet_lit.cli import compose
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.errors import UserError
-from bitnet_lit.export import advise
 from bitnet_lit.inference.language_model import load
 from bitnet_lit.training.run import train
-from tests.support import TINY_RUN, run_command, tiny_model
+from tests.support import REPOSITORY, TINY_RUN, run_command, tiny_model
 
 
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, tokenizer):
@@ -231,22 +231,48 @@ def test_a_model_that_cannot_be_exported_is_refused_before_anything_is_read(tmp_
         compose("train", ["run_dir=x", "export.targets=[floppy]"])
 
 
-def test_the_advice_for_a_model_that_is_there(tmp_path, capsys):
+def test_the_advice_for_a_model_that_is_there(tmp_path):
     save_model_folder(tmp_path / "model", tiny_model(sub_norm=False), QuantConfig(), None)
-    advise([f"checkpoint={tmp_path}"])
-    told = capsys.readouterr().out
-    assert "gguf_tq2_0" in told and "model.hidden_size=32: ternary blocks hold 256" in told
-    with pytest.raises(UserError, match=r"unknown key 'model': .*export --cfg job"):
-        advise([f"checkpoint={tmp_path}", "model=15m"])
+    told = run_command("export", "--advise", "checkpoint=.", cwd=tmp_path).stdout
+    assert "gguf_tq2_0" in told and "take type=f16" in told
+    refused = run_command("export", "--advise", "checkpoint=.", "model=15m", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and re.search(r"unknown key 'model': .*export --cfg job", refused.stderr)
 
 
 def test_the_advice_names_every_target_and_remedy(tmp_path):
     told = run_command("export", "--advise", "model=llama2c_15m", "model.sub_norm=false", cwd=tmp_path).stdout
     for target in ("latent", "packed", "gguf_tq2_0", "gguf_tq1_0", "gguf_f16", "llama2c"):
         assert target in told
-    assert "(target gguf_f16)" in told and told.count("yes") >= 3
-    refused = run_command("export", "--advise", "modell=15m", cwd=tmp_path, check=False)
-    assert refused.returncode == 2 and "did you mean" in refused.stderr
+    assert "take type=f16" in told and told.count("yes") >= 3
+    assert not list(tmp_path.iterdir())  # no run folder
+
+
+def test_the_advice_knows_files_and_schemes_of_the_users_own(tmp_path):
+    """--config-dir is a flag of Hydra's, and any command that composes a training config takes it."""
+    for name in ("my_project.py", "conf"):
+        (tmp_path / name).symlink_to(REPOSITORY / "examples" / "my_project" / name)
+    told = run_command(
+        "export", "--advise", "--config-dir", "conf", "quant=threshold", "model=15m", cwd=tmp_path
+    ).stdout
+    assert "15m, threshold" in told and told.count("yes") == 4
+    refused = run_command("export", "--advise", "-cd", "conf", "model=mixer", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "model._target_=my_project.Mixer: formats describe" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["modell=15m"], "unknown key 'modell': did you mean 'model'?"),
+        (["15m"], "'15m' is no key=value: did you mean model=15m?"),
+        (["init_from=outputs/dense"], "the sizes are those of that model: give checkpoint=outputs/dense"),
+        (["resume=outputs/dense"], "the sizes are those of that model: give checkpoint=outputs/dense"),
+        (["-m", "model=15m,42m"], "--advise is about one model: leave out -m"),
+    ],
+)
+def test_advice_that_would_be_of_another_model_is_refused(tmp_path, typed, message):
+    refused = run_command("export", "--advise", *typed, cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
