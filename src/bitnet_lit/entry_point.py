@@ -19,8 +19,9 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from bitnet_lit import gpu_errors
+from bitnet_lit import gpu_errors, interruptible
 from bitnet_lit.errors import MESSAGES, Interruption, is_out_of_memory, one_line
+from bitnet_lit.process_end import leave_at_once
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 _interruptions: list[int] = []  # numbers of the signals received; a library may replace the KeyboardInterrupt
@@ -206,5 +207,7 @@ def leave(work: Callable[[], object]) -> None:
     _send_again_what_is_lost()
     status = _status_of(work)
     gpu_errors.leave(status)
+    if interruptible.is_running():
+        leave_at_once(status)
     if status:
         sys.exit(status)

@@ -15,6 +15,7 @@ import re
 import sys
 
 from bitnet_lit.errors import is_out_of_memory, names_out_of_memory, one_line
+from bitnet_lit.process_end import leave_at_once
 
 _GPU_ERROR = re.compile(r"\b(CUDA|HIP)( driver)? error: |\bcuDNN error: |\bTriton Error \[(CUDA|HIP)\]: ")
 # What PyTorch appends to the message of such an error, for developers of kernels.
@@ -77,9 +78,4 @@ def _answers() -> bool:
 def leave(status: int) -> None:
     """End the process at once if it has lost its GPU: the destructors that run otherwise would abort it."""
     if is_lost():
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError):  # full, or closed
-                status = status or 1
-        os._exit(status)
+        leave_at_once(status)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,7 @@ from bitnet_lit.data.prepare import prepare
 from bitnet_lit.data.shards import open_shards
 from bitnet_lit.data.sources.demo import demo_stories
 from bitnet_lit.data.tokenizers import open_tokenizer
+from bitnet_lit.data.tokenizers.train_sentencepiece import train_tokenizer
 from bitnet_lit.errors import UserError
 from tests.support import TINYSTORIES, names_are_any_bytes, needs_tinystories
 
@@ -403,6 +405,36 @@ def test_a_killed_encoding_process_is_one_line(tmp_path, tokenizer, monkeypatch)
     options = {"source": str(source), "out": str(tmp_path / "out"), "tokenizer": str(tokenizer.path)}
     with pytest.raises(UserError, match="num_workers=2: an encoding process was killed, most likely for memory"):
         prepare(PrepareConfig(**options, num_workers=2))
+
+
+def test_a_signal_does_not_wait_for_the_shards_that_are_written(tmp_path, tokenizer):
+    """A shard of unlike words takes many seconds. None is finished, and no temporary file stays."""
+    (tmp_path / "text").mkdir()
+    letters = np.random.default_rng(0).integers(97, 123, size=2**25, dtype=np.uint8)
+    letters[::7] = ord(" ")
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / "text" / name).write_bytes(letters.tobytes())
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bitnet_lit.prepare", "source=text", "out=out", f"tokenizer={tokenizer.path}"]
+    process = subprocess.Popen([*command, "num_workers=2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob(".data*.tmp")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=120)[1] == "error: ended by SIGTERM\n"
+    assert process.returncode == 128 + signal.SIGTERM
+    assert sorted(path.name for path in out.iterdir()) == ["meta.json", "tokenizer.model"]
+
+
+def test_a_tokenizer_is_trained_beside_the_thread_that_handles_signals(tmp_path):
+    threads = set()
+
+    def texts():
+        for number in range(300):
+            threads.add(threading.current_thread())
+            yield f"story {number} of a cat and a dog"
+
+    train_tokenizer(texts(), 290, tmp_path / "tokenizer.model")
+    assert threading.main_thread() not in list(threads)[1:] and len(threads) == 2  # the first text is looked at before
 
 
 def test_a_large_vocabulary_is_uint32(tmp_path, monkeypatch):

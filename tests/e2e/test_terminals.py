@@ -96,6 +96,20 @@ def test_a_stop_of_a_run_that_python_ignores_comes_again(tmp_path):
     assert result.stderr.startswith("error: SIGUSR1 before the first step") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", ENDS, ids=lambda number: number.name)
+def test_a_signal_does_not_wait_for_a_call_into_cpp(tmp_path, number):
+    """A call in Python stands for it; the command ends while it goes on."""
+    (tmp_path / "script.py").write_text(
+        "import os, signal, time\nfrom bitnet_lit.entry_point import leave\n"
+        "from bitnet_lit.interruptible import interruptible\n"
+        "def call():\n"
+        f"    os.kill(os.getpid(), signal.{number.name})\n    time.sleep(600)\n"
+        "leave(lambda: interruptible(call))\n"
+    )
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (128 + number, "", ENDS[number])
+
+
 def test_a_command_hears_ctrl_c_before_it_imports_anything_heavy():
     heavy = "{'torch', 'hydra', 'omegaconf', 'numpy', 'rich'}"
     commands = ("train", "prepare", "evaluate", "infer", "export", "report", "plot", "bench")

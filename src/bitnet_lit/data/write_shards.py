@@ -1,11 +1,13 @@
 """Shards are written by this process, or by several where there are several shards to write.
 
 A worker process encodes whole shards, so the processes share nothing but the tokenizer's file. A worker ends with its
-parent, however that ends: a worker that waited for work for ever would keep the terminal's output open.
+parent, however that ends: a worker that waited for work for ever would keep the terminal's output open. It also ends
+when the command is stopped or has met an error, because a shard takes many seconds. The next call writes it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from bitnet_lit.data.sources.source import Continuation, ReadCounts, TextShard, 
 from bitnet_lit.data.tokenizers import TextEncoder, Tokenizer, open_tokenizer
 from bitnet_lit.errors import UserError
 from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.files.temporary_paths import remove_leftovers
 from bitnet_lit.terminal import console
 
 GROUP_CHARACTERS = 2**16  # of stories that are encoded in one call: they fit a core's own cache
@@ -37,19 +41,22 @@ _tokenizer_path: Path | None = None
 _encoder: ShardEncoder | None = None
 
 
-def _start_worker(tokenizer_path: Path) -> None:
-    """Prepare a new worker process."""
+def _start_worker(tokenizer_path: Path, pipe: Connection) -> None:
+    """Prepare a new worker process.
+
+    Args:
+        pipe: its other end is closed when the worker has to end.
+    """
     global _tokenizer_path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
     _tokenizer_path = tokenizer_path
 
 
-def _end_with_parent() -> None:
-    """Wait for the parent process to end, by whatever cause, and end then."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with(pipe: Connection) -> None:
+    """Wait until the parent process closes its end of the pipe, or ends by whatever cause, and end then."""
+    with contextlib.suppress(OSError):
+        pipe.poll(None)
     os._exit(1)
 
 
@@ -165,7 +172,8 @@ def write_shards(
             return
         assert tokenizer.path is not None  # each process opens the tokenizer from its file
         context = multiprocessing.get_context("spawn")  # fork copies locks that other threads hold
-        with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
+        theirs, ours = context.Pipe(duplex=False)
+        with ours, theirs, ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, theirs)) as pool:
             try:
                 with without_main_script():
                     futures = {pool.submit(_write_in_worker, text, folder): text for text in todo}
@@ -177,5 +185,7 @@ def write_shards(
                 )
                 raise UserError(f"num_workers={workers}: an encoding process {happened}: take fewer") from None
             except BaseException:
+                ours.close()  # a shard takes many seconds, and a user who stops the command waits for its end
                 pool.shutdown(cancel_futures=True)
+                remove_leftovers(folder, *(shard_path(folder, text.name).name for text in todo))
                 raise

@@ -7,6 +7,8 @@ is left at its default: llama2.c's decodes <unk> as the text of an escape sequen
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +19,7 @@ import sentencepiece
 from bitnet_lit.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from bitnet_lit.errors import UserError, one_line
 from bitnet_lit.files.atomic import atomic_file
+from bitnet_lit.interruptible import interruptible
 
 TRAINED_NAME = SentencePieceTokenizer.file_names[0]
 MAX_SENTENCE_BYTES = 4192  # SentencePiece's default max_sentence_length, with which llama2.c trains
@@ -40,26 +43,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> Senten
     if first is None:
         raise UserError("no text to train a tokenizer on: give a source that holds some, or an existing tokenizer=")
     failures: list[BaseException] = []
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_noting_failures(itertools.chain([first], lines), failures),
-                model_writer=file,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                self_test_sample_size=0,
-                character_coverage=1.0,
-                num_threads=THREADS,
-                split_digits=True,
-                allow_whitespace_only_pieces=True,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                minloglevel=2,
-            )
-        except (RuntimeError, ValueError) as error:
-            if failures:  # SentencePiece wraps an error of `texts` into one of its own, whose message is a traceback
-                raise failures[0] from None
-            raise _refusal(str(error), vocab_size) from None
+    model = io.BytesIO()
+    train = functools.partial(
+        sentencepiece.SentencePieceTrainer.train,
+        sentence_iterator=_noting_failures(itertools.chain([first], lines), failures),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        self_test_sample_size=0,
+        character_coverage=1.0,
+        num_threads=THREADS,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    try:
+        interruptible(train)
+    except (RuntimeError, ValueError) as error:
+        if failures:  # SentencePiece wraps an error of `texts` into one of its own, whose message is a traceback
+            raise failures[0] from None
+        raise _refusal(str(error), vocab_size) from None
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(model.getvalue())
     return SentencePieceTokenizer(path)
 
 
