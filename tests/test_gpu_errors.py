@@ -74,13 +74,23 @@ def test_other_errors_are_none_of_the_gpu(lost, error):
     assert gpu_errors.names_gpu_error(str(error)) == isinstance(error, ValueError)  # a text has no class
 
 
-def test_too_little_memory_on_a_gpu_is_one_line_with_the_remedy(capsys):
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (
+            torch.AcceleratorError(LAUNCH_FAILURE.replace("unspecified launch failure", "out of memory")),
+            " (CUDA error: out of memory)",
+        ),
+        (MemoryError(), ""),
+    ],
+    ids=["GPU", "Python"],
+)
+def test_too_little_memory_is_one_line_with_the_remedy(capsys, error, what):
     def work():
-        raise torch.AcceleratorError(LAUNCH_FAILURE.replace("unspecified launch failure", "out of memory"))
+        raise error
 
     assert entry_point._status_of(work) == 1
-    expected = "error: out of memory (CUDA error: out of memory): take a smaller batch, context or model\n"
-    assert capsys.readouterr().err == expected
+    assert capsys.readouterr().err == f"error: out of memory{what}: take a smaller batch, context or model\n"
 
 
 def test_a_gpu_that_still_answers_is_not_lost(lost, monkeypatch):

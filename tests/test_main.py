@@ -70,6 +70,15 @@ def test_modules_beside_the_data_are_found_as_python_m_finds_them(monkeypatch, t
     assert sys.path[0] == str(tmp_path)
 
 
+@pytest.mark.parametrize("command", ["bitnet_lit infer", "bitnet_lit.report"])
+def test_a_current_folder_that_was_removed_is_one_line(tmp_path, command):
+    script = f'mkdir gone && cd gone && rmdir ../gone && exec "$0" -m {command}'
+    result = subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, capture_output=True, text=True)
+    remedy = "change to a folder that is there (cd)"
+    assert result.returncode == 2
+    assert result.stderr == f"error: the current folder: cannot be read (No such file or directory): {remedy}\n"
+
+
 def test_help_and_version_import_nothing_heavy(tmp_path):
     code = (
         "import sys; sys.argv = ['bitnet-lit', '{}']; from bitnet_lit.__main__ import main; main();"

@@ -6,6 +6,7 @@ ranks of a distributed run with the module that it finds under that name.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import runpy
@@ -35,8 +36,9 @@ bitnet-lit <command> --help lists the keys of a command. python -m bitnet_lit.<c
 
 def _import_from_here() -> None:
     """Make modules of the current folder importable. `python -m` does that by itself, a console script does not."""
-    if os.getcwd() not in sys.path and not getattr(sys.flags, "safe_path", False):  # safe_path: Python 3.11's -P
-        sys.path.insert(0, os.getcwd())
+    with contextlib.suppress(OSError):  # a folder that has been removed; the command says so
+        if os.getcwd() not in sys.path and not getattr(sys.flags, "safe_path", False):  # safe_path: Python 3.11's -P
+            sys.path.insert(0, os.getcwd())
 
 
 def _print_help() -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from bitnet_lit import gpu_errors, interruptible
-from bitnet_lit.errors import MESSAGES, Interruption, is_out_of_memory, one_line
+from bitnet_lit.errors import MESSAGES, Interruption, is_out_of_memory, one_line, read_errors
 from bitnet_lit.process_end import leave_at_once
 
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -147,7 +147,7 @@ def _status_of_error(error: BaseException) -> int:
         return _fail(f"{gpu_errors.without_boilerplate(error)}: CUDA_LAUNCH_BLOCKING=1 shows where", 1)
     if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
         what = gpu_errors.without_boilerplate(error)
-        return _fail(f"out of memory ({what}): take a smaller batch, context or model", 1)
+        return _fail(f"out of memory{f' ({what})' if what else ''}: take a smaller batch, context or model", 1)
     if isinstance(error, OSError):
         # Discard what is still buffered: Python would fail again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
@@ -190,6 +190,8 @@ def run_command(command: str, task: Callable[[Any], Any], **options: Any) -> Non
     """
 
     def compose_and_run() -> None:
+        with read_errors("the current folder", "change to a folder that is there (cd)"):
+            os.getcwd()
         from bitnet_lit.cli import run  # imports Hydra
 
         run(command, task, sys.argv[1:], **options)

@@ -13,6 +13,7 @@ import pytest
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import UserError
 from bitnet_lit.runs.folder import check_free, clean, find_run, is_running, is_taken, locked
+from bitnet_lit.runs.own_folder import record_name
 from bitnet_lit.training.resume import resume_config
 from bitnet_lit.training.run import train
 from tests.support import TINY_RUN
@@ -138,6 +139,24 @@ def test_a_run_is_found_from_wherever_it_is_typed(tmp_path, monkeypatch):
             find_run(typed)
     (run / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(UserError, match="no checkpoint in it"):
+        find_run(str(run))
+
+
+def test_a_run_of_another_user_is_one_line(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 1\nrun_dir: x\n")
+    (run / "checkpoints" / "last.ckpt").write_text("x")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match=f"resume={run}: cannot be written: copy that folder to a place of your own"):
+        find_run(str(run))
+    monkeypatch.setattr(Path, "exists", refused)
+    assert record_name(str(run)) is None
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(UserError, match=f"resume={run}: cannot be read .Permission denied.: check its permissions"):
         find_run(str(run))
 
 

@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bitnet_lit.errors import UserError
+from bitnet_lit.errors import UserError, read_errors
 from bitnet_lit.files.locks import lock
 from bitnet_lit.files.temporary_paths import remove_leftovers
 
@@ -112,8 +112,13 @@ def find_run(typed: str) -> tuple[Path, Path]:
         The run folder, and the checkpoint to go on from: last.ckpt where `typed` is a run folder.
 
     Raises:
-        UserError: there is no run, or it cannot be resumed.
+        UserError: there is no run, it cannot be resumed, or its folder cannot be read or written.
     """
+    with read_errors(f"resume={typed}", "check its permissions"):
+        return _find_run(typed)
+
+
+def _find_run(typed: str) -> tuple[Path, Path]:
     if not typed:
         raise UserError("resume= is empty: give a run folder, or leave it out to start a new run")
     folder = Path(typed)
@@ -139,6 +144,10 @@ def find_run(typed: str) -> tuple[Path, Path]:
     if not can_be_resumed(folder):
         raise UserError(
             f"resume={typed}: no checkpoint in it (it was stopped before its first one): start again without resume"
+        )
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"resume={typed}: cannot be written: copy that folder to a place of your own, and resume the copy"
         )
     return folder, checkpoint
 

@@ -40,7 +40,10 @@ def record_name(folder: str | None) -> str | None:
     Args:
         folder: the run folder; None where Hydra only prints its config (`--cfg all`).
     """
-    return None if rank() or (folder is not None and is_taken(Path(folder))) else RECORD
+    try:
+        return None if rank() or (folder is not None and is_taken(Path(folder))) else RECORD
+    except PermissionError:  # a folder of another user's; the run is refused when it writes
+        return None
 
 
 def run_dir(folder: str | None, configured: str) -> str:
