@@ -247,10 +247,12 @@ def test_a_run_whose_first_validation_is_late_is_named(tmp_path):
 
 def test_a_scheme_of_the_users_own_is_named_with_the_remedy(tmp_path):
     own = config_of()["quant"] | {"name": "mine", "_target_": "study.Mine"}
-    make_run(tmp_path / "a", config=config_of() | {"quant": own})
-    rows, notes = compared(tmp_path, by=["quant"])
-    assert rows["mine"].sizes is None
-    assert "mine: schemes=[study.Mine] gives the bytes of its weights, if you trust that class" in notes
+    for steps in (20, 40):
+        make_run(tmp_path / str(steps), losses=((steps, 3.0),), config=config_of(seed=steps) | {"quant": own})
+    rows, notes = compared(tmp_path, by=["quant", "seed"], over=[])
+    assert len(rows) == 2 and all(row.sizes is None for row in rows.values())
+    remedy = "schemes=[study.Mine] gives the bytes of the weights that it rounds, if you trust that class"
+    assert notes.count(remedy) == 1
 
 
 @pytest.mark.parametrize(

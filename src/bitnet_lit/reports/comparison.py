@@ -213,13 +213,14 @@ def _notes(comparison: Comparison, unlike: Sequence[str]) -> list[str]:
     if len(lengths) > 1:
         least, most = min(lengths), max(lengths)
         notes.append(f"the rows have different lengths, {least:,.0f} to {most:,.0f} tokens: a gap is at one length")
+    schemes = (unknown_scheme(run.config) for row in comparison.rows for run in row.counted)
+    for scheme in dict.fromkeys(filter(None, schemes)):
+        notes.append(f"schemes=[{scheme}] gives the bytes of the weights that it rounds, if you trust that class")
     for row in comparison.rows:
         if mixed := _mixed_keys(row.counted, comparison.over):
             notes.append(f"{row.name}: its runs differ in {', '.join(mixed[:4])} too: by= can divide them")
         if row.is_interpolated:
             notes.append(f"{row.name}: its runs have different lengths: the mean is that at {row.tokens:,.0f} tokens")
-        if row.sizes is None and (scheme := unknown_scheme(row.counted[0].config if row.counted else {})):
-            notes.append(f"{row.name}: schemes=[{scheme}] gives the bytes of its weights, if you trust that class")
         if row.counted and not row.is_finished:
             notes.append(f"{row.name}: no run is finished: the mean is that so far")
         notes += [f"{row.name}: {note}" for gap in (row.at_equal_tokens, row.at_equal_bytes) for note in gap.notes]
