@@ -38,6 +38,7 @@ from bitnet_lit.model.custom import build_custom_network
 from bitnet_lit.model.tensors import own_tensors
 from bitnet_lit.quant.bit_linear import set_strength
 from bitnet_lit.quant.convert import check_skip
+from bitnet_lit.quant.try_rules import try_rules
 from bitnet_lit.runs.folder import BEST, CHECKPOINTS, LAST
 from bitnet_lit.training.checkpoint_file import read_checkpoint
 from bitnet_lit.training.data import RunData
@@ -87,7 +88,8 @@ def build_network(config: TrainConfig, on_meta: bool = False, teacher: Accountin
         teacher: the counts of the network that teaches this one, which needs memory too.
 
     Raises:
-        UserError: this machine has too little memory for the network, or quant.skip names a layer that does not exist.
+        UserError: this machine has too little memory for the network, quant.skip names a layer that does not exist, or
+            a scheme of the user's own does not round as it says.
     """
     L.seed_everything(config.seed, verbose=False)
     if isinstance(config.model, CustomNetwork):
@@ -97,6 +99,8 @@ def build_network(config: TrainConfig, on_meta: bool = False, teacher: Accountin
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             network = build_model(config.model, config.quant)
     _check_skip(network, config)
+    if config.quant._target_ is not None and not on_meta:
+        try_rules(network, f"quant._target_={config.quant._target_}")
     return network
 
 
