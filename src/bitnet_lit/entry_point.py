@@ -153,6 +153,8 @@ def _status_of_error(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         if isinstance(error, BrokenPipeError):
             return 0  # the reader has what it wanted (evaluate | head)
+        if error.filename is None and "temporary directory" in str(error):  # of tempfile and of matplotlib
+            return _fail(f"{error.strerror or error}: set TMPDIR to a folder that can be written", 1)
         # An error of a file has its name. Outside of `disk_errors`, an error without a name comes from printing.
         name = "the output cannot be written" if error.filename is None else error.filename
         return _fail(f"{name}: {error.strerror or error}", 1)

@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
+from bitnet_lit import entry_point
 from bitnet_lit.checkpoints.formats.model_folder_writer import save_model_folder
 from bitnet_lit.config import QuantConfig
 from tests.support import needs_dev_full, start_command, tiny_model
@@ -29,6 +31,16 @@ def test_an_output_that_takes_nothing_is_one_line_and_status_1(tmp_path, where, 
     result = in_shell(f"python -m bitnet_lit.infer --help {where}", tmp_path)
     assert result.returncode == 1 and result.stderr.startswith(b"error: the output cannot be written: ")
     assert why in result.stderr and result.stderr.count(b"\n") == 1
+
+
+def test_no_folder_for_temporary_files_is_one_line_and_status_1(tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patched:  # pytest takes temporary files too
+        patched.setattr(tempfile, "tempdir", None)
+        patched.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
+        assert entry_point._status_of(tempfile.mkdtemp) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: No usable temporary directory") and error.count("\n") == 1
+    assert error.endswith(": set TMPDIR to a folder that can be written\n")
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):

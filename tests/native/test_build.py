@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -168,6 +169,16 @@ def test_a_folder_that_cannot_be_made_is_refused(compiled, tmp_path, monkeypatch
     (tmp_path / "file").touch()
     monkeypatch.setenv("BITNET_LIT_CACHE", str(tmp_path / "file" / "cache"))
     refused(compiled, "(Not a directory|File exists)")
+
+
+def test_without_any_place_for_it_the_reason_is_said(compiled, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(build, "cache_folders", lambda: [tmp_path / "file" / "cache"])
+    with monkeypatch.context() as patched:  # pytest takes temporary files too
+        patched.setattr(tempfile, "tempdir", None)
+        patched.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "file")])
+        with pytest.raises(NoCompilerError, match="has no place .*No usable temporary directory.*BITNET_LIT_CACHE"):
+            load_library()
 
 
 def test_first_uses_at_once_compile_once(compiled, monkeypatch):

@@ -107,6 +107,13 @@ def test_files_that_no_run_wrote_stay(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine\n"
 
 
+def test_a_pipe_in_the_place_of_a_config_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    assert not is_taken(tmp_path) and not is_running(tmp_path)
+    with pytest.raises(UserError, match="has a config.yaml that no run wrote"):
+        check_free(tmp_path, True)
+
+
 def test_a_kill_while_a_dead_run_makes_room_leaves_the_rest_to_the_next(tmp_path):
     for name in ("metrics.csv", "samples.txt", "ternary_health.csv"):
         (tmp_path / name).write_text("x")

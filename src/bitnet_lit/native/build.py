@@ -289,7 +289,12 @@ def load_library(source: Source) -> ctypes.CDLL:
             reasons.append(str(error))
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or error}")
-    with tempfile.TemporaryDirectory(prefix="bitnet_lit-") as scratch:  # for the user alone
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="bitnet_lit-")  # for the user alone
+    except OSError as error:
+        said = "; ".join([*reasons, error.strerror or str(error)])
+        raise NoCompilerError(f"the compiled {source.name} has no place ({said}): set BITNET_LIT_CACHE") from None
+    with temporary as scratch:
         path = Path(scratch) / f"{source.name}.so"
         recipe.compile(path)
         try:

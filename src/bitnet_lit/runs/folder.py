@@ -31,6 +31,7 @@ from pathlib import Path
 
 from bitnet_lit.errors import UserError, read_errors
 from bitnet_lit.files.locks import lock
+from bitnet_lit.files.regular_file import open_regular
 from bitnet_lit.files.temporary_paths import remove_leftovers
 
 OUTPUTS = Path("outputs")  # where runs lie unless the user names a folder
@@ -59,8 +60,9 @@ def results(folder: Path) -> list[str]:
 def is_run(folder: Path) -> bool:
     """Return whether a run began in a folder, so whether its config.yaml was written by a run."""
     try:
-        return "\nrun_dir:" in (folder / CONFIG_NAME).read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        with open_regular(folder / CONFIG_NAME, "give another folder") as file:
+            return b"\nrun_dir:" in file.read()
+    except (OSError, UserError):
         return False
 
 
