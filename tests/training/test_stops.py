@@ -1,6 +1,7 @@
 """What ends a run early: signals, time, divergence, data that is gone, a process of the run that dies."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -235,6 +236,15 @@ def test_divergence_names_the_layer_and_what_is_kept(tmp_path, shards, monkeypat
     options = ["callbacks.checkpoint_every_n_steps=1"] if has_checkpoint else []
     with pytest.raises(TrainingStopped, match=f"step 1: {what}.*lower optim.learning_rate; {kept}"):
         train(config(tmp_path / "run", shards, *options))
+
+
+def test_processes_that_read_data_and_cannot_be_started(tmp_path, shards, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as where semaphores find no room in /dev/shm
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
+    with pytest.raises(UserError, match=r"data.num_workers=1: .*\(No space left on device\): take data.num_workers=0"):
+        train(config(tmp_path / "run", shards, "data.num_workers=1"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,8 @@
 """Batches of token ids, and the DataLoader that reads them, in processes of its own if the user asks for some.
 
-Such a process imports this module and what it imports. Nothing here imports Lightning, which takes seconds.
+Such a process imports this module and what it imports. Nothing here imports Lightning, which takes seconds. It hands
+its batches over as numpy arrays, through a pipe. Tensors would go through shared memory, of which a container has 64 MB
+by default; where it is full, PyTorch's loader waits for the batch without end.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from bitnet_lit.data.order import Order
@@ -34,7 +36,7 @@ class TrainBatches(Dataset):
         self.split, self.order, self.batch_size = split, order, batch_size
         self._block_start, self._block = 0, np.empty(0, dtype=np.int64)
 
-    def __getitem__(self, start: int) -> Tensor:
+    def __getitem__(self, start: int) -> NDArray[np.int64]:
         """Return the token ids of the global samples [start, start + B), int64 (B, T + 1)."""
         offset = start - self._block_start
         if offset < 0 or offset + self.batch_size > len(self._block):
@@ -42,7 +44,7 @@ class TrainBatches(Dataset):
             samples = np.arange(start, start + max(ORDER_BLOCK, self.batch_size), dtype=np.int64)
             self._block_start, self._block, offset = start, self.order(samples), 0
             self._expect(start, int(samples[-1]))
-        return torch.from_numpy(self.split.gather(self._block[offset : offset + self.batch_size]))
+        return self.split.gather(self._block[offset : offset + self.batch_size])
 
     def _expect(self, first: int, last: int) -> None:
         """Let the shards of some samples, and of those after them, be read ahead."""
@@ -69,7 +71,7 @@ class ValidationBatches(Dataset):
         """Return how many batches each corpus has."""
         return [-(-split.num_sequences // (self.batch_size * self.world_size)) for split in self.splits]
 
-    def __getitem__(self, number: tuple[int, int, bool]) -> tuple[Tensor, int, int, bool]:
+    def __getitem__(self, number: tuple[int, int, bool]) -> tuple[NDArray[np.int64], int, int, bool]:
         """Return a batch.
 
         Args:
@@ -86,7 +88,7 @@ class ValidationBatches(Dataset):
         num_valid = max(0, min(start + self.batch_size, split.num_sequences) - start)
         indices = np.zeros(self.batch_size if self.is_padded else max(1, num_valid), dtype=np.int64)
         indices[:num_valid] = np.arange(start, start + num_valid)
-        return torch.from_numpy(split.gather(indices)), num_valid, corpus, in_part
+        return split.gather(indices), num_valid, corpus, in_part
 
 
 class ErrorsAsItems(Dataset):
@@ -108,21 +110,38 @@ class BatchLoader(DataLoader):
     Its processes leave signals that ask the run to stop to their parent.
 
     Args:
+        dataset: its items are whole batches: arrays, or tuples with an array in front. They come out as tensors.
         device: the CUDA device to which a thread copies the batches ahead of time. None: they stay where they are.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device | None = None, **options: Any) -> None:
-        super().__init__(dataset, worker_init_fn=leave_to_parent, **options)
+        super().__init__(dataset, batch_size=None, collate_fn=_as_it_is, worker_init_fn=leave_to_parent, **options)
         self.device = device
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that the trainer needs
-        with without_main_script():
-            batches = super().__iter__()
-        return _raised(batches) if self.device is None else prefetched(_raised(batches), self.device)
+        items: Iterator[Any]
+        try:
+            with without_main_script():
+                items = super().__iter__()
+        except OSError as error:
+            # As an item, because Lightning covers what `iter` raises by an error of its own.
+            line = (
+                f"data.num_workers={self.num_workers}: the processes cannot be started ({error.strerror or error}): "
+                "take data.num_workers=0, or give the container shared memory (docker run --shm-size)"
+            )
+            items = iter([UserError(line)])
+        batches = _tensors(items)
+        return batches if self.device is None else prefetched(batches, self.device)
 
 
-def _raised(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, DataError | UserError):
-            raise batch
-        yield batch
+def _as_it_is(batch: Any) -> Any:
+    """Stand in for PyTorch's collate function, which would make tensors in the loader's process."""
+    return batch
+
+
+def _tensors(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches with tensors in place of arrays, and raise errors that come as items."""
+    for item in items:
+        if isinstance(item, DataError | UserError):
+            raise item
+        yield (torch.from_numpy(item[0]), *item[1:]) if isinstance(item, tuple) else torch.from_numpy(item)

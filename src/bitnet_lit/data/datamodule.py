@@ -97,7 +97,6 @@ class BitNetDataModule(L.LightningDataModule):
     def _loader(self, dataset: Dataset, sampler: Sampler[Any], num_workers: int, **options: Any) -> DataLoader:
         return BatchLoader(
             ErrorsAsItems(dataset),
-            batch_size=None,  # an item of the dataset is a whole batch
             sampler=sampler,
             num_workers=num_workers,
             # A process forked from one that has run OpenMP loops can hang in its own first loop.
