@@ -2,9 +2,11 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
+from bitnet_lit.data.batches import BatchLoader
 from bitnet_lit.data.prefetch import DEPTH, prefetched
 
 pytestmark = pytest.mark.gpu
@@ -36,3 +38,11 @@ def test_an_error_comes_in_the_place_of_its_batch_and_an_end_is_an_end():
     with pytest.raises(OSError, match="gone"):
         next(batches)
     assert len(list(prefetched(numbered([], stop=5), CUDA))) == 5
+
+
+def test_a_loader_pins_what_it_hands_over():
+    items = [(np.full((2, 3), number), 2, 0, True) for number in range(3)]
+    batches = list(BatchLoader(items, pinned=True))
+    assert [(ids.is_pinned(), int(ids[0, 0]), *others) for ids, *others in batches] == [
+        (True, number, 2, 0, True) for number in range(3)
+    ]

@@ -62,7 +62,7 @@ def note_samples(folder):
 
     def reading(self, start):
         batch = read(self, start)
-        starts[batch.numpy().tobytes()] = start
+        starts[batch.tobytes()] = start
         return batch
 
     def training(self, batch, batch_idx):

@@ -128,7 +128,7 @@ class BitNetDataModule(L.LightningDataModule):
         for split in self.validation_splits:
             split.files.expect([piece.path for piece in split.pieces])
         order = ValidationOrder(batches.num_batches(), self.limit_val_batches, trainer)
-        return self._loader(batches, order, 0, pin_memory=on_gpu)
+        return self._loader(batches, order, 0, pinned=on_gpu)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many samples the run has consumed, and at which optimizer step."""
