@@ -426,15 +426,15 @@ def test_a_signal_does_not_wait_for_the_shards_that_are_written(tmp_path, tokeni
 
 
 def test_a_tokenizer_is_trained_beside_the_thread_that_handles_signals(tmp_path):
-    threads = set()
+    threads = []
 
     def texts():
         for number in range(300):
-            threads.add(threading.current_thread())
+            threads.append(threading.current_thread())
             yield f"story {number} of a cat and a dog"
 
     train_tokenizer(texts(), 290, tmp_path / "tokenizer.model")
-    assert threading.main_thread() not in list(threads)[1:] and len(threads) == 2  # the first text is looked at before
+    assert len(threads) == 300 and threading.main_thread() not in threads[1:]  # the first text is looked at before
 
 
 def test_a_large_vocabulary_is_uint32(tmp_path, monkeypatch):
