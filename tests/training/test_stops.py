@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 
 from bitnet_lit.cli import compose
 from bitnet_lit.errors import DataError, TrainingStopped, UserError
-from bitnet_lit.runs.signals import STOP_SIGNALS, StopSignals
+from bitnet_lit.runs.signals import STOP_SIGNALS, StopSignals, blocked
 from bitnet_lit.training import run as run_module
 from bitnet_lit.training.callbacks.checkpoints import Checkpoints
 from bitnet_lit.training.checkpoint_file import read_checkpoint
@@ -162,7 +163,32 @@ def test_a_signal_to_every_process_of_a_run_saves(tmp_path, shards, number):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + number, rest
     last = rest.splitlines()[-1]
-    assert last.startswith(f"error: {number.name} at step ") and "saved; go on with" in last and "Traceback" not in rest
+    assert last.startswith(f"error: {number.name} at step ") and "saved; go on with" in last, rest
+    assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_waits_while_a_process_that_reads_data_starts(number):
+    """It is started with the signals blocked: before it handles them, each would end it."""
+    script = (
+        "import os, signal\nfrom bitnet_lit.runs.signals import leave_to_parent\n"
+        f"os.kill(os.getpid(), {int(number)})\nleave_to_parent()\nprint('goes on')\n"
+    )
+    with blocked():
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "goes on\n", "")
+
+
+def test_a_signal_that_another_thread_gets_waits_for_the_end_of_the_block():
+    """The main thread must not leave a process half started."""
+    thread = threading.Thread(target=time.sleep, args=(10,), daemon=True)
+    thread.start()  # it blocks no signal
+    ended = []
+    with pytest.raises(TrainingStopped, match="SIGTERM before the first step"), StopSignals(), blocked():
+        signal.pthread_kill(thread.ident, signal.SIGTERM)
+        time.sleep(0.2)
+        ended.append(True)
+    assert ended
 
 
 def test_a_stop_that_a_library_has_caught_is_not_lost():

@@ -20,7 +20,7 @@ from bitnet_lit.data.prefetch import prefetched
 from bitnet_lit.data.processes import without_main_script
 from bitnet_lit.data.token_split import TokenSplit
 from bitnet_lit.errors import DataError, UserError
-from bitnet_lit.runs.signals import leave_to_parent
+from bitnet_lit.runs.signals import blocked, leave_to_parent
 
 ORDER_BLOCK = 8192  # samples whose order is computed at once
 
@@ -124,7 +124,7 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is all that the trainer needs
         items: Iterator[Any]
         try:
-            with without_main_script():
+            with without_main_script(), blocked():
                 items = super().__iter__()
         except OSError as error:
             # As an item, because Lightning covers what `iter` raises by an error of its own.

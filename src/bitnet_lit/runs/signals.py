@@ -58,12 +58,15 @@ def leave_to_parent(worker: int = 0) -> None:
     and validates, and needs the batches of this process, which ends after its parent. A second SIGTERM ends the process
     at once, because the first may be such a signal, and multiprocessing sends two to a process that hangs.
 
+    The process is started inside `blocked`, so that a signal which comes while it imports waits for this call.
+
     Args:
         worker: number of the process, which a DataLoader gives to its `worker_init_fn`.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 @contextlib.contextmanager
@@ -71,13 +74,19 @@ def blocked() -> Iterator[None]:
     """Block the signals of `STOP_SIGNALS` in processes that the block starts; one that arrives here waits for its end.
 
     multiprocessing and joblib start a process, the resource tracker, that ignores SIGINT and SIGTERM only. A scheduler
-    may send SIGUSR1 to every process of a job. If it ended the tracker, the next one would print tracebacks.
+    may send SIGUSR1 to every process of a job. If it ended the tracker, the next one would print tracebacks. A process
+    that reads data is started so too, and unblocks the signals once it handles them (`leave_to_parent`).
     """
+    received: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        yield
+        # The system may give a signal to another thread, which does not block it. Python would handle it here.
+        with handling(lambda number, frame: received.append(number)):
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in received:
+            signal.raise_signal(number)
 
 
 class StopSignals:
