@@ -57,6 +57,32 @@ def test_softmax_gradient_of_logits_that_overflow_an_exponential():
     assert torch.allclose(gradient, torch.tensor([[0.5, -0.5, 0.0], [1 / 6, 1 / 6, -1 / 3]]))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (3, 50), (5, 1024), (4, 1025), (33, 32000), (2, 50257)])
+def test_the_softmax_kernel_against_its_definition(rows, vocabulary, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    logits = (torch.randn(rows, vocabulary, generator=generator) * 5).to("cuda", dtype)
+    logits[0, 0], logits[-1, -1] = 1000, -math.inf
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator).cuda()
+    targets[-1] = 0
+    losses, gradient = SoftmaxGradient()(logits, targets, 0.25)
+    expected, expected_gradient = SoftmaxGradient()(logits.cpu(), targets.cpu(), 0.25)
+    # Sums of up to 50257 float32 in another order; the gradient is rounded to its dtype, at most a last bit apart.
+    assert torch.allclose(losses.cpu(), expected, rtol=2e-6, atol=2e-6)
+    assert gradient.dtype == dtype
+    bit = torch.finfo(dtype).eps
+    assert torch.allclose(gradient.cpu().float(), expected_gradient.float(), rtol=bit + 2e-5, atol=2e-7)
+
+
+@pytest.mark.gpu
+def test_the_softmax_kernel_gives_no_number_for_what_is_none():
+    logits = torch.zeros(4, 50, device="cuda")
+    logits[1, 3] = math.nan
+    losses, _ = SoftmaxGradient()(logits, torch.tensor([0, 0, 50, -1], device="cuda"), 1.0)
+    assert losses.isnan().tolist() == [False, True, True, True]
+
+
 def test_a_model_gives_the_loss_of_its_logits():
     model = tiny_model()
     ids = torch.randint(0, 512, (3, 9), generator=torch.Generator().manual_seed(0))

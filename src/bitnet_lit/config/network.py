@@ -187,9 +187,9 @@ class QuantConfig(Checked):
     skip: list[str] = field(default_factory=lambda: ["lm_head"])
     """Linear layers that stay dense: a name, or the last part of a dotted name."""
     kernel: str = "auto"
-    """The kernels that compute the quantized projections. auto: the fastest ones that can. reference: plain PyTorch.
-    triton: int8 products on a GPU of the Hopper generation. native: C++ on a CPU, for quant=none too. All compute the
-    same integers."""
+    """The kernels that compute the quantized projections. auto: the fastest ones that can. reference: none, plain
+    PyTorch. triton: int8 products on a GPU of the Hopper generation. native: C++ on a CPU. All compute the same
+    integers. The last two compute parts of a dense network too (quant=none)."""
     grad: str = "auto"
     """How kernels on a GPU compute gradients, in runs in bfloat16. fp8: for the gradient of the input, each row of the
     output gradient is rounded to FP8 (e4m3); weight codes are exact there. fp8_all: the gradient of the weights is an

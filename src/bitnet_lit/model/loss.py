@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitnet_lit.quant.kernels.triton.kernels import computes
+
 CHUNK_ELEMENTS = 2**28  # of the logits held at once: 0.5 GiB in bfloat16
 
 
@@ -40,7 +42,15 @@ def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") ->
 
 
 class SoftmaxGradient(nn.Module):
-    """Maps a chunk of logits to losses and to the gradient of their sum. It is a module so that it can be compiled."""
+    """Maps a chunk of logits to losses and to the gradient of their sum. It is a module so that it can be compiled.
+
+    On a GPU of the Hopper generation a kernel computes them (quant/kernels/triton/softmax_gradient.py).
+
+    Attributes:
+        kernel: the run's `quant.kernel`.
+    """
+
+    kernel: str = "auto"
 
     def forward(self, logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Return the losses in nats, float32 (R,), and scale * (softmax - onehot) in the dtype of the logits, (R, V).
@@ -49,6 +59,11 @@ class SoftmaxGradient(nn.Module):
             logits: (R, V).
             targets: int64 (R,).
         """
+        if computes(logits, self.kernel):
+            from bitnet_lit.quant.kernels.triton.softmax_gradient import softmax_gradient
+
+            found: tuple[Tensor, Tensor] = softmax_gradient(logits.contiguous(), targets.contiguous(), scale)
+            return found
         values = logits.float()
         log_sum = values.logsumexp(-1, keepdim=True)
         is_target = torch.arange(values.shape[1], device=values.device) == targets[:, None]

@@ -26,6 +26,29 @@ FP8_FROM, FP8_ALL_FROM = 256, 512
 input, and for that of the weights too. Below, rounding takes longer than the faster product saves."""
 
 
+def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why no kernel of this folder runs on a CUDA device with tensors of `dtype`; None where they run."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major != 9:
+        return f"compute capability {gpu.major}.{gpu.minor}, and the kernels are for 9.0 (Hopper)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {dtype}"
+    return None
+
+
+def computes(x: Tensor, kernel: str) -> bool:
+    """Return whether a kernel of this folder may compute a part of a network that is not quantized.
+
+    Args:
+        x: the input of that part.
+        kernel: the run's `quant.kernel`.
+    """
+    is_asked = kernel in ("auto", TritonKernels.name)
+    return is_asked and x.is_cuda and x.numel() > 0 and device_refusal(x.device, x.dtype) is None
+
+
 def _rule_name(rule: WeightRule | None) -> str | None:
     """Return the name of a rule that the kernels support, a key of `weights.RULES`; None for any other rule."""
     if type(rule) is Sign:
@@ -67,13 +90,8 @@ class TritonKernels(Kernels):
 
     def refusal(self, layers: Sequence[BitLinear], device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Kernels`."""
-        if not HAS_TRITON:
-            return "Triton is not installed"
-        gpu = torch.cuda.get_device_properties(device)
-        if gpu.major != 9:
-            return f"compute capability {gpu.major}.{gpu.minor}, and the kernels are for 9.0 (Hopper)"
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"dtype {dtype}"
+        if (reason := device_refusal(device, dtype)) is not None:
+            return reason
         for layer in layers:
             if type(layer._activations) is not AbsMax:
                 return f"activations are rounded by {type(layer._activations).__name__}"
