@@ -99,7 +99,7 @@ def build_network(config: TrainConfig, on_meta: bool = False, teacher: Accountin
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             network = build_model(config.model, config.quant)
     _check_skip(network, config)
-    if config.quant._target_ is not None and not on_meta:
+    if config.quant._target_ is not None:
         try_rules(network, f"quant._target_={config.quant._target_}")
     return network
 
