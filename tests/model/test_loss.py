@@ -57,7 +57,14 @@ def test_softmax_gradient_of_logits_that_overflow_an_exponential():
     assert torch.allclose(gradient, torch.tensor([[0.5, -0.5, 0.0], [1 / 6, 1 / 6, -1 / 3]]))
 
 
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (3, 50), (5, 1024), (4, 1025), (33, 32000), (2, 50257)])
 def test_the_softmax_kernel_against_its_definition(rows, vocabulary, dtype):
@@ -76,6 +83,7 @@ def test_the_softmax_kernel_against_its_definition(rows, vocabulary, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
 def test_the_softmax_kernel_gives_no_number_for_what_is_none():
     logits = torch.zeros(4, 50, device="cuda")
     logits[1, 3] = math.nan

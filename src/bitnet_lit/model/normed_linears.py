@@ -41,9 +41,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.follows_attention and torch.is_grad_enabled() and computes(x, self.kernel):
-            from bitnet_lit.quant.kernels.triton.norm_backward import FASTER_FROM, RMSNormFunction
+            from bitnet_lit.quant.kernels.triton.norm_backward import FASTER_FROM, LARGEST_ROW, RMSNormFunction
 
-            if x.shape[-1] >= FASTER_FROM:
+            if FASTER_FROM <= x.shape[-1] <= LARGEST_ROW:
                 y: Tensor = RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
                 return y
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)

@@ -156,6 +156,7 @@ class TestWhyTritonRefuses:
     @pytest.fixture(autouse=True)
     def hopper(self, monkeypatch):
         monkeypatch.setattr(triton_kernels, "HAS_TRITON", True)
+        monkeypatch.setattr(triton_kernels, "HAS_C_COMPILER", True)
         self.use(monkeypatch, 9, 0)
 
     def use(self, monkeypatch, major, minor):
@@ -215,6 +216,15 @@ class TestWhyTritonRefuses:
             self.use(monkeypatch, *capability)
             why = "compute capability {}.{}, and the kernels are for 9.0 (Hopper)".format(*capability)
             assert self.line(tiny()) == f"reference (14 layers: {why})"
+
+    def test_a_gpu_of_amd_whose_number_is_that_of_hopper(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "hip", "7.1")
+        assert self.line(tiny()) == "reference (14 layers: the kernels are for GPUs of NVIDIA)"
+
+    def test_no_c_compiler(self, monkeypatch):
+        monkeypatch.setattr(triton_kernels, "HAS_C_COMPILER", False)
+        why = "Triton needs a C compiler, and there is neither gcc nor clang"
+        assert self.line(tiny()) == f"reference (14 layers: {why})"
 
     def test_no_triton(self, monkeypatch):
         monkeypatch.setattr(triton_kernels, "HAS_TRITON", False)

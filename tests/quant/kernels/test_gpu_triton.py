@@ -335,7 +335,7 @@ def test_tensors_that_are_not_contiguous(grad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 512), (3, 77, 768), (2, 9, 2048)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 512), (2, 5, 514), (3, 77, 768), (2, 9, 8192)], ids=str)
 def test_the_norm_behind_attention(shape, dtype):
     norm, plain = (RMSNorm(shape[-1], 1e-5, follows).to(CUDA) for follows in (True, False))
     norm.weight.data.uniform_(0.5, 2)
@@ -359,11 +359,17 @@ def test_the_norm_behind_attention(shape, dtype):
 
 def test_a_dense_network_with_the_kernel_of_its_norm(ids):
     sizes = {"hidden_size": 512, "intermediate_size": 640}
-    loss, found = step(network(sizes, name="none"), ids)
     plain_loss, plain = step(network(sizes, name="none", kernel="reference"), ids)
-    assert_close(loss, plain_loss, rtol=1e-4, atol=0)
-    # The gradient of the norm's input is rounded to bfloat16 once more.
-    assert min(cosine(found[name], plain[name]) for name in plain) > 0.9999
+    for way in ("as it is", "checkpointed", "compiled"):
+        model = network(sizes, name="none")
+        model.model.gradient_checkpointing = way == "checkpointed"
+        if way == "compiled":
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        loss, found = step(model.train(), ids)
+        # Sums in another order change the last bits of bfloat16 values: 6e-6 and 0.99998 were found on a CPU.
+        assert_close(loss, plain_loss, rtol=1e-4, atol=0)
+        assert min(cosine(found[name], plain[name]) for name in plain) > 0.9999, way
 
 
 def test_lambda_is_warmed_up_by_the_reference(ids):

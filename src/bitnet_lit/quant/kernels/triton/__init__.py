@@ -13,8 +13,8 @@ kernel each:
     gated_backward.py   the backward pass of the norm and the gate
     weight_gradient.py  the gradient of the weights
 
-Dense networks use two of them: the backward pass of the norm behind attention, and softmax_gradient.py, which computes
-the losses of logits and their gradient.
+Two have a use in networks of any kind: softmax_gradient.py, which computes the losses of logits and their gradient, and
+the backward pass of the norm behind attention, where no kernel rounds its output.
 
 `kernels.py` says what layers they compute. It is the only module here that may be imported where Triton is missing.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from bitnet_lit.quant.kernels.triton.functions import RoundedWeights, Rounding
 
 HAS_TRITON = find_spec("triton") is not None
+HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+"""Triton compiles the function that launches a kernel, and looks for a compiler in these places."""
 ALIGNMENT = 16
 """Bytes at whose multiples the TMA needs each row of a matrix to start."""
 FP8_FROM, FP8_ALL_FROM = 256, 512
@@ -30,6 +34,10 @@ def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why no kernel of this folder runs on a CUDA device with tensors of `dtype`; None where they run."""
     if not HAS_TRITON:
         return "Triton is not installed"
+    if not HAS_C_COMPILER:
+        return "Triton needs a C compiler, and there is neither gcc nor clang"
+    if torch.version.hip is not None:
+        return "the kernels are for GPUs of NVIDIA"
     gpu = torch.cuda.get_device_properties(device)
     if gpu.major != 9:
         return f"compute capability {gpu.major}.{gpu.minor}, and the kernels are for 9.0 (Hopper)"

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bitnet_lit.quant.kernels.triton.launch import column_blocks, multiprocessors, on_device_of, operator, power_of_2
 
-FASTER_FROM = 512
-"""The smallest row for which `RMSNormFunction` is taken; below, it was not measured."""
+FASTER_FROM, LARGEST_ROW = 512, 8192
+"""The sizes of rows for which `RMSNormFunction` is taken. It was not measured below, and above a row does not fit into
+the registers of a program."""
 
 
 @triton.jit
@@ -154,7 +155,7 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Compute the norm of a dense layer: float (..., I) -> the same shape and dtype. Its backward pass is the kernel.
+    """Compute a norm by itself: float (..., I) -> the same shape and dtype. Its backward pass is the kernel.
 
     For the norm behind attention in a dense network (768/12, 32 x 1024, AdamW) this took a run on an H200 from 537,000
     to 570,000 tokens/s (medians of eight windows in two runs each, in turns). With the norms before attention and the
@@ -171,6 +172,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        grad, rows = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (grad_outputs[0], x))
+        grad = grad_outputs[0].reshape(-1, x.shape[-1]).contiguous()
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         grad_x, grad_weight = norm_backward(grad, rows, weight, rstd.flatten())
         return grad_x.view(x.shape), grad_weight, None

@@ -61,7 +61,7 @@ def _softmax_gradient(logits_ptr, targets_ptr, losses_ptr, gradient_ptr, V, scal
 
 
 def _softmax_gradient_fake(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return logits.new_empty((len(logits),), dtype=torch.float32), torch.empty_like(logits)
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32), torch.empty_like(logits)
 
 
 @operator(_softmax_gradient_fake)
