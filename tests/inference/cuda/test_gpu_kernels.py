@@ -156,11 +156,37 @@ def test_programs_of_a_text_agree(rows):
             state.uniform.fill_(0.37)
             position = torch.zeros(rows, dtype=torch.int64, device="cuda")
             sample(logits, state, position, Variant.of(options, pieces), advance=True)
-            assert state.counter.tolist() == [0] * rows and position.tolist() == [1] * rows
+            assert state.launch.tolist() == [1] * rows and position.tolist() == [1] * rows
             drawn.append(state.token.tolist())
             for row, token in enumerate(drawn[-1][:3]):
                 assert distribution(logits[row].cpu().numpy(), [], options)[token] > 0
         assert drawn[-1] == drawn[-2] == drawn[-3]
+
+
+def test_a_launch_does_not_read_what_an_earlier_one_sent():
+    """Programs tell messages of a launch from those before, however many of them a text had then."""
+    from bitnet_lit.inference.engines.cuda.sampling import SamplingState, Variant, option_numbers, sample
+
+    rows, device = 2, torch.device("cuda")
+    position = torch.zeros(rows, dtype=torch.int64, device=device)
+    kept = SamplingState(rows, device)
+    for launch in range(300):
+        generator = torch.Generator().manual_seed(launch)
+        options, pieces = (
+            (GenerationConfig(temperature=0), 32000),
+            (GenerationConfig(), 32000),
+            (GenerationConfig(top_k=9), 40000),
+            (GenerationConfig(), 900),
+        )[int(torch.randint(4, (), generator=generator))]
+        logits = 2 * torch.randn(rows, pieces, generator=generator).cuda()
+        drawn = []
+        for state in (kept, SamplingState(rows, device)):
+            state.options.copy_(torch.tensor(option_numbers(options, pieces)))
+            state.uniform.fill_(0.37)
+            sample(logits, state, position, Variant.of(options, pieces), advance=True)
+            drawn.append(state.token.tolist())
+        assert drawn[0] == drawn[1], launch
+    assert kept.launch.tolist() == [300] * rows
 
 
 @pytest.mark.parametrize(

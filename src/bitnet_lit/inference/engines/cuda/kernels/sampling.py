@@ -1,7 +1,7 @@
 """From logits to a token in one kernel, by the rules and in the order of `inference/sampling.py`.
 
-A vocabulary is cut into stretches, one program each, and the programs of a text meet several times: each leaves a few
-numbers, waits for the others, and reads the numbers of all. They are no more than the GPU's multiprocessors, and a
+A vocabulary is cut into stretches, one program each, and the programs of a text meet several times: each sends a few
+numbers to the others, and waits for theirs (`_meet`). They are no more than the GPU's multiprocessors, and a
 cooperative launch makes sure that all run at the same time. No program adds floats in an order that changes, so one
 machine gives the same token for the same logits and the same random number.
 
@@ -26,6 +26,7 @@ TOP_P: tl.constexpr = tl.constexpr(2)
 MIN_P: tl.constexpr = tl.constexpr(3)  # its logarithm
 PENALTY: tl.constexpr = tl.constexpr(4)
 LAST_N: tl.constexpr = tl.constexpr(5)
+MEETINGS: tl.constexpr = tl.constexpr(128)  # more than a launch has: 2 searches of 32 passes, and 2
 
 
 @triton.jit
@@ -55,27 +56,34 @@ def penalize(logits_ptr, recent_ptr, length_ptr, options_ptr, V: tl.constexpr, R
 
 
 @triton.jit
-def _meet(numbers, shared_ptr, counter_ptr, turn, PROGRAMS: tl.constexpr, ROUND: tl.constexpr):
-    """Leave L numbers to the other programs of a text, and return those of all: (ROUND, L), zeros behind the end.
+def _meet(numbers, messages_ptr, launch, turn, PROGRAMS: tl.constexpr, ROUND: tl.constexpr):
+    """Send L numbers to the other programs of a text, and return those of all: (ROUND, L), zeros behind the end.
+
+    A message is one word of 64 bits: the number, and above it the meeting to which it belongs. A word arrives as a
+    whole, so a program needs no barrier and no counter. It reads the words of all until each is of this meeting. (LL,
+    NCCL's protocol for short messages, does the same.)
 
     Args:
-        shared_ptr: float32 (2, PROGRAMS, L). Meetings take turns with the halves: when a program writes to a half
+        messages_ptr: int64 (2, PROGRAMS, L). Meetings take turns with the halves: when a program writes to a half
             again, all have read it.
-        counter_ptr: int32, how often programs have come to a meeting of this text.
-        turn: the number of the meeting.
+        launch: a number that differs from that of the launch before.
+        turn: the number of the meeting in this launch, less than MEETINGS.
     """
+    if PROGRAMS == 1:
+        return numbers[None, :]
     LENGTH: tl.constexpr = numbers.shape[0]
     i = tl.arange(0, LENGTH)
-    half = shared_ptr + (turn % 2) * (PROGRAMS * LENGTH)
-    tl.store(half + tl.program_id(0) * LENGTH + i, numbers)
-    tl.debug_barrier()  # every lane's numbers are written before the program counts itself
-    if PROGRAMS > 1:
-        come = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") + 1
-        while come < (turn + 1) * PROGRAMS:
-            come = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
-        tl.debug_barrier()
+    half = messages_ptr + (turn % 2) * (PROGRAMS * LENGTH)
+    meeting = ((launch & 0x7FFFFF) + 1).to(tl.int64) * MEETINGS + turn  # positive, and not the zero of new memory
+    words = (meeting << 32) | (numbers.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+    tl.atomic_xchg(half + tl.program_id(0) * LENGTH + i, words, sem="relaxed", scope="gpu")
     c = tl.arange(0, ROUND)[:, None]
-    return tl.load(half + c * LENGTH + i[None, :], mask=c < PROGRAMS, other=0.0, cache_modifier=".cg")
+    sent = half + c * LENGTH + i[None, :]
+    is_sent = (c < PROGRAMS) & (i >= 0)[None, :]
+    got = tl.load(sent, mask=is_sent, other=0, volatile=True)
+    while tl.max(tl.max((is_sent & ((got >> 32) != meeting)).to(tl.int32), 1), 0) > 0:
+        got = tl.load(sent, mask=is_sent, other=0, volatile=True)
+    return got.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,7 +101,7 @@ def _add(sums, z, thresholds, COUNT: tl.constexpr):
 
 @triton.jit
 def _search(
-    z, logits_ptr, first, end, largest, inverse, low, high, target, shared_ptr, counter_ptr, turn,
+    z, logits_ptr, first, end, largest, inverse, low, high, target, messages_ptr, launch, turn,
     COUNT: tl.constexpr, THRESHOLDS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr,
     PROGRAMS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +125,7 @@ def _search(
     parts = tl.zeros([ROUND], tl.float32)
     above_low, above_high, closest = 3e38, 0.0, 1.0
     passes = 0
-    # The limit is never reached: of two passes, one divides the distance by seven or more.
+    # The limit is never reached: of two passes, one divides the distance by four or more.
     while (passes == 0) | ((high - low > resolution) & (above_low - above_high > 1.5 * closest) & (passes < 32)):
         thresholds = tl.where(k == 0, bottom, start + step * k)
         sums = tl.zeros([THRESHOLDS, BLOCK_V], tl.float32)
@@ -126,7 +134,7 @@ def _search(
         else:
             for v0 in tl.range(first, end, BLOCK_V, num_stages=3):
                 sums = _add(sums, _load(logits_ptr, v0 + i, end, largest, inverse), thresholds, COUNT)
-        numbers = _meet(tl.sum(sums, 1), shared_ptr, counter_ptr, turn, PROGRAMS, ROUND)
+        numbers = _meet(tl.sum(sums, 1), messages_ptr, launch, turn, PROGRAMS, ROUND)
         total = tl.sum(numbers, 0)
         if not COUNT:
             target = tl.where(passes == 0, target * tl.max(total, 0), target)  # the first threshold is low
@@ -157,8 +165,8 @@ def _search(
 
 @triton.jit
 def sample(
-    drawn_ptr, token_ptr, position_ptr, recent_ptr, length_ptr, uniform_ptr, count_ptr, logits_ptr, shared_ptr,
-    counter_ptr, options_ptr,
+    drawn_ptr, token_ptr, position_ptr, recent_ptr, length_ptr, uniform_ptr, count_ptr, logits_ptr, messages_ptr,
+    launch_ptr, options_ptr, MESSAGES,
     V: tl.constexpr, PIECES: tl.constexpr, PROGRAMS: tl.constexpr, ROUND: tl.constexpr,
     THRESHOLDS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCKS: tl.constexpr, ROUND_BLOCKS: tl.constexpr,
     GREEDY: tl.constexpr, SEARCH_K: tl.constexpr, SEARCH_P: tl.constexpr, RING: tl.constexpr, UNIFORMS: tl.constexpr,
@@ -175,21 +183,22 @@ def sample(
         uniform_ptr: float64 (B, UNIFORMS): random numbers in [0, 1).
         count_ptr: int64 (B,): how many of them a text has used.
         logits_ptr: float32 (B, V), of which the first PIECES count.
-        shared_ptr: float32 (B, 2, PROGRAMS, THRESHOLDS), see `_meet`.
-        counter_ptr: int32 (B,), zeros before and after.
+        messages_ptr: int64 (B, MESSAGES), see `_meet`. A row belongs to a text however its logits are divided, so the
+            words there are of earlier launches.
+        launch_ptr: int32 (B,), counts the launches.
         BLOCKS: blocks of BLOCK_V logits of a program.
     """
     # It does not start early, nor lets it the next step, whose kernels read positions and tokens before they wait.
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     logits_ptr += b * V
-    shared_ptr += b * (2 * PROGRAMS * THRESHOLDS)
-    counter_ptr += b
+    messages_ptr += b * MESSAGES
     first = c * (BLOCKS * BLOCK_V)
     end = tl.minimum(first + BLOCKS * BLOCK_V, PIECES)
     i = tl.arange(0, BLOCK_V)
     k = tl.arange(0, THRESHOLDS)
     programs = tl.arange(0, ROUND)
     # Everything that is needed later is loaded now: the memory takes as long to answer as half a meeting.
+    launch = tl.load(launch_ptr + b)
     count = tl.load(count_ptr + b)
     length = tl.load(length_ptr + b)
     position = tl.load(position_ptr + b)
@@ -214,7 +223,7 @@ def sample(
     top = tl.max(peak, 0)
     place = tl.min(tl.where(peak == top, place, PIECES - 1), 0)
     numbers = tl.where(k == 0, top, tl.where(k == 1, tl.min(bottom, 0), place.to(tl.float32)))
-    numbers = _meet(numbers, shared_ptr, counter_ptr, 0, PROGRAMS, ROUND)  # places are exact: below 2**24
+    numbers = _meet(numbers, messages_ptr, launch, 0, PROGRAMS, ROUND)  # places are exact: below 2**24
     here = (programs < PROGRAMS)[:, None]
     largest = tl.max(tl.max(tl.where(here & (k == 0)[None, :], numbers, float("-inf")), 1), 0)
     smallest = tl.min(tl.min(tl.where(here & (k == 1)[None, :], numbers, float("inf")), 1), 0)
@@ -233,13 +242,13 @@ def sample(
         if SEARCH_K:
             threshold, _, turn = _search(
                 z, logits_ptr, first, end, largest, inverse, threshold, high, top_k,
-                shared_ptr, counter_ptr, turn, True, THRESHOLDS, BLOCK_V, BLOCKS, PIECES, PROGRAMS, ROUND,
+                messages_ptr, launch, turn, True, THRESHOLDS, BLOCK_V, BLOCKS, PIECES, PROGRAMS, ROUND,
             )  # fmt: skip
         masses = tl.zeros([ROUND], tl.float32)
         if SEARCH_P:
             threshold, masses, turn = _search(
                 z, logits_ptr, first, end, largest, inverse, threshold, high, top_p,
-                shared_ptr, counter_ptr, turn, False, THRESHOLDS, BLOCK_V, BLOCKS, PIECES, PROGRAMS, ROUND,
+                messages_ptr, launch, turn, False, THRESHOLDS, BLOCK_V, BLOCKS, PIECES, PROGRAMS, ROUND,
             )  # fmt: skip
         known = SEARCH_P and min_p <= threshold  # the search has found what each program has above its threshold
         threshold = tl.maximum(threshold, min_p) if SEARCH_K or SEARCH_P else min_p
@@ -253,7 +262,7 @@ def sample(
                 z = _load(logits_ptr, first + j * BLOCK_V + i, end, largest, inverse)
             mass = tl.where(block == j, tl.sum(tl.where(z >= threshold, tl.exp(z), 0.0), 0), mass)
         if not known:
-            numbers = _meet(tl.where(k == 0, tl.sum(mass, 0), 0.0), shared_ptr, counter_ptr, turn, PROGRAMS, ROUND)
+            numbers = _meet(tl.where(k == 0, tl.sum(mass, 0), 0.0), messages_ptr, launch, turn, PROGRAMS, ROUND)
             masses = tl.sum(numbers, 1)
             turn += 1
         masses = masses.to(tl.float64)
@@ -283,7 +292,5 @@ def sample(
         tl.store(count_ptr + b, count + 1)
         if ADVANCE:
             tl.store(position_ptr + b, tl.where(position < 0, position, position + 1))
-    if PROGRAMS > 1:
-        come = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-        if come == (turn + 1) * PROGRAMS - 1:
-            tl.store(counter_ptr, 0)  # nobody waits any more
+    if c == 0:
+        tl.store(launch_ptr + b, launch + 1)  # all programs have read it: each has sent a message that says so
