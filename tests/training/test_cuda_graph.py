@@ -190,7 +190,6 @@ def logged_losses(folder):
         ["quant.lambda_warmup_steps=5"],
         ["quant.start_at=0.5", "trainer.max_steps=16"],
         ["model.hidden_size=64", "model.num_attention_heads=2"],  # wide enough for kernels
-        ["model.hidden_size=512", "model.num_attention_heads=8", "quant=none"],  # the kernel of a norm
     ],
     ids=" ".join,
 )

@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.value_embed = ValueEmbedding(config) if config.has_value_embedding(layer_index) else None
-        self.attn_sub_norm = RMSNorm(size, config.rms_norm_eps, True) if config.sub_norm else nn.Identity()
+        self.attn_sub_norm = RMSNorm(size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
         self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:

@@ -17,35 +17,17 @@ from torch import Tensor, nn
 from bitnet_lit.quant.bit_linear import BitLinear
 from bitnet_lit.quant.kernels.choose import are_alike, are_unobserved, chosen
 from bitnet_lit.quant.kernels.interface import Kernels, Norm
-from bitnet_lit.quant.kernels.triton.kernels import computes
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm is x / sqrt(mean(x**2) + eps) * weight, computed in float32 and returned in the dtype of x.
+    """RMSNorm is x / sqrt(mean(x**2) + eps) * weight, computed in float32 and returned in the dtype of x."""
 
-    Args:
-        follows_attention: whether attention returned x. Its backward pass is a call of a library, so the compiler has
-            nothing to put the norm's backward pass into. A kernel computes that pass on GPUs (norm_backward.py).
-
-    Attributes:
-        kernel: the run's `quant.kernel`.
-    """
-
-    kernel: str = "auto"
-
-    def __init__(self, size: int, eps: float, follows_attention: bool = False) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.follows_attention = follows_attention
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.follows_attention and torch.is_grad_enabled() and computes(x, self.kernel):
-            from bitnet_lit.quant.kernels.triton.norm_backward import FASTER_FROM, LARGEST_ROW, RMSNormFunction
-
-            if FASTER_FROM <= x.shape[-1] <= LARGEST_ROW:
-                y: Tensor = RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
-                return y
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 

@@ -227,6 +227,6 @@ def build_model(config: ModelConfig, quant: QuantConfig, device: torch.device | 
         model = CausalLM(config)
     convert_linears(model, quant)
     for layer in model.modules():
-        if type(layer) in (nn.Linear, RMSNorm, SoftmaxGradient):  # BitLinear has it already
+        if type(layer) in (nn.Linear, SoftmaxGradient):  # BitLinear has it already
             setattr(layer, "kernel", quant.kernel)  # noqa: B010  # a tensor or a module, whatever nn.Module's type says
     return model

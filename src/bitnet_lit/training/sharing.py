@@ -56,11 +56,15 @@ def first_of_ranks(value: T | None) -> T | None:
     return next((value for value in values if value is not None), None)
 
 
+def work_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the stacks on a device."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def _stack(matrices: list[Tensor], shape: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return matrices as a stack of `shape`. Where there are fewer matrices or rows, the rest is zero."""
     is_full = len(matrices) == shape[0] and matrices[0].shape == shape[1:]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    stack = (torch.empty if is_full else torch.zeros)(shape, dtype=dtype, device=device)
+    stack = (torch.empty if is_full else torch.zeros)(shape, dtype=work_dtype(device), device=device)
     if matrices:
         rows = matrices[0].shape[0]
         torch._foreach_copy_(list(stack[: len(matrices), :rows].unbind()), matrices)

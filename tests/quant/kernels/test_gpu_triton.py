@@ -8,7 +8,6 @@ from torch.testing import assert_close
 from bitnet_lit.config import QuantConfig
 from bitnet_lit.model import build_model, next_token_loss
 from bitnet_lit.model.layers import joint_layers
-from bitnet_lit.model.normed_linears import RMSNorm
 from bitnet_lit.quant import BitLinear
 from bitnet_lit.quant.activations import AbsMax
 from bitnet_lit.quant.bit_linear import set_strength
@@ -332,44 +331,6 @@ def test_tensors_that_are_not_contiguous(grad):
         found, found_x, _ = gradients(layer, x.t().contiguous().t(), torch.bfloat16, grad_y.expand(32, 48))
         assert torch.equal(found, y)
         assert torch.equal(found_x, grad_x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 512), (2, 5, 514), (3, 77, 768), (2, 9, 8192)], ids=str)
-def test_the_norm_behind_attention(shape, dtype):
-    norm, plain = (RMSNorm(shape[-1], 1e-5, follows).to(CUDA) for follows in (True, False))
-    norm.weight.data.uniform_(0.5, 2)
-    x, grad_y = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
-    # Attention returns and gets such views: (B, heads, T, head_dim) with the axes of heads and time exchanged.
-    x = x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    y = norm(x)
-    assert "RMSNormFunction" in type(y.grad_fn).__name__
-    found = torch.autograd.grad(y, (x, norm.weight), grad_y)
-    exact = plain.double()
-    exact.weight.data.copy_(norm.weight)
-    precise = x.detach().double().requires_grad_()
-    expected_y = F.rms_norm(precise, shape[-1:], exact.weight, 1e-5)
-    expected = torch.autograd.grad(expected_y, (precise, exact.weight), grad_y.double())
-    # y and the gradient of x are rounded to `dtype`; sums in float32 are off by a few of its last bits.
-    bit = torch.finfo(dtype).eps + 1e-5
-    assert_close(y.double(), expected_y, rtol=bit, atol=1e-6)
-    assert_close(found[0].double(), expected[0], rtol=bit, atol=bit)
-    assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-4)
-
-
-def test_a_dense_network_with_the_kernel_of_its_norm(ids):
-    sizes = {"hidden_size": 512, "intermediate_size": 640}
-    plain_loss, plain = step(network(sizes, name="none", kernel="reference"), ids)
-    for way in ("as it is", "checkpointed", "compiled"):
-        model = network(sizes, name="none")
-        model.model.gradient_checkpointing = way == "checkpointed"
-        if way == "compiled":
-            for layer in model.model.layers:
-                layer.compile(dynamic=False)
-        loss, found = step(model.train(), ids)
-        # Sums in another order change the last bits of bfloat16 values: 6e-6 and 0.99998 were found on a CPU.
-        assert_close(loss, plain_loss, rtol=1e-4, atol=0)
-        assert min(cosine(found[name], plain[name]) for name in plain) > 0.9999, way
 
 
 def test_lambda_is_warmed_up_by_the_reference(ids):

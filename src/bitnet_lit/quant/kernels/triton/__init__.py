@@ -13,8 +13,7 @@ kernel each:
     gated_backward.py   the backward pass of the norm and the gate
     weight_gradient.py  the gradient of the weights
 
-Two have a use in networks of any kind: softmax_gradient.py, which computes the losses of logits and their gradient, and
-the backward pass of the norm behind attention, where no kernel rounds its output.
+softmax_gradient.py has a use in networks of any kind: it computes the losses of logits and their gradient.
 
 `kernels.py` says what layers they compute. It is the only module here that may be imported where Triton is missing.
 """

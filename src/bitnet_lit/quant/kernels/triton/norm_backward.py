@@ -1,4 +1,4 @@
-"""The backward pass of a norm, alone or in norm_round.py: from the gradient of its output to those of x and its weight.
+"""The backward pass of norm_round.py: from the gradient of the product's input to that of x and of the norm's weight.
 
 Rounding passes the gradient on unchanged (straight-through). With n = h * rstd * weight and g the gradient of n::
 
@@ -13,18 +13,12 @@ A program works on many rows and adds up its part of the weight's gradient in re
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bitnet_lit.quant.kernels.triton.launch import column_blocks, multiprocessors, on_device_of, operator, power_of_2
-
-FASTER_FROM, LARGEST_ROW = 512, 8192
-"""The sizes of rows for which `RMSNormFunction` is taken. It was not measured below, and above a row does not fit into
-the registers of a program."""
 
 
 @triton.jit
@@ -152,27 +146,3 @@ def norm_backward(grad: Tensor, x: Tensor, norm_weight: Tensor, rstd: Tensor) ->
             num_warps=num_warps,
         )
     return grad_x, column_sums(parts, norm_weight.dtype)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """Compute a norm by itself: float (..., I) -> the same shape and dtype. Its backward pass is the kernel.
-
-    For the norm behind attention in a dense network (768/12, 32 x 1024, AdamW) this took a run on an H200 from 537,000
-    to 570,000 tokens/s (medians of eight windows in two runs each, in turns). With the norms before attention and the
-    feed-forward, which PyTorch's compiler computes with the additions before them, it was 557,000.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        values = x.float()
-        rstd = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return (values * rstd * weight.float()).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, rstd = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(-1, x.shape[-1]).contiguous()
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        grad_x, grad_weight = norm_backward(grad, rows, weight, rstd.flatten())
-        return grad_x.view(x.shape), grad_weight, None
