@@ -156,7 +156,7 @@ class TestWhyTritonRefuses:
     @pytest.fixture(autouse=True)
     def hopper(self, monkeypatch):
         monkeypatch.setattr(triton_kernels, "HAS_TRITON", True)
-        monkeypatch.setattr(triton_kernels, "HAS_C_COMPILER", True)
+        monkeypatch.setattr(triton_kernels, "BUILD_REFUSAL", None)
         self.use(monkeypatch, 9, 0)
 
     def use(self, monkeypatch, major, minor):
@@ -221,10 +221,27 @@ class TestWhyTritonRefuses:
         monkeypatch.setattr(torch.version, "hip", "7.1")
         assert self.line(tiny()) == "reference (14 layers: the kernels are for GPUs of NVIDIA)"
 
-    def test_no_c_compiler(self, monkeypatch):
-        monkeypatch.setattr(triton_kernels, "HAS_C_COMPILER", False)
-        why = "Triton needs a C compiler, and there is neither gcc nor clang"
+    def test_what_triton_compiles_with_is_missing(self, monkeypatch, tmp_path):
+        for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        programs, headers = tmp_path / "programs", tmp_path / "headers"
+        programs.mkdir()
+        headers.mkdir()
+        monkeypatch.setenv("PATH", str(programs))
+        monkeypatch.setattr(triton_kernels.sysconfig, "get_paths", lambda scheme: {"include": str(headers)})
+        why = triton_kernels._build_refusal()
+        assert why == "Triton needs a C compiler, and there is neither gcc nor clang"
+        monkeypatch.setattr(triton_kernels, "BUILD_REFUSAL", why)
         assert self.line(tiny()) == f"reference (14 layers: {why})"
+
+        (programs / "gcc").touch(mode=0o755)
+        why = f"Triton needs Python.h, which is not in {headers} (on Debian and Ubuntu, install python3-dev)"
+        assert triton_kernels._build_refusal() == why
+        monkeypatch.setenv("CPATH", "/opt/include")
+        assert triton_kernels._build_refusal() is None
+        monkeypatch.delenv("CPATH")
+        (headers / "Python.h").touch()
+        assert triton_kernels._build_refusal() is None
 
     def test_no_triton(self, monkeypatch):
         monkeypatch.setattr(triton_kernels, "HAS_TRITON", False)

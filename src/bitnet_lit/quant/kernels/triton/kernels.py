@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +23,25 @@ if TYPE_CHECKING:
     from bitnet_lit.quant.kernels.triton.functions import RoundedWeights, Rounding
 
 HAS_TRITON = find_spec("triton") is not None
-HAS_C_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-"""Triton compiles the function that launches a kernel, and looks for a compiler in these places."""
+
+
+def _build_refusal() -> str | None:
+    """Return why Triton cannot compile the C function that launches a kernel; None where it has all that it needs.
+
+    The places are those in which triton/runtime/build.py looks.
+    """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is neither gcc nor clang"
+    scheme = sysconfig.get_default_scheme()
+    # Debian's Python has a scheme for what is installed beside its own packages; its headers are not there.
+    folder = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    is_elsewhere = any(os.environ.get(name) for name in ("CPATH", "C_INCLUDE_PATH"))
+    if not (folder / "Python.h").exists() and not is_elsewhere:
+        return f"Triton needs Python.h, which is not in {folder} (on Debian and Ubuntu, install python3-dev)"
+    return None
+
+
+BUILD_REFUSAL = _build_refusal()
 ALIGNMENT = 16
 """Bytes at whose multiples the TMA needs each row of a matrix to start."""
 FP8_FROM, FP8_ALL_FROM = 256, 512
@@ -34,8 +53,8 @@ def device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why no kernel of this folder runs on a CUDA device with tensors of `dtype`; None where they run."""
     if not HAS_TRITON:
         return "Triton is not installed"
-    if not HAS_C_COMPILER:
-        return "Triton needs a C compiler, and there is neither gcc nor clang"
+    if BUILD_REFUSAL is not None:
+        return BUILD_REFUSAL
     if torch.version.hip is not None:
         return "the kernels are for GPUs of NVIDIA"
     gpu = torch.cuda.get_device_properties(device)
