@@ -32,6 +32,7 @@ from bitnet_lit.inference.engines.cuda.sampling import Variant
 from bitnet_lit.inference.engines.cuda.step import MOST_ROWS, Rows, round_up
 from bitnet_lit.inference.engines.cuda.supported_models import NoKernelsError
 from bitnet_lit.inference.sampling import Sampler
+from bitnet_lit.quant.kernels.triton.kernels import BUILD_REFUSAL
 
 PREFILL_TOKENS = 4096
 """Tokens of a prefill step; longer prompts are several steps, so that activations take little memory."""
@@ -50,7 +51,7 @@ def _check_compiler() -> None:
         )
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise NoKernelsError(f"Triton cannot compile its kernels: {reason:.200}") from None
+        raise NoKernelsError(BUILD_REFUSAL or f"Triton cannot compile its kernels: {reason:.200}") from None
 
 
 def _graph_memory(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:

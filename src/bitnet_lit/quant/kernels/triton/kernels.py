@@ -41,7 +41,8 @@ def _build_refusal() -> str | None:
     return None
 
 
-BUILD_REFUSAL = _build_refusal()
+BUILD_REFUSAL = _build_refusal() if HAS_TRITON else None
+"""It is a constant, because torch.compile traces `computes` and cannot look into folders."""
 ALIGNMENT = 16
 """Bytes at whose multiples the TMA needs each row of a matrix to start."""
 FP8_FROM, FP8_ALL_FROM = 256, 512
